@@ -1,0 +1,226 @@
+"""Compiles effattn's native code with ninja.
+
+Two shared objects come out, side by side in the package folder:
+
+- ``libeffattn.so``: schemas, glue and CPU kernels, against the LibTorch stable ABI; needs no Python.
+- ``_C.<tag>.so``: build facts, instruction sets and plans, with pybind11.
+
+``setup.py`` uses this for wheels and editable installs. Run as a script it stages an importable copy
+of the package elsewhere, optionally sanitized or cross-compiled, for the tests that need one::
+
+    python csrc/build.py --stage build/asan --sanitize address,undefined
+    python csrc/build.py --stage build/aarch64 --architecture aarch64 --compiler aarch64-linux-gnu-g++ \\
+        --torch-include SITE/torch/include --torch-lib SITE/torch/lib --python-include INCLUDE --tag SUFFIX
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The only list of instruction sets: name, lanes of the SIMD vector, compiler flags. From narrow to
+# wide. avx2_wide is the 16-lane source compiled for AVX2: it lets tests run the AVX-512 logic on
+# processors without AVX-512, and is never picked by itself.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
+    "x86_64": [
+        ("baseline", 4, ()),
+        ("avx2_wide", 16, _AVX2),
+        ("avx2", 8, _AVX2),
+        ("avx512", 16, (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")),
+    ],
+    "aarch64": [("neon", 4, ())],
+}
+_OTHER = [("baseline", 4, ())]
+
+# Sources compiled once for every instruction set; the rest of kernels/cpu and csrc is compiled once.
+PER_ISA = ("kernels/cpu/relu_linear_attention_passes.cpp",)
+ONCE = (
+    "kernels/cpu/isa.cpp",
+    "kernels/cpu/relu_linear_attention.cpp",
+    "csrc/library.cpp",
+    "csrc/cpu/relu_linear_attention.cpp",
+)
+PYTHON = ("csrc/python.cpp",)
+
+# One build serves every torch from here on.
+TORCH_TARGET = ("2.10", "0x020a000000000000")
+
+
+@dataclasses.dataclass
+class Target:
+    """What to build for. The defaults describe this interpreter and this machine."""
+
+    architecture: str
+    compiler: str
+    torch_include: Path
+    torch_lib: Path
+    torch_version: str
+    python_include: Path
+    extension_suffix: str
+    sanitize: str = ""
+
+    @classmethod
+    def native(cls, sanitize: str = "") -> Target:
+        import os
+
+        torch = import_torch()
+        base = Path(torch.__file__).parent
+        return cls(
+            architecture=platform.machine(),
+            compiler=os.environ.get("CXX", "g++"),
+            torch_include=base / "include",
+            torch_lib=base / "lib",
+            torch_version=torch.__version__,
+            python_include=Path(sysconfig.get_path("include")),
+            extension_suffix=sysconfig.get_config_var("EXT_SUFFIX"),
+            sanitize=sanitize,
+        )
+
+
+def import_torch():
+    """torch, or an error that says how to install both in the right order."""
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            "effattn is compiled against the torch that is installed, and none can be imported here "
+            f"({error}). Install torch >= {TORCH_TARGET[0]} first, then effattn with --no-build-isolation."
+        ) from error
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < tuple(int(part) for part in TORCH_TARGET[0].split(".")):
+        raise SystemExit(f"effattn needs torch >= {TORCH_TARGET[0]}, found {torch.__version__}.")
+    return torch
+
+
+def ninja_file(target: Target, output: Path, objects: Path) -> str:
+    import pybind11
+    from ninja import ninja_syntax
+
+    isas = ISAS.get(target.architecture, _OTHER)
+    rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
+    optimise = ["-O1", "-g", "-fno-omit-frame-pointer"] if target.sanitize else ["-O3", "-g0"]
+    checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
+    common = [
+        "-std=gnu++20",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=fast",  # a * b + c is one rounding wherever the processor can
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+        "-Wno-maybe-uninitialized",  # false in the headers of GCC 12 for AVX-512
+        "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
+        f"'-DEFFATTN_ISA_LIST(ROW)={rows}'",
+        *optimise,
+        *checks,
+    ]
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}"]
+    facts = {
+        "COMPILER": subprocess.run(
+            [target.compiler, "--version"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[0],
+        "TORCH_VERSION": target.torch_version,
+        "ARCHITECTURE": target.architecture,
+        "SANITIZER": target.sanitize,
+    }
+    python_flags = [
+        f"-isystem {target.python_include}",
+        f"-isystem {pybind11.get_include()}",
+        *(f"'-DEFFATTN_{name}=\"{value}\"'" for name, value in facts.items()),
+    ]
+
+    text = StringIO()
+    ninja = ninja_syntax.Writer(text, width=1000)
+    ninja.rule(
+        "compile",
+        f"{target.compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
+        depfile="$out.d",
+        deps="gcc",
+        description="compile $out",
+    )
+    ninja.rule("link", f"{target.compiler} -shared {' '.join(checks)} $in -o $out $flags", description="link $out")
+
+    def compile(source: str, flags: list[str] | tuple[str, ...], name: str = "") -> str:
+        path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
+        return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
+
+    parts = [compile(source, torch_flags) for source in ONCE]
+    for name, lanes, flags in isas:
+        defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
+        parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
+    library = output / "libeffattn.so"
+    # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
+    ninja.build(
+        str(library),
+        "link",
+        parts,
+        variables={"flags": f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"},
+    )
+    extension = output / f"_C{target.extension_suffix}"
+    ninja.build(
+        str(extension),
+        "link",
+        [compile(source, python_flags) for source in PYTHON],
+        implicit=[str(library)],
+        variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
+    )
+    ninja.default([str(library), str(extension)])
+    return text.getvalue()
+
+
+def build(target: Target, output: Path, objects: Path, verbose: bool = False) -> list[Path]:
+    """Compiles what is out of date and returns the shared objects in ``output``."""
+    import ninja
+
+    output.mkdir(parents=True, exist_ok=True)
+    objects.mkdir(parents=True, exist_ok=True)
+    (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve()))
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
+    subprocess.run(command, check=True)
+    return [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
+
+
+def stage(target: Target, folder: Path) -> None:
+    """Puts an importable copy of the package, with its own binaries, into ``folder``."""
+    package = folder / "effattn"
+    if package.exists():
+        shutil.rmtree(package)
+    shutil.copytree(ROOT / "effattn", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    build(target, folder / "lib", folder / "objects")
+    for binary in (folder / "lib").glob("*.so"):
+        shutil.copy2(binary, package / binary.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=Path, required=True, help="folder that receives the copy")
+    parser.add_argument("--sanitize", default="", help="value for -fsanitize=")
+    cross = parser.add_argument_group("cross-compiling, all or none")
+    cross.add_argument("--architecture")
+    cross.add_argument("--compiler")
+    cross.add_argument("--torch-include", type=Path)
+    cross.add_argument("--torch-lib", type=Path)
+    cross.add_argument("--torch-version")
+    cross.add_argument("--python-include", type=Path)
+    cross.add_argument("--tag", dest="extension_suffix")
+    arguments = vars(parser.parse_args())
+    folder = arguments.pop("stage")
+    given = {name: value for name, value in arguments.items() if name != "sanitize" and value is not None}
+    if given and len(given) != len(arguments) - 1:
+        parser.error("cross-compiling needs all of its options")
+    target = Target(**given, sanitize=arguments["sanitize"]) if given else Target.native(arguments["sanitize"])
+    stage(target, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

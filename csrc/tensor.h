@@ -1,0 +1,133 @@
+// What every CPU launcher needs from tensors: checks that name the argument, allocation in a given
+// memory order, and torch's thread pool in the form that kernels take.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/cpu/dtype.h"
+#include "../kernels/cpu/parallel.h"
+
+namespace effattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Fails with everything streamed together; torch turns it into a RuntimeError.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream text;
+  ((text << parts), ...);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ')';
+  return text.str();
+}
+
+// The storage type of a CPU kernel's argument. float64 is not among them: the reference serves it.
+inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t) {
+  require(t.is_cpu(), op, ": ", argument, " must be on the CPU");
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      throw std::runtime_error(std::string(op) + ": " + argument +
+                               " must be float32, bfloat16 or float16 for the cpu backend");
+  }
+}
+
+inline void require_like(const char* op, const char* argument, const Tensor& t, const Tensor& reference,
+                         const char* reference_name) {
+  require(t.is_cpu(), op, ": ", argument, " must be on the CPU");
+  require(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have the dtype of ",
+          reference_name);
+}
+
+inline void require_shape(const char* op, const char* argument, const Tensor& t,
+                          const std::vector<int64_t>& shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape[i];
+  if (same) return;
+  std::ostringstream expected;
+  for (size_t i = 0; i < shape.size(); ++i) expected << (i ? ", " : "") << shape[i];
+  require(false, op, ": ", argument, " must have shape (", expected.str(), "), got ", shape_text(t));
+}
+
+// `like`'s shape with another last dimension.
+inline std::vector<int64_t> shape_with_last(const Tensor& like, int64_t last) {
+  const auto sizes = like.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = last;
+  return shape;
+}
+
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), type, aoti_torch_device_type_cpu(),
+                                                         0, &handle));
+  return Tensor(handle);
+}
+
+// Strides of a dense tensor of `sizes` whose dimensions lie in memory in the order of `like`'s: what
+// makes the reshape behind an attention free. effattn/ops/_memory.py does the same for fake tensors.
+inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
+  const auto strides = like.strides();
+  std::vector<int64_t> order(sizes.size());
+  for (size_t i = 0; i < order.size(); ++i) {
+    size_t at = i;  // outermost first; insertion sort, stable
+    for (; at > 0 && strides[order[at - 1]] < strides[i]; --at) order[at] = order[at - 1];
+    order[at] = static_cast<int64_t>(i);
+  }
+  std::vector<int64_t> dense(sizes.size());
+  int64_t step = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    dense[order[i]] = step;
+    step *= sizes[order[i]] > 1 ? sizes[order[i]] : 1;
+  }
+  return dense;
+}
+
+inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_strided(sizes, strides_in_order_of(like, sizes), like.scalar_type());
+}
+
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return strides;
+}
+
+// Torch's own pool, never a second one.
+inline cpu::Parallel torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
+            torch::stable::parallel_for(0, count, grain,
+                                        [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
+}  // namespace effattn

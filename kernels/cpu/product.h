@@ -1,0 +1,97 @@
+// The one inner loop of every pass: a small matrix product held in registers,
+//     acc[r][:] = start + sum_p a(r, p) * b[p][:]
+// with a read as scalars (any strides) and b as vectors.
+#pragma once
+
+#include "tile.h"
+
+namespace effattn::cpu::EFFATTN_ISA {
+
+// The register block: kRows x kCols accumulators, kCols vectors of b and one scalar of a must fit the
+// register file (32 registers with AVX-512 and NEON, 16 before).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kCols = 3;
+
+struct Scalars {  // a(r, p) = data[r * row_stride + p * step]
+  const float* data;
+  int64_t row_stride;
+  int64_t step;
+};
+
+struct Vectors {  // b[p][c] = data[p * row_stride + c]
+  const float* data;
+  int64_t row_stride;
+};
+
+template <int R, int V, class Edge>
+EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t row, int64_t col,
+                                  const Edge& edge) {
+  Vec acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = edge.start(row + r, col + v * kLanes);
+  }
+  const float* scalars = a.data + row * a.row_stride;
+  const float* vectors = b.data + col;
+  for (int64_t p = 0; p < depth; ++p) {
+    Vec line[V];
+    for (int v = 0; v < V; ++v) line[v] = load(vectors + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec scalar = broadcast(scalars[r * a.row_stride]);
+      for (int v = 0; v < V; ++v) acc[r][v] += scalar * line[v];
+    }
+    scalars += a.step;
+    vectors += b.row_stride;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) edge.finish(row + r, col + v * kLanes, acc[r][v]);
+  }
+}
+
+template <int R, class Edge>
+EFFATTN_INLINE void product_rows(int64_t& row, int64_t rows, Scalars a, Vectors b, int64_t depth, int64_t col,
+                                 int64_t vectors, const Edge& edge) {
+  for (; row + R <= rows; row += R) {
+    if (vectors == 3) product_block<R, 3>(a, b, depth, row, col, edge);
+    if (vectors == 2) product_block<R, 2>(a, b, depth, row, col, edge);
+    if (vectors == 1) product_block<R, 1>(a, b, depth, row, col, edge);
+  }
+  if constexpr (R > 1) product_rows<R / 2>(row, rows, a, b, depth, col, vectors, edge);
+}
+
+// `edge.start(row, col)` gives the initial vector, `edge.finish(row, col, acc)` takes the result.
+// `cols` counts floats and is rounded up to whole vectors.
+template <class Edge>
+inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge) {
+  static_assert(kCols == 3, "product_rows unrolls up to three vectors");
+  for (int64_t col = 0; col < cols; col += kCols * kLanes) {
+    const int64_t vectors = smaller(kCols, (cols - col + kLanes - 1) / kLanes);
+    int64_t row = 0;
+    product_rows<kRows>(row, rows, a, b, depth, col, vectors, edge);
+  }
+}
+
+// Adds the product to a float matrix.
+struct AddTo {
+  float* data;
+  int64_t row_stride;
+  EFFATTN_INLINE Vec start(int64_t row, int64_t col) const { return load(data + row * row_stride + col); }
+  EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
+    store(data + row * row_stride + col, acc);
+  }
+};
+
+// Writes the product to a float matrix.
+struct WriteTo {
+  float* data;
+  int64_t row_stride;
+  EFFATTN_INLINE Vec start(int64_t, int64_t) const { return Vec{}; }
+  EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
+    store(data + row * row_stride + col, acc);
+  }
+};
+
+}  // namespace effattn::cpu::EFFATTN_ISA

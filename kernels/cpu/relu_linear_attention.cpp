@@ -1,0 +1,171 @@
+// The schedule: which pass runs over which tokens in which thread.
+//
+// Sums are always taken chunk by chunk and added up in the order of the chunks, and chunks depend on
+// the sizes alone; threads only decide who computes a chunk. So the results are the same bits for every
+// thread count.
+#include "relu_linear_attention.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace effattn::cpu {
+namespace {
+
+constexpr int64_t kTileFloats = 8192;         // 32 KiB: the two tiles of a forward pass fit a first-level cache
+constexpr int64_t kMaxTile = 256;             // longer rows gain nothing and would miss more
+constexpr int64_t kChunk = 2048;              // long enough to hide the cost of adding partial sums
+constexpr int64_t kMinWorkPerThread = 200000; // multiply-adds, about 4 us: below, waking a thread costs more
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Aligned memory that a thread keeps between calls; it only grows, to the largest plan seen.
+float* thread_scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t capacity = 0;
+  if (capacity < floats) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, ceil_div(floats * 4, 64) * 64)));
+    if (memory == nullptr) {
+      capacity = 0;
+      throw std::bad_alloc();
+    }
+    capacity = floats;
+  }
+  return memory.get();
+}
+
+void add(float* total, const float* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+}
+
+void clear(float* total, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] = 0.0f;
+}
+
+// Runs `reduce` (tokens -> sums of one group) chunk by chunk, then `use` (sums -> tokens), for all
+// groups. `kept` (groups x sums) receives the totals if not null.
+template <class Reduce, class Use>
+void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan& plan, int64_t reduced_tokens,
+                     int64_t used_tokens, float* kept, const Parallel& parallel, const Reduce& reduce,
+                     const Use& use) {
+  const int64_t size = p.sums_size();
+  const int64_t chunks = ceil_div(reduced_tokens, plan.chunk);
+  const int64_t used_chunks = ceil_div(used_tokens, plan.chunk);
+  const int64_t group_work = (reduced_tokens + used_tokens + 1) * (p.head_dim + 1) * (p.value_dim + 1);
+  const int64_t grain = at_least(1, kMinWorkPerThread / group_work);
+  const int64_t scratch_floats = plan.scratch_floats;
+
+  const bool balanced = p.groups >= 4 * parallel.threads || p.groups % parallel.threads == 0;
+  if (balanced || at_least(chunks, used_chunks) <= 1 || p.groups * group_work < 2 * kMinWorkPerThread) {
+    parallel(p.groups, grain, [&](int64_t begin, int64_t end) {
+      float* const scratch = thread_scratch(scratch_floats + 2 * size + 32);
+      float* const part = scratch + scratch_floats;
+      float* const own_total = part + size;
+      for (int64_t g = begin; g < end; ++g) {
+        float* const total = kept != nullptr ? kept + g * size : own_total;
+        clear(total, size);
+        for (int64_t c = 0; c < chunks; ++c) {
+          reduce(g, c * plan.chunk, at_most((c + 1) * plan.chunk, reduced_tokens), part, scratch);
+          add(total, part, size);
+        }
+        use(g, 0, used_tokens, total, scratch);
+      }
+    });
+    return;
+  }
+
+  const std::unique_ptr<float[]> parts(new float[at_least(1, p.groups * chunks * size)]);
+  std::unique_ptr<float[]> own_totals;
+  if (kept == nullptr) {
+    own_totals.reset(new float[at_least(1, p.groups * size)]);
+    kept = own_totals.get();
+  }
+  parallel(p.groups * chunks, 1, [&](int64_t begin, int64_t end) {
+    float* const scratch = thread_scratch(scratch_floats);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = i % chunks;
+      reduce(i / chunks, c * plan.chunk, at_most((c + 1) * plan.chunk, reduced_tokens), parts.get() + i * size,
+             scratch);
+    }
+  });
+  for (int64_t g = 0; g < p.groups; ++g) {
+    clear(kept + g * size, size);
+    for (int64_t c = 0; c < chunks; ++c) add(kept + g * size, parts.get() + (g * chunks + c) * size, size);
+  }
+  parallel(p.groups * used_chunks, 1, [&](int64_t begin, int64_t end) {
+    float* const scratch = thread_scratch(scratch_floats);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / used_chunks, c = i % used_chunks;
+      use(g, c * plan.chunk, at_most((c + 1) * plan.chunk, used_tokens), kept + g * size, scratch);
+    }
+  });
+}
+
+}  // namespace
+
+ReluLinearAttentionPlan plan(const ReluLinearAttention& p, Isa isa) {
+  ReluLinearAttentionPlan plan;
+  const int64_t lanes = info(isa).lanes;
+  plan.tile = at_most(kMaxTile, kTileFloats / at_least(1, p.head_dim + p.value_dim)) / lanes * lanes;
+  plan.tile = at_least(plan.tile, lanes);
+  plan.tile = at_most(plan.tile, at_least(1, ceil_div(at_least(p.queries, p.keys), lanes)) * lanes);
+  plan.chunk = kChunk;
+  plan.scratch_floats =
+      relu_linear_attention_passes(isa, p.dtype).scratch_floats(p.head_dim, p.value_dim, plan.tile);
+  plan.partial_floats = p.groups * ceil_div(at_least(p.queries, p.keys), plan.chunk) * p.sums_size();
+  const int64_t matrix = p.head_dim * (p.value_dim + 1);
+  plan.flops_forward = 2 * p.groups * (p.queries + p.keys) * matrix;
+  plan.flops_backward = 2 * plan.flops_forward;
+  const int64_t width = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t queries = p.groups * p.queries, keys = p.groups * p.keys;
+  plan.minimum_bytes_forward = width * (queries + keys) * (p.head_dim + p.value_dim);
+  plan.minimum_bytes_backward =
+      width * (queries * (2 * p.head_dim + p.value_dim) + keys * 2 * (p.head_dim + p.value_dim));
+  return plan;
+}
+
+void forward(const ReluLinearAttention& p, float* sums, const Parallel& parallel) {
+  const Isa isa = active_isa();
+  const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
+  const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
+  reduce_then_use(
+      p, plan, p.keys, p.queries, sums, parallel,
+      [&](int64_t group, int64_t begin, int64_t end, float* part, float* scratch) {
+        passes.sum_keys(p, group, begin, end, plan.tile, part, scratch);
+      },
+      [&](int64_t group, int64_t begin, int64_t end, const float* total, float* scratch) {
+        passes.apply_queries(p, group, begin, end, plan.tile, total, scratch);
+      });
+}
+
+void backward(const ReluLinearAttention& p, const float* sums, const Parallel& parallel) {
+  const Isa isa = active_isa();
+  const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
+  const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
+  reduce_then_use(
+      p, plan, p.queries, p.keys, nullptr, parallel,
+      [&](int64_t group, int64_t begin, int64_t end, float* part, float* scratch) {
+        passes.grad_queries(p, group, begin, end, plan.tile, sums + group * p.sums_size(), part, scratch);
+      },
+      [&](int64_t group, int64_t begin, int64_t end, const float* total, float* scratch) {
+        passes.grad_keys(p, group, begin, end, plan.tile, total, scratch);
+      });
+}
+
+const ReluLinearAttentionPasses& relu_linear_attention_passes(Isa isa, DType dtype) {
+  switch (isa) {
+#define EFFATTN_ROW(name, lanes) \
+  case Isa::name:                \
+    return name::relu_linear_attention_passes(dtype);
+    EFFATTN_ISA_LIST(EFFATTN_ROW)
+#undef EFFATTN_ROW
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace effattn::cpu

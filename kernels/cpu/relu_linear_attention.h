@@ -1,0 +1,88 @@
+// ReLU linear attention on the CPU: the problem, the plan, and the entry points.
+//
+//   S = sum_m relu(k_m)^T v_m    z = sum_m relu(k_m)    out_n = relu(q_n) S / (relu(q_n) . z + eps)
+//
+// Torch-free. Sizes may be zero; strides may be anything that addresses valid memory.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace effattn::cpu {
+
+// One tensor (..., tokens, channels). Strides count elements; the leading ones belong to the sizes
+// in Problem::lead_sizes.
+struct Operand {
+  void* data;
+  const int64_t* lead_strides;
+  int64_t token_stride;
+  int64_t channel_stride;
+};
+
+struct ReluLinearAttention {
+  DType dtype;
+  int lead_rank;
+  const int64_t* lead_sizes;
+  int64_t groups;  // the product of lead_sizes
+  int64_t queries, keys, head_dim, value_dim;  // N, M, D, Dv
+  float eps;
+  Operand q, k, v;
+  Operand out;                               // forward
+  Operand grad_out, grad_q, grad_k, grad_v;  // backward; grad_out is read only
+
+  // Elements of the sums of one group: S and z side by side, (head_dim, value_dim + 1).
+  int64_t sums_size() const { return head_dim * (value_dim + 1); }
+};
+
+// What a call will do, for given sizes; kernels, glue, tests and benchmarks all read it from here.
+struct ReluLinearAttentionPlan {
+  int64_t chunk;             // tokens whose sums are added up alone, a function of the sizes only
+  int64_t tile;              // tokens held in cache at once
+  int64_t scratch_floats;    // cache-resident floats a thread needs
+  int64_t partial_floats;    // floats of partial sums when a group is split over threads
+  int64_t flops_forward;     // floating-point operations of the two products and the normaliser
+  int64_t flops_backward;
+  int64_t minimum_bytes_forward;  // each input read once, each output written once
+  int64_t minimum_bytes_backward;
+};
+
+EFFATTN_EXPORT ReluLinearAttentionPlan plan(const ReluLinearAttention& problem, Isa isa);
+
+// `sums`: groups x (head_dim, value_dim + 1) floats to keep for the backward pass, or null.
+void forward(const ReluLinearAttention& problem, float* sums, const Parallel& parallel);
+
+// `sums`: those of the forward pass.
+void backward(const ReluLinearAttention& problem, const float* sums, const Parallel& parallel);
+
+// --- what each instruction set provides -------------------------------------------------------------
+
+// Every pass works on one group and a range of tokens, in one thread, in `scratch`.
+struct ReluLinearAttentionPasses {
+  int64_t (*scratch_floats)(int64_t head_dim, int64_t value_dim, int64_t tile);
+  // Writes the sums of keys [begin, end).
+  void (*sum_keys)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
+                   float* sums, float* scratch);
+  // Writes out for queries [begin, end).
+  void (*apply_queries)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
+                        const float* sums, float* scratch);
+  // Writes grad_q for queries [begin, end) and their share of the gradient of the sums.
+  void (*grad_queries)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
+                       const float* sums, float* grad_sums, float* scratch);
+  // Writes grad_k and grad_v for keys [begin, end).
+  void (*grad_keys)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
+                    const float* grad_sums, float* scratch);
+};
+
+const ReluLinearAttentionPasses& relu_linear_attention_passes(Isa isa, DType dtype);
+
+#define EFFATTN_ROW(name, lanes)                                        \
+  namespace name {                                                      \
+  const ReluLinearAttentionPasses& relu_linear_attention_passes(DType); \
+  }
+EFFATTN_ISA_LIST(EFFATTN_ROW)
+#undef EFFATTN_ROW
+
+}  // namespace effattn::cpu

@@ -1,0 +1,207 @@
+// The narrow SIMD layer: one vector type of kLanes floats, its loads and stores in every storage
+// type, and the few operations whose exact semantics matter. Written with compiler vector types, so
+// that the same source serves every instruction set, and a wide source also builds for a narrow one
+// (the compiler then splits each vector); intrinsics stand only where they are much better.
+//
+// Included once per instruction set with EFFATTN_ISA (a name) and EFFATTN_LANES (floats per vector)
+// defined. Everything lives in a namespace of that name and nothing here uses the standard library's
+// code: an inline function shared between instruction sets would be merged by the linker, and the
+// baseline could end up executing AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>  // index_sequence: types only, no code
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "dtype.h"
+
+#define EFFATTN_INLINE inline __attribute__((always_inline))
+
+namespace effattn::cpu::EFFATTN_ISA {
+
+constexpr int kLanes = EFFATTN_LANES;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+// The same types as they may lie in memory: aligned to an element only, aliasing anything.
+typedef float VecMem __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t VecHMem __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+EFFATTN_INLINE Vec broadcast(float x) {
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__) && EFFATTN_LANES == 8
+  return (Vec)_mm256_set1_ps(x);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x;
+  return v;
+#endif
+}
+
+// max(x, 0) that lets NaN through, as torch.relu does: a NaN in the input must not be hidden.
+EFFATTN_INLINE Vec relu(Vec x) {
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  return (Vec)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+#elif defined(__AVX2__) && EFFATTN_LANES == 8
+  return (Vec)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x);
+#elif defined(__SSE2__) && EFFATTN_LANES == 4
+  return (Vec)_mm_max_ps(_mm_setzero_ps(), (__m128)x);
+#elif defined(__aarch64__) && EFFATTN_LANES == 4
+  return (Vec)vmaxq_f32((float32x4_t)x, vdupq_n_f32(0.0f));
+#else
+  return x < 0.0f ? Vec{} : x;
+#endif
+}
+
+// grad where relu'd > 0 or NaN, else 0: what PyTorch's threshold_backward computes. A select, never
+// a product, so that an infinite gradient of a dead unit is dropped.
+EFFATTN_INLINE Vec relu_gate(Vec relu_x, Vec grad) { return relu_x <= 0.0f ? Vec{} : grad; }
+
+EFFATTN_INLINE float horizontal_sum(Vec v) {
+  float s[kLanes];
+  std::memcpy(s, &v, sizeof(s));
+  for (int w = kLanes / 2; w > 0; w /= 2) {
+    for (int i = 0; i < w; ++i) s[i] += s[i + w];
+  }
+  return s[0];
+}
+
+// --- storage types -------------------------------------------------------------------------------
+
+EFFATTN_INLINE Vec half_to_float(VecH h) {
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  return (Vec)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__) && EFFATTN_LANES == 8
+  return (Vec)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__) && EFFATTN_LANES == 4
+  return (Vec)vcvt_f32_f16((float16x4_t)h);
+#else
+  // Integer arithmetic only, so that it holds with denormals flushed too.
+  VecU bits = __builtin_convertvector(h, VecU);
+  VecU magnitude = bits & 0x7fffu;
+  VecU normal = (magnitude << 13) + (112u << 23);
+  normal = magnitude >= 0x7c00u ? normal + (112u << 23) : normal;
+  Vec tiny = __builtin_convertvector((VecI)magnitude, Vec) * 0x1p-24f;
+  VecU out = magnitude < 0x400u ? (VecU)tiny : normal;
+  return (Vec)(out | ((bits & 0x8000u) << 16));
+#endif
+}
+
+EFFATTN_INLINE VecH float_to_half(Vec x) {
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  return (VecH)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && EFFATTN_LANES == 8
+  return (VecH)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__) && EFFATTN_LANES == 4
+  return (VecH)vcvt_f16_f32((float32x4_t)x);
+#else
+  VecU bits = (VecU)x;
+  VecU magnitude = bits & 0x7fffffffu;
+  VecU normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Adding 0.5 lets the adder round to multiples of 2^-24, the spacing of half's subnormals.
+  VecU tiny = (VecU)((Vec)magnitude + 0.5f) - 0x3f000000u;
+  VecU out = magnitude < 0x38800000u ? tiny : normal;
+  out = magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : out;
+  out = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : out;
+  return __builtin_convertvector(out | ((bits >> 16) & 0x8000u), VecH);
+#endif
+}
+
+EFFATTN_INLINE Vec bfloat_to_float(VecH h) { return (Vec)(__builtin_convertvector(h, VecU) << 16); }
+
+EFFATTN_INLINE VecH float_to_bfloat(Vec x) {
+  VecU bits = (VecU)x;
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  rounded = x != x ? VecU{} + 0x7fc0u : rounded;                // rounding could carry NaN into Inf
+  return __builtin_convertvector(rounded, VecH);
+}
+
+EFFATTN_INLINE Vec load(const float* p) { return (Vec)(*reinterpret_cast<const VecMem*>(p)); }
+EFFATTN_INLINE Vec load(const Float16* p) {
+  return half_to_float((VecH)(*reinterpret_cast<const VecHMem*>(p)));
+}
+EFFATTN_INLINE Vec load(const BFloat16* p) {
+  return bfloat_to_float((VecH)(*reinterpret_cast<const VecHMem*>(p)));
+}
+
+EFFATTN_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecMem*>(p) = (VecMem)x; }
+EFFATTN_INLINE void store(Float16* p, Vec x) {
+  *reinterpret_cast<VecHMem*>(p) = (VecHMem)float_to_half(x);
+}
+EFFATTN_INLINE void store(BFloat16* p, Vec x) {
+  *reinterpret_cast<VecHMem*>(p) = (VecHMem)float_to_bfloat(x);
+}
+
+// The first n lanes; lanes behind them read as 0 and are not written. n may be 0 to kLanes.
+template <class T>
+EFFATTN_INLINE Vec load_first(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+#endif
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class T>
+EFFATTN_INLINE void store_first(T* p, Vec x, int64_t n) {
+  if (n >= kLanes) return store(p, x);
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x);
+#endif
+  T lanes[kLanes];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// One element, through the same conversions.
+template <class T>
+EFFATTN_INLINE float load_one(const T* p) {
+  if constexpr (sizeof(T) == 4) return *p;
+  return load_first(p, 1)[0];
+}
+
+template <class T>
+EFFATTN_INLINE void store_one(T* p, float x) {
+  if constexpr (sizeof(T) == 4) {
+    *p = x;
+  } else {
+    store_first(p, broadcast(x), 1);
+  }
+}
+
+// --- transposition -------------------------------------------------------------------------------
+
+// Lane j of an exchange step of width W: pairs of W-lane groups swap across the two rows.
+template <int W, int... J>
+EFFATTN_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, J...>) {
+  Vec low = __builtin_shufflevector(a, b, ((J & W) ? kLanes + J - W : J)...);
+  Vec high = __builtin_shufflevector(a, b, ((J & W) ? kLanes + J : J + W)...);
+  a = low;
+  b = high;
+}
+
+template <int W>
+EFFATTN_INLINE void exchange_steps(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & W) == 0) {
+      exchange<W>(rows[i], rows[i + W], std::make_integer_sequence<int, kLanes>{});
+    }
+  }
+  if constexpr (W * 2 < kLanes) exchange_steps<W * 2>(rows);
+}
+
+// rows[i][j] <-> rows[j][i], kLanes * log2(kLanes) shuffles.
+EFFATTN_INLINE void transpose(Vec (&rows)[kLanes]) { exchange_steps<1>(rows); }
+
+}  // namespace effattn::cpu::EFFATTN_ISA

@@ -1,0 +1,123 @@
+// Tiles: blocks of tokens x channels in float, kept in cache, and the way in and out of tensors of
+// any dtype and any strides. Every other kernel part sees tiles only.
+#pragma once
+
+#include "simd.h"
+
+namespace effattn::cpu::EFFATTN_ISA {
+
+EFFATTN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+EFFATTN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+EFFATTN_INLINE int64_t padded(int64_t n) { return round_up(n, kLanes); }
+
+// A tile is a row-major float matrix. Token-major: a row a token, its columns channels.
+// Channel-major: a row a channel, its columns tokens. Columns are padded to whole vectors.
+struct Tile {
+  float* data;
+  int64_t row_stride;
+  bool channel_major;
+
+  EFFATTN_INLINE float* row(int64_t r) const { return data + r * row_stride; }
+  EFFATTN_INLINE int64_t token_stride() const { return channel_major ? 1 : row_stride; }
+  EFFATTN_INLINE int64_t channel_stride() const { return channel_major ? row_stride : 1; }
+};
+
+// Where a block of tokens lies in a tensor: element strides, already offset to group and token.
+template <class T>
+struct Place {
+  T* data;
+  int64_t token_stride;
+  int64_t channel_stride;
+};
+
+template <bool Relu>
+EFFATTN_INLINE Vec activate(Vec x) {
+  if constexpr (Relu) return relu(x);
+  return x;
+}
+
+// Fills `tile` with `tokens` x `channels` of `from`, relu'd if asked; columns are zero up to a whole
+// vector. Memory that runs along the tile's rows is converted straight; memory that runs across them
+// is transposed in registers; anything else is gathered.
+template <bool Relu, class T>
+inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int64_t channels) {
+  const int64_t rows = tile.channel_major ? channels : tokens;
+  const int64_t cols = tile.channel_major ? tokens : channels;
+  const int64_t row_step = tile.channel_major ? from.channel_stride : from.token_stride;
+  const int64_t col_step = tile.channel_major ? from.token_stride : from.channel_stride;
+  if (col_step == 1 || cols == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* src = from.data + r * row_step;
+      float* dst = tile.row(r);
+      int64_t c = 0;
+      for (; c + kLanes <= cols; c += kLanes) store(dst + c, activate<Relu>(load(src + c)));
+      if (c < cols) store(dst + c, activate<Relu>(load_first(src + c, cols - c)));
+    }
+  } else if (row_step == 1 || rows == 1) {
+    Vec block[kLanes];
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      const int64_t block_cols = smaller(kLanes, cols - c);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        const int64_t block_rows = smaller(kLanes, rows - r);
+        const T* src = from.data + r + c * col_step;
+        if (block_cols == kLanes && block_rows == kLanes) {
+          for (int i = 0; i < kLanes; ++i) block[i] = activate<Relu>(load(src + i * col_step));
+          transpose(block);
+          for (int i = 0; i < kLanes; ++i) store(tile.row(r + i) + c, block[i]);
+        } else {
+          for (int i = 0; i < kLanes; ++i) {
+            block[i] = i < block_cols ? activate<Relu>(load_first(src + i * col_step, block_rows)) : Vec{};
+          }
+          transpose(block);
+          for (int64_t i = 0; i < block_rows; ++i) store(tile.row(r + i) + c, block[i]);
+        }
+      }
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* dst = tile.row(r);
+      const int64_t end = padded(cols);
+      for (int64_t c = 0; c < end; c += kLanes) {
+        float lanes[kLanes] = {};
+        for (int64_t i = 0; i < kLanes && c + i < cols; ++i) {
+          lanes[i] = load_one(from.data + r * row_step + (c + i) * col_step);
+        }
+        store(dst + c, activate<Relu>(load(lanes)));
+      }
+    }
+  }
+}
+
+// The way back: rounds `tokens` x `channels` of `tile` to T. The same three cases.
+template <class T>
+inline void store_tile(const Tile& tile, Place<T> to, int64_t tokens, int64_t channels) {
+  const int64_t rows = tile.channel_major ? channels : tokens;
+  const int64_t cols = tile.channel_major ? tokens : channels;
+  const int64_t row_step = tile.channel_major ? to.channel_stride : to.token_stride;
+  const int64_t col_step = tile.channel_major ? to.token_stride : to.channel_stride;
+  if (col_step == 1 || cols == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* dst = to.data + r * row_step;
+      const float* src = tile.row(r);
+      for (int64_t c = 0; c < cols; c += kLanes) store_first(dst + c, load(src + c), cols - c);
+    }
+  } else if (row_step == 1 || rows == 1) {
+    Vec block[kLanes];
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      const int64_t block_cols = smaller(kLanes, cols - c);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        const int64_t block_rows = smaller(kLanes, rows - r);
+        for (int i = 0; i < kLanes; ++i) block[i] = i < block_rows ? load(tile.row(r + i) + c) : Vec{};
+        transpose(block);
+        T* dst = to.data + r + c * col_step;
+        for (int64_t i = 0; i < block_cols; ++i) store_first(dst + i * col_step, block[i], block_rows);
+      }
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) store_one(to.data + r * row_step + c * col_step, tile.row(r)[c]);
+    }
+  }
+}
+
+}  // namespace effattn::cpu::EFFATTN_ISA
