@@ -18,14 +18,20 @@ namespace effattn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fails with everything streamed together; torch turns it into a RuntimeError.
 template <class... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
   ((text << parts), ...);
   throw std::runtime_error(text.str());
 }
+
+// Unless `condition` holds, fails with the rest streamed together; torch turns it into a RuntimeError.
+// A macro, so that the text is only made when it is needed.
+#define EFFATTN_REQUIRE(condition, ...) \
+  do {                                  \
+    if (!(condition)) [[unlikely]]      \
+      ::effattn::fail(__VA_ARGS__);     \
+  } while (false)
 
 inline std::string shape_text(const Tensor& t) {
   std::ostringstream text;
@@ -37,7 +43,7 @@ inline std::string shape_text(const Tensor& t) {
 
 // The storage type of a CPU kernel's argument. float64 is not among them: the reference serves it.
 inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t) {
-  require(t.is_cpu(), op, ": ", argument, " must be on the CPU");
+  EFFATTN_REQUIRE(t.is_cpu(), op, ": ", argument, " must be on the CPU");
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -53,8 +59,8 @@ inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t)
 
 inline void require_like(const char* op, const char* argument, const Tensor& t, const Tensor& reference,
                          const char* reference_name) {
-  require(t.is_cpu(), op, ": ", argument, " must be on the CPU");
-  require(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have the dtype of ",
+  EFFATTN_REQUIRE(t.is_cpu(), op, ": ", argument, " must be on the CPU");
+  EFFATTN_REQUIRE(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have the dtype of ",
           reference_name);
 }
 
@@ -65,7 +71,7 @@ inline void require_shape(const char* op, const char* argument, const Tensor& t,
   if (same) return;
   std::ostringstream expected;
   for (size_t i = 0; i < shape.size(); ++i) expected << (i ? ", " : "") << shape[i];
-  require(false, op, ": ", argument, " must have shape (", expected.str(), "), got ", shape_text(t));
+  fail(op, ": ", argument, " must have shape (", expected.str(), "), got ", shape_text(t));
 }
 
 // `like`'s shape with another last dimension.

@@ -34,20 +34,29 @@ EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t r
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) acc[r][v] = edge.start(row + r, col + v * kLanes);
   }
-  const float* scalars = a.data + row * a.row_stride;
+  // A pointer for every four rows: the other three are reached by address arithmetic, where a pointer
+  // or an offset for each row would not fit the general registers.
+  const float* scalars[(R + 3) / 4];
+  for (int r = 0; r < R; r += 4) scalars[r / 4] = a.data + (row + r) * a.row_stride;
   const float* vectors = b.data + col;
   for (int64_t p = 0; p < depth; ++p) {
     Vec line[V];
     for (int v = 0; v < V; ++v) line[v] = load(vectors + v * kLanes);
     for (int r = 0; r < R; ++r) {
-      const Vec scalar = broadcast(scalars[r * a.row_stride]);
+      const Vec scalar = broadcast(scalars[r / 4][r % 4 * a.row_stride]);
       for (int v = 0; v < V; ++v) acc[r][v] += scalar * line[v];
     }
-    scalars += a.step;
+    for (int r = 0; r < R; r += 4) scalars[r / 4] += a.step;
     vectors += b.row_stride;
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) edge.finish(row + r, col + v * kLanes, acc[r][v]);
+  if (edge.whole(col + V * kLanes)) {
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) edge.template finish<true>(row + r, col + v * kLanes, acc[r][v]);
+    }
+  } else {
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) edge.template finish<false>(row + r, col + v * kLanes, acc[r][v]);
+    }
   }
 }
 
@@ -62,7 +71,8 @@ EFFATTN_INLINE void product_rows(int64_t& row, int64_t rows, Scalars a, Vectors 
   if constexpr (R > 1) product_rows<R / 2>(row, rows, a, b, depth, col, vectors, edge);
 }
 
-// `edge.start(row, col)` gives the initial vector, `edge.finish(row, col, acc)` takes the result.
+// `edge.start(row, col)` gives the initial vector, `edge.finish<Whole>(row, col, acc)` takes the result;
+// `edge.whole(end)` tells whether columns up to `end` may be written as whole vectors.
 // `cols` counts floats and is rounded up to whole vectors.
 template <class Edge>
 inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge) {
@@ -79,6 +89,8 @@ struct AddTo {
   float* data;
   int64_t row_stride;
   EFFATTN_INLINE Vec start(int64_t row, int64_t col) const { return load(data + row * row_stride + col); }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+  template <bool>
   EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
     store(data + row * row_stride + col, acc);
   }
@@ -89,6 +101,8 @@ struct WriteTo {
   float* data;
   int64_t row_stride;
   EFFATTN_INLINE Vec start(int64_t, int64_t) const { return Vec{}; }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+  template <bool>
   EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
     store(data + row * row_stride + col, acc);
   }

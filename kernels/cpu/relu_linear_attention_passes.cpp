@@ -79,20 +79,23 @@ struct Sums {
   }
 
   void clear() const {
-    for (int64_t i = 0; i < head_dim * stride; ++i) matrix[i] = 0.0f;
-    for (int64_t i = 0; i < head_dim; ++i) z[i] = 0.0f;
+    for (int64_t i = 0; i < head_dim * stride; i += kLanes) store(matrix + i, Vec{});
+    for (int64_t i = 0; i < head_dim; i += kLanes) store(z + i, Vec{});
   }
   // The packed form that crosses passes: (head_dim, value_dim + 1), z in the last column.
   void read(const float* packed) const {
     for (int64_t d = 0; d < head_dim; ++d, packed += value_dim + 1) {
-      for (int64_t e = 0; e < value_dim; ++e) matrix[d * stride + e] = packed[e];
-      for (int64_t e = value_dim; e < stride; ++e) matrix[d * stride + e] = 0.0f;
+      for (int64_t e = 0; e < stride; e += kLanes) {
+        store(matrix + d * stride + e, load_first(packed + e, value_dim - e));
+      }
       z[d] = packed[value_dim];
     }
   }
   void write(float* packed) const {
     for (int64_t d = 0; d < head_dim; ++d, packed += value_dim + 1) {
-      for (int64_t e = 0; e < value_dim; ++e) packed[e] = matrix[d * stride + e];
+      for (int64_t e = 0; e < stride; e += kLanes) {
+        store_first(packed + e, load(matrix + d * stride + e), value_dim - e);
+      }
       packed[value_dim] = z[d];
     }
   }
@@ -119,14 +122,18 @@ void accumulate(const Sums& sums, const Tile& a, const Tile& b, int64_t tokens) 
 // z += sum over tokens of a * weight; a null weight counts as ones.
 void accumulate_normaliser(const Sums& sums, const Tile& a, const float* weight, int64_t tokens) {
   if (a.channel_major) {
-    for (int64_t d = 0; d < sums.head_dim; ++d) {
-      Vec total = {};
-      for (int64_t t = 0; t < tokens; t += kLanes) {
-        // Only the tile's own tokens: behind them a weight may be 0 / 0.
-        const Vec x = load_first(a.row(d) + t, tokens - t);
-        total += weight != nullptr ? x * load_first(weight + t, tokens - t) : x;
+    Vec totals[kLanes];
+    for (int64_t d = 0; d < sums.head_dim; d += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        totals[i] = Vec{};
+        if (d + i >= sums.head_dim) continue;
+        for (int64_t t = 0; t < tokens; t += kLanes) {
+          // Only the tile's own tokens: behind them a weight may be 0 / 0.
+          const Vec x = load_first(a.row(d + i) + t, tokens - t);
+          totals[i] += weight != nullptr ? x * load_first(weight + t, tokens - t) : x;
+        }
       }
-      sums.z[d] += horizontal_sum(total);
+      store(sums.z + d, load(sums.z + d) + sum_lanes(totals));
     }
   } else {
     for (int64_t d = 0; d < sums.head_dim; d += kLanes) {
@@ -167,11 +174,7 @@ void dot_channels(float* out, const Tile& a, const Tile* other, const float* z, 
           lane_sums[i] += load(a.row(t + i) + c) * load(other != nullptr ? other->row(t + i) + c : z + c);
         }
       }
-      transpose(lane_sums);
-      for (int w = kLanes / 2; w > 0; w /= 2) {
-        for (int i = 0; i < w; ++i) lane_sums[i] += lane_sums[i + w];
-      }
-      store(out + t, lane_sums[0]);
+      store(out + t, sum_lanes(lane_sums));
     }
   }
 }
@@ -195,9 +198,16 @@ struct ScaledStore {
   int64_t cols;
   const float* scale;  // per token
   EFFATTN_INLINE Vec start(int64_t, int64_t) const { return Vec{}; }
+  EFFATTN_INLINE bool whole(int64_t end) const { return end <= cols; }
+  template <bool Whole>
   EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
     const Vec factor = ChannelMajor ? load(scale + col) : broadcast(scale[row]);
-    store_first(data + row * row_stride + col, acc * factor, cols - col);
+    T* const at = data + row * row_stride + col;
+    if constexpr (Whole) {
+      store(at, acc * factor);
+    } else {
+      store_first(at, acc * factor, cols - col);
+    }
   }
 };
 
@@ -210,6 +220,8 @@ struct GatedWrite {
   EFFATTN_INLINE Vec start(int64_t row, int64_t col) const {
     return ChannelMajor ? broadcast(z[row]) : load(z + col);
   }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+  template <bool>
   EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
     store(to.row(row) + col, relu_gate(load(relu_input.row(row) + col), acc));
   }

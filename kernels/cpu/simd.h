@@ -66,15 +66,6 @@ EFFATTN_INLINE Vec relu(Vec x) {
 // a product, so that an infinite gradient of a dead unit is dropped.
 EFFATTN_INLINE Vec relu_gate(Vec relu_x, Vec grad) { return relu_x <= 0.0f ? Vec{} : grad; }
 
-EFFATTN_INLINE float horizontal_sum(Vec v) {
-  float s[kLanes];
-  std::memcpy(s, &v, sizeof(s));
-  for (int w = kLanes / 2; w > 0; w /= 2) {
-    for (int i = 0; i < w; ++i) s[i] += s[i + w];
-  }
-  return s[0];
-}
-
 // --- storage types -------------------------------------------------------------------------------
 
 EFFATTN_INLINE Vec half_to_float(VecH h) {
@@ -182,26 +173,55 @@ EFFATTN_INLINE void store_one(T* p, float x) {
 
 // --- transposition -------------------------------------------------------------------------------
 
-// Lane j of an exchange step of width W: pairs of W-lane groups swap across the two rows.
-template <int W, int... J>
-EFFATTN_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, J...>) {
-  Vec low = __builtin_shufflevector(a, b, ((J & W) ? kLanes + J - W : J)...);
-  Vec high = __builtin_shufflevector(a, b, ((J & W) ? kLanes + J : J + W)...);
-  a = low;
-  b = high;
-}
-
-template <int W>
-EFFATTN_INLINE void exchange_steps(Vec (&rows)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    if ((i & W) == 0) {
-      exchange<W>(rows[i], rows[i + W], std::make_integer_sequence<int, kLanes>{});
+// rows[i][j] <-> rows[j][i], in the steps that x86 has single instructions for: 4 x 4 blocks inside
+// each 128-bit lane first, then whole lanes change places.
+template <int... J>
+EFFATTN_INLINE void transpose_rows(Vec (&rows)[kLanes], std::integer_sequence<int, J...>) {
+  for (int i = 0; i < kLanes; i += 4) {
+    const Vec a = rows[i], b = rows[i + 1], c = rows[i + 2], d = rows[i + 3];
+    // unpack: a0 b0 a1 b1 and a2 b2 a3 b3 of each lane
+    const Vec ab_low = __builtin_shufflevector(a, b, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes)...);
+    const Vec ab_high = __builtin_shufflevector(a, b, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes + 2)...);
+    const Vec cd_low = __builtin_shufflevector(c, d, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes)...);
+    const Vec cd_high = __builtin_shufflevector(c, d, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes + 2)...);
+    // pairs: the first, then the second two elements of each lane
+    rows[i] = __builtin_shufflevector(ab_low, cd_low, (J % 4 < 2 ? J : J - 2 + kLanes)...);
+    rows[i + 1] = __builtin_shufflevector(ab_low, cd_low, (J % 4 < 2 ? J + 2 : J + kLanes)...);
+    rows[i + 2] = __builtin_shufflevector(ab_high, cd_high, (J % 4 < 2 ? J : J - 2 + kLanes)...);
+    rows[i + 3] = __builtin_shufflevector(ab_high, cd_high, (J % 4 < 2 ? J + 2 : J + kLanes)...);
+  }
+  // The even or the odd lanes of two vectors, one vector's behind the other's.
+  const auto even = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4)...); };
+  const auto odd = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4 + 4)...); };
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kLanes == 8) {
+      const Vec a = rows[i], b = rows[i + 4];
+      rows[i] = even(a, b);
+      rows[i + 4] = odd(a, b);
+    }
+    if constexpr (kLanes == 16) {
+      const Vec low_even = even(rows[i], rows[i + 4]), low_odd = odd(rows[i], rows[i + 4]);
+      const Vec high_even = even(rows[i + 8], rows[i + 12]), high_odd = odd(rows[i + 8], rows[i + 12]);
+      rows[i] = even(low_even, high_even);
+      rows[i + 4] = even(low_odd, high_odd);
+      rows[i + 8] = odd(low_even, high_even);
+      rows[i + 12] = odd(low_odd, high_odd);
     }
   }
-  if constexpr (W * 2 < kLanes) exchange_steps<W * 2>(rows);
 }
 
-// rows[i][j] <-> rows[j][i], kLanes * log2(kLanes) shuffles.
-EFFATTN_INLINE void transpose(Vec (&rows)[kLanes]) { exchange_steps<1>(rows); }
+EFFATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
+  static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16);
+  transpose_rows(rows, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Lane i of the result is the sum over the lanes of rows[i], always in the same order.
+EFFATTN_INLINE Vec sum_lanes(Vec (&rows)[kLanes]) {
+  transpose(rows);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
+  }
+  return rows[0];
+}
 
 }  // namespace effattn::cpu::EFFATTN_ISA

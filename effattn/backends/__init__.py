@@ -1,0 +1,14 @@
+"""The backends, in the order in which the registry asks them.
+
+A backend says what it supports and how it is launched. ``functions`` maps an operator's name to its
+launch: for a fused backend the three operators of :class:`Fused`, for the reference a plain function.
+"""
+
+from __future__ import annotations
+
+from effattn.backends import cpu, reference
+from effattn.backends._base import Backend, Fused
+
+ORDER: tuple[Backend, ...] = (cpu.BACKEND, reference.BACKEND)
+
+__all__ = ["ORDER", "Backend", "Fused"]

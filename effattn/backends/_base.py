@@ -1,0 +1,31 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Fused(NamedTuple):
+    """The torch operators behind one function of a backend with kernels of its own.
+
+    ``inference`` returns the output alone and has no autograd formula; ``forward`` returns what the
+    backward needs beside it and has one.
+    """
+
+    inference: Callable[..., torch.Tensor]
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+
+
+class Backend(NamedTuple):
+    """A way to compute; see :mod:`effattn.registry` for how one is chosen."""
+
+    name: str
+    #: Why nothing can be served on this machine, or None.
+    unavailable: Callable[[], str | None]
+    #: Every reason why (op, device type, dtype) cannot be served.
+    reasons: Callable[[str, str, torch.dtype], list[str]]
+    #: By operator: a Fused, or a function of differentiable torch operations.
+    functions: Mapping[str, Fused | Callable[..., torch.Tensor]]

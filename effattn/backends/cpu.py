@@ -1,0 +1,43 @@
+"""The SIMD kernels of kernels/cpu, as torch operators of libeffattn."""
+
+from __future__ import annotations
+
+import torch
+
+from effattn import _library
+from effattn.backends._base import Backend, Fused
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _functions() -> dict[str, Fused]:
+    if _library.error is not None:
+        return {}
+    ops = torch.ops.effattn
+    return {
+        "relu_linear_attention": Fused(
+            inference=ops.relu_linear_attention.default,
+            forward=ops.relu_linear_attention_forward.default,
+        ),
+    }
+
+
+_FUNCTIONS = _functions()
+
+
+def _unavailable() -> str | None:
+    return _library.error
+
+
+def _reasons(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    reasons = []
+    if op not in _FUNCTIONS:
+        reasons.append(f"has no {op}")
+    if device != "cpu":
+        reasons.append(f"takes CPU tensors, not {device}")
+    if dtype not in DTYPES:
+        reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+    return reasons
+
+
+BACKEND = Backend("cpu", _unavailable, _reasons, _FUNCTIONS)

@@ -1,0 +1,1 @@
+"""One file an operator: what torch must know about it, and the choice of its backend."""

@@ -1,0 +1,106 @@
+"""relu_linear_attention as torch sees it: fake kernels, autograd, and the choice of the backend.
+
+Two operators compute the same: ``effattn::relu_linear_attention`` for inference carries no autograd
+formula, because a formula in Python triples the cost of a call that needs none;
+``effattn::relu_linear_attention_forward`` also returns the sums that the backward needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from effattn import _library, registry
+from effattn.backends import Fused, reference
+from effattn.ops._memory import empty_in_order_of
+
+NAME = "relu_linear_attention"
+
+
+def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
+    function = registry.choose(NAME, q.device.type, q.dtype).functions[NAME]
+    if not isinstance(function, Fused):
+        _check_sizes(q, k, v)  # plain operations would broadcast instead of complaining
+        return function(q, k, v, eps)
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        # torch.func and forward mode differentiate through plain operations, never through a kernel.
+        return reference.relu_linear_attention(q, k, v, eps)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return function.forward(q, k, v, eps)[0]
+    return function.inference(q, k, v, eps)
+
+
+def _check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    torch._check(q.dim() >= 2 and k.dim() == q.dim() and v.dim() == q.dim(), lambda: "q, k, v must have one rank >= 2")
+    torch._check(q.shape[:-2] == k.shape[:-2] and q.shape[:-2] == v.shape[:-2], lambda: "leading sizes must agree")
+    torch._check(k.shape[-1] == q.shape[-1], lambda: "k must have the head_dim of q")
+    torch._check(v.shape[-2] == k.shape[-2], lambda: "v must have as many tokens as k")
+    torch._check(q.dtype == k.dtype and q.dtype == v.dtype, lambda: "q, k and v must have one dtype")
+
+
+def _fake_inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    _check_sizes(q, k, v)
+    return empty_in_order_of(q, (*q.shape[:-1], v.shape[-1]))
+
+
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _fake_inference(q, k, v, eps)
+    sums = q.new_empty((*q.shape[:-2], q.shape[-1], v.shape[-1] + 1), dtype=torch.float32)
+    return out, sums
+
+
+def _fake_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(empty_in_order_of(like, like.shape) for like in (q, k, v))  # type: ignore[return-value]  # three
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, ctx.eps = inputs
+    ctx.save_for_backward(q, k, v, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    if grad_out is None:
+        return None, None, None, None
+    q, k, v, sums = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this again
+        return *_differentiable_backward(grad_out, q, k, v, ctx.eps), None
+    return *torch.ops.effattn.relu_linear_attention_backward(grad_out, q, k, v, sums, ctx.eps), None
+
+
+def _differentiable_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients as plain operations, so that they have derivatives of every order themselves."""
+    at_least = torch.promote_types(q.dtype, torch.float32)
+    grad = grad_out.to(at_least)
+    a, b, c = q.to(at_least).relu(), k.to(at_least).relu(), v.to(at_least)
+    kv, k_sum = b.mT @ c, b.sum(-2, keepdim=True)
+    denominator = (a * k_sum).sum(-1, keepdim=True) + eps
+    grad_numerator = grad / denominator
+    grad_denominator = -(grad_numerator * ((a @ kv) / denominator)).sum(-1, keepdim=True)
+    grad_kv = a.mT @ grad_numerator
+    grad_a = grad_numerator @ kv.mT + grad_denominator * k_sum
+    grad_b = c @ grad_kv.mT + (a * grad_denominator).sum(-2, keepdim=True)
+    return (
+        torch.where(a > 0, grad_a, 0.0).to(q.dtype),
+        torch.where(b > 0, grad_b, 0.0).to(k.dtype),
+        (b @ grad_kv).to(v.dtype),
+    )
+
+
+if _library.error is None:
+    torch.library.register_fake("effattn::relu_linear_attention", _fake_inference)
+    torch.library.register_fake("effattn::relu_linear_attention_forward", _fake_forward)
+    torch.library.register_fake("effattn::relu_linear_attention_backward", _fake_backward)
+    torch.library.register_autograd("effattn::relu_linear_attention_forward", _backward, setup_context=_save)

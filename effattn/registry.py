@@ -1,0 +1,105 @@
+"""Which backend serves a call: a pure function of the operator, the device and the dtype.
+
+One check both chooses and explains: a backend answers with every reason why it cannot serve, and no
+reason means that it can. The first that can, in ``ORDER``, does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from effattn.backends import ORDER, Backend
+
+ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of :func:`backends`: ``reason`` is None where the backend can serve on this machine."""
+
+    name: str
+    reason: str | None
+
+    @property
+    def available(self) -> bool:
+        return self.reason is None
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend in the order of preference, with the reason why it cannot serve here, if any."""
+    return [BackendStatus(backend.name, backend.unavailable()) for backend in ORDER]
+
+
+def _named(name: str, asked_by: str) -> Backend:
+    for backend in ORDER:
+        if backend.name == name:
+            return backend
+    names = ", ".join(repr(backend.name) for backend in ORDER)
+    raise ValueError(f"{asked_by}: expected one of {names}, got {name!r}")
+
+
+# The backend that use_backend() or the environment asks for; None lets the registry pick.
+_forced: str | None = None
+if os.environ.get(ENVIRONMENT_VARIABLE):
+    _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
+
+# What choose() found, for eager calls; emptied when the choice may change.
+_chosen: dict[tuple[str, str, torch.dtype], Backend] = {}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every call inside the block, in all threads.
+
+    Args:
+        name: ``"cpu"`` or ``"reference"`` (see :func:`backends`).
+
+    Raises:
+        ValueError: for an unknown name. A call that the backend cannot serve raises
+            :class:`RuntimeError` with all its reasons.
+    """
+    global _forced
+    before = _forced
+    _forced = _named(name, "use_backend").name
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _chosen.clear()
+
+
+def _reasons(backend: Backend, op: str, device: str, dtype: torch.dtype) -> list[str]:
+    unavailable = backend.unavailable()
+    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype)
+
+
+def _choose(op: str, device: str, dtype: torch.dtype) -> Backend:
+    candidates = ORDER if _forced is None else (_named(_forced, "use_backend"),)
+    refusals = []
+    for backend in candidates:
+        reasons = _reasons(backend, op, device, dtype)
+        if not reasons:
+            return backend
+        refusals.append(f"  {backend.name}: {'; '.join(reasons)}")
+    raise RuntimeError(f"effattn.{op}: no backend can serve {dtype} on {device}:\n" + "\n".join(refusals))
+
+
+def choose(op: str, device: str, dtype: torch.dtype) -> Backend:
+    """The backend that serves ``op`` for tensors of ``dtype`` on a device of type ``device``.
+
+    Raises:
+        RuntimeError: if none can, listing every candidate with all its reasons.
+    """
+    if torch.compiler.is_compiling():  # a table that grows would be a guard that fails
+        return _choose(op, device, dtype)
+    key = (op, device, dtype)
+    backend = _chosen.get(key)
+    if backend is None:
+        backend = _chosen[key] = _choose(op, device, dtype)
+    return backend

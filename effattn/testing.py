@@ -1,0 +1,162 @@
+"""What tests, benchmarks and the demo share: operator cases, inputs, tolerances, and model loading.
+
+Nothing here is needed to use effattn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from effattn.backends import reference
+
+#: Memory orders of (..., tokens, channels): channels contiguous, tokens contiguous, and a view in which
+#: neither is.
+LAYOUTS = ("token_major", "channel_major", "strided")
+
+
+def make_tensor(
+    *sizes: int, layout: str = "token_major", dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0
+) -> torch.Tensor:
+    """A reproducible normal tensor (..., tokens, channels) in one of ``LAYOUTS``."""
+    generator = torch.Generator().manual_seed(seed + sum((i + 1) * size for i, size in enumerate(sizes)))
+    *lead, tokens, channels = sizes
+    if layout == "token_major":
+        values = torch.randn(*lead, tokens, channels, generator=generator)
+        return (values * scale).to(dtype)
+    if layout == "channel_major":
+        values = torch.randn(*lead, channels, tokens, generator=generator)
+        return (values * scale).to(dtype).transpose(-1, -2)
+    if layout == "strided":
+        values = torch.randn(*lead, tokens * 2, channels * 3, generator=generator)
+        return (values * scale).to(dtype)[..., ::2, ::3]
+    raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
+
+
+# --- relu_linear_attention ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A benchmark shape of relu_linear_attention: ``heads`` includes the scales, N = height * width."""
+
+    name: str
+    batch: int
+    heads: int
+    head_dim: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    def qkv(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
+        """(B, heads, 3 D, N), what LiteMLA's convolutions leave behind."""
+        qkv = make_tensor(self.batch, self.heads, 3 * self.head_dim, self.tokens, dtype=dtype)
+        return qkv.requires_grad_(requires_grad)
+
+
+#: The shapes of real models, from small to large.
+ATTENTION_CASES = (
+    AttentionCase("b1 stage 3 @224", 1, 16, 16, 14, 14),
+    AttentionCase("b1 stage 4 @224", 1, 32, 16, 7, 7),
+    AttentionCase("b3 stage 3 @224, batch 16", 16, 32, 32, 14, 14),
+    AttentionCase("l2 SAM stage 4 @1024", 1, 32, 32, 32, 32),
+    AttentionCase("b1 stage 4 @1024x2048", 1, 32, 16, 32, 64),
+    AttentionCase("b1 stage 3 @1024x2048", 1, 16, 16, 64, 128),
+    AttentionCase("l2 stage 4 @1024x2048", 1, 32, 32, 32, 64),
+    AttentionCase("Sana @1024, batch 2", 2, 70, 32, 32, 32),
+)
+
+
+def split_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v as (B, heads, N, D) views of (B, heads, 3 D, N)."""
+    q, k, v = qkv.transpose(-1, -2).chunk(3, dim=-1)
+    return q, k, v
+
+
+#: Relative error (norm) of float32 results that a forward and a gradient may have against float64.
+FLOAT32_FORWARD_TOLERANCE = 2e-6
+FLOAT32_GRADIENT_TOLERANCE = 1e-5
+
+
+def error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    """The norm of the difference, absolute."""
+    return torch.linalg.vector_norm(result.double() - truth).item()
+
+
+def allowed_error(plain: torch.Tensor, truth: torch.Tensor, tolerance: float) -> float:
+    """What the norm of an error may be: that of the plain formulation in the same dtype, or ``tolerance``.
+
+    ``plain`` is the plain PyTorch formulation with its upcast to float32; the few per cent on top stand
+    for two roundings of the same value that fall to different sides. ``tolerance`` is relative to the
+    truth and counts for float32 only; for narrower types nothing but the plain formulation does.
+    """
+    allowed = 1.02 * error(plain, truth)
+    if plain.dtype == torch.float32:
+        allowed = max(allowed, tolerance * torch.linalg.vector_norm(truth).item())
+    return allowed + math.ulp(0.0)
+
+
+def reference_with_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """(out, grad_q, grad_k, grad_v) of the reference with all arguments in ``dtype``."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    out = reference.relu_linear_attention(*leaves, eps)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+def import_timm() -> ModuleType:
+    """timm, where torchvision's compiled half does not load as well.
+
+    timm needs torchvision's Python half only, and that half needs the names of its compiled operators to
+    exist. Where they do not, they are declared, without an implementation, before the import.
+    """
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError, OSError, AttributeError):
+        _declare_torchvision_operators()
+        return importlib.import_module("timm")
+
+
+_declared: list[torch.library.Library] = []  # a Library withdraws its names when it is collected
+
+
+def _declare_torchvision_operators() -> None:
+    import re
+    import sys
+    from importlib.metadata import files
+
+    for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
+        del sys.modules[name]
+    source = next(f for f in files("torchvision") or () if f.name == "_meta_registrations.py").read_text()
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in {"nms", "qnms", *re.findall(r'register_meta\("(\w+)"', source)}:
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor x) -> Tensor")
+    _declared.append(library)
+
+
+def randomise_batch_norm(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gives every BatchNorm statistics and parameters that would show an error in folding them."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            with torch.no_grad():
+                for tensor, low, high in (
+                    (module.running_mean, -0.3, 0.3),
+                    (module.running_var, 0.5, 1.5),
+                    (module.weight, 0.5, 1.5),
+                    (module.bias, -0.3, 0.3),
+                ):
+                    if tensor is not None:
+                        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
