@@ -90,17 +90,36 @@ def error(result: torch.Tensor, truth: torch.Tensor) -> float:
     return torch.linalg.vector_norm(result.double() - truth).item()
 
 
-def allowed_error(plain: torch.Tensor, truth: torch.Tensor, tolerance: float) -> float:
+def allowed_error(plain: torch.Tensor, truth: torch.Tensor, tolerance: float, cancelled: float = 0.0) -> float:
     """What the norm of an error may be: that of the plain formulation in the same dtype, or ``tolerance``.
 
-    ``plain`` is the plain PyTorch formulation with its upcast to float32; the few per cent on top stand
-    for two roundings of the same value that fall to different sides. ``tolerance`` is relative to the
-    truth and counts for float32 only; for narrower types nothing but the plain formulation does.
+    Args:
+        plain: the plain PyTorch formulation with its upcast to float32; the few per cent on top stand for
+            roundings of the same value that fall to different sides.
+        truth: the same in float64.
+        tolerance: relative to the truth; counts for float32 only, narrower types have but the plain
+            formulation to measure up to.
+        cancelled: the norm of the absolute values of what the result is a difference of. Where hardly
+            anything is left of it (with one channel, gradients vanish identically), two units in the last
+            place of float32, in which every dtype is summed, are rounding noise that no order of
+            summation avoids.
     """
-    allowed = 1.02 * error(plain, truth)
+    allowed = max(1.02 * error(plain, truth), 2 * 2.0**-24 * cancelled)
     if plain.dtype == torch.float32:
         allowed = max(allowed, tolerance * torch.linalg.vector_norm(truth).item())
     return allowed + math.ulp(0.0)
+
+
+def cancelled_terms(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor, eps: float
+) -> dict[str, float]:
+    """``cancelled`` of :func:`allowed_error` for the gradients that are differences."""
+    relu_q, relu_k, abs_v, abs_grad = q.double().relu(), k.double().relu(), v.double().abs(), grad_out.double().abs()
+    grad_numerator = abs_grad / (relu_q @ relu_k.sum(-2).unsqueeze(-1) + eps)
+    # Gated like the gradients: a query that is zero everywhere divides by eps, and is dropped.
+    grad_q = grad_numerator @ (relu_k.mT @ abs_v).mT * (relu_q > 0)
+    grad_k = abs_v @ (relu_q.mT @ grad_numerator).mT * (relu_k > 0)
+    return {"grad_q": grad_q.norm().item(), "grad_k": grad_k.norm().item()}
 
 
 def reference_with_gradients(

@@ -1,0 +1,46 @@
+"""Fixtures for all tests. No model library and no compiler is needed by what stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import effattn  # noqa: F401  (a broken installation should fail here, once)
+from effattn import _library
+
+if _library._C is None:
+    raise RuntimeError(f"the compiled library is missing: {_library.error}")
+
+_C = _library._C
+
+
+@pytest.fixture(params=[row["name"] for row in _C.isas()])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set compiled in, in use for the test."""
+    if not next(row["supported"] for row in _C.isas() if row["name"] == request.param):
+        pytest.skip(f"this processor has no {request.param}; its logic runs as avx2_wide")
+    before = _C.active_isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def poisoned_allocations() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element that is never written cannot pass."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,283 @@
+"""relu_linear_attention against float64: sizes, layouts, dtypes, instruction sets, extreme values.
+
+Also run under sanitizers and, cross-compiled, under emulation; so nothing here compiles or needs a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+
+import pytest
+import torch
+
+from effattn import _library, relu_linear_attention
+from effattn.backends import reference
+from effattn.testing import (
+    FLOAT32_FORWARD_TOLERANCE,
+    FLOAT32_GRADIENT_TOLERANCE,
+    LAYOUTS,
+    allowed_error,
+    cancelled_terms,
+    error,
+    make_tensor,
+    reference_with_gradients,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-15
+NAMES = ("out", "grad_q", "grad_k", "grad_v")
+
+
+def fused(q, k, v, grad_out, eps=EPS):
+    """(out, grad_q, grad_k, grad_v) of the operator under test."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = relu_linear_attention(*leaves, eps=eps)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+def check(q, k, v, grad_out, eps=EPS):
+    """Compares output and gradients with float64, allowing what the plain formulation needs itself."""
+    truth = reference_with_gradients(q, k, v, grad_out, eps, torch.float64)
+    plain = reference_with_gradients(q, k, v, grad_out, eps, q.dtype)
+    cancelled = cancelled_terms(q, k, v, grad_out, eps)
+    results = fused(q, k, v, grad_out, eps)
+    with torch.no_grad():
+        assert torch.equal(relu_linear_attention(q, k, v, eps=eps), results[0]), "inference differs from training"
+    for name, result, expected, baseline in zip(NAMES, results, truth, plain, strict=True):
+        assert result.dtype == q.dtype
+        assert result.shape == expected.shape
+        tolerance = FLOAT32_FORWARD_TOLERANCE if name == "out" else FLOAT32_GRADIENT_TOLERANCE
+        allowed = allowed_error(baseline, expected, tolerance, cancelled.get(name, 0.0))
+        assert error(result, expected) <= allowed, name
+    return results
+
+
+def problem(lead, queries, keys, head_dim, value_dim, dtype, layouts, scale=1.0):
+    q_layout, k_layout, v_layout, grad_layout = layouts
+    return (
+        make_tensor(*lead, queries, head_dim, layout=q_layout, dtype=dtype, scale=scale, seed=1),
+        make_tensor(*lead, keys, head_dim, layout=k_layout, dtype=dtype, scale=scale, seed=2),
+        make_tensor(*lead, keys, value_dim, layout=v_layout, dtype=dtype, scale=scale, seed=3),
+        make_tensor(*lead, queries, value_dim, layout=grad_layout, dtype=dtype, seed=4),
+    )
+
+
+SIZES = [  # (queries, keys, head_dim, value_dim)
+    (196, 196, 16, 16),
+    (49, 49, 32, 32),
+    (5, 300, 7, 9),
+    (300, 17, 33, 20),
+    (64, 64, 128, 128),
+    (2, 2, 130, 3),
+    (2100, 2100, 8, 8),  # two chunks
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_against_float64(isa, dtype, size, layout):
+    check(*problem((2, 3), *size, dtype, (layout,) * 4))
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS[:2], repeat=4)), ids="-".join)
+def test_every_mix_of_layouts(isa, layouts):
+    check(*problem((2,), 37, 41, 16, 24, torch.float32, layouts))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_every_remainder_of_tokens(isa, layout):
+    """Each number of tokens around a vector, a register block and a tile."""
+    tile = _library._C.relu_linear_attention_plan(
+        groups=1, queries=4096, keys=4096, head_dim=16, value_dim=16, dtype="float32"
+    )["tile"]
+    for tokens in [*range(1, 50), *range(tile - 2, tile + 18)]:
+        check(*problem((), tokens, tokens, 16, 16, torch.float32, (layout,) * 4))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_every_remainder_of_channels(isa, layout):
+    for channels in range(1, 50):
+        check(*problem((), 20, 20, channels, 50 - channels, torch.float32, (layout,) * 4))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 1, 3)], ids=str)
+def test_leading_dimensions(isa, lead):
+    check(*problem(lead, 20, 24, 16, 8, torch.float32, ("channel_major",) * 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        (0, 4, 3, 3),
+        (4, 0, 3, 3),
+        (4, 4, 0, 3),
+        (4, 4, 3, 0),
+        (0, 0, 0, 0),
+        (1, 1, 1, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lead", [(), (2,), (0,), (3, 0)], ids=str)
+def test_empty_and_single(isa, dtype, size, lead):
+    check(*problem(lead, *size, dtype, ("token_major",) * 4))
+
+
+def test_strides_of_real_callers(isa):
+    """Slices of a fused qkv tensor, heads inside of tokens, and expanded heads: nothing is copied."""
+    qkv = make_tensor(2, 50, 3 * 4 * 16)
+    heads_inside = qkv.unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, D)
+    q, k, v = heads_inside.unbind(0)
+    out, grad_q, _, _ = check(q, k, v, torch.ones_like(q))
+    assert out.transpose(1, 2).is_contiguous(), "the reshape to (B, N, C) must be free"
+    assert grad_q.transpose(1, 2).is_contiguous()
+    channel_major = make_tensor(2, 4, 48, 50).transpose(-1, -2).chunk(3, dim=-1)
+    out, *_ = check(*channel_major, torch.ones(2, 4, 50, 16))
+    assert out.transpose(-1, -2).is_contiguous(), "the reshape to (B, C, H, W) must be free"
+    shared = make_tensor(1, 30, 16).expand(4, 30, 16)
+    check(make_tensor(4, 20, 16), shared, shared, torch.ones(4, 20, 16))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_float16_in_its_whole_range(isa, layout):
+    """Sums reach 1e14 here; the official formulation overflows in float16."""
+    tokens, dim = 16384, 16
+    q, k, v, grad_out = problem((1,), tokens, tokens, dim, dim, torch.float32, (layout,) * 4, scale=3e4)
+    limit = torch.finfo(torch.float16).max
+    q, k, v = (t.clamp(-limit, limit).to(torch.float16) for t in (q, k, v))
+    assert q.abs().max() == limit
+    results = check(q, k, v, grad_out.to(torch.float16))
+    assert all(result.isfinite().all() for result in results)
+    assert results[0].abs().max() > 0
+
+
+def test_float16_activations_of_1e4(isa):
+    q, k, v, grad_out = problem((2,), 16384, 16384, 32, 32, torch.float32, ("channel_major",) * 4, scale=1e4)
+    half = [t.to(torch.float16) for t in (q, k, v, grad_out)]
+    results = check(*half)
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_queries_whose_relu_is_zero(isa, layout):
+    """0 / (0 + eps) is 0, and so are its gradients; not NaN, however small eps is."""
+    q, k, v, grad_out = problem((2,), 70, 70, 16, 16, torch.float32, (layout,) * 4)
+    results = fused(-q.abs(), k, v, grad_out)
+    for name, result in zip(NAMES, results, strict=True):
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
+def test_eps_zero_is_the_plain_quotient(isa):
+    q, k, v, grad_out = problem((2,), 45, 45, 16, 16, torch.float32, ("channel_major",) * 4)
+    check(q.abs() + 0.1, k.abs() + 0.1, v, grad_out, eps=0.0)
+    out = relu_linear_attention(-q.abs(), k, v, eps=0.0)
+    assert out.isnan().all(), "0 / 0, as in the reference"
+
+
+def test_eps_matters(isa):
+    q, k, v, grad_out = problem((2,), 45, 45, 16, 16, torch.float32, ("token_major",) * 4, scale=0.1)
+    check(q, k, v, grad_out, eps=1.0)
+    assert not torch.allclose(relu_linear_attention(q, k, v, eps=1.0), relu_linear_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("argument", [0, 1, 2], ids="qkv".__getitem__)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_nan_and_inf_come_out_as_in_the_reference(isa, dtype, value, argument, layout):
+    tensors = [t.clone() for t in problem((2,), 40, 40, 16, 16, dtype, (layout,) * 4)]
+    tensors[argument][0, 7, 5] = value
+    q, k, v, grad_out = tensors
+    expected = reference_with_gradients(q, k, v, grad_out, EPS, dtype)
+    results = fused(q, k, v, grad_out)
+    # Where the first group's gradients are NaN or infinite depends on the order of the operations;
+    # that they are not silently finite, and that the second group stays clean, does not.
+    assert torch.equal(results[0].isnan(), expected[0].isnan())
+    assert torch.equal(results[0].isinf(), expected[0].isinf())
+    for name, result, reference_result in zip(NAMES, results, expected, strict=True):
+        assert result[1].isfinite().all(), name
+        if reference_result[0].isnan().all():
+            assert not result[0].isfinite().any(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_storage_conversions_are_exact(isa, dtype, layout):
+    """With one key of 1, the output is v rounded once: every bit pattern must survive the way through."""
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype) if dtype != torch.float32 else bits.to(torch.int32).bitwise_left_shift(16).view(dtype)
+    v = values[values.isfinite()].reshape(1, 1, -1)
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    if layout == "channel_major":
+        v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
+    out = relu_linear_attention(one, one, v, eps=0.0)
+    assert torch.equal(out.float(), v.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_every_run_and_every_thread_count(isa, dtype, threads):
+    """Many chunks of few groups, so that groups are split over threads; and many groups."""
+    for lead, tokens in (((3,), 9000), ((40,), 300)):
+        arguments = problem(lead, tokens, tokens, 16, 16, dtype, ("channel_major",) * 4)
+        expected = fused(*arguments)
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for _ in range(20 if count == 2 else 2):
+                for name, result, first in zip(NAMES, fused(*arguments), expected, strict=True):
+                    assert torch.equal(result, first), f"{name} with {count} threads"
+
+
+def test_four_python_threads_at_once(isa):
+    arguments = [problem((8,), 700 + i, 700, 16, 16, torch.float32, ("channel_major",) * 4) for i in range(4)]
+    expected = [fused(*each) for each in arguments]
+    failures = []
+
+    def work(i):
+        for _ in range(20):
+            if not all(torch.equal(a, b) for a, b in zip(fused(*arguments[i]), expected[i], strict=True)):
+                failures.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_float64_runs_through_the_reference():
+    q, k, v, grad_out = (t.double() for t in problem((2,), 20, 20, 8, 8, torch.float32, ("token_major",) * 4))
+    expected = reference_with_gradients(q, k, v, grad_out, EPS, torch.float64)
+    for result, truth in zip(fused(q, k, v, grad_out), expected, strict=True):
+        assert torch.equal(result, truth)
+
+
+def test_reference_is_the_equation():
+    """The reference itself, against the quadratic form written out."""
+    q, k, v, _ = (t.double() for t in problem((2,), 9, 11, 4, 5, torch.float32, ("token_major",) * 4))
+    weights = torch.einsum("bnd,bmd->bnm", q.clamp_min(0), k.clamp_min(0))
+    truth = torch.einsum("bnm,bme->bne", weights, v) / (weights.sum(-1, keepdim=True) + EPS)
+    assert torch.allclose(reference.relu_linear_attention(q, k, v, EPS), truth, rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("EFFATTN_TEST_LARGE") != "1",
+    reason="allocates 16 GiB: set EFFATTN_TEST_LARGE=1 to run it",
+)
+def test_more_than_2_to_the_31_elements():
+    """bfloat16, one head of 2^27 + 3 tokens of 16 channels: offsets pass 2^31."""
+    tokens, dim = 2**27 + 3, 16
+    q = torch.full((1, tokens, dim), 0.5, dtype=torch.bfloat16)
+    k = torch.ones(1, 2, dim, dtype=torch.bfloat16)
+    v = torch.tensor([1.0, 3.0], dtype=torch.bfloat16).reshape(1, 2, 1).expand(1, 2, dim)
+    q[:, -1] = 0
+    out = relu_linear_attention(q, k, v)
+    assert out.numel() > 2**31
+    assert (out[:, :-1] == 2).all()
+    assert (out[:, -1] == 0).all()
