@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import platform
 import shutil
 import subprocess
-import sys
 import sysconfig
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,10 +72,8 @@ class Target:
 
     @classmethod
     def native(cls, sanitize: str = "") -> Target:
-        import os
-
         torch = import_torch()
-        base = Path(torch.__file__).parent
+        base = Path(str(torch.__file__)).parent
         return cls(
             architecture=platform.machine(),
             compiler=os.environ.get("CXX", "g++"),
@@ -87,7 +86,7 @@ class Target:
         )
 
 
-def import_torch():
+def import_torch() -> ModuleType:
     """torch, or an error that says how to install both in the right order."""
     try:
         import torch
@@ -223,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
 """Fused attention operators of the efficient vision transformers, for PyTorch.
 
-    from effattn import relu_linear_attention
-    effattn.accelerate(model)
+from effattn import relu_linear_attention
+effattn.accelerate(model)
 """
 
 import warnings as _warnings

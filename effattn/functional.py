@@ -12,9 +12,7 @@ from effattn.ops import relu_linear_attention as _relu_linear_attention
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def relu_linear_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: float = 1e-15
-) -> torch.Tensor:
+def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: float = 1e-15) -> torch.Tensor:
     r"""ReLU linear attention, in time and memory linear in the number of tokens.
 
     .. math:: out_n = \frac{relu(q_n) \sum_m relu(k_m)^T v_m}{relu(q_n) \cdot \sum_m relu(k_m) + eps}
@@ -109,8 +107,6 @@ def _wrong_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: flo
         return ValueError(f"v: expected as many tokens as k, {k.shape[-2]}, got shape {_shape(v)}")
     if not isinstance(eps, Real) or isinstance(eps, bool):
         return TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         return ValueError(f"eps: expected a finite number >= 0, got {eps}")
     return None
-
-

@@ -127,7 +127,7 @@ def reference_with_gradients(
 ) -> tuple[torch.Tensor, ...]:
     """(out, grad_q, grad_k, grad_v) of the reference with all arguments in ``dtype``."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
-    out = reference.relu_linear_attention(*leaves, eps)
+    out = reference.relu_linear_attention(leaves[0], leaves[1], leaves[2], eps)
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))
 
 

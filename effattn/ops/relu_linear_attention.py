@@ -7,6 +7,7 @@ formula, because a formula in Python triples the cost of a call that needs none;
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
     function = registry.choose(NAME, q.device.type, q.dtype).functions[NAME]
     if not isinstance(function, Fused):
-        _check_sizes(q, k, v)  # plain operations would broadcast instead of complaining
+        _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -35,31 +36,41 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     return function.inference(q, k, v, eps)
 
 
-def _check_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    torch._check(q.dim() >= 2 and k.dim() == q.dim() and v.dim() == q.dim(), lambda: "q, k, v must have one rank >= 2")
-    torch._check(q.shape[:-2] == k.shape[:-2] and q.shape[:-2] == v.shape[:-2], lambda: "leading sizes must agree")
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
+    """Raises RuntimeError where the compiled operator would; effattn.functional says it in better words."""
+    for t in (q, k, v):
+        torch._check(t.layout == torch.strided, lambda: "q, k and v must be dense")
+        torch._check(t.device == q.device, lambda: "q, k and v must be on one device")
+        torch._check(t.dtype == q.dtype, lambda: "q, k and v must have one dtype")
+        torch._check(t.dim() == q.dim() and t.dim() >= 2, lambda: "q, k and v must have one rank >= 2")
+        torch._check(t.shape[:-2] == q.shape[:-2], lambda: "q, k and v must have the same leading sizes")
     torch._check(k.shape[-1] == q.shape[-1], lambda: "k must have the head_dim of q")
     torch._check(v.shape[-2] == k.shape[-2], lambda: "v must have as many tokens as k")
-    torch._check(q.dtype == k.dtype and q.dtype == v.dtype, lambda: "q, k and v must have one dtype")
+    torch._check(0 <= eps < math.inf, lambda: "eps must be a finite number >= 0")
 
 
 def _fake_inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
-    _check_sizes(q, k, v)
+    _check(q, k, v, eps)
     return empty_in_order_of(q, (*q.shape[:-1], v.shape[-1]))
 
 
-def _fake_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     out = _fake_inference(q, k, v, eps)
-    sums = q.new_empty((*q.shape[:-2], q.shape[-1], v.shape[-1] + 1), dtype=torch.float32)
-    return out, sums
+    return out, q.new_empty(_sums_shape(q, v), dtype=torch.float32)
+
+
+def _sums_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
+    return (*q.shape[:-2], q.shape[-1], v.shape[-1] + 1)
 
 
 def _fake_backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(empty_in_order_of(like, like.shape) for like in (q, k, v))  # type: ignore[return-value]  # three
+    _check(q, k, v, eps)
+    for given, shape in ((grad_out, (*q.shape[:-1], v.shape[-1])), (sums, _sums_shape(q, v))):
+        torch._check(given.device == q.device, lambda: "grad_out and sums must be on q's device")
+        torch._check(given.shape == shape, lambda: "grad_out and sums must have the shapes of the forward's results")
+    return tuple(empty_in_order_of(like, like.shape) for like in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

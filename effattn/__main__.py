@@ -1,0 +1,55 @@
+"""``python -m effattn info``: what serves here, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+
+import torch
+
+import effattn
+from effattn import _library, registry
+
+
+def _instruction_sets() -> list[str]:
+    if _library._C is None:
+        return []
+    lines = ["instruction sets of the cpu backend:"]
+    for row in _library._C.isas():
+        if not row["supported"]:
+            state = f"not on this processor, needs {row['needs']}"
+        elif row["test_only"]:
+            state = "for tests only, never picked"
+        else:
+            state = "available"
+        lines.append(f"  {row['name']:<10} {row['lanes']:>2} floats a vector  {state}")
+    lines.append(f"  in use: {_library._C.active_isa()} (EFFATTN_CPU_ISA overrides)")
+    return lines
+
+
+def info() -> str:
+    """The text of ``python -m effattn info``."""
+    lines = [
+        f"effattn {effattn.__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "backends, in the order in which they are asked (EFFATTN_BACKEND overrides):",
+    ]
+    for backend in registry.backends():
+        lines.append(f"  {backend.name:<10} {'available' if backend.available else backend.reason}")
+    lines += _instruction_sets()
+    if _library._C is not None:
+        build = _library._C.build
+        lines.append(f"built with {build['compiler']} against torch {build['torch']} (stable ABI)")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m effattn", description=__doc__)
+    parser.add_argument("command", choices=["info"], help="print backends, instruction sets and build facts")
+    parser.parse_args(arguments)
+    print(info())
+
+
+if __name__ == "__main__":
+    main()

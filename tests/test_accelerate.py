@@ -1,0 +1,183 @@
+"""accelerate and restore: the same answers, the same state, whatever is done to the model in between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import effattn
+from effattn.testing import import_timm, randomise_batch_norm
+
+timm = import_timm()
+
+
+class LiteMLA(nn.Module):
+    """A module of the official repository's structure: names of parts, channel-major math, eps 1e-15."""
+
+    def __init__(self, channels: int = 32, dim: int = 8, scales: tuple[int, ...] = (5,), kernel_func=None) -> None:
+        super().__init__()
+        heads = channels // dim
+        total = heads * dim
+        self.dim, self.eps = dim, 1e-15
+        self.qkv = nn.Sequential(nn.Conv2d(channels, 3 * total, 1, bias=False))
+        self.aggreg = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(3 * total, 3 * total, k, padding=k // 2, groups=3 * total, bias=False),
+                nn.Conv2d(3 * total, 3 * total, 1, groups=3 * heads, bias=False),
+            )
+            for k in scales
+        )
+        self.kernel_func = kernel_func or nn.ReLU()
+        self.proj = nn.Sequential(
+            nn.Conv2d(total * (1 + len(scales)), channels, 1, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x)
+        qkv = torch.cat([qkv, *(op(qkv) for op in self.aggreg)], dim=1)
+        batch, _, height, width = qkv.shape
+        q, k, v = qkv.reshape(batch, -1, 3 * self.dim, height * width).chunk(3, dim=2)
+        q, k = self.kernel_func(q), self.kernel_func(k)
+        v = nn.functional.pad(v, (0, 0, 0, 1), value=1.0)
+        out = (v @ k.mT) @ q
+        out = out[:, :, :-1] / (out[:, :, -1:] + self.eps)
+        return self.proj(out.reshape(batch, -1, height, width))
+
+
+def make(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    if name == "official":
+        model = nn.Sequential(nn.Conv2d(3, 32, 3, 2), LiteMLA(), LiteMLA(scales=(3, 5)), LiteMLA(scales=()))
+        x = torch.randn(2, 3, 33, 29)
+    else:
+        model, x = timm.create_model(name, num_classes=10), torch.randn(2, 3, 64, 64)
+    randomise_batch_norm(model)
+    return model.eval(), x
+
+
+MODELS = ["official", "efficientvit_b0", "efficientvit_b1", "efficientvit_l1"]
+COUNTS = {"official": 3, "efficientvit_b0": 4, "efficientvit_b1": 7, "efficientvit_l1": 6}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_answers_in_eval_and_back(name):
+    model, x = make(name)
+    with torch.no_grad():
+        expected = model(x)
+        report = effattn.accelerate(model)
+        assert len(report.replaced) == COUNTS[name] and not report.left_alone
+        assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+        assert effattn.restore(model) == COUNTS[name]
+        assert torch.equal(model(x), expected)
+        assert effattn.restore(model) == 0
+
+
+@pytest.mark.parametrize("name", ["official", "efficientvit_b0"])
+def test_same_training_step(name):
+    model, x = make(name)
+    fast = copy.deepcopy(model)
+    effattn.accelerate(fast)
+    for m in (model, fast):
+        m.train()
+        optimiser = torch.optim.SGD(m.parameters(), lr=0.01)
+        for _ in range(2):
+            optimiser.zero_grad()
+            m(x).square().mean().backward()
+            optimiser.step()
+    for (key, a), b in zip(model.state_dict().items(), fast.state_dict().values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4), key
+
+
+def test_in_float64_the_answers_are_the_official_ones():
+    """Through the reference: the same function to the last digits, the quadratic case included."""
+    model, _ = make("official")
+    model.double()
+    for size in (33, 3):
+        x = torch.randn(1, 3, size, size, dtype=torch.float64)
+        expected = model(x)
+        effattn.accelerate(model)
+        assert torch.allclose(model(x), expected, rtol=1e-10, atol=1e-12)
+        effattn.restore(model)
+
+
+@pytest.mark.parametrize("name", ["official", "efficientvit_b0"])
+def test_autocast(name):
+    model, x = make(name)
+    with torch.no_grad():
+        truth = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stock = model(x)
+            effattn.accelerate(model)
+            fast = model(x)
+    assert fast.dtype == torch.bfloat16 or stock.dtype == fast.dtype
+    assert (fast - truth).norm() <= 1.1 * (stock - truth).norm() + 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_compile_fullgraph(train):
+    model, x = make("efficientvit_b0")
+    effattn.accelerate(model)
+    model.train(train)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(train):
+        expected, out = model(x), compiled(x)
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
+    if train:
+        out.sum().backward()
+
+
+def test_state_dict_hooks_copies_and_pickles_survive():
+    model, x = make("official")
+    keys = list(model.state_dict())
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    effattn.accelerate(model)
+    assert list(model.state_dict()) == keys
+    model.load_state_dict(make("official")[0].state_dict())
+    with torch.no_grad():
+        expected = model(x)
+        assert calls
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        loaded = make("official")[0]
+        effattn.accelerate(loaded)
+        assert torch.equal(loaded(x), expected)
+    module = make("official")[0][1]
+    effattn.accelerate(module)
+    again = pickle.loads(pickle.dumps(module))
+    y = torch.randn(1, 32, 6, 6)
+    assert torch.equal(again(y), module(y))
+    assert effattn.restore(again) == 1 and type(again) is LiteMLA
+
+
+def test_the_report_tells_what_was_left_alone_and_why():
+    class Stranger(nn.Module):
+        pass
+
+    Stranger.__name__ = "LiteMLA"
+    model = nn.ModuleDict({"known": LiteMLA(), "other": LiteMLA(kernel_func=nn.GELU()), "stranger": Stranger()})
+    report = effattn.accelerate(model)
+    assert [entry.module for entry in report.replaced] == ["known"]
+    reasons = {entry.module: entry.detail for entry in report.left_alone}
+    assert reasons == {
+        "other": "its kernel function is GELU, not ReLU",
+        "stranger": "it has no qkv, aggreg, proj, kernel_func, dim, eps",
+    }
+    text = str(report)
+    assert "1 replaced, 2 left alone" in text and "known" in text and "GELU" in text
+    again = effattn.accelerate(model)
+    assert not again.replaced and again.left_alone[0].detail == "accelerated already"
+
+
+def test_the_model_itself_may_be_the_module():
+    module = LiteMLA()
+    assert effattn.accelerate(module).replaced[0].module == "(model)"
+
+
+@pytest.mark.parametrize("function", [effattn.accelerate, effattn.restore])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
+        function({})

@@ -1,0 +1,188 @@
+"""How the package is put together: import direction, registry, instruction sets, information."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import effattn
+from effattn import _library, registry
+
+_C = _library._C
+PACKAGE = Path(effattn.__file__).parent
+
+# Who may import whom, top to bottom; a part may always import itself.
+ALLOWED = {
+    "_library": set(),
+    "backends": {"_library"},
+    "registry": {"backends"},
+    "ops": {"registry", "backends", "_library"},
+    "functional": {"ops"},
+    "integrations": {"functional"},
+    "testing": {"backends"},
+    "__main__": {"registry", "_library", "__init__"},
+    "__init__": {"_library", "functional", "integrations", "registry"},
+}
+
+
+def imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            pieces = name.split(".")
+            if pieces[0] == "effattn":
+                known = len(pieces) > 1 and pieces[1] in ALLOWED
+                parts.add(pieces[1] if known else "__init__")
+    return parts
+
+
+def test_imports_go_one_way():
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        seen.add(part)
+        extra = imported_parts(path) - ALLOWED[part] - {part}
+        assert not extra, f"{path.name} imports {extra}"
+    assert seen == set(ALLOWED)
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / "kernels").exists(), reason="sources are not installed with the package")
+def test_kernels_know_no_torch():
+    for path in (PACKAGE.parent / "kernels").rglob("*"):
+        if path.suffix in (".h", ".cpp"):
+            assert "torch/" not in path.read_text(), path
+
+
+def test_no_model_library_is_imported():
+    script = (
+        "import sys, effattn, torch; effattn.accelerate(torch.nn.ReLU());"
+        "heavy = {'timm', 'torchvision', 'diffusers', 'triton', 'numpy.testing'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy - {'triton'} else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_registry_prefers_the_kernels():
+    assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "cpu"
+    assert registry.choose("relu_linear_attention", "cpu", torch.float64).name == "reference"
+    assert registry.choose("relu_linear_attention", "cuda", torch.float16).name == "reference"
+
+
+def test_registry_gives_every_reason():
+    with effattn.use_backend("cpu"), pytest.raises(RuntimeError) as error:
+        registry.choose("relu_linear_attention", "cuda", torch.float64)
+    assert "takes CPU tensors, not cuda; takes float32, bfloat16 and float16, not float64" in str(error.value)
+
+
+def test_use_backend_nests_and_recovers():
+    with pytest.raises(RuntimeError, match="inside"), effattn.use_backend("reference"):
+        with effattn.use_backend("cpu"):
+            assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "cpu"
+        assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "reference"
+        raise RuntimeError("inside")
+    assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "cpu"
+    with pytest.raises(ValueError, match="use_backend: expected one of 'cpu', 'reference', got 'gpu'"):
+        effattn.use_backend("gpu").__enter__()
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_backend_from_the_environment():
+    code = "import effattn, torch; print(effattn.registry.choose('relu_linear_attention', 'cpu', torch.float32).name)"
+    assert run(code, EFFATTN_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run(code, EFFATTN_BACKEND="quick")
+    assert wrong.returncode != 0
+    assert "EFFATTN_BACKEND: expected one of 'cpu', 'reference', got 'quick'" in wrong.stderr
+
+
+def test_instruction_set_from_the_environment():
+    code = "import effattn; from effattn import _C; print(_C.active_isa())"
+    narrow = _C.isas()[0]["name"]
+    assert run(code, EFFATTN_CPU_ISA=narrow).stdout.strip() == narrow
+    code = "import effattn, torch; t = torch.ones(2, 2); effattn.relu_linear_attention(t, t, t)"
+    wrong = run(code, EFFATTN_CPU_ISA="mmx")
+    assert wrong.returncode == 1  # an exception, not a signal
+    assert "EFFATTN_CPU_ISA: no instruction set 'mmx' can be used here; compiled in: " in wrong.stderr
+
+
+def test_the_widest_supported_set_is_picked():
+    names = [row["name"] for row in _C.isas() if row["supported"] and not row["test_only"]]
+    code = "import effattn; from effattn import _C; print(_C.active_isa())"
+    assert run(code, EFFATTN_CPU_ISA="").stdout.strip() == names[-1]
+    with pytest.raises(RuntimeError, match="set_isa: no instruction set 'mmx'"):
+        _C.set_isa("mmx")
+
+
+def test_plans_depend_on_sizes_alone():
+    sizes = {"groups": 4, "queries": 500, "keys": 300, "head_dim": 16, "value_dim": 8, "dtype": "float32"}
+    first = _C.relu_linear_attention_plan(**sizes)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert _C.relu_linear_attention_plan(**sizes) == first
+    torch.set_num_threads(threads)
+    assert first["flops_forward"] == 2 * 4 * 800 * 16 * 9
+    assert first["minimum_bytes_forward"] == 4 * 4 * 800 * 24
+    assert first["tile"] % next(row["lanes"] for row in _C.isas() if row["name"] == first["isa"]) == 0
+    with pytest.raises(ValueError, match="sizes must be >= 0"):
+        _C.relu_linear_attention_plan(**{**sizes, "keys": -1})
+    with pytest.raises(ValueError, match="dtype: expected"):
+        _C.relu_linear_attention_plan(**{**sizes, "dtype": "int8"})
+
+
+def test_a_missing_library_leaves_the_reference(tmp_path):
+    """A broken installation still computes, warns once, and says why."""
+    import shutil
+
+    shutil.copytree(PACKAGE, tmp_path / "effattn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import effattn, torch\n"
+        "assert effattn.__file__.startswith(sys.path[0])\n"
+        "t = torch.ones(3, 3)\n"
+        "assert torch.equal(effattn.relu_linear_attention(t, t, t), t)\n"
+        "cpu, reference = effattn.backends()\n"
+        "assert 'libeffattn.so' in cpu.reason and not cpu.available and reference.available\n"
+        "try:\n"
+        "    with effattn.use_backend('cpu'): effattn.relu_linear_attention(t, t, t)\n"
+        "except RuntimeError as error: assert 'libeffattn.so' in str(error)\n"
+        "else: raise AssertionError\n"
+        "from effattn.__main__ import main; main(['info'])\n"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "the plain PyTorch reference serves instead" in result.stderr
+    assert "libeffattn.so" in result.stdout
+
+
+def test_info():
+    text = subprocess.run([sys.executable, "-m", "effattn", "info"], capture_output=True, text=True, check=True).stdout
+    assert effattn.__version__ in text and torch.__version__ in text
+    for row in _C.isas():
+        assert row["name"] in text
+    assert f"in use: {_C.active_isa()}" in text
+    assert "reference" in text
+    wrong = subprocess.run([sys.executable, "-m", "effattn", "nonsense"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "usage" in wrong.stderr
+
+
+def test_version_is_written_once():
+    from importlib.metadata import version
+
+    assert version("effattn") == effattn.__version__

@@ -1,0 +1,328 @@
+"""relu_linear_attention as a citizen of torch: opcheck, autograd, autocast, compile, export, AOTInductor."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from effattn import relu_linear_attention, use_backend
+from effattn.backends import reference
+from effattn.testing import LAYOUTS, error, make_tensor, reference_with_gradients
+
+OPS = torch.ops.effattn
+
+
+def qkv(layout="token_major", dtype=torch.float32, requires_grad=False, lead=(2,), sizes=(12, 14, 8, 10)):
+    queries, keys, head_dim, value_dim = sizes
+    tensors = (
+        make_tensor(*lead, queries, head_dim, layout=layout, dtype=dtype, seed=1),
+        make_tensor(*lead, keys, head_dim, layout=layout, dtype=dtype, seed=2),
+        make_tensor(*lead, keys, value_dim, layout=layout, dtype=dtype, seed=3),
+    )
+    return tuple(t.requires_grad_(requires_grad) for t in tensors)
+
+
+# --- opcheck --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [(12, 14, 8, 10), (1, 1, 1, 1), (0, 3, 4, 4), (3, 1, 4, 1)], ids=str)
+def test_opcheck(dtype, layout, sizes):
+    q, k, v = qkv(layout, dtype, sizes=sizes)
+    torch.library.opcheck(OPS.relu_linear_attention.default, (q, k, v, 1e-15))
+    out, sums = OPS.relu_linear_attention_forward(q, k, v, 1e-15)
+    torch.library.opcheck(OPS.relu_linear_attention_backward.default, (out, q, k, v, sums, 1e-15))
+    q, k, v = qkv(layout, dtype, requires_grad=True, sizes=sizes)
+    torch.library.opcheck(OPS.relu_linear_attention_forward.default, (q, k, v, 1e-15))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2), (3, 2, 1, 0), (2, 0, 3, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 1), (2, 3, 1, 1), (2, 3, 0, 5)], ids=str)
+def test_fake_outputs_have_the_strides_of_real_ones(order, sizes):
+    inverse = [order.index(i) for i in range(4)]
+    q = torch.randn([sizes[i] for i in order]).permute(inverse)
+    assert q.shape == sizes
+    v = torch.randn(*sizes[:3], 7)
+    out = relu_linear_attention(q, q, v)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = relu_linear_attention(*(mode.from_tensor(t) for t in (q, q, v)))
+    assert out.stride() == fake.stride()
+    assert out.shape == fake.shape
+
+
+# --- autograd -------------------------------------------------------------------------------------------
+
+
+def test_gradcheck_of_the_function_in_float64():
+    q, k, v = (t.detach().double().requires_grad_() for t in qkv(sizes=(5, 6, 3, 4)))
+    torch.autograd.gradcheck(lambda *a: relu_linear_attention(*a, eps=1e-6), (q, k, v))
+    torch.autograd.gradgradcheck(lambda *a: relu_linear_attention(*a, eps=1e-6), (q, k, v))
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    q, k, v = qkv()
+    k.requires_grad_()
+    relu_linear_attention(q, k, v).sum().backward()
+    assert k.grad is not None and q.grad is None and v.grad is None
+
+
+def test_double_backward_of_the_kernels():
+    """Differentiating the gradients again gives what the reference gives in float64."""
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in qkv(sizes=(9, 8, 4, 5))]
+        with use_backend("reference" if dtype == torch.float64 else "cpu"):
+            out = relu_linear_attention(*leaves, eps=1e-6)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        results[dtype] = torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
+    for mine, truth in zip(results[torch.float32], results[torch.float64], strict=True):
+        assert error(mine, truth) <= 1e-5 * truth.norm().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_of_create_graph_agrees_with_the_kernel(dtype):
+    leaves = qkv(dtype=dtype, requires_grad=True)
+    out = relu_linear_attention(*leaves)
+    grad_out = torch.ones_like(out)
+    plain = torch.autograd.grad(out, leaves, grad_out, create_graph=True)
+    fused = torch.autograd.grad(out, leaves, grad_out)
+    truth = reference_with_gradients(*leaves, grad_out, 1e-15, torch.float64)[1:]
+    unit = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b, t in zip(plain, fused, truth, strict=True):
+        assert error(a, t) <= unit * t.norm().item()
+        assert error(b, t) <= unit * t.norm().item()
+
+
+def test_torch_func_and_forward_mode_match_the_reference():
+    q, k, v = qkv(lead=(), sizes=(6, 7, 3, 4))
+    tangents = tuple(torch.randn_like(t) for t in (q, k, v))
+
+    def loss(attention):
+        return lambda *a: attention(*a).square().sum()
+
+    def mine(q, k, v):
+        return relu_linear_attention(q, k, v, eps=1e-6)
+
+    def plain(q, k, v):
+        return reference.relu_linear_attention(q, k, v, 1e-6)
+
+    for transform in (
+        lambda f: torch.func.grad(loss(f), argnums=(0, 1, 2))(q, k, v),
+        lambda f: torch.func.jvp(f, (q, k, v), tangents),
+        lambda f: torch.func.jacrev(f)(q, k, v),
+        lambda f: torch.func.hessian(loss(f))(q, k, v),
+        lambda f: torch.func.vmap(f)(*(t.expand(3, *t.shape) for t in (q, k, v))),
+        lambda f: torch.func.vmap(torch.func.grad(loss(f)))(*(t.expand(3, *t.shape) for t in (q, k, v))),
+        lambda f: torch.autograd.functional.jacobian(f, (q, k, v)),
+    ):
+        for a, b in zip(
+            torch.utils._pytree.tree_leaves(transform(mine)),
+            torch.utils._pytree.tree_leaves(transform(plain)),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, tangents[0])
+        tangent = torch.autograd.forward_ad.unpack_dual(mine(dual, k, v)).tangent
+    assert torch.allclose(tangent, torch.func.jvp(lambda q: plain(q, k, v), (q,), (tangents[0],))[1], atol=1e-5)
+
+
+def test_what_the_backward_keeps():
+    """q, k, v and the sums; nothing of size N x D besides the arguments themselves."""
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    leaves = qkv(sizes=(500, 500, 8, 8), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        relu_linear_attention(*leaves)
+    own = {leaf.data_ptr() for leaf in leaves}
+    others = [t for t in kept if t.data_ptr() not in own]
+    assert [tuple(t.shape) for t in others] == [(2, 8, 9)]
+
+
+# --- autocast -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_keeps_the_accuracy_of_float32_sums(dtype):
+    """As accurate as upcasting everything to float32 and rounding the result; no float32 copies."""
+    q, k, v = qkv("channel_major", dtype, sizes=(3000, 3000, 16, 16))
+    truth = reference.relu_linear_attention(q.double(), k.double(), v.double(), 1e-15)
+    with torch.autocast("cpu", dtype=dtype):
+        out = relu_linear_attention(q, k, v)
+    assert out.dtype == dtype
+    assert error(out, truth) <= 1.02 * error(truth.to(dtype), truth)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_promotes_mixed_dtypes(compiled):
+    q, k, v = qkv()
+    function = torch.compile(relu_linear_attention, fullgraph=True) if compiled else relu_linear_attention
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = function(q.bfloat16(), k, v)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, relu_linear_attention(q.bfloat16().float(), k, v))
+
+
+def test_reference_is_immune_to_autocast():
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16), use_backend("reference"):
+        out = relu_linear_attention(q, k, v)
+    assert torch.equal(out, reference.relu_linear_attention(q, k, v, 1e-15))
+
+
+# --- compile, export ------------------------------------------------------------------------------------
+
+
+class Attention(torch.nn.Module):
+    """A projection before and after, so that there is something to fuse and something to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Conv2d(8, 3 * 16, 1)
+        self.proj = torch.nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = x.shape
+        heads = self.qkv(x).reshape(batch, 2, 24, height * width).transpose(-1, -2)
+        out = relu_linear_attention(*heads.chunk(3, dim=-1))
+        return self.proj(out.transpose(-1, -2).reshape(batch, 16, height, width))
+
+
+def test_compile_fullgraph_forward_and_backward():
+    torch.manual_seed(0)
+    eager = Attention()
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True)
+    x = torch.randn(2, 8, 9, 7)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), eager(x), atol=1e-5)
+    for model in (compiled, eager):
+        model(x).square().sum().backward()
+    for mine, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(mine.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_compiled_backward_is_the_kernel():
+    """The joint graph holds the fused backward, not the differentiable formula."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    names = []
+
+    def record(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    function = torch.compile(
+        relu_linear_attention, fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record)
+    )
+    function(*qkv(requires_grad=True)).sum().backward()
+    assert "effattn.relu_linear_attention_forward.default" in names
+    assert "effattn.relu_linear_attention_backward.default" in names
+
+
+def test_recompiles_only_for_what_shapes_require():
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    function = torch.compile(relu_linear_attention, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for tokens in (20, 30, 40, 77, 500):
+            q, k, v = qkv("channel_major", sizes=(tokens, tokens, 8, 8))
+            assert torch.equal(function(q, k, v), relu_linear_attention(q, k, v))
+        # One for the first size, one that leaves it open.
+        assert counter.frame_count == 2
+        for _ in range(3):
+            relu_linear_attention(*qkv(dtype=torch.bfloat16))  # eager calls must not disturb the guards
+            function(*qkv("channel_major", sizes=(60, 60, 8, 8)))
+        assert counter.frame_count == 2
+
+
+def test_dynamic_shapes_in_one_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    function = torch.compile(relu_linear_attention, fullgraph=True, dynamic=True, backend=counter)
+    for lead, sizes in (((2, 3), (12, 14, 8, 10)), ((4, 2), (31, 5, 16, 12)), ((5, 7), (64, 64, 9, 33))):
+        leaves = qkv("channel_major", lead=lead, sizes=sizes, requires_grad=True)
+        out = function(*leaves)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        expected = relu_linear_attention(*leaves)
+        assert torch.equal(out, expected)
+        assert out.stride() == expected.stride()
+        for a, b in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_backend_choice_is_seen_by_compile():
+    torch._dynamo.reset()
+    function = torch.compile(relu_linear_attention, fullgraph=True, backend="aot_eager")
+    q, k, v = qkv()
+    with torch.no_grad():
+        assert torch.equal(function(q, k, v), relu_linear_attention(q, k, v))
+        with use_backend("reference"):
+            assert torch.equal(function(q, k, v), reference.relu_linear_attention(q, k, v, 1e-15))
+
+
+def test_errors_inside_of_compile_are_named():
+    torch._dynamo.reset()
+    function = torch.compile(relu_linear_attention, backend="aot_eager")
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="k: expected the head_dim of q"):
+        function(q, k[..., :3], v)
+
+
+def test_export_with_dynamic_shapes():
+    dim = torch.export.Dim
+    module = Attention().eval()
+    program = torch.export.export(
+        module,
+        (torch.randn(2, 8, 9, 7),),
+        dynamic_shapes=({0: dim("batch"), 2: dim("height", min=2), 3: dim("width", min=2)},),
+    )
+    assert any("effattn" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(3, 8, 5, 11)
+    assert torch.allclose(program.module()(x), module(x), atol=1e-5)
+
+
+def test_aot_inductor_package(tmp_path):
+    """Compiled ahead of time, loaded in a fresh process that has only the library, not effattn's Python."""
+    from effattn._library import library_path
+
+    module = Attention().eval()
+    x = torch.randn(2, 8, 9, 7)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        torch.save((x, module(x)), tmp_path / "case.pt")
+    script = (
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "model = torch._inductor.aoti_load_package(sys.argv[2])\n"
+        "x, expected = torch.load(sys.argv[3])\n"
+        "assert torch.allclose(model(x), expected, atol=1e-5)\n"
+        "assert 'effattn' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, str(library_path), package, str(tmp_path / "case.pt")],
+        check=True,
+        cwd=tmp_path,
+    )
+
+
+def test_inference_mode_and_no_grad():
+    leaves = qkv(requires_grad=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = relu_linear_attention(*leaves)
+            assert not out.requires_grad
+            assert torch.equal(out, relu_linear_attention(*(t.detach() for t in leaves)))
