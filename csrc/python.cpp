@@ -61,8 +61,9 @@ py::dict relu_linear_attention_plan(int64_t groups, int64_t queries, int64_t key
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, instruction sets and kernel plans of effattn.";
-  m.attr("build") = py::dict(py::arg("compiler") = EFFATTN_COMPILER, py::arg("torch") = EFFATTN_TORCH_VERSION,
-                             py::arg("architecture") = EFFATTN_ARCHITECTURE, py::arg("sanitizer") = EFFATTN_SANITIZER);
+  m.attr("build") =
+      py::dict(py::arg("compiler") = EFFATTN_COMPILER, py::arg("torch") = EFFATTN_TORCH_VERSION,
+               py::arg("architecture") = EFFATTN_ARCHITECTURE, py::arg("sanitizer") = EFFATTN_SANITIZER);
   m.def("isas", &isas, "The instruction sets compiled in, from narrow to wide.");
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));

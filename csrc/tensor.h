@@ -61,7 +61,7 @@ inline void require_like(const char* op, const char* argument, const Tensor& t, 
                          const char* reference_name) {
   EFFATTN_REQUIRE(t.is_cpu(), op, ": ", argument, " must be on the CPU");
   EFFATTN_REQUIRE(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have the dtype of ",
-          reference_name);
+                  reference_name);
 }
 
 inline void require_shape(const char* op, const char* argument, const Tensor& t,

@@ -17,8 +17,7 @@ cpu::Operand operand(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   const int64_t rank = t.dim();
-  return {const_cast<void*>(t.const_data_ptr()), strides.data(),
-          sizes[rank - 2] == 1 ? 1 : strides[rank - 2],
+  return {const_cast<void*>(t.const_data_ptr()), strides.data(), sizes[rank - 2] == 1 ? 1 : strides[rank - 2],
           sizes[rank - 1] == 1 ? 1 : strides[rank - 1]};
 }
 
@@ -30,28 +29,30 @@ cpu::ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tenso
   require_like(op, "k", k, q, "q");
   require_like(op, "v", v, q, "q");
   const int64_t rank = q.dim();
-  EFFATTN_REQUIRE(rank >= 2, op, ": q must have at least 2 dimensions (..., N, D), got shape ", shape_text(q));
-  EFFATTN_REQUIRE(k.dim() == rank, op, ": k must have as many dimensions as q, got shapes ", shape_text(k), " and ",
-          shape_text(q));
-  EFFATTN_REQUIRE(v.dim() == rank, op, ": v must have as many dimensions as q, got shapes ", shape_text(v), " and ",
-          shape_text(q));
+  EFFATTN_REQUIRE(rank >= 2, op, ": q must have at least 2 dimensions (..., N, D), got shape ",
+                  shape_text(q));
+  EFFATTN_REQUIRE(k.dim() == rank, op, ": k must have as many dimensions as q, got shapes ", shape_text(k),
+                  " and ", shape_text(q));
+  EFFATTN_REQUIRE(v.dim() == rank, op, ": v must have as many dimensions as q, got shapes ", shape_text(v),
+                  " and ", shape_text(q));
   const auto q_sizes = q.sizes(), k_sizes = k.sizes(), v_sizes = v.sizes();
   p.groups = 1;
   for (int64_t i = 0; i < rank - 2; ++i) {
-    EFFATTN_REQUIRE(k_sizes[i] == q_sizes[i], op, ": k must have the leading sizes of q, got shapes ", shape_text(k),
-            " and ", shape_text(q));
-    EFFATTN_REQUIRE(v_sizes[i] == q_sizes[i], op, ": v must have the leading sizes of q, got shapes ", shape_text(v),
-            " and ", shape_text(q));
+    EFFATTN_REQUIRE(k_sizes[i] == q_sizes[i], op, ": k must have the leading sizes of q, got shapes ",
+                    shape_text(k), " and ", shape_text(q));
+    EFFATTN_REQUIRE(v_sizes[i] == q_sizes[i], op, ": v must have the leading sizes of q, got shapes ",
+                    shape_text(v), " and ", shape_text(q));
     p.groups *= q_sizes[i];
   }
   p.queries = q_sizes[rank - 2];
   p.head_dim = q_sizes[rank - 1];
   p.keys = k_sizes[rank - 2];
   p.value_dim = v_sizes[rank - 1];
-  EFFATTN_REQUIRE(k_sizes[rank - 1] == p.head_dim, op, ": k must have the head_dim of q in its last dimension, got shapes ",
-          shape_text(k), " and ", shape_text(q));
-  EFFATTN_REQUIRE(v_sizes[rank - 2] == p.keys, op, ": v must have as many tokens as k, got shapes ", shape_text(v), " and ",
-          shape_text(k));
+  EFFATTN_REQUIRE(k_sizes[rank - 1] == p.head_dim, op,
+                  ": k must have the head_dim of q in its last dimension, got shapes ", shape_text(k),
+                  " and ", shape_text(q));
+  EFFATTN_REQUIRE(v_sizes[rank - 2] == p.keys, op, ": v must have as many tokens as k, got shapes ",
+                  shape_text(v), " and ", shape_text(k));
   EFFATTN_REQUIRE(eps >= 0 && std::isfinite(eps), op, ": eps must be a finite number >= 0, got ", eps);
   p.eps = static_cast<float>(eps);
   p.lead_rank = static_cast<int>(rank - 2);
@@ -92,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   cpu::ReluLinearAttention p = problem_of(op, q, k, v, eps);
   require_like(op, "grad_out", grad_out, q, "q");
   require_shape(op, "grad_out", grad_out, shape_with_last(q, p.value_dim));
-  EFFATTN_REQUIRE(sums.is_cpu() && sums.scalar_type() == ScalarType::Float, op, ": sums must be float32 on the CPU");
+  EFFATTN_REQUIRE(sums.is_cpu() && sums.scalar_type() == ScalarType::Float, op,
+                  ": sums must be float32 on the CPU");
   require_shape(op, "sums", sums, sums_shape(q, p.value_dim));
   EFFATTN_REQUIRE(sums.is_contiguous(), op, ": sums must be contiguous");
   Tensor grad_q = empty_in_order_of(q, shape_with_last(q, p.head_dim));

@@ -51,10 +51,10 @@ Isa find(const std::string& name, const char* asked_by) {
 const std::vector<IsaInfo>& compiled_isas() {
   static const std::vector<IsaInfo> rows = [] {
     std::vector<IsaInfo> all;
-#define EFFATTN_ROW(name, lanes)                                                       \
-  {                                                                                    \
-    const Requirement need = requirement(#name);                                       \
-    all.push_back({Isa::name, #name, lanes, need.met, need.test_only, need.text});     \
+#define EFFATTN_ROW(name, lanes)                                                   \
+  {                                                                                \
+    const Requirement need = requirement(#name);                                   \
+    all.push_back({Isa::name, #name, lanes, need.met, need.test_only, need.text}); \
   }
     EFFATTN_ISA_LIST(EFFATTN_ROW)
 #undef EFFATTN_ROW

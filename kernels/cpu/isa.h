@@ -20,9 +20,9 @@ struct IsaInfo {
   Isa isa;
   const char* name;
   int lanes;
-  bool supported;        // this processor has every instruction it needs
-  bool test_only;        // never picked, only asked for by name
-  const char* needs;     // what the processor must offer
+  bool supported;     // this processor has every instruction it needs
+  bool test_only;     // never picked, only asked for by name
+  const char* needs;  // what the processor must offer
 };
 
 EFFATTN_EXPORT const std::vector<IsaInfo>& compiled_isas();

@@ -19,7 +19,9 @@ struct Parallel {
     }
     run(
         count, grain,
-        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+        [](const void* context, int64_t begin, int64_t end) {
+          (*static_cast<const F*>(context))(begin, end);
+        },
         &f);
   }
 };

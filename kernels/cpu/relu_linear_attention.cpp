@@ -12,10 +12,10 @@
 namespace effattn::cpu {
 namespace {
 
-constexpr int64_t kTileFloats = 8192;         // 32 KiB: the two tiles of a forward pass fit a first-level cache
-constexpr int64_t kMaxTile = 256;             // longer rows gain nothing and would miss more
-constexpr int64_t kChunk = 2048;              // long enough to hide the cost of adding partial sums
-constexpr int64_t kMinWorkPerThread = 200000; // multiply-adds, about 4 us: below, waking a thread costs more
+constexpr int64_t kTileFloats = 8192;  // 32 KiB: the two tiles of a forward pass fit a first-level cache
+constexpr int64_t kMaxTile = 256;      // longer rows gain nothing and would miss more
+constexpr int64_t kChunk = 2048;       // long enough to hide the cost of adding partial sums
+constexpr int64_t kMinWorkPerThread = 200000;  // multiply-adds, about 4 us: below, waking a thread costs more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -50,9 +50,9 @@ void clear(float* total, int64_t count) {
 // Runs `reduce` (tokens -> sums of one group) chunk by chunk, then `use` (sums -> tokens), for all
 // groups. `kept` (groups x sums) receives the totals if not null.
 template <class Reduce, class Use>
-void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan& plan, int64_t reduced_tokens,
-                     int64_t used_tokens, float* kept, const Parallel& parallel, const Reduce& reduce,
-                     const Use& use) {
+void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan& plan,
+                     int64_t reduced_tokens, int64_t used_tokens, float* kept, const Parallel& parallel,
+                     const Reduce& reduce, const Use& use) {
   const int64_t size = p.sums_size();
   const int64_t chunks = ceil_div(reduced_tokens, plan.chunk);
   const int64_t used_chunks = ceil_div(used_tokens, plan.chunk);
@@ -89,8 +89,8 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
     float* const scratch = thread_scratch(scratch_floats);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c = i % chunks;
-      reduce(i / chunks, c * plan.chunk, at_most((c + 1) * plan.chunk, reduced_tokens), parts.get() + i * size,
-             scratch);
+      reduce(i / chunks, c * plan.chunk, at_most((c + 1) * plan.chunk, reduced_tokens),
+             parts.get() + i * size, scratch);
     }
   });
   for (int64_t g = 0; g < p.groups; ++g) {

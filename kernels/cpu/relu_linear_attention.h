@@ -26,7 +26,7 @@ struct ReluLinearAttention {
   DType dtype;
   int lead_rank;
   const int64_t* lead_sizes;
-  int64_t groups;  // the product of lead_sizes
+  int64_t groups;                              // the product of lead_sizes
   int64_t queries, keys, head_dim, value_dim;  // N, M, D, Dv
   float eps;
   Operand q, k, v;
@@ -39,11 +39,11 @@ struct ReluLinearAttention {
 
 // What a call will do, for given sizes; kernels, glue, tests and benchmarks all read it from here.
 struct ReluLinearAttentionPlan {
-  int64_t chunk;             // tokens whose sums are added up alone, a function of the sizes only
-  int64_t tile;              // tokens held in cache at once
-  int64_t scratch_floats;    // cache-resident floats a thread needs
-  int64_t partial_floats;    // floats of partial sums when a group is split over threads
-  int64_t flops_forward;     // floating-point operations of the two products and the normaliser
+  int64_t chunk;           // tokens whose sums are added up alone, a function of the sizes only
+  int64_t tile;            // tokens held in cache at once
+  int64_t scratch_floats;  // cache-resident floats a thread needs
+  int64_t partial_floats;  // floats of partial sums when a group is split over threads
+  int64_t flops_forward;   // floating-point operations of the two products and the normaliser
   int64_t flops_backward;
   int64_t minimum_bytes_forward;  // each input read once, each output written once
   int64_t minimum_bytes_backward;

@@ -158,9 +158,11 @@ void dot_channels(float* out, const Tile& a, const Tile* other, const float* z, 
       int64_t c = 0;
       for (; c + 2 <= channels; c += 2) {
         even += load(a.row(c) + t) * (other != nullptr ? load(other->row(c) + t) : broadcast(z[c]));
-        odd += load(a.row(c + 1) + t) * (other != nullptr ? load(other->row(c + 1) + t) : broadcast(z[c + 1]));
+        odd +=
+            load(a.row(c + 1) + t) * (other != nullptr ? load(other->row(c + 1) + t) : broadcast(z[c + 1]));
       }
-      if (c < channels) even += load(a.row(c) + t) * (other != nullptr ? load(other->row(c) + t) : broadcast(z[c]));
+      if (c < channels)
+        even += load(a.row(c) + t) * (other != nullptr ? load(other->row(c) + t) : broadcast(z[c]));
       store(out + t, even + odd);
     }
   } else {

@@ -125,9 +125,7 @@ EFFATTN_INLINE Vec load(const BFloat16* p) {
 }
 
 EFFATTN_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecMem*>(p) = (VecMem)x; }
-EFFATTN_INLINE void store(Float16* p, Vec x) {
-  *reinterpret_cast<VecHMem*>(p) = (VecHMem)float_to_half(x);
-}
+EFFATTN_INLINE void store(Float16* p, Vec x) { *reinterpret_cast<VecHMem*>(p) = (VecHMem)float_to_half(x); }
 EFFATTN_INLINE void store(BFloat16* p, Vec x) {
   *reinterpret_cast<VecHMem*>(p) = (VecHMem)float_to_bfloat(x);
 }

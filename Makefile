@@ -1,0 +1,92 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each makes its own virtual environment,
+# takes the torch that $(PYTHON) can import already or installs $(TORCH), builds, and runs.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
+
+.PHONY: help demo test bench lint format test-python test-sanitizers test-aarch64 test-install clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock and accelerated
+	$(BIN)/python examples/demo.py
+
+test: lint test-python test-sanitizers test-install test-aarch64 ## everything that CI runs
+	@echo "all tests passed"
+
+bench: $(VENV)/.build $(VENV)/.bench ## the short benchmark set, under five minutes
+	$(BIN)/python -m benchmarks run --short
+
+lint: $(VENV)/.lint ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc kernels -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint ## puts the code into the form that lint asks for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc kernels -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+test-python: $(VENV)/.build $(VENV)/.test ## the test suite
+	$(BIN)/python -m pytest tests -q
+
+test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitizers.py
+
+test-aarch64: $(VENV)/.build $(VENV)/.test ## the numeric tests, cross-compiled for NEON, under qemu
+	$(BIN)/python tests/aarch64.py
+
+test-install: $(VENV)/.build $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
+	$(BIN)/python tests/install.py
+
+clean: ## removes what was built, not the virtual environment
+	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build
+
+# --- set-up ---------------------------------------------------------------------------------------
+
+# A torch that $(PYTHON) already has is used as it is; the environment then sees its packages.
+$(VENV)/.torch:
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo "using the torch that $(PYTHON) imports"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(PIP) install $(TORCH); \
+	fi
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch
+	$(PIP) install 'setuptools>=77' ninja pybind11 wheel build numpy
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.tools $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# timm needs the Python half of torchvision only, and torchvision's requirements would replace torch.
+$(VENV)/.timm: $(VENV)/.tools
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(PIP) install --no-deps torchvision==0.28.0
+	$(PIP) install --no-deps timm
+	$(PIP) install pillow pyyaml safetensors huggingface_hub
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.timm
+	$(PIP) install scikit-learn matplotlib rich
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(PIP) install onnx onnxscript onnxruntime openvino tqdm tabulate typer pytest pytest-benchmark
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install pytest pytest-benchmark hypothesis
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.tools
+	$(PIP) install ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	@touch $@

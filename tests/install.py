@@ -1,0 +1,57 @@
+"""Installs effattn in every way that is offered and uses it from outside of the repository.
+
+    python tests/install.py
+
+The wheel is built from the sdist, so that a file missing from either is found; the editable install is
+the one of the environment that runs this.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE = """
+import sys, pathlib, torch, effattn
+from effattn import _C
+q = torch.randn(2, 20, 8, requires_grad=True)
+effattn.relu_linear_attention(q, q, q).sum().backward()
+assert q.grad.isfinite().all() and not q.grad.eq(0).all()
+assert [b.name for b in effattn.backends() if b.available] == ["cpu", "reference"]
+package = pathlib.Path(effattn.__file__).parent
+assert (package / "py.typed").exists()
+print(f"{sys.argv[1]}: effattn {effattn.__version__} in {package.name}, {_C.active_isa()}")
+inside = package.is_relative_to(sys.argv[2])
+assert inside == (sys.argv[1] == "editable"), package
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> None:
+    subprocess.run([str(part) for part in command], check=True, cwd=cwd)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(sys.executable, "-c", USE, "editable", ROOT, cwd=folder)
+        run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, ROOT, cwd=folder)
+        (sdist,) = folder.glob("effattn-*.tar.gz")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, sdist, cwd=folder)
+        (wheel,) = folder.glob("effattn-*.whl")
+        assert "none-any" not in wheel.name, "a wheel with binaries names its platform"
+        # In front of the editable install, behind nothing.
+        target = folder / "site"
+        run(*pip, "install", "--no-deps", "--target", target, wheel, cwd=folder)
+        names = sorted(path.name for path in target.iterdir() if not path.name.endswith(".dist-info"))
+        assert names == ["effattn"], names
+        check = f"import sys; sys.path.insert(0, {str(target)!r})\n{USE}"
+        run(sys.executable, "-c", check, "wheel", ROOT, cwd=folder)
+
+
+if __name__ == "__main__":
+    main()
