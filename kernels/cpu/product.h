@@ -31,30 +31,41 @@ template <int R, int V, class Edge>
 EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t row, int64_t col,
                                   const Edge& edge) {
   Vec acc[R][V];
+  EFFATTN_UNROLL
   for (int r = 0; r < R; ++r) {
+    EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) acc[r][v] = edge.start(row + r, col + v * kLanes);
   }
   // A pointer for every four rows: the other three are reached by address arithmetic, where a pointer
   // or an offset for each row would not fit the general registers.
   const float* scalars[(R + 3) / 4];
+  EFFATTN_UNROLL
   for (int r = 0; r < R; r += 4) scalars[r / 4] = a.data + (row + r) * a.row_stride;
   const float* vectors = b.data + col;
   for (int64_t p = 0; p < depth; ++p) {
     Vec line[V];
+    EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) line[v] = load(vectors + v * kLanes);
+    EFFATTN_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec scalar = broadcast(scalars[r / 4][r % 4 * a.row_stride]);
+      EFFATTN_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] += scalar * line[v];
     }
+    EFFATTN_UNROLL
     for (int r = 0; r < R; r += 4) scalars[r / 4] += a.step;
     vectors += b.row_stride;
   }
   if (edge.whole(col + V * kLanes)) {
+    EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) {
+      EFFATTN_UNROLL
       for (int r = 0; r < R; ++r) edge.template finish<true>(row + r, col + v * kLanes, acc[r][v]);
     }
   } else {
+    EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) {
+      EFFATTN_UNROLL
       for (int r = 0; r < R; ++r) edge.template finish<false>(row + r, col + v * kLanes, acc[r][v]);
     }
   }

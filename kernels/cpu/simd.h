@@ -22,6 +22,11 @@
 #include "dtype.h"
 
 #define EFFATTN_INLINE inline __attribute__((always_inline))
+// Before loops over vectors of a register block: their bounds are constants, and only an unrolled block
+// stays in registers.
+#ifndef EFFATTN_UNROLL
+#define EFFATTN_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace effattn::cpu::EFFATTN_ISA {
 
@@ -42,6 +47,7 @@ EFFATTN_INLINE Vec broadcast(float x) {
   return (Vec)_mm256_set1_ps(x);
 #else
   Vec v;
+  EFFATTN_UNROLL
   for (int i = 0; i < kLanes; ++i) v[i] = x;
   return v;
 #endif
@@ -175,6 +181,7 @@ EFFATTN_INLINE void store_one(T* p, float x) {
 // each 128-bit lane first, then whole lanes change places.
 template <int... J>
 EFFATTN_INLINE void transpose_rows(Vec (&rows)[kLanes], std::integer_sequence<int, J...>) {
+  EFFATTN_UNROLL
   for (int i = 0; i < kLanes; i += 4) {
     const Vec a = rows[i], b = rows[i + 1], c = rows[i + 2], d = rows[i + 3];
     // unpack: a0 b0 a1 b1 and a2 b2 a3 b3 of each lane
@@ -191,6 +198,7 @@ EFFATTN_INLINE void transpose_rows(Vec (&rows)[kLanes], std::integer_sequence<in
   // The even or the odd lanes of two vectors, one vector's behind the other's.
   const auto even = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4)...); };
   const auto odd = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4 + 4)...); };
+  EFFATTN_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (kLanes == 8) {
       const Vec a = rows[i], b = rows[i + 4];
@@ -216,7 +224,9 @@ EFFATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
 // Lane i of the result is the sum over the lanes of rows[i], always in the same order.
 EFFATTN_INLINE Vec sum_lanes(Vec (&rows)[kLanes]) {
   transpose(rows);
+  EFFATTN_UNROLL
   for (int width = kLanes / 2; width > 0; width /= 2) {
+    EFFATTN_UNROLL
     for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
   }
   return rows[0];

@@ -61,10 +61,13 @@ inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int
         const int64_t block_rows = smaller(kLanes, rows - r);
         const T* src = from.data + r + c * col_step;
         if (block_cols == kLanes && block_rows == kLanes) {
+          EFFATTN_UNROLL
           for (int i = 0; i < kLanes; ++i) block[i] = activate<Relu>(load(src + i * col_step));
           transpose(block);
+          EFFATTN_UNROLL
           for (int i = 0; i < kLanes; ++i) store(tile.row(r + i) + c, block[i]);
         } else {
+          EFFATTN_UNROLL
           for (int i = 0; i < kLanes; ++i) {
             block[i] = i < block_cols ? activate<Relu>(load_first(src + i * col_step, block_rows)) : Vec{};
           }
@@ -107,6 +110,7 @@ inline void store_tile(const Tile& tile, Place<T> to, int64_t tokens, int64_t ch
       const int64_t block_cols = smaller(kLanes, cols - c);
       for (int64_t r = 0; r < rows; r += kLanes) {
         const int64_t block_rows = smaller(kLanes, rows - r);
+        EFFATTN_UNROLL
         for (int i = 0; i < kLanes; ++i) block[i] = i < block_rows ? load(tile.row(r + i) + c) : Vec{};
         transpose(block);
         T* dst = to.data + r + c * col_step;
