@@ -7,14 +7,13 @@
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-// The register block: kRows x kCols accumulators, kCols vectors of b and one scalar of a must fit the
-// register file (32 registers with AVX-512 and NEON, 16 before).
+// The register block: kRows x 3 sums, 3 vectors of b and one scalar of a must fit the register file (32
+// registers with AVX-512 and NEON, 16 before).
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 8;
 #else
 constexpr int kRows = 4;
 #endif
-constexpr int kCols = 3;
 
 struct Scalars {  // a(r, p) = data[r * row_stride + p * step]
   const float* data;
@@ -71,15 +70,12 @@ EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t r
   }
 }
 
-template <int R, class Edge>
-EFFATTN_INLINE void product_rows(int64_t& row, int64_t rows, Scalars a, Vectors b, int64_t depth, int64_t col,
-                                 int64_t vectors, const Edge& edge) {
-  for (; row + R <= rows; row += R) {
-    if (vectors == 3) product_block<R, 3>(a, b, depth, row, col, edge);
-    if (vectors == 2) product_block<R, 2>(a, b, depth, row, col, edge);
-    if (vectors == 1) product_block<R, 1>(a, b, depth, row, col, edge);
-  }
-  if constexpr (R > 1) product_rows<R / 2>(row, rows, a, b, depth, col, vectors, edge);
+// Rows from `row` on, in blocks of R and of ever smaller ones for the rest.
+template <int R, int V, class Edge>
+EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors b, int64_t depth, int64_t col,
+                                 const Edge& edge) {
+  for (; row + R <= rows; row += R) product_block<R, V>(a, b, depth, row, col, edge);
+  if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge);
 }
 
 // `edge.start(row, col)` gives the initial vector, `edge.finish<Whole>(row, col, acc)` takes the result;
@@ -87,11 +83,13 @@ EFFATTN_INLINE void product_rows(int64_t& row, int64_t rows, Scalars a, Vectors 
 // `cols` counts floats and is rounded up to whole vectors.
 template <class Edge>
 inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge) {
-  static_assert(kCols == 3, "product_rows unrolls up to three vectors");
-  for (int64_t col = 0; col < cols; col += kCols * kLanes) {
-    const int64_t vectors = smaller(kCols, (cols - col + kLanes - 1) / kLanes);
-    int64_t row = 0;
-    product_rows<kRows>(row, rows, a, b, depth, col, vectors, edge);
+  int64_t col = 0;
+  for (; col + 2 * kLanes < cols; col += 3 * kLanes) product_rows<kRows, 3>(0, rows, a, b, depth, col, edge);
+  if (col + kLanes < cols) {
+    product_rows<kRows, 2>(0, rows, a, b, depth, col, edge);
+  } else if (col < cols) {
+    // Twice the rows, or too few sums would be under way to hide the latency of an addition.
+    product_rows<2 * kRows, 1>(0, rows, a, b, depth, col, edge);
   }
 }
 

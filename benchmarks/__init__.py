@@ -1,0 +1,1 @@
+"""Measures the operators of effattn against their peers: ``python -m benchmarks --help``."""

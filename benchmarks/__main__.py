@@ -1,0 +1,132 @@
+"""The command line. Modules that load torch are imported inside the commands: see environment.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benchmarks import environment
+
+if TYPE_CHECKING:
+    from benchmarks.results import Results
+
+FULL_ROUNDS, SHORT_ROUNDS = 15, 7
+RESULTS = environment.ROOT / "benchmarks" / "results"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+class SuiteName(StrEnum):
+    """Spelled out, because the suites themselves load torch."""
+
+    ATTENTION = "attention"
+    NARROW = "narrow"
+    TRAINING = "training"
+    SCALING = "scaling"
+    MEMORY = "memory"
+    ALLOCATOR = "allocator"
+    ALL = "all"
+
+
+@app.command()
+def run(
+    suite: Annotated[list[SuiteName] | None, typer.Option(help="Which suites; may be repeated.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Fewer cases and rounds: under five minutes.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Samples of each candidate.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Cases whose name contains this; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Measures, prints the tables, and writes JSON, markdown and pictures."""
+    environment.restart_with_kept_heap()
+    environment.use_private_compile_cache()
+    from tqdm import tqdm
+
+    from benchmarks import results
+    from benchmarks.floor import Rates
+    from benchmarks.suites import SUITES, Settings
+
+    settings = Settings(rounds or (SHORT_ROUNDS if short else FULL_ROUNDS), short, tuple(only or ()))
+    names = list(SUITES) if not suite or SuiteName.ALL in suite else [name for name in SUITES if name in suite]
+    chosen = {name: steps for name in names if (steps := SUITES[name].steps(settings))}
+    if not chosen:
+        raise typer.BadParameter("no case of these suites has such a name", param_hint="--only")
+    facts = environment.facts()
+    path = output / results.file_name(facts, settings)
+    data = results.read_or_new(path)
+    rates = Rates()
+    on_terminal = sys.stderr.isatty()
+    with tqdm(
+        total=sum(chosen.values()), dynamic_ncols=True, bar_format=_BAR, mininterval=0.1 if on_terminal else 10
+    ) as bar:
+
+        def tick(doing: str, steps: int) -> None:
+            bar.set_postfix_str(doing, refresh=on_terminal)
+            bar.update(steps)
+
+        for name in chosen:
+            rows = SUITES[name].run(settings, rates, tick)
+            results.add(data, name, settings, facts, rates, rows)
+            results.write(path, data)  # suite by suite: an interrupted run keeps what it has
+    _present(data, path)
+
+
+_BAR = "{percentage:3.0f}%|{bar:30}| {elapsed}<{remaining} {postfix}"
+
+
+def _present(data: Results, path: Path) -> None:
+    from benchmarks import plot, report
+
+    markdown = path.with_suffix(".md")
+    markdown.write_text(report.table(data) + "\n")
+    typer.echo(report.table(data, markdown=False) + "\n")
+    for written in (path, markdown, *plot.draw(data, path.with_suffix(""))):
+        typer.echo(f"wrote {written}")
+
+
+@app.command()
+def table(file: Path) -> None:
+    """Prints the tables of a results file, in markdown."""
+    from benchmarks import report, results
+
+    typer.echo(report.table(results.read(file)))
+
+
+@app.command()
+def plot(file: Path) -> None:
+    """Draws the pictures of a results file beside it."""
+    from benchmarks import results
+    from benchmarks.plot import draw
+
+    for written in draw(results.read(file), file.with_suffix("")):
+        typer.echo(f"wrote {written}")
+
+
+@app.command()
+def readme(
+    file: Path, target: Annotated[Path, typer.Option(help="The README.")] = environment.ROOT / "README.md"
+) -> None:
+    """Puts the table of a results file between the markers of the README."""
+    from benchmarks import report, results
+
+    picture = file.with_suffix(".png")
+    shown = Path(os.path.relpath(picture, target.parent)).as_posix() if picture.exists() else None
+    report.update_readme(target, report.readme_table(results.read(file), shown))
+    typer.echo(f"wrote {target}")
+
+
+@app.command(hidden=True)
+def child(job: str) -> None:
+    """Does one job in this process, whatever its allocator; see child.py."""
+    environment.use_private_compile_cache()
+    from benchmarks.child import answer
+
+    typer.echo(answer(job))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,306 @@
+"""relu_linear_attention and its peers: formulations, ONNX graphs, inputs, gates and lists of candidates.
+
+A formulation takes q, k, v as (..., N, D) views of either memory order. In a model they come out of a
+convolution on NCHW, channel-major; token-major is what a linear layer leaves behind. Every peer is timed
+in both, and its best counts; the headline number of effattn is the channel-major one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import effattn
+from benchmarks import peers
+from benchmarks.floor import Work
+from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
+from effattn import _library, testing
+from effattn.testing import AttentionCase
+
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+LAYOUTS = ("channel-major", "token-major")
+EPS = 1e-15
+OURS = "effattn"
+STOCK = "official eager"
+CHECK = f"{STOCK} (again)"
+#: Relative error (norm) that a peer may have: far above its rounding, far below any mistake.
+PEER_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+# --- formulations ---------------------------------------------------------------------------------------
+
+
+def official(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """As in the authors' repository: channels first, a row of ones under v carries the denominator."""
+    dtype = q.dtype
+    query, key, value = q.mT.relu().float(), k.mT.relu().float(), v.mT.float()
+    value = functional.pad(value, (0, 0, 0, 1), mode="constant", value=1.0)
+    out = torch.matmul(torch.matmul(value, key.mT), query)
+    return (out[..., :-1, :] / (out[..., -1:, :] + eps)).to(dtype).mT
+
+
+def timm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """As in timm: tokens first, a column of ones beside v, everything cast to float32 first."""
+    dtype = v.dtype
+    query, key = q.relu(), k.relu()
+    value = functional.pad(v, (0, 1), mode="constant", value=1.0)
+    query, key, value = query.float(), key.float(), value.float()
+    out = query @ (key.transpose(-1, -2) @ value)
+    return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
+
+
+FORMULATIONS: dict[str, Callable[..., torch.Tensor]] = {"official": official, "timm": timm}
+
+
+def onnx_graph(layout: str, sizes: Iterable[int], dtype: torch.dtype, eps: float = EPS) -> Any:
+    """The official formulation on (B, h, D, N), or timm's on (B, h, N, D), as an ONNX model."""
+    from onnx import checker, parser
+
+    batch, heads, rows, columns = sizes
+    axis = 2 if layout == "channel-major" else 3
+    dim = rows if axis == 2 else columns
+    kind = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
+    type_ = f"{kind}[{batch}, {heads}, {rows}, {columns}]"
+    pads = ", ".join("1" if i == 4 + axis else "0" for i in range(8))
+    products = (
+        "sums = MatMul(values, keys_t)\n products = MatMul(sums, queries)"
+        if axis == 2
+        else "sums = MatMul(keys_t, values)\n products = MatMul(queries, sums)"
+    )
+    # to = 1 is float: the sums live in float32, as in both formulations.
+    model = parser.parse_model(f"""
+        <ir_version: 9, opset_import: ["": 18]>
+        relu_linear_attention ({type_} q, {type_} k, {type_} v) => ({type_} out)
+        <float eps = {{{eps}}}, float one = {{1.0}}, int64[8] pads = {{{pads}}}, int64[2] parts = {{{dim}, 1}}> {{
+            q32 = Cast<to: int = 1>(q)
+            k32 = Cast<to: int = 1>(k)
+            v32 = Cast<to: int = 1>(v)
+            queries = Relu(q32)
+            keys = Relu(k32)
+            values = Pad(v32, pads, one)
+            keys_t = Transpose<perm = [0, 1, 3, 2]>(keys)
+            {products}
+            numerator, denominator = Split<axis: int = {axis}>(products, parts)
+            shifted = Add(denominator, eps)
+            out32 = Div(numerator, shifted)
+            out = CastLike(out32, q)
+        }}""")
+    checker.check_model(model)
+    return model
+
+
+# --- data and gates -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """q, k, v of a case in every layout, and the truth in float64. All values are the same."""
+
+    case: AttentionCase
+    dtype: torch.dtype
+    training: bool = False
+
+    @cached_property
+    def _storage(self) -> dict[str, torch.Tensor]:
+        qkv = self.case.qkv(self.dtype)
+        return {"channel-major": qkv, "token-major": qkv.mT.contiguous().mT}
+
+    def qkv(self, layout: str) -> Qkv:
+        """Views (B, h, N, D) of one tensor; for training each is a leaf, so that only the operator counts."""
+        q, k, v = (t.detach().requires_grad_(self.training) for t in testing.split_heads(self._storage[layout]))
+        return q, k, v
+
+    def separate(self, layout: str) -> peers.Tensors:
+        """Three contiguous tensors, (B, h, D, N) or (B, h, N, D): a runtime could not bind views of one."""
+        q, k, v = self.qkv(layout)
+        named = {"q": q, "k": k, "v": v}
+        return {name: (t.mT if layout == "channel-major" else t).contiguous() for name, t in named.items()}
+
+    def grad_out(self, layout: str) -> torch.Tensor:
+        q = self.qkv(layout)[0]
+        values = testing.make_tensor(*q.shape, layout="channel_major", dtype=self.dtype, seed=1)
+        return values if layout == "channel-major" else values.contiguous()
+
+    def reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """The output, and for training the gradients, of the reference computed in ``dtype``."""
+        q, k, v = self.qkv("channel-major")
+        if self.training:
+            return testing.reference_with_gradients(q, k, v, self.grad_out("channel-major"), EPS, dtype)
+        return (testing.reference.relu_linear_attention(q.to(dtype), k.to(dtype), v.to(dtype), EPS),)
+
+    @cached_property
+    def truth(self) -> tuple[torch.Tensor, ...]:
+        return self.reference(torch.float64)
+
+    @cached_property
+    def plain(self) -> tuple[torch.Tensor, ...]:
+        return self.reference(self.dtype)
+
+
+def _results(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _worst(accuracies: Iterable[Accuracy]) -> Accuracy:
+    """The one that is nearest to failing, or has failed."""
+    return max(accuracies, key=lambda a: (not a.passed, a.error / a.allowed))
+
+
+def our_gate(data: Inputs, result: Any) -> Accuracy:
+    """No less accurate than the plain formulation: the rule of the tests."""
+    gradients = len(data.truth) - 1
+    tolerances = [testing.FLOAT32_FORWARD_TOLERANCE] + [testing.FLOAT32_GRADIENT_TOLERANCE] * gradients
+    return _worst(
+        Accuracy(testing.error(ours, truth) / norm, testing.allowed_error(plain, truth, tolerance) / norm)
+        for ours, plain, truth, tolerance in zip(_results(result), data.plain, data.truth, tolerances, strict=True)
+        for norm in [torch.linalg.vector_norm(truth).item()]
+    )
+
+
+def peer_gate(data: Inputs, result: Any) -> Accuracy:
+    return _worst(
+        Accuracy(testing.error(theirs, truth) / torch.linalg.vector_norm(truth).item(), PEER_TOLERANCE[data.dtype])
+        for theirs, truth in zip(_results(result), data.truth, strict=True)
+    )
+
+
+# --- candidates -----------------------------------------------------------------------------------------
+
+
+def torch_call(function: Callable[..., torch.Tensor], layout: str, data: Inputs) -> Call:
+    q, k, v = data.qkv(layout)
+    if not data.training:
+        return partial(function, q, k, v)
+    grad_out = data.grad_out(layout)
+
+    def forward_and_backward() -> tuple[torch.Tensor, ...]:
+        out = function(q, k, v)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out)
+
+    return forward_and_backward
+
+
+def _compiled_call(function: Callable[..., torch.Tensor], layout: str, data: Inputs) -> Call:
+    return torch_call(peers.compiled(function, training=data.training), layout, data)
+
+
+def _runtime_call(run: Callable[..., Callable[[], peers.Tensors]], layout: str, data: Inputs) -> Call:
+    inputs = data.separate(layout)
+    outputs = {"out": torch.empty_like(inputs["v"])}
+    call = run(onnx_graph(layout, inputs["q"].shape, data.dtype), inputs, outputs)
+    out = outputs["out"].mT if layout == "channel-major" else outputs["out"]
+    return lambda: (call(), out)[1]
+
+
+def effattn_candidates() -> list[Candidate]:
+    return [
+        Candidate(
+            OURS if layout == LAYOUTS[0] else f"{OURS}, {layout}",
+            layout,
+            Role.OURS if layout == LAYOUTS[0] else Role.CONTEXT,
+            partial(torch_call, effattn.relu_linear_attention, layout),
+            our_gate,
+        )
+        for layout in LAYOUTS
+    ]
+
+
+def eager_candidates() -> list[Candidate]:
+    return [
+        Candidate(f"{name} eager", layout, Role.PEER, partial(torch_call, function, layout), peer_gate)
+        for name, function in FORMULATIONS.items()
+        for layout in LAYOUTS
+    ]
+
+
+def compiled_candidates(*names: str) -> list[Candidate]:
+    return [
+        Candidate(f"{name} compiled", layout, Role.PEER, partial(_compiled_call, FORMULATIONS[name], layout), peer_gate)
+        for name in names
+        for layout in LAYOUTS
+    ]
+
+
+def runtime_candidates(dtype: torch.dtype) -> list[Candidate]:
+    """onnxruntime and OpenVINO; for narrow types OpenVINO also with its own arithmetic in that type."""
+    rows = [("onnxruntime", "", peers.onnxruntime_call), ("OpenVINO", "", peers.openvino_call)]
+    if dtype != torch.float32:
+        hint = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+        rows.append(("OpenVINO", f", {hint} hint", partial(peers.openvino_call, precision=hint)))
+    return [
+        Candidate(name, layout + note, Role.PEER, partial(_runtime_call, run, layout), peer_gate)
+        for name, note, run in rows
+        for layout in LAYOUTS
+    ]
+
+
+def check_candidate() -> Candidate:
+    layout = LAYOUTS[0]
+    return Candidate(CHECK, layout, Role.CHECK, partial(torch_call, official, layout), peer_gate)
+
+
+def softmax_candidate(build: Callable[[Inputs], Call] | None = None) -> Candidate:
+    """Softmax attention, a different function: what linear attention is there to replace."""
+    return Candidate("softmax (SDPA)", "token-major", Role.CONTEXT, build or softmax_call, softmax_gate)
+
+
+def softmax_call(data: Inputs) -> Call:
+    q, k, v = data.separate("token-major").values()
+    return partial(functional.scaled_dot_product_attention, q, k, v)
+
+
+def softmax_gate(data: Inputs, result: Any) -> Accuracy:
+    """On the last queries only: all of them in float64 would take gigabytes."""
+    q, k, v = (t.double() for t in data.separate("token-major").values())
+    truth = torch.softmax(q[..., -64:, :] @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+    difference = testing.error(result[..., -64:, :], truth)
+    return Accuracy(difference / torch.linalg.vector_norm(truth).item(), PEER_TOLERANCE[data.dtype])
+
+
+# --- cases ----------------------------------------------------------------------------------------------
+
+
+def work(case: AttentionCase, dtype: torch.dtype, training: bool) -> Work:
+    """What the plan of the kernel says must be read, written and computed."""
+    if _library._C is None:
+        raise RuntimeError(f"the compiled library of effattn cannot be loaded: {_library.error}")
+    plan = _library._C.relu_linear_attention_plan(
+        groups=case.batch * case.heads,
+        queries=case.tokens,
+        keys=case.tokens,
+        head_dim=case.head_dim,
+        value_dim=case.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    passes = ("forward", "backward") if training else ("forward",)
+    return Work(
+        bytes=sum(plan[f"minimum_bytes_{name}"] for name in passes),
+        flops=sum(plan[f"flops_{name}"] for name in passes),
+        dtype=dtype,
+    )
+
+
+def make_case(
+    case: AttentionCase, candidates: Iterable[Candidate], dtype: torch.dtype = torch.float32, training: bool = False
+) -> Case:
+    return Case(
+        name=case.name,
+        dtype=dtype,
+        sizes={
+            "batch": case.batch,
+            "heads": case.heads,
+            "head_dim": case.head_dim,
+            "height": case.height,
+            "width": case.width,
+        },
+        work=work(case, dtype, training),
+        candidates=tuple(candidates),
+        prepare=partial(Inputs, case, dtype, training),
+        training=training,
+    )

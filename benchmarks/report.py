@@ -1,0 +1,220 @@
+"""Reads results: who is best, tables for the terminal and the README."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tabulate import tabulate
+
+from benchmarks import results
+from benchmarks.results import Results
+from benchmarks.runner import Role, Row
+
+#: The stock row and its repetition may differ by this before the case's ratios are marked as doubtful.
+CHECK_TOLERANCE = 0.10
+CHECK_SUFFIX = " (again)"
+README_BEGIN, README_END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """All rows of one case."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @cached_property
+    def ours(self) -> Row | None:
+        return next((row for row in self.rows if row.role == Role.OURS and row.milliseconds is not None), None)
+
+    @cached_property
+    def best_peer(self) -> Row | None:
+        return _fastest(row for row in self.rows if row.role == Role.PEER)
+
+    @cached_property
+    def floor(self) -> float | None:
+        return self.rows[0].floor_milliseconds
+
+    @property
+    def speed_up(self) -> float | None:
+        """How many times faster than the best peer; below 1 where it is slower."""
+        return _ratio(self.best_peer, self.ours)
+
+    @property
+    def over_floor(self) -> float | None:
+        return self.ours.milliseconds / self.floor if self.ours and self.ours.milliseconds and self.floor else None
+
+    @property
+    def check(self) -> float | None:
+        """The stock row's repetition over the stock row."""
+        again = next((row for row in self.rows if row.role == Role.CHECK), None)
+        if again is None:
+            return None
+        name = again.candidate.removesuffix(CHECK_SUFFIX)
+        stock = next((row for row in self.rows if row.candidate == name and row.variant == again.variant), None)
+        return _ratio(again, stock)
+
+    @property
+    def doubtful(self) -> bool:
+        return self.check is not None and abs(self.check - 1) > CHECK_TOLERANCE
+
+    def fastest(self, candidate: str) -> Row | None:
+        """The candidate's best variant; None if none has a time."""
+        return _fastest(row for row in self.rows if row.candidate == candidate)
+
+
+def _fastest(rows: object) -> Row | None:
+    timed = [row for row in rows if row.milliseconds is not None]  # type: ignore[attr-defined]
+    return min(timed, key=lambda row: row.milliseconds, default=None)
+
+
+def _ratio(above: Row | None, below: Row | None) -> float | None:
+    if above is None or below is None or not above.milliseconds or not below.milliseconds:
+        return None
+    return above.milliseconds / below.milliseconds
+
+
+def cases(data: Results, suite: str) -> list[CaseResult]:
+    """The cases of a suite; one in several dtypes is several."""
+    rows = results.rows(data, suite)
+    dtypes = {row.dtype for row in rows}
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row.case if dtypes == {"float32"} else f"{row.case}, {row.dtype}"
+        grouped.setdefault(name, []).append(row)
+    return [CaseResult(name, tuple(group)) for name, group in grouped.items()]
+
+
+# --- tables ---------------------------------------------------------------------------------------------
+
+
+def table(data: Results, markdown: bool = True) -> str:
+    """Everything: one table a suite, with the reasons for missing numbers below it.
+
+    In markdown, or narrower, for a terminal.
+    """
+    return "\n\n".join(_suite_table(data, suite, markdown) for suite in data["suites"])
+
+
+def _suite_table(data: Results, suite: str, markdown: bool) -> str:
+    part = data["suites"][suite]
+    found = cases(data, suite)
+    candidates = list(dict.fromkeys(row.candidate for case in found for row in case.rows if row.role != Role.CHECK))
+    memory = any(row.peak_bytes is not None for case in found for row in case.rows)
+    reasons: dict[str, int] = {}
+    body = []
+    for case in found:
+        cells = [_cell(case, candidate, reasons) for candidate in candidates]
+        body.append([case.name, *cells, *([] if memory else _verdict(case))])
+    head = ["MB" if memory else "ms", *candidates]
+    if not memory:
+        head += ["best peer", "speed-up", "floor", "over floor", "check"]
+    columns = [i for i in range(len(head)) if any(row[i] != "-" for row in body)]
+    head, body = [head[i] for i in columns], [[row[i] for i in columns] for row in body]
+    rounds = part["settings"]["rounds"]
+    lines = [
+        f"### {part['title']}",
+        "",
+        _machine(part["environment"]) + ("" if memory else f"; medians of {rounds} rounds") + ".",
+        *(["A short run: fewer cases and rounds than a full one."] if part["settings"]["short"] else []),
+        "",
+        _grid(body, head, markdown),
+    ]
+    notes = [f"[{number}] {reason}  " for reason, number in reasons.items()]
+    if any(case.doubtful for case in found):
+        notes.append(f"(!) the same code timed twice differs by more than {CHECK_TOLERANCE:.0%}: distrust this row.")
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _grid(body: list[list[str]], head: list[str], markdown: bool) -> str:
+    if markdown:
+        return tabulate(body, head, tablefmt="github", disable_numparse=True)
+    widths = [None if i == 0 else 20 if name == "best peer" else 12 for i, name in enumerate(head)]
+    return tabulate(body, head, tablefmt="simple", disable_numparse=True, maxcolwidths=widths, maxheadercolwidths=11)
+
+
+def _cell(case: CaseResult, candidate: str, reasons: dict[str, int]) -> str:
+    """The best variant's number, or a reference to the reasons why there is none."""
+    rows = [row for row in case.rows if row.candidate == candidate]
+    if not rows:
+        return "-"
+    peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+    if peaks:
+        return f"{min(peaks) / 1e6:.1f}"
+    fastest = case.fastest(candidate)
+    failed = dict.fromkeys(f"{candidate}: {row.reason}" for row in rows if row.reason)
+    notes = "".join(f" [{reasons.setdefault(reason, len(reasons) + 1)}]" for reason in failed)
+    return (milliseconds(fastest.milliseconds) if fastest else "-") + notes
+
+
+def _verdict(case: CaseResult) -> list[str]:
+    best = case.best_peer
+    return [
+        f"{best.candidate}, {best.variant}" if best else "-",
+        times(case.speed_up) + (" (!)" if case.doubtful else ""),
+        milliseconds(case.floor),
+        times(case.over_floor),
+        "-" if case.check is None else f"{case.check:.2f}",
+    ]
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return "-"
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+
+
+def _machine(facts: dict[str, object]) -> str:
+    versions = facts["versions"]
+    assert isinstance(versions, dict)
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
+    return f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}; {packages}; {facts['threads']} threads"
+
+
+# --- README ---------------------------------------------------------------------------------------------
+
+#: The suites that the README shows, and what they are called there.
+README_SUITES = {"attention": "inference", "training": "forward and backward"}
+
+
+def readme_table(data: Results, picture: str | None) -> str:
+    body = [
+        [
+            case.name,
+            label,
+            f"{case.best_peer.candidate} {milliseconds(case.best_peer.milliseconds)}" if case.best_peer else "-",
+            milliseconds(case.ours.milliseconds if case.ours else None),
+            times(case.speed_up) + (" (!)" if case.doubtful else ""),
+            milliseconds(case.floor),
+        ]
+        for suite, label in README_SUITES.items()
+        for case in cases(data, suite)
+    ]
+    facts = next(iter(data["suites"].values()))["environment"]
+    head = ["case", "", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
+    lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", _machine(facts) + "."]
+    if picture is not None:
+        lines = [f"![Speed-up over the best peer]({picture})", "", *lines]
+    return "\n".join(lines)
+
+
+def update_readme(readme: Path, content: str) -> None:
+    """Puts ``content`` between the two markers.
+
+    Raises:
+        ValueError: if the file does not have each marker once, in order.
+    """
+    text = readme.read_text()
+    between = re.compile(f"{re.escape(README_BEGIN)}.*?{re.escape(README_END)}", re.DOTALL)
+    if text.count(README_BEGIN) != 1 or text.count(README_END) != 1 or not between.search(text):
+        raise ValueError(f"{readme}: expected the markers {README_BEGIN} and {README_END}, each once, in this order")
+    readme.write_text(between.sub(lambda _: f"{README_BEGIN}\n{content}\n{README_END}", text))

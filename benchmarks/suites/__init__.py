@@ -1,0 +1,15 @@
+"""The suites, in the order in which a full run takes them. Another operator, module or model adds its own."""
+
+from __future__ import annotations
+
+from benchmarks.suites.attention import ATTENTION, NARROW_TYPES
+from benchmarks.suites.base import Settings, Suite, TimedSuite
+from benchmarks.suites.processes import ALLOCATOR, MEMORY
+from benchmarks.suites.scaling import SCALING
+from benchmarks.suites.training import TRAINING
+
+__all__ = ["SUITES", "Settings", "Suite", "TimedSuite"]
+
+_IN_ORDER: tuple[Suite, ...] = (ATTENTION, NARROW_TYPES, TRAINING, SCALING, MEMORY, ALLOCATOR)
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in _IN_ORDER}

@@ -1,0 +1,62 @@
+"""What a suite is, and the common kind: cases whose candidates are timed in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks import runner
+from benchmarks.floor import Rates
+from benchmarks.runner import Case, Row, Tick
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``only`` keeps the cases whose name contains one of its strings; empty keeps all."""
+
+    rounds: int
+    short: bool = False
+    only: tuple[str, ...] = ()
+
+    def keeps(self, name: str) -> bool:
+        return not self.only or any(part.lower() in name.lower() for part in self.only)
+
+
+class Suite(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def steps(self, settings: Settings) -> int:
+        """How many steps of progress a run reports."""
+        ...
+
+    def run(self, settings: Settings, rates: Rates, tick: Tick) -> list[Row]: ...
+
+
+@dataclass(frozen=True)
+class TimedSuite:
+    """``cases`` gives the cases of a short or a full run."""
+
+    name: str
+    title: str
+    cases: Callable[[bool], list[Case]]
+
+    def selected(self, settings: Settings) -> list[Case]:
+        return [case for case in self.cases(settings.short) if settings.keeps(case.name)]
+
+    def steps(self, settings: Settings) -> int:
+        return sum(runner.steps(case, settings.rounds) for case in self.selected(settings))
+
+    def run(self, settings: Settings, rates: Rates, tick: Tick) -> list[Row]:
+        cases = self.selected(settings)
+        rows: list[Row] = []
+        for case in cases:
+            rates.measure({case.dtype})
+            rows += runner.measure(self.name, case, settings.rounds, tick)
+        rates.measure({case.dtype for case in cases})
+        runner.write_floors(rows, cases, rates)
+        return rows
