@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "-q", "-m", "not slow", "-x"]
+DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "-q", "-x", "-m", "not slow"]
+DEFAULT_TESTS += ["-k", "not same_bits or float32"]  # the schedule over threads is slow here, and one for all dtypes
 
 TRIPLET = "aarch64-linux-gnu"
 COMPILER = f"{TRIPLET}-g++"
@@ -178,14 +180,20 @@ def stage_package(stage: Path, sysroot: Path, site: Path) -> None:
 def run_tests(stage: Path, sysroot: Path, site: Path, arguments: Sequence[str]) -> int:
     environment = {
         "OMP_NUM_THREADS": "2",
+        # A plain server core. The default has every extension there is: torch's SVE code and signed pointers
+        # are several times slower to emulate. Older cores than this do not run torch's wheel.
+        "QEMU_CPU": "neoverse-n1",
         **os.environ,
         "QEMU_LD_PREFIX": str(sysroot),
         "PYTHONPATH": os.pathsep.join([str(stage), str(site)]),
         "PYTHONSAFEPATH": "1",  # not the current folder: it holds the x86 package
         "PYTHONNOUSERSITE": "1",  # nor the user's own packages
     }
-    command = ["qemu-aarch64-static", emulated_python(sysroot), "-c", RUN_TESTS, "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    command = ["qemu-aarch64-static", str(emulated_python(sysroot)), "-c", RUN_TESTS, "-p", "no:cacheprovider"]
+    code = subprocess.run([*command, *arguments], cwd=ROOT, env=environment).returncode
+    if code < 0:
+        print(f"aarch64: the emulator ended by {signal.Signals(-code).name}")
+    return code
 
 
 def main() -> int:

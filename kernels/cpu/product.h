@@ -88,8 +88,8 @@ inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t de
   if (col + kLanes < cols) {
     product_rows<kRows, 2>(0, rows, a, b, depth, col, edge);
   } else if (col < cols) {
-    // Twice the rows, or too few sums would be under way to hide the latency of an addition.
-    product_rows<2 * kRows, 1>(0, rows, a, b, depth, col, edge);
+    // At least eight sums must be under way to hide the latency of an addition on two ports.
+    product_rows<8, 1>(0, rows, a, b, depth, col, edge);
   }
 }
 

@@ -136,12 +136,28 @@ EFFATTN_INLINE void store(BFloat16* p, Vec x) {
   *reinterpret_cast<VecHMem*>(p) = (VecHMem)float_to_bfloat(x);
 }
 
+#if defined(__AVX2__) && EFFATTN_LANES == 8
+// All ones in the first n lanes.
+EFFATTN_INLINE __m256i first_lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // The first n lanes; lanes behind them read as 0 and are not written. n may be 0 to kLanes.
 template <class T>
 EFFATTN_INLINE Vec load_first(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
 #if defined(__AVX512F__) && EFFATTN_LANES == 16
-  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+  const __mmask16 mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return (Vec)_mm512_maskz_loadu_ps(mask, p);
+  } else {
+    T whole[kLanes];
+    _mm256_storeu_si256((__m256i*)whole, _mm256_maskz_loadu_epi16(mask, p));
+    return load(whole);
+  }
+#elif defined(__AVX2__) && EFFATTN_LANES == 8
+  if constexpr (sizeof(T) == 4) return (Vec)_mm256_maskload_ps(p, first_lanes(n));
 #endif
   T lanes[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
@@ -152,7 +168,16 @@ template <class T>
 EFFATTN_INLINE void store_first(T* p, Vec x, int64_t n) {
   if (n >= kLanes) return store(p, x);
 #if defined(__AVX512F__) && EFFATTN_LANES == 16
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x);
+  const __mmask16 mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_storeu_ps(p, mask, (__m512)x);
+  } else {
+    T whole[kLanes];
+    store(whole, x);
+    return _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256((const __m256i*)whole));
+  }
+#elif defined(__AVX2__) && EFFATTN_LANES == 8
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, first_lanes(n), (__m256)x);
 #endif
   T lanes[kLanes];
   store(lanes, x);
