@@ -107,7 +107,7 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
 
     isas = ISAS.get(target.architecture, _OTHER)
     rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
-    optimise = ["-O1", "-g", "-fno-omit-frame-pointer"] if target.sanitize else ["-O2", "-g0"]
+    optimise = ["-O1", "-g", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
     common = [
         "-std=gnu++20",

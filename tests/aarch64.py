@@ -30,7 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "-q", "-x", "-m", "not slow"]
-DEFAULT_TESTS += ["-k", "not same_bits or float32"]  # the schedule over threads is slow here, and one for all dtypes
+# What the schedule over threads does is not the business of an instruction set, and takes minutes here.
+DEFAULT_TESTS += ["-k", "not same_bits and not four_python_threads"]
 
 TRIPLET = "aarch64-linux-gnu"
 COMPILER = f"{TRIPLET}-g++"

@@ -19,7 +19,7 @@ DEFAULT = [
     "tests/test_relu_linear_attention_numerics.py",
     "tests/test_relu_linear_attention_errors.py",
     # Threads of torch's pool are not instrumented; what they compute is covered by the rest.
-    "-k=not float16_in_its_whole_range and not float16_activations",
+    "-k=not float16_in_its_whole_range and not float16_activations and not same_bits",
 ]
 
 

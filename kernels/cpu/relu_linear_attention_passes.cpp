@@ -181,13 +181,9 @@ void dot_channels(float* out, const Tile& a, const Tile* other, const float* z, 
   }
 }
 
-// 1 / (dot + eps). A denominator that overflowed to infinity gives NaN, as inf / inf does in the plain
-// formulation, instead of a silent zero.
+// 1 / (dot + eps). What is infinite or NaN in a denominator stays so in a product with its inverse.
 void invert(float* dots, float eps, int64_t tokens) {
-  for (int64_t t = 0; t < tokens; t += kLanes) {
-    const Vec denominator = load(dots + t) + eps;
-    store(dots + t, 1.0f / denominator + (denominator - denominator));
-  }
+  for (int64_t t = 0; t < tokens; t += kLanes) store(dots + t, 1.0f / (load(dots + t) + eps));
 }
 
 // --- products over channels ---------------------------------------------------------------------------

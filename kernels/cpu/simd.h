@@ -45,6 +45,8 @@ EFFATTN_INLINE Vec broadcast(float x) {
   return (Vec)_mm512_set1_ps(x);
 #elif defined(__AVX2__) && EFFATTN_LANES == 8
   return (Vec)_mm256_set1_ps(x);
+#elif defined(__aarch64__) && EFFATTN_LANES == 4
+  return (Vec)vdupq_n_f32(x);
 #else
   Vec v;
   EFFATTN_UNROLL
