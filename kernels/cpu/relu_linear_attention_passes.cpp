@@ -20,18 +20,24 @@ Place<T> place(const Problem& p, const Operand& operand, int64_t group, int64_t 
     offset += group % p.lead_sizes[i] * operand.lead_strides[i];
     group /= p.lead_sizes[i];
   }
-  return {static_cast<T*>(operand.data) + offset, operand.token_stride, operand.channel_stride};
+  return {static_cast<T*>(operand.data) + offset, operand.token_stride, operand.channel_stride, 0};
 }
 
 template <class T>
 Place<const T> source(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
   const Place<T> at = place<T>(p, operand, group, token);
-  return {at.data, at.token_stride, at.channel_stride};
+  return {at.data, at.token_stride, at.channel_stride, 0};
 }
 
 template <class T>
 void advance(Place<T>& at, int64_t tokens) {
   at.data += tokens * at.token_stride;
+}
+
+// Asks for early fetching of the block behind the one of `tokens` that is loaded next, if there is one.
+template <class T>
+void look_ahead(Place<const T>& at, int64_t tokens, bool last) {
+  at.ahead = last ? 0 : tokens * at.token_stride;
 }
 
 bool is_channel_major(const Operand& operand) {
@@ -250,6 +256,8 @@ void sum_keys(const Problem& p, int64_t group, int64_t begin, int64_t end, int64
   Place<const T> from_k = source<T>(p, p.k, group, begin), from_v = source<T>(p, p.v, group, begin);
   for (int64_t at = begin; at < end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, end - at);
+    look_ahead(from_k, tokens, at + tokens == end);
+    look_ahead(from_v, tokens, at + tokens == end);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     load_tile<false>(v, from_v, tokens, p.value_dim);
     accumulate(sums, k, v, tokens);
@@ -273,6 +281,7 @@ void apply_tiles(const Problem& p, int64_t group, int64_t begin, int64_t end, in
   Place<T> to = place<T>(p, p.out, group, begin);
   for (int64_t at = begin; at < end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, end - at);
+    look_ahead(from, tokens, at + tokens == end);
     load_tile<true>(q, from, tokens, p.head_dim);
     dot_channels(inverse, q, nullptr, sums.z, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
@@ -343,6 +352,8 @@ void grad_queries(const Problem& p, int64_t group, int64_t begin, int64_t end, i
   Place<T> to = place<T>(p, p.grad_q, group, begin);
   for (int64_t at = begin; at < end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, end - at);
+    look_ahead(from_q, tokens, at + tokens == end);
+    look_ahead(from_grad, tokens, at + tokens == end);
     load_tile<true>(q, from_q, tokens, p.head_dim);
     load_tile<false>(grad, from_grad, tokens, p.value_dim);
     if (channel_major) load_tile<false>(grad_rows, from_grad, tokens, p.value_dim);
@@ -375,6 +386,8 @@ void grad_key_tiles(const Problem& p, int64_t group, int64_t begin, int64_t end,
   Place<T> to_k = place<T>(p, p.grad_k, group, begin), to_v = place<T>(p, p.grad_v, group, begin);
   for (int64_t at = begin; at < end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, end - at);
+    look_ahead(from_k, tokens, at + tokens == end);
+    look_ahead(from_v, tokens, at + tokens == end);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     load_tile<false>(v, from_v, tokens, p.value_dim);
     mix_channels(v, Scalars{grad.matrix, grad.stride, 1}, transposed, tokens, p.value_dim, p.head_dim,

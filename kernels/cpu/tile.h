@@ -28,12 +28,20 @@ struct Place {
   T* data;
   int64_t token_stride;
   int64_t channel_stride;
+  int64_t ahead = 0;  // elements to where the next block starts, to fetch it early; 0 if there is none
 };
 
 template <bool Relu>
 EFFATTN_INLINE Vec activate(Vec x) {
   if constexpr (Relu) return relu(x);
   return x;
+}
+
+// Rows of a block lie far apart, each too short for the hardware to see a stream in it: while one block is
+// loaded, the next one is asked for, and arrives while this one is computed on.
+template <class T>
+EFFATTN_INLINE void fetch_early(const T* at, int64_t ahead) {
+  if (ahead != 0) __builtin_prefetch(at + ahead, 0, 2);
 }
 
 // Fills `tile` with `tokens` x `channels` of `from`, relu'd if asked; columns are zero up to a whole
@@ -50,7 +58,10 @@ inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int
       const T* src = from.data + r * row_step;
       float* dst = tile.row(r);
       int64_t c = 0;
-      for (; c + kLanes <= cols; c += kLanes) store(dst + c, activate<Relu>(load(src + c)));
+      for (; c + kLanes <= cols; c += kLanes) {
+        fetch_early(src + c, from.ahead);
+        store(dst + c, activate<Relu>(load(src + c)));
+      }
       if (c < cols) store(dst + c, activate<Relu>(load_first(src + c, cols - c)));
     }
   } else if (row_step == 1 || rows == 1) {
@@ -62,7 +73,10 @@ inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int
         const T* src = from.data + r + c * col_step;
         if (block_cols == kLanes && block_rows == kLanes) {
           EFFATTN_UNROLL
-          for (int i = 0; i < kLanes; ++i) block[i] = activate<Relu>(load(src + i * col_step));
+          for (int i = 0; i < kLanes; ++i) {
+            fetch_early(src + i * col_step, from.ahead);
+            block[i] = activate<Relu>(load(src + i * col_step));
+          }
           transpose(block);
           EFFATTN_UNROLL
           for (int i = 0; i < kLanes; ++i) store(tile.row(r + i) + c, block[i]);
