@@ -142,7 +142,9 @@ def import_timm() -> ModuleType:
     """
     try:
         return importlib.import_module("timm")
-    except (ImportError, RuntimeError, OSError, AttributeError):
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in ("timm", "torchvision"):
+            raise
         _declare_torchvision_operators()
         return importlib.import_module("timm")
 
