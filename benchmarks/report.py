@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,9 +67,9 @@ class CaseResult:
         return _fastest(row for row in self.rows if row.candidate == candidate)
 
 
-def _fastest(rows: object) -> Row | None:
-    timed = [row for row in rows if row.milliseconds is not None]  # type: ignore[attr-defined]
-    return min(timed, key=lambda row: row.milliseconds, default=None)
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    timed = [row for row in rows if row.milliseconds is not None]
+    return min(timed, key=lambda row: row.milliseconds or 0.0, default=None)
 
 
 def _ratio(above: Row | None, below: Row | None) -> float | None:
