@@ -4,7 +4,8 @@
 STABLE_TORCH_LIBRARY(effattn, m) {
   // Inference: out only, no autograd formula, so that a call pays for nothing it does not use.
   m.def("relu_linear_attention(Tensor q, Tensor k, Tensor v, float eps) -> Tensor");
-  // Training: also the sums (..., D, Dv + 1) in float32, [sum k^T v | sum k], that the backward needs.
+  // Training: also the sums (..., Dv + 1, D) in float32, sum v^T k and below it sum k, that the backward
+  // needs.
   m.def(
       "relu_linear_attention_forward(Tensor q, Tensor k, Tensor v, float eps) -> (Tensor out, Tensor sums)");
   m.def(

@@ -80,9 +80,9 @@ def test_float64_names_the_way_out():
     [
         (0, torch.randn(2, 6, 4), r"grad_out must have shape \(2, 6, 5\), got \(2, 6, 4\)"),
         (0, torch.randn(2, 6, 5).half(), "grad_out must have the dtype of q"),
-        (4, torch.randn(2, 4, 5), r"sums must have shape \(2, 4, 6\), got \(2, 4, 5\)"),
-        (4, torch.randn(2, 4, 6).half(), "sums must be float32"),
-        (4, torch.randn(2, 6, 4).transpose(-1, -2), "sums must be contiguous"),
+        (4, torch.randn(2, 5, 4), r"sums must have shape \(2, 6, 4\), got \(2, 5, 4\)"),
+        (4, torch.randn(2, 6, 4).half(), "sums must be float32"),
+        (4, torch.randn(2, 4, 6).transpose(-1, -2), "sums must be contiguous"),
     ],
 )
 def test_the_backward_operator_checks_its_own(argument, wrong, message):

@@ -64,8 +64,8 @@ cpu::ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tenso
 }
 
 std::vector<int64_t> sums_shape(const Tensor& q, int64_t value_dim) {
-  std::vector<int64_t> shape = shape_with_last(q, value_dim + 1);
-  shape[shape.size() - 2] = q.size(q.dim() - 1);
+  std::vector<int64_t> shape = shape_with_last(q, q.size(q.dim() - 1));
+  shape[shape.size() - 2] = value_dim + 1;
   return shape;
 }
 

@@ -60,7 +60,7 @@ def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float)
 
 
 def _sums_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
-    return (*q.shape[:-2], q.shape[-1], v.shape[-1] + 1)
+    return (*q.shape[:-2], v.shape[-1] + 1, q.shape[-1])
 
 
 def _fake_backward(

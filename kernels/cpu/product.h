@@ -3,7 +3,7 @@
 // with a read as scalars (any strides) and b as vectors.
 #pragma once
 
-#include "tile.h"
+#include "fetch.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 
@@ -26,9 +26,12 @@ struct Vectors {  // b[p][c] = data[p * row_stride + c]
   int64_t row_stride;
 };
 
+// A function of its own: inlined, its pointers would compete for registers with all that surrounds them, and
+// the compiler reloads them at every step.
 template <int R, int V, class Edge>
-EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t row, int64_t col,
-                                  const Edge& edge) {
+__attribute__((noinline)) void product_block(Scalars a, Vectors b, int64_t depth, int64_t row, int64_t col,
+                                             const Edge& where, Fetch& fetch) {
+  const Edge edge = where;  // in registers: behind a reference, each store might have changed it
   Vec acc[R][V];
   EFFATTN_UNROLL
   for (int r = 0; r < R; ++r) {
@@ -41,7 +44,7 @@ EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t r
   EFFATTN_UNROLL
   for (int r = 0; r < R; r += 4) scalars[r / 4] = a.data + (row + r) * a.row_stride;
   const float* vectors = b.data + col;
-  for (int64_t p = 0; p < depth; ++p) {
+  const auto step = [&] {
     Vec line[V];
     EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) line[v] = load(vectors + v * kLanes);
@@ -54,7 +57,21 @@ EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t r
     EFFATTN_UNROLL
     for (int r = 0; r < R; r += 4) scalars[r / 4] += a.step;
     vectors += b.row_stride;
+  };
+  // Wide blocks take long enough for three lines a step, narrow ones for one.
+  constexpr int kFetched = V == 3 ? 3 : 1;
+  int64_t p = 0;
+  while (p < depth && fetch.lines() > 0) {
+    const char* at = fetch.at();
+    const int64_t steps = smaller(depth - p, (fetch.lines() + kFetched - 1) / kFetched);
+    for (const int64_t end = p + steps; p < end; ++p, at += kFetched * Fetch::kLineBytes) {
+      EFFATTN_UNROLL
+      for (int i = 0; i < kFetched; ++i) __builtin_prefetch(at + i * Fetch::kLineBytes, 0, 2);
+      step();
+    }
+    fetch.skip(steps * kFetched);
   }
+  for (; p < depth; ++p) step();
   if (edge.whole(col + V * kLanes)) {
     EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -73,23 +90,28 @@ EFFATTN_INLINE void product_block(Scalars a, Vectors b, int64_t depth, int64_t r
 // Rows from `row` on, in blocks of R and of ever smaller ones for the rest.
 template <int R, int V, class Edge>
 EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors b, int64_t depth, int64_t col,
-                                 const Edge& edge) {
-  for (; row + R <= rows; row += R) product_block<R, V>(a, b, depth, row, col, edge);
-  if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge);
+                                 const Edge& edge, Fetch& fetch) {
+  for (; row + R <= rows; row += R) product_block<R, V>(a, b, depth, row, col, edge, fetch);
+  if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge, fetch);
 }
 
 // `edge.start(row, col)` gives the initial vector, `edge.finish<Whole>(row, col, acc)` takes the result;
 // `edge.whole(end)` tells whether columns up to `end` may be written as whole vectors.
-// `cols` counts floats and is rounded up to whole vectors.
+// `cols` counts floats and is rounded up to whole vectors. `fetch` is drawn from along the way.
 template <class Edge>
-inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge) {
-  int64_t col = 0;
-  for (; col + 2 * kLanes < cols; col += 3 * kLanes) product_rows<kRows, 3>(0, rows, a, b, depth, col, edge);
-  if (col + kLanes < cols) {
-    product_rows<kRows, 2>(0, rows, a, b, depth, col, edge);
-  } else if (col < cols) {
-    // At least eight sums must be under way to hide the latency of an addition on two ports.
-    product_rows<8, 1>(0, rows, a, b, depth, col, edge);
+inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge,
+                    Fetch& fetch) {
+  for (int64_t col = 0, width; col < cols; col += width * kLanes) {
+    const int64_t vectors = (cols - col + kLanes - 1) / kLanes;
+    // Four are two and two: a single vector has too few sums under way to hide the latency of an addition.
+    width = vectors == 4 ? 2 : smaller(vectors, 3);
+    if (width == 3) {
+      product_rows<kRows, 3>(0, rows, a, b, depth, col, edge, fetch);
+    } else if (width == 2) {
+      product_rows<kRows, 2>(0, rows, a, b, depth, col, edge, fetch);
+    } else {
+      product_rows<8, 1>(0, rows, a, b, depth, col, edge, fetch);
+    }
   }
 }
 

@@ -47,12 +47,34 @@ void clear(float* total, int64_t count) {
   for (int64_t i = 0; i < count; ++i) total[i] = 0.0f;
 }
 
+// One leading dimension where the strides of all operands allow it, as they do for a tensor cut into heads:
+// finding a group is a multiplication then.
+ReluLinearAttention with_leads_merged(ReluLinearAttention p) {
+  Operand* const operands[] = {&p.q, &p.k, &p.v, &p.out, &p.grad_out, &p.grad_q, &p.grad_k, &p.grad_v};
+  int last = p.lead_rank - 1;
+  while (last > 0 && p.lead_sizes[last] == 1) --last;
+  if (last <= 0) return p;
+  for (const Operand* operand : operands) {
+    if (operand->data == nullptr) continue;
+    int64_t expected = operand->lead_strides[last] * p.lead_sizes[last];
+    for (int i = last - 1; i >= 0; --i) {
+      if (p.lead_sizes[i] == 1) continue;
+      if (operand->lead_strides[i] != expected) return p;
+      expected *= p.lead_sizes[i];
+    }
+  }
+  for (Operand* operand : operands) operand->lead_strides += operand->data == nullptr ? 0 : last;
+  p.lead_rank = 1;
+  return p;
+}
+
 // Runs `reduce` (tokens -> sums of one group) chunk by chunk, then `use` (sums -> tokens), for all
 // groups. `kept` (groups x sums) receives the totals if not null.
 template <class Reduce, class Use>
 void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan& plan,
                      int64_t reduced_tokens, int64_t used_tokens, float* kept, const Parallel& parallel,
                      const Reduce& reduce, const Use& use) {
+  using Next = Range::Next;
   const int64_t size = p.sums_size();
   const int64_t chunks = ceil_div(reduced_tokens, plan.chunk);
   const int64_t used_chunks = ceil_div(used_tokens, plan.chunk);
@@ -68,12 +90,15 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
       float* const own_total = part + size;
       for (int64_t g = begin; g < end; ++g) {
         float* const total = kept != nullptr ? kept + g * size : own_total;
-        clear(total, size);
+        if (chunks == 0) clear(total, size);
         for (int64_t c = 0; c < chunks; ++c) {
-          reduce(g, c * plan.chunk, at_most((c + 1) * plan.chunk, reduced_tokens), part, scratch);
-          add(total, part, size);
+          const int64_t from = c * plan.chunk, to = at_most(from + plan.chunk, reduced_tokens);
+          const bool last = to == reduced_tokens;
+          reduce({g, from, to, last ? Next::kUse : Next::kReduce, g, last ? 0 : to}, c == 0 ? total : part,
+                 scratch);
+          if (c > 0) add(total, part, size);
         }
-        use(g, 0, used_tokens, total, scratch);
+        use({g, 0, used_tokens, g + 1 < end ? Next::kReduce : Next::kNothing, g + 1, 0}, total, scratch);
       }
     });
     return;
@@ -85,12 +110,21 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
     own_totals.reset(new float[at_least(1, p.groups * size)]);
     kept = own_totals.get();
   }
+  // Chunk i of all groups' chunks, followed by chunk i + 1 unless the thread ends there.
+  const auto range = [&](int64_t i, int64_t end, int64_t chunks_of_group, int64_t tokens,
+                         Next next) -> Range {
+    const int64_t from = i % chunks_of_group * plan.chunk, following = i + 1;
+    return {i / chunks_of_group,
+            from,
+            at_most(from + plan.chunk, tokens),
+            i + 1 < end ? next : Next::kNothing,
+            following / chunks_of_group,
+            following % chunks_of_group * plan.chunk};
+  };
   parallel(p.groups * chunks, 1, [&](int64_t begin, int64_t end) {
     float* const scratch = thread_scratch(scratch_floats);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t c = i % chunks;
-      reduce(i / chunks, c * plan.chunk, at_most((c + 1) * plan.chunk, reduced_tokens),
-             parts.get() + i * size, scratch);
+      reduce(range(i, end, chunks, reduced_tokens, Next::kReduce), parts.get() + i * size, scratch);
     }
   });
   for (int64_t g = 0; g < p.groups; ++g) {
@@ -100,8 +134,8 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
   parallel(p.groups * used_chunks, 1, [&](int64_t begin, int64_t end) {
     float* const scratch = thread_scratch(scratch_floats);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / used_chunks, c = i % used_chunks;
-      use(g, c * plan.chunk, at_most((c + 1) * plan.chunk, used_tokens), kept + g * size, scratch);
+      const Range r = range(i, end, used_chunks, used_tokens, Next::kUse);
+      use(r, kept + r.group * size, scratch);
     }
   });
 }
@@ -129,31 +163,33 @@ ReluLinearAttentionPlan plan(const ReluLinearAttention& p, Isa isa) {
   return plan;
 }
 
-void forward(const ReluLinearAttention& p, float* sums, const Parallel& parallel) {
+void forward(const ReluLinearAttention& problem, float* sums, const Parallel& parallel) {
+  const ReluLinearAttention p = with_leads_merged(problem);
   const Isa isa = active_isa();
   const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
   const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
   reduce_then_use(
       p, plan, p.keys, p.queries, sums, parallel,
-      [&](int64_t group, int64_t begin, int64_t end, float* part, float* scratch) {
-        passes.sum_keys(p, group, begin, end, plan.tile, part, scratch);
+      [&](const Range& range, float* part, float* scratch) {
+        passes.sum_keys(p, range, plan.tile, part, scratch);
       },
-      [&](int64_t group, int64_t begin, int64_t end, const float* total, float* scratch) {
-        passes.apply_queries(p, group, begin, end, plan.tile, total, scratch);
+      [&](const Range& range, const float* total, float* scratch) {
+        passes.apply_queries(p, range, plan.tile, total, scratch);
       });
 }
 
-void backward(const ReluLinearAttention& p, const float* sums, const Parallel& parallel) {
+void backward(const ReluLinearAttention& problem, const float* sums, const Parallel& parallel) {
+  const ReluLinearAttention p = with_leads_merged(problem);
   const Isa isa = active_isa();
   const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
   const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
   reduce_then_use(
       p, plan, p.queries, p.keys, nullptr, parallel,
-      [&](int64_t group, int64_t begin, int64_t end, float* part, float* scratch) {
-        passes.grad_queries(p, group, begin, end, plan.tile, sums + group * p.sums_size(), part, scratch);
+      [&](const Range& range, float* part, float* scratch) {
+        passes.grad_queries(p, range, plan.tile, sums + range.group * p.sums_size(), part, scratch);
       },
-      [&](int64_t group, int64_t begin, int64_t end, const float* total, float* scratch) {
-        passes.grad_keys(p, group, begin, end, plan.tile, total, scratch);
+      [&](const Range& range, const float* total, float* scratch) {
+        passes.grad_keys(p, range, plan.tile, total, scratch);
       });
 }
 

@@ -33,7 +33,7 @@ struct ReluLinearAttention {
   Operand out;                               // forward
   Operand grad_out, grad_q, grad_k, grad_v;  // backward; grad_out is read only
 
-  // Elements of the sums of one group: S and z side by side, (head_dim, value_dim + 1).
+  // Elements of the sums of one group: S^T and below it z, (value_dim + 1, head_dim).
   int64_t sums_size() const { return head_dim * (value_dim + 1); }
 };
 
@@ -51,7 +51,7 @@ struct ReluLinearAttentionPlan {
 
 EFFATTN_EXPORT ReluLinearAttentionPlan plan(const ReluLinearAttention& problem, Isa isa);
 
-// `sums`: groups x (head_dim, value_dim + 1) floats to keep for the backward pass, or null.
+// `sums`: groups x (value_dim + 1, head_dim) floats to keep for the backward pass, or null.
 void forward(const ReluLinearAttention& problem, float* sums, const Parallel& parallel);
 
 // `sums`: those of the forward pass.
@@ -59,21 +59,29 @@ void backward(const ReluLinearAttention& problem, const float* sums, const Paral
 
 // --- what each instruction set provides -------------------------------------------------------------
 
+// The tokens of one call of a pass, and what the same thread does after it, so that memory can be asked for
+// before it is needed. One pass reduces tokens to sums, the other uses the sums.
+struct Range {
+  enum class Next { kNothing, kReduce, kUse };
+  int64_t group, begin, end;
+  Next next = Next::kNothing;
+  int64_t next_group = 0, next_begin = 0;
+};
+
 // Every pass works on one group and a range of tokens, in one thread, in `scratch`.
 struct ReluLinearAttentionPasses {
   int64_t (*scratch_floats)(int64_t head_dim, int64_t value_dim, int64_t tile);
-  // Writes the sums of keys [begin, end).
-  void (*sum_keys)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
-                   float* sums, float* scratch);
-  // Writes out for queries [begin, end).
-  void (*apply_queries)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
-                        const float* sums, float* scratch);
-  // Writes grad_q for queries [begin, end) and their share of the gradient of the sums.
-  void (*grad_queries)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
-                       const float* sums, float* grad_sums, float* scratch);
-  // Writes grad_k and grad_v for keys [begin, end).
-  void (*grad_keys)(const ReluLinearAttention&, int64_t group, int64_t begin, int64_t end, int64_t tile,
-                    const float* grad_sums, float* scratch);
+  // Writes the sums of a range of keys.
+  void (*sum_keys)(const ReluLinearAttention&, const Range&, int64_t tile, float* sums, float* scratch);
+  // Writes out for a range of queries.
+  void (*apply_queries)(const ReluLinearAttention&, const Range&, int64_t tile, const float* sums,
+                        float* scratch);
+  // Writes grad_q for a range of queries and their share of the gradient of the sums.
+  void (*grad_queries)(const ReluLinearAttention&, const Range&, int64_t tile, const float* sums,
+                       float* grad_sums, float* scratch);
+  // Writes grad_k and grad_v for a range of keys.
+  void (*grad_keys)(const ReluLinearAttention&, const Range&, int64_t tile, const float* grad_sums,
+                    float* scratch);
 };
 
 const ReluLinearAttentionPasses& relu_linear_attention_passes(Isa isa, DType dtype);

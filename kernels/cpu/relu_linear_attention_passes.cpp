@@ -1,9 +1,10 @@
 // The four passes of ReLU linear attention over cache-sized tiles; compiled once per instruction set.
 //
-// Each pass follows the memory order of the tensor it writes: channel-major (tokens contiguous, what a
+// Each pass that writes a tensor follows that tensor's memory order: channel-major (tokens contiguous, what a
 // 1x1 convolution on NCHW leaves) computes with tokens in the lanes, token-major with channels in the
-// lanes. Only the tile that feeds a sum over tokens must be token-major; it is transposed in registers
-// on its way in when memory says otherwise.
+// lanes. Sums over tokens have the channels of q and k in the lanes and take the other factor as scalars, so
+// that v can be read where it lies.
+#include "fetch.h"
 #include "product.h"
 #include "relu_linear_attention.h"
 #include "tile.h"
@@ -16,28 +17,24 @@ using Problem = ReluLinearAttention;
 template <class T>
 Place<T> place(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
   int64_t offset = token * operand.token_stride;
-  for (int i = p.lead_rank - 1; i >= 0; --i) {
+  int i = p.lead_rank - 1;
+  for (; i > 0; --i) {
     offset += group % p.lead_sizes[i] * operand.lead_strides[i];
     group /= p.lead_sizes[i];
   }
-  return {static_cast<T*>(operand.data) + offset, operand.token_stride, operand.channel_stride, 0};
+  if (i == 0) offset += group * operand.lead_strides[0];
+  return {static_cast<T*>(operand.data) + offset, operand.token_stride, operand.channel_stride};
 }
 
 template <class T>
-Place<const T> source(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
-  const Place<T> at = place<T>(p, operand, group, token);
-  return {at.data, at.token_stride, at.channel_stride, 0};
+Place<const T> source(const Problem& p, const Operand& operand, const Range& range) {
+  const Place<T> at = place<T>(p, operand, range.group, range.begin);
+  return {at.data, at.token_stride, at.channel_stride};
 }
 
 template <class T>
 void advance(Place<T>& at, int64_t tokens) {
   at.data += tokens * at.token_stride;
-}
-
-// Asks for early fetching of the block behind the one of `tokens` that is loaded next, if there is one.
-template <class T>
-void look_ahead(Place<const T>& at, int64_t tokens, bool last) {
-  at.ahead = last ? 0 : tokens * at.token_stride;
 }
 
 bool is_channel_major(const Operand& operand) {
@@ -63,124 +60,122 @@ struct Scratch {
 
 int64_t scratch_floats(int64_t head_dim, int64_t value_dim, int64_t tile) {
   const int64_t d = round_up(head_dim, 16), dv = round_up(value_dim, 16), t = round_up(tile, 16);
-  const int64_t matrices = 2 * (head_dim * dv + value_dim * d) + 2 * d;
+  const int64_t matrices = 2 * (value_dim + 1) * d + head_dim * dv;
   const int64_t tiles = (3 * (d + dv)) * (t + 16);
   return matrices + tiles + 4 * t + 64;
 }
 
 // --- the sums, in scratch ---------------------------------------------------------------------------
 
-// S with its rows padded to whole vectors, and z.
+// S^T and z, a row a channel of v and z in the last one; rows padded to whole vectors, with zeros.
 struct Sums {
-  float* matrix;  // (head_dim, stride)
+  float* matrix;
   int64_t stride;
-  float* z;  // (head_dim padded), zero behind
   int64_t head_dim, value_dim;
 
   Sums(Scratch& scratch, const Problem& p)
-      : stride(padded(p.value_dim)), head_dim(p.head_dim), value_dim(p.value_dim) {
-    matrix = scratch.floats(head_dim * stride);
-    z = scratch.floats(padded(head_dim));
-    for (int64_t i = 0; i < padded(head_dim); ++i) z[i] = 0.0f;
+      : stride(padded(p.head_dim)), head_dim(p.head_dim), value_dim(p.value_dim) {
+    matrix = scratch.floats((value_dim + 1) * stride);
   }
 
+  float* z() const { return matrix + value_dim * stride; }
   void clear() const {
-    for (int64_t i = 0; i < head_dim * stride; i += kLanes) store(matrix + i, Vec{});
-    for (int64_t i = 0; i < head_dim; i += kLanes) store(z + i, Vec{});
+    for (int64_t i = 0; i < (value_dim + 1) * stride; i += kLanes) store(matrix + i, Vec{});
   }
-  // The packed form that crosses passes: (head_dim, value_dim + 1), z in the last column.
-  void read(const float* packed) const {
-    for (int64_t d = 0; d < head_dim; ++d, packed += value_dim + 1) {
-      for (int64_t e = 0; e < stride; e += kLanes) {
-        store(matrix + d * stride + e, load_first(packed + e, value_dim - e));
+  // The dense form that crosses passes: (value_dim + 1, head_dim).
+  void read(const float* dense) const {
+    for (int64_t e = 0; e <= value_dim; ++e) {
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        store(matrix + e * stride + d, load_first(dense + e * head_dim + d, head_dim - d));
       }
-      z[d] = packed[value_dim];
     }
   }
-  void write(float* packed) const {
-    for (int64_t d = 0; d < head_dim; ++d, packed += value_dim + 1) {
-      for (int64_t e = 0; e < stride; e += kLanes) {
-        store_first(packed + e, load(matrix + d * stride + e), value_dim - e);
+  void write(float* dense) const {
+    for (int64_t e = 0; e <= value_dim; ++e) {
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        store_first(dense + e * head_dim + d, load(matrix + e * stride + d), head_dim - d);
       }
-      packed[value_dim] = z[d];
     }
   }
-  // S^T with padded rows, for the products that need channels of q or k in the lanes.
-  Vectors transposed(Scratch& scratch) const {
-    const int64_t width = padded(head_dim);
-    float* out = scratch.floats(value_dim * width);
-    for (int64_t e = 0; e < value_dim; ++e) {
-      for (int64_t d = 0; d < head_dim; ++d) out[e * width + d] = matrix[d * stride + e];
-      for (int64_t d = head_dim; d < width; ++d) out[e * width + d] = 0.0f;
-    }
-    return {out, width};
-  }
-
-  Vectors rows() const { return {matrix, stride}; }
 };
 
-// sums += a^T [b | weight]: a tile of any order, b token-major, over `tokens`.
-void accumulate(const Sums& sums, const Tile& a, const Tile& b, int64_t tokens) {
-  product(sums.head_dim, sums.value_dim, Scalars{a.data, a.channel_stride(), a.token_stride()},
-          Vectors{b.data, b.row_stride}, tokens, AddTo{sums.matrix, sums.stride});
+// sums += b^T [a | 0], over `tokens`: a(channel of v, token) as scalars, b a token-major tile of head_dim.
+void accumulate(const Sums& sums, Scalars a, const Tile& b, int64_t tokens, Fetch& fetch) {
+  product(sums.value_dim, sums.head_dim, a, Vectors{b.data, b.row_stride}, tokens,
+          AddTo{sums.matrix, sums.stride}, fetch);
 }
 
-// z += sum over tokens of a * weight; a null weight counts as ones.
-void accumulate_normaliser(const Sums& sums, const Tile& a, const float* weight, int64_t tokens) {
-  if (a.channel_major) {
-    Vec totals[kLanes];
-    for (int64_t d = 0; d < sums.head_dim; d += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) {
-        totals[i] = Vec{};
-        if (d + i >= sums.head_dim) continue;
-        for (int64_t t = 0; t < tokens; t += kLanes) {
-          // Only the tile's own tokens: behind them a weight may be 0 / 0.
-          const Vec x = load_first(a.row(d + i) + t, tokens - t);
-          totals[i] += weight != nullptr ? x * load_first(weight + t, tokens - t) : x;
-        }
-      }
-      store(sums.z + d, load(sums.z + d) + sum_lanes(totals));
+// z += sum over tokens of b * weight, for a token-major tile.
+template <class Weight>
+void accumulate_normaliser(const Sums& sums, const Tile& b, int64_t tokens, const Weight& weight) {
+  constexpr int kChains = 4;  // hide the latency of an addition
+  for (int64_t d = 0; d < sums.head_dim; d += kLanes) {
+    Vec totals[kChains] = {};
+    const float* column = b.data + d;
+    int64_t t = 0;
+    for (; t + kChains <= tokens; t += kChains, column += kChains * b.row_stride) {
+      EFFATTN_UNROLL
+      for (int i = 0; i < kChains; ++i) totals[i] += weight(t + i) * load(column + i * b.row_stride);
     }
+    for (; t < tokens; ++t, column += b.row_stride) totals[0] += weight(t) * load(column);
+    float* const z = sums.z() + d;
+    store(z, load(z) + ((totals[0] + totals[1]) + (totals[2] + totals[3])));
+  }
+}
+
+// A block of a tensor as scalars: where it lies if it is float, else converted into `tile`.
+template <class T>
+Scalars as_scalars(const Tile& tile, Place<const T> from, int64_t tokens, int64_t channels) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {from.data, from.channel_stride, from.token_stride};
   } else {
-    for (int64_t d = 0; d < sums.head_dim; d += kLanes) {
-      Vec total = {};
-      for (int64_t t = 0; t < tokens; ++t) {
-        const Vec x = load(a.row(t) + d);
-        total += weight != nullptr ? x * weight[t] : x;
-      }
-      store(sums.z + d, load(sums.z + d) + total);
-    }
+    load_tile<false>(tile, from, tokens, channels);
+    return {tile.data, tile.channel_stride(), tile.token_stride()};
   }
 }
 
 // --- per-token dot products ---------------------------------------------------------------------------
 
-// out[t] = sum over channels of a(t, c) * other(t, c), or of a(t, c) * z[c] where `other` is null.
-void dot_channels(float* out, const Tile& a, const Tile* other, const float* z, int64_t tokens,
-                  int64_t channels) {
+// What a tile is multiplied with, channel by channel: another tile, or one vector for all tokens.
+struct ByTile {
+  Tile tile;
+  EFFATTN_INLINE Vec tokens(int64_t c, int64_t t) const { return load(tile.row(c) + t); }
+  EFFATTN_INLINE Vec channels(int64_t t, int64_t c) const { return load(tile.row(t) + c); }
+};
+struct ByVector {
+  const float* data;
+  EFFATTN_INLINE Vec tokens(int64_t c, int64_t) const { return broadcast(data[c]); }
+  EFFATTN_INLINE Vec channels(int64_t, int64_t c) const { return load(data + c); }
+};
+
+// out[t] = sum over channels c of a(t, c) * other(t, c), for V vectors of tokens.
+template <int V, class Other>
+EFFATTN_INLINE void dot_rows(float* out, const Tile& a, const Other& other, int64_t t, int64_t channels) {
+  Vec dots[V] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    EFFATTN_UNROLL
+    for (int v = 0; v < V; ++v) dots[v] += load(a.row(c) + t + v * kLanes) * other.tokens(c, t + v * kLanes);
+  }
+  EFFATTN_UNROLL
+  for (int v = 0; v < V; ++v) store(out + t + v * kLanes, dots[v]);
+}
+
+template <class Other>
+void dot_channels(float* out, const Tile& a, const Other& other, int64_t tokens, int64_t channels) {
   if (a.channel_major) {
-    for (int64_t t = 0; t < tokens; t += kLanes) {
-      Vec even = {}, odd = {};
-      int64_t c = 0;
-      for (; c + 2 <= channels; c += 2) {
-        even += load(a.row(c) + t) * (other != nullptr ? load(other->row(c) + t) : broadcast(z[c]));
-        odd +=
-            load(a.row(c + 1) + t) * (other != nullptr ? load(other->row(c + 1) + t) : broadcast(z[c + 1]));
-      }
-      if (c < channels)
-        even += load(a.row(c) + t) * (other != nullptr ? load(other->row(c) + t) : broadcast(z[c]));
-      store(out + t, even + odd);
-    }
+    int64_t t = 0;
+    for (; t + 3 * kLanes < tokens; t += 4 * kLanes) dot_rows<4>(out, a, other, t, channels);
+    for (; t < tokens; t += kLanes) dot_rows<1>(out, a, other, t, channels);
   } else {
-    // A vector of lane sums a token; one transposition then adds up kLanes tokens at once.
+    // A vector of lane sums a token; then kLanes tokens are added up at once.
     Vec lane_sums[kLanes];
     for (int64_t t = 0; t < tokens; t += kLanes) {
       for (int i = 0; i < kLanes; ++i) {
-        lane_sums[i] = Vec{};
-        if (t + i >= tokens) continue;
-        for (int64_t c = 0; c < channels; c += kLanes) {
-          lane_sums[i] += load(a.row(t + i) + c) * load(other != nullptr ? other->row(t + i) + c : z + c);
+        Vec total = {};
+        for (int64_t c = 0; t + i < tokens && c < channels; c += kLanes) {
+          total += load(a.row(t + i) + c) * other.channels(t + i, c);
         }
+        lane_sums[i] = total;
       }
       store(out + t, sum_lanes(lane_sums));
     }
@@ -231,68 +226,133 @@ struct GatedWrite {
   }
 };
 
-// to(t, i) = sum_j tile(t, j) * matrix(j, i), where `by_input` has a row a j and `by_output` a row an
-// i; tokens in the lanes read the one as scalars, channels in the lanes the other as vectors.
+// A matrix between channels of k and channels of v: tokens in the lanes read it as scalars, a row an
+// output; channels in the lanes as vectors, a row an input.
+struct Mixer {
+  Scalars by_output;
+  Vectors by_input;
+};
+
+// From channels of v to those of k: multiplies with S.
+Mixer to_key_channels(const Sums& sums) {
+  return {Scalars{sums.matrix, 1, sums.stride}, Vectors{sums.matrix, sums.stride}};
+}
+
+// From channels of k to those of v: multiplies with S^T.
+Mixer to_value_channels(const Sums& sums, Scratch& scratch, bool channel_major) {
+  const Scalars by_output{sums.matrix, sums.stride, 1};
+  if (channel_major) return {by_output, Vectors{}};
+  const Tile transposed = scratch.tile(sums.head_dim, sums.value_dim, false);
+  load_tile<false>(transposed, Place<const float>{sums.matrix, 1, sums.stride}, sums.head_dim,
+                   sums.value_dim);
+  return {by_output, Vectors{transposed.data, transposed.row_stride}};
+}
+
+// edge(t, i) = sum_j tile(t, j) * matrix(j, i)
 template <class Edge>
-void mix_channels(const Tile& tile, Scalars matrix_scalars, Vectors matrix_vectors, int64_t tokens,
-                  int64_t inputs, int64_t outputs, const Edge& edge) {
+void mix_channels(const Tile& tile, const Mixer& matrix, int64_t tokens, int64_t inputs, int64_t outputs,
+                  const Edge& edge, Fetch& fetch) {
   if (tile.channel_major) {
-    product(outputs, tokens, matrix_scalars, Vectors{tile.data, tile.row_stride}, inputs, edge);
+    product(outputs, tokens, matrix.by_output, Vectors{tile.data, tile.row_stride}, inputs, edge, fetch);
   } else {
-    product(tokens, outputs, Scalars{tile.data, tile.row_stride, 1}, matrix_vectors, inputs, edge);
+    product(tokens, outputs, Scalars{tile.data, tile.row_stride, 1}, matrix.by_input, inputs, edge, fetch);
   }
+}
+
+// --- what to fetch ahead ------------------------------------------------------------------------------
+
+// Which tensors a pass over keys or queries touches.
+enum class Touches { kKeysForward, kQueriesForward, kQueriesBackward, kKeysBackward };
+
+template <class T>
+void fetch_tile(Fetch& fetch, const Problem& p, Touches touches, int64_t group, int64_t token,
+                int64_t tokens) {
+  const auto add = [&](const Operand& operand, int64_t channels) {
+    fetch.add(place<T>(p, operand, group, token), tokens, channels);
+  };
+  switch (touches) {
+    case Touches::kKeysForward:
+      add(p.k, p.head_dim), add(p.v, p.value_dim);
+      break;
+    case Touches::kQueriesForward:
+      add(p.q, p.head_dim), add(p.out, p.value_dim);
+      break;
+    case Touches::kQueriesBackward:
+      add(p.q, p.head_dim), add(p.grad_out, p.value_dim), add(p.grad_q, p.head_dim);
+      break;
+    case Touches::kKeysBackward:
+      add(p.k, p.head_dim), add(p.v, p.value_dim), add(p.grad_k, p.head_dim), add(p.grad_v, p.value_dim);
+      break;
+  }
+}
+
+// The next tile of this range, or behind its last one the first tile of what the thread does next.
+template <class T, Touches kThis, Touches kOther>
+Fetch fetch_ahead(const Problem& p, const Range& range, int64_t at, int64_t tile_tokens) {
+  constexpr bool kReduces = kThis == Touches::kKeysForward || kThis == Touches::kQueriesBackward;
+  constexpr bool kKeys = kThis == Touches::kKeysForward || kThis == Touches::kKeysBackward;
+  Fetch fetch;
+  if (at < range.end) {
+    fetch_tile<T>(fetch, p, kThis, range.group, at, smaller(tile_tokens, range.end - at));
+  } else if (range.next != Range::Next::kNothing) {
+    const bool other = (range.next == Range::Next::kReduce) != kReduces;
+    const int64_t total = kKeys != other ? p.keys : p.queries;
+    fetch_tile<T>(fetch, p, other ? kOther : kThis, range.next_group, range.next_begin,
+                  smaller(tile_tokens, total - range.next_begin));
+  }
+  return fetch;
 }
 
 // --- the passes ---------------------------------------------------------------------------------------
 
 template <class T>
-void sum_keys(const Problem& p, int64_t group, int64_t begin, int64_t end, int64_t tile_tokens, float* packed,
+void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* dense_sums,
               float* scratch_memory) {
   Scratch scratch{scratch_memory};
   const Sums sums(scratch, p);
   sums.clear();
-  const Tile k = scratch.tile(tile_tokens, p.head_dim, is_channel_major(p.k));
-  const Tile v = scratch.tile(tile_tokens, p.value_dim, false);
-  Place<const T> from_k = source<T>(p, p.k, group, begin), from_v = source<T>(p, p.v, group, begin);
-  for (int64_t at = begin; at < end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, end - at);
-    look_ahead(from_k, tokens, at + tokens == end);
-    look_ahead(from_v, tokens, at + tokens == end);
+  const Tile k = scratch.tile(tile_tokens, p.head_dim, false);
+  const Tile v = scratch.tile(tile_tokens, p.value_dim, is_channel_major(p.v));
+  Place<const T> from_k = source<T>(p, p.k, range), from_v = source<T>(p, p.v, range);
+  for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
+    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    Fetch fetch =
+        fetch_ahead<T, Touches::kKeysForward, Touches::kQueriesForward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
-    load_tile<false>(v, from_v, tokens, p.value_dim);
-    accumulate(sums, k, v, tokens);
-    accumulate_normaliser(sums, k, nullptr, tokens);
+    accumulate(sums, as_scalars(v, from_v, tokens, p.value_dim), k, tokens, fetch);
+    accumulate_normaliser(sums, k, tokens, [](int64_t) { return 1.0f; });
     advance(from_k, tokens);
     advance(from_v, tokens);
   }
-  sums.write(packed);
+  sums.write(dense_sums);
 }
 
 template <class T, bool ChannelMajor>
-void apply_tiles(const Problem& p, int64_t group, int64_t begin, int64_t end, int64_t tile_tokens,
-                 const Sums& sums, Scratch scratch) {
+void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& sums,
+                 Scratch scratch) {
   const Tile q = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   float* inverse = scratch.floats(padded(tile_tokens));
-  const Scalars by_output{sums.matrix, 1, sums.stride};
+  const Mixer mixer = to_value_channels(sums, scratch, ChannelMajor);
   // The output is allocated in q's order; only a caller's odd strides need the detour by a tile.
   const bool direct = ChannelMajor ? p.out.token_stride == 1 : p.out.channel_stride == 1;
   const Tile detour = scratch.tile(direct ? 0 : tile_tokens, direct ? 0 : p.value_dim, ChannelMajor);
-  Place<const T> from = source<T>(p, p.q, group, begin);
-  Place<T> to = place<T>(p, p.out, group, begin);
-  for (int64_t at = begin; at < end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, end - at);
-    look_ahead(from, tokens, at + tokens == end);
+  Place<const T> from = source<T>(p, p.q, range);
+  Place<T> to = place<T>(p, p.out, range.group, range.begin);
+  for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
+    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    Fetch fetch =
+        fetch_ahead<T, Touches::kQueriesForward, Touches::kKeysForward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(q, from, tokens, p.head_dim);
-    dot_channels(inverse, q, nullptr, sums.z, tokens, p.head_dim);
+    dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
     if (direct) {
       const ScaledStore<T, ChannelMajor> edge{to.data, ChannelMajor ? to.channel_stride : to.token_stride,
                                               ChannelMajor ? tokens : p.value_dim, inverse};
-      mix_channels(q, by_output, sums.rows(), tokens, p.head_dim, p.value_dim, edge);
+      mix_channels(q, mixer, tokens, p.head_dim, p.value_dim, edge, fetch);
     } else {
       const ScaledStore<float, ChannelMajor> edge{detour.data, detour.row_stride,
                                                   padded(ChannelMajor ? tokens : p.value_dim), inverse};
-      mix_channels(q, by_output, sums.rows(), tokens, p.head_dim, p.value_dim, edge);
+      mix_channels(q, mixer, tokens, p.head_dim, p.value_dim, edge, fetch);
       store_tile(detour, to, tokens, p.value_dim);
     }
     advance(from, tokens);
@@ -301,15 +361,15 @@ void apply_tiles(const Problem& p, int64_t group, int64_t begin, int64_t end, in
 }
 
 template <class T>
-void apply_queries(const Problem& p, int64_t group, int64_t begin, int64_t end, int64_t tile_tokens,
-                   const float* packed, float* scratch_memory) {
+void apply_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
+                   float* scratch_memory) {
   Scratch scratch{scratch_memory};
   const Sums sums(scratch, p);
-  sums.read(packed);
+  sums.read(dense_sums);
   if (is_channel_major(p.q)) {
-    apply_tiles<T, true>(p, group, begin, end, tile_tokens, sums, scratch);
+    apply_tiles<T, true>(p, range, tile_tokens, sums, scratch);
   } else {
-    apply_tiles<T, false>(p, group, begin, end, tile_tokens, sums, scratch);
+    apply_tiles<T, false>(p, range, tile_tokens, sums, scratch);
   }
 }
 
@@ -333,86 +393,87 @@ void finish_grad_q(const Tile& q, const Tile& w, const float* z, const float* in
 }
 
 template <class T>
-void grad_queries(const Problem& p, int64_t group, int64_t begin, int64_t end, int64_t tile_tokens,
-                  const float* packed, float* packed_grad, float* scratch_memory) {
+void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
+                  float* dense_grad, float* scratch_memory) {
   Scratch scratch{scratch_memory};
   const Sums sums(scratch, p), grad_sums(scratch, p);
-  sums.read(packed);
+  sums.read(dense_sums);
   grad_sums.clear();
   const bool channel_major = is_channel_major(p.q);
-  const Scalars by_output{sums.matrix, sums.stride, 1};
-  const Vectors by_input = sums.transposed(scratch);
+  const Mixer mixer = to_key_channels(sums);
   const Tile q = scratch.tile(tile_tokens, p.head_dim, channel_major);
   const Tile w = scratch.tile(tile_tokens, p.head_dim, channel_major);
   const Tile grad = scratch.tile(tile_tokens, p.value_dim, channel_major);
-  const Tile grad_rows = channel_major ? scratch.tile(tile_tokens, p.value_dim, false) : grad;
+  const Tile q_rows = channel_major ? scratch.tile(tile_tokens, p.head_dim, false) : q;
   float* inverse = scratch.floats(padded(tile_tokens));
   float* share = scratch.floats(padded(tile_tokens));
-  Place<const T> from_q = source<T>(p, p.q, group, begin), from_grad = source<T>(p, p.grad_out, group, begin);
-  Place<T> to = place<T>(p, p.grad_q, group, begin);
-  for (int64_t at = begin; at < end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, end - at);
-    look_ahead(from_q, tokens, at + tokens == end);
-    look_ahead(from_grad, tokens, at + tokens == end);
+  Place<const T> from_q = source<T>(p, p.q, range), from_grad = source<T>(p, p.grad_out, range);
+  Place<T> to = place<T>(p, p.grad_q, range.group, range.begin);
+  for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
+    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    Fetch fetch =
+        fetch_ahead<T, Touches::kQueriesBackward, Touches::kKeysBackward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(q, from_q, tokens, p.head_dim);
     load_tile<false>(grad, from_grad, tokens, p.value_dim);
-    if (channel_major) load_tile<false>(grad_rows, from_grad, tokens, p.value_dim);
-    mix_channels(grad, by_output, by_input, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride});
-    dot_channels(inverse, q, nullptr, sums.z, tokens, p.head_dim);
+    mix_channels(grad, mixer, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride}, fetch);
+    dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
-    dot_channels(share, q, &w, nullptr, tokens, p.head_dim);
+    dot_channels(share, q, ByTile{w}, tokens, p.head_dim);
     for (int64_t t = 0; t < tokens; t += kLanes) store(share + t, load(share + t) * load(inverse + t));
-    finish_grad_q(q, w, sums.z, inverse, share, tokens, p.head_dim);
+    finish_grad_q(q, w, sums.z(), inverse, share, tokens, p.head_dim);
     store_tile(w, to, tokens, p.head_dim);
-    for (int64_t t = 0; t < tokens; t += kLanes) store(share + t, -load(share + t));
-    accumulate(grad_sums, q, grad_rows, tokens);
-    accumulate_normaliser(grad_sums, q, share, tokens);
+    if (channel_major) {
+      load_tile<false>(q_rows, Place<const float>{q.data, 1, q.row_stride}, tokens, p.head_dim);
+    }
+    accumulate(grad_sums, Scalars{grad.data, grad.channel_stride(), grad.token_stride()}, q_rows, tokens,
+               fetch);
+    accumulate_normaliser(grad_sums, q_rows, tokens, [&](int64_t t) { return -share[t]; });
     advance(from_q, tokens);
     advance(from_grad, tokens);
     advance(to, tokens);
   }
-  grad_sums.write(packed_grad);
+  grad_sums.write(dense_grad);
 }
 
 template <class T, bool ChannelMajor>
-void grad_key_tiles(const Problem& p, int64_t group, int64_t begin, int64_t end, int64_t tile_tokens,
-                    const Sums& grad, Scratch scratch) {
-  const Vectors transposed = grad.transposed(scratch);
+void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& grad,
+                    Scratch scratch) {
+  const Mixer to_k = to_key_channels(grad), to_v = to_value_channels(grad, scratch, ChannelMajor);
   const Tile k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   const Tile grad_k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   const Tile v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   const Tile grad_v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
-  Place<const T> from_k = source<T>(p, p.k, group, begin), from_v = source<T>(p, p.v, group, begin);
-  Place<T> to_k = place<T>(p, p.grad_k, group, begin), to_v = place<T>(p, p.grad_v, group, begin);
-  for (int64_t at = begin; at < end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, end - at);
-    look_ahead(from_k, tokens, at + tokens == end);
-    look_ahead(from_v, tokens, at + tokens == end);
+  Place<const T> from_k = source<T>(p, p.k, range), from_v = source<T>(p, p.v, range);
+  Place<T> into_k = place<T>(p, p.grad_k, range.group, range.begin);
+  Place<T> into_v = place<T>(p, p.grad_v, range.group, range.begin);
+  for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
+    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    Fetch fetch =
+        fetch_ahead<T, Touches::kKeysBackward, Touches::kQueriesBackward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     load_tile<false>(v, from_v, tokens, p.value_dim);
-    mix_channels(v, Scalars{grad.matrix, grad.stride, 1}, transposed, tokens, p.value_dim, p.head_dim,
-                 GatedWrite<ChannelMajor>{grad_k, k, grad.z});
-    mix_channels(k, Scalars{grad.matrix, 1, grad.stride}, grad.rows(), tokens, p.head_dim, p.value_dim,
-                 WriteTo{grad_v.data, grad_v.row_stride});
-    store_tile(grad_k, to_k, tokens, p.head_dim);
-    store_tile(grad_v, to_v, tokens, p.value_dim);
+    mix_channels(v, to_k, tokens, p.value_dim, p.head_dim, GatedWrite<ChannelMajor>{grad_k, k, grad.z()},
+                 fetch);
+    mix_channels(k, to_v, tokens, p.head_dim, p.value_dim, WriteTo{grad_v.data, grad_v.row_stride}, fetch);
+    store_tile(grad_k, into_k, tokens, p.head_dim);
+    store_tile(grad_v, into_v, tokens, p.value_dim);
     advance(from_k, tokens);
     advance(from_v, tokens);
-    advance(to_k, tokens);
-    advance(to_v, tokens);
+    advance(into_k, tokens);
+    advance(into_v, tokens);
   }
 }
 
 template <class T>
-void grad_keys(const Problem& p, int64_t group, int64_t begin, int64_t end, int64_t tile_tokens,
-               const float* packed_grad, float* scratch_memory) {
+void grad_keys(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_grad,
+               float* scratch_memory) {
   Scratch scratch{scratch_memory};
   const Sums grad(scratch, p);
-  grad.read(packed_grad);
+  grad.read(dense_grad);
   if (is_channel_major(p.k)) {
-    grad_key_tiles<T, true>(p, group, begin, end, tile_tokens, grad, scratch);
+    grad_key_tiles<T, true>(p, range, tile_tokens, grad, scratch);
   } else {
-    grad_key_tiles<T, false>(p, group, begin, end, tile_tokens, grad, scratch);
+    grad_key_tiles<T, false>(p, range, tile_tokens, grad, scratch);
   }
 }
 

@@ -204,27 +204,16 @@ EFFATTN_INLINE void store_one(T* p, float x) {
 
 // --- transposition -------------------------------------------------------------------------------
 
-// rows[i][j] <-> rows[j][i], in the steps that x86 has single instructions for: 4 x 4 blocks inside
-// each 128-bit lane first, then whole lanes change places.
+// A vector is kLanes / 4 quads of four floats; shuffles inside quads and of whole quads are what every
+// instruction set has. A transposition moves quads first, then floats inside them.
+
+#define EFFATTN_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+
 template <int... J>
-EFFATTN_INLINE void transpose_rows(Vec (&rows)[kLanes], std::integer_sequence<int, J...>) {
-  EFFATTN_UNROLL
-  for (int i = 0; i < kLanes; i += 4) {
-    const Vec a = rows[i], b = rows[i + 1], c = rows[i + 2], d = rows[i + 3];
-    // unpack: a0 b0 a1 b1 and a2 b2 a3 b3 of each lane
-    const Vec ab_low = __builtin_shufflevector(a, b, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes)...);
-    const Vec ab_high = __builtin_shufflevector(a, b, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes + 2)...);
-    const Vec cd_low = __builtin_shufflevector(c, d, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes)...);
-    const Vec cd_high = __builtin_shufflevector(c, d, (J - J % 4 + J % 4 / 2 + J % 2 * kLanes + 2)...);
-    // pairs: the first, then the second two elements of each lane
-    rows[i] = __builtin_shufflevector(ab_low, cd_low, (J % 4 < 2 ? J : J - 2 + kLanes)...);
-    rows[i + 1] = __builtin_shufflevector(ab_low, cd_low, (J % 4 < 2 ? J + 2 : J + kLanes)...);
-    rows[i + 2] = __builtin_shufflevector(ab_high, cd_high, (J % 4 < 2 ? J : J - 2 + kLanes)...);
-    rows[i + 3] = __builtin_shufflevector(ab_high, cd_high, (J % 4 < 2 ? J + 2 : J + kLanes)...);
-  }
-  // The even or the odd lanes of two vectors, one vector's behind the other's.
-  const auto even = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4)...); };
-  const auto odd = [](Vec a, Vec b) { return __builtin_shufflevector(a, b, (J / 4 * 8 + J % 4 + 4)...); };
+EFFATTN_INLINE void move_quads(Vec (&rows)[kLanes], std::integer_sequence<int, J...>) {
+  // The even or the odd quads of two vectors, one vector's behind the other's.
+  const auto even = [](Vec a, Vec b) { return EFFATTN_SHUFFLE(a, b, J / 4 * 8 + J % 4); };
+  const auto odd = [](Vec a, Vec b) { return EFFATTN_SHUFFLE(a, b, J / 4 * 8 + J % 4 + 4); };
   EFFATTN_UNROLL
   for (int i = 0; i < 4; ++i) {
     if constexpr (kLanes == 8) {
@@ -243,20 +232,87 @@ EFFATTN_INLINE void transpose_rows(Vec (&rows)[kLanes], std::integer_sequence<in
   }
 }
 
+template <int... J>
+EFFATTN_INLINE void transpose_quads(Vec (&rows)[kLanes], std::integer_sequence<int, J...>) {
+  EFFATTN_UNROLL
+  for (int i = 0; i < kLanes; i += 4) {
+    const Vec a = rows[i], b = rows[i + 1], c = rows[i + 2], d = rows[i + 3];
+    // unpack: a0 b0 a1 b1 and a2 b2 a3 b3 of each quad
+    const Vec ab_low = EFFATTN_SHUFFLE(a, b, J - J % 4 + J % 4 / 2 + J % 2 * kLanes);
+    const Vec ab_high = EFFATTN_SHUFFLE(a, b, J - J % 4 + J % 4 / 2 + J % 2 * kLanes + 2);
+    const Vec cd_low = EFFATTN_SHUFFLE(c, d, J - J % 4 + J % 4 / 2 + J % 2 * kLanes);
+    const Vec cd_high = EFFATTN_SHUFFLE(c, d, J - J % 4 + J % 4 / 2 + J % 2 * kLanes + 2);
+    // pairs: the first, then the second two elements of each quad
+    rows[i] = EFFATTN_SHUFFLE(ab_low, cd_low, J % 4 < 2 ? J : J - 2 + kLanes);
+    rows[i + 1] = EFFATTN_SHUFFLE(ab_low, cd_low, J % 4 < 2 ? J + 2 : J + kLanes);
+    rows[i + 2] = EFFATTN_SHUFFLE(ab_high, cd_high, J % 4 < 2 ? J : J - 2 + kLanes);
+    rows[i + 3] = EFFATTN_SHUFFLE(ab_high, cd_high, J % 4 < 2 ? J + 2 : J + kLanes);
+  }
+}
+
+constexpr std::make_integer_sequence<int, kLanes> kEachLane{};
+
 EFFATTN_INLINE void transpose(Vec (&rows)[kLanes]) {
   static_assert(kLanes == 4 || kLanes == 8 || kLanes == 16);
-  transpose_rows(rows, std::make_integer_sequence<int, kLanes>{});
+  move_quads(rows, kEachLane);
+  transpose_quads(rows, kEachLane);
+}
+
+// rows[j][i] = p[i * stride + j]: kLanes x kLanes elements, transposed on their way in.
+template <class T>
+EFFATTN_INLINE void load_transposed(Vec (&rows)[kLanes], const T* p, int64_t stride) {
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  if constexpr (sizeof(T) == 4) {
+    // Quads find their place by loading, which leaves the one shuffle port to the rest.
+    EFFATTN_UNROLL
+    for (int j = 0; j < 4; ++j, p += stride) {
+      const float *const second = p + 4 * stride, *const third = p + 8 * stride,
+                         *const fourth = second + 8 * stride;
+      EFFATTN_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        __m512 row = _mm512_castps128_ps512(_mm_loadu_ps(p + 4 * q));
+        row = _mm512_insertf32x4(row, _mm_loadu_ps(second + 4 * q), 1);
+        row = _mm512_insertf32x4(row, _mm_loadu_ps(third + 4 * q), 2);
+        rows[4 * q + j] = (Vec)_mm512_insertf32x4(row, _mm_loadu_ps(fourth + 4 * q), 3);
+      }
+    }
+    return transpose_quads(rows, kEachLane);
+  }
+#endif
+  EFFATTN_UNROLL
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(p + i * stride);
+  transpose(rows);
+}
+
+// Of each group of (up to) four units of `Unit` floats: (a0 + a1, a2 + a3, b0 + b1, b2 + b3).
+template <int Unit, int... J>
+EFFATTN_INLINE Vec add_pairs(Vec a, Vec b, std::integer_sequence<int, J...>) {
+  // (a0, a2, b0, b2) + (a1, a3, b1, b3), of units
+  constexpr int kUnits = Unit == 1 ? 4 : kLanes / 4;
+  constexpr int kGroup = Unit * kUnits;
+  return EFFATTN_SHUFFLE(a, b,
+                         J / kGroup * kGroup + J % kGroup / Unit % (kUnits / 2) * 2 * Unit + J % Unit +
+                             J % kGroup / (kGroup / 2) * kLanes) +
+         EFFATTN_SHUFFLE(a, b,
+                         J / kGroup * kGroup + (J % kGroup / Unit % (kUnits / 2) * 2 + 1) * Unit + J % Unit +
+                             J % kGroup / (kGroup / 2) * kLanes);
 }
 
 // Lane i of the result is the sum over the lanes of rows[i], always in the same order.
 EFFATTN_INLINE Vec sum_lanes(Vec (&rows)[kLanes]) {
-  transpose(rows);
-  EFFATTN_UNROLL
-  for (int width = kLanes / 2; width > 0; width /= 2) {
+  if constexpr (kLanes == 16) {
     EFFATTN_UNROLL
-    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = add_pairs<4>(add_pairs<4>(rows[i], rows[i + 4], kEachLane),
+                             add_pairs<4>(rows[i + 8], rows[i + 12], kEachLane), kEachLane);
+    }
   }
-  return rows[0];
+  if constexpr (kLanes == 8) {
+    EFFATTN_UNROLL
+    for (int i = 0; i < 4; ++i) rows[i] = add_pairs<4>(rows[i], rows[i + 4], kEachLane);
+  }
+  return add_pairs<1>(add_pairs<1>(rows[0], rows[1], kEachLane), add_pairs<1>(rows[2], rows[3], kEachLane),
+                      kEachLane);
 }
 
 }  // namespace effattn::cpu::EFFATTN_ISA

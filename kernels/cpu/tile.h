@@ -28,7 +28,6 @@ struct Place {
   T* data;
   int64_t token_stride;
   int64_t channel_stride;
-  int64_t ahead = 0;  // elements to where the next block starts, to fetch it early; 0 if there is none
 };
 
 template <bool Relu>
@@ -37,11 +36,17 @@ EFFATTN_INLINE Vec activate(Vec x) {
   return x;
 }
 
-// Rows of a block lie far apart, each too short for the hardware to see a stream in it: while one block is
-// loaded, the next one is asked for, and arrives while this one is computed on.
-template <class T>
-EFFATTN_INLINE void fetch_early(const T* at, int64_t ahead) {
-  if (ahead != 0) __builtin_prefetch(at + ahead, 0, 2);
+// kLanes x kLanes elements, transposed. A function of its own, for the sake of its registers.
+template <bool Relu, class T>
+__attribute__((noinline)) void load_block_transposed(float* to, int64_t to_stride, const T* from,
+                                                     int64_t from_stride) {
+  Vec block[kLanes];
+  load_transposed(block, from, from_stride);
+  EFFATTN_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    store(to, activate<Relu>(block[i]));
+    to += to_stride;
+  }
 }
 
 // Fills `tile` with `tokens` x `channels` of `from`, relu'd if asked; columns are zero up to a whole
@@ -49,44 +54,51 @@ EFFATTN_INLINE void fetch_early(const T* at, int64_t ahead) {
 // is transposed in registers; anything else is gathered.
 template <bool Relu, class T>
 inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int64_t channels) {
-  const int64_t rows = tile.channel_major ? channels : tokens;
-  const int64_t cols = tile.channel_major ? tokens : channels;
+  int64_t rows = tile.channel_major ? channels : tokens;
+  int64_t cols = tile.channel_major ? tokens : channels;
   const int64_t row_step = tile.channel_major ? from.channel_stride : from.token_stride;
   const int64_t col_step = tile.channel_major ? from.token_stride : from.channel_stride;
+  if (col_step == 1 && row_step == cols && tile.row_stride == cols) {  // no gaps: one long row
+    cols *= rows;
+    rows = 1;
+  }
   if (col_step == 1 || cols == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       const T* src = from.data + r * row_step;
       float* dst = tile.row(r);
       int64_t c = 0;
-      for (; c + kLanes <= cols; c += kLanes) {
-        fetch_early(src + c, from.ahead);
-        store(dst + c, activate<Relu>(load(src + c)));
+      for (; c + 4 * kLanes <= cols; c += 4 * kLanes) {
+        EFFATTN_UNROLL
+        for (int i = 0; i < 4 * kLanes; i += kLanes) store(dst + c + i, activate<Relu>(load(src + c + i)));
       }
+      for (; c + kLanes <= cols; c += kLanes) store(dst + c, activate<Relu>(load(src + c)));
       if (c < cols) store(dst + c, activate<Relu>(load_first(src + c, cols - c)));
     }
   } else if (row_step == 1 || rows == 1) {
-    Vec block[kLanes];
     for (int64_t c = 0; c < cols; c += kLanes) {
-      const int64_t block_cols = smaller(kLanes, cols - c);
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        const int64_t block_rows = smaller(kLanes, rows - r);
-        const T* src = from.data + r + c * col_step;
-        if (block_cols == kLanes && block_rows == kLanes) {
-          EFFATTN_UNROLL
+      const T* src = from.data + c * col_step;
+      float* const dst = tile.data + c;
+      if (c + kLanes <= cols && rows >= kLanes) {
+        int64_t r = 0;
+        for (; r + kLanes <= rows; r += kLanes) {
+          load_block_transposed<Relu>(dst + r * tile.row_stride, tile.row_stride, src + r, col_step);
+        }
+        // What is left of the rows goes with some that are done already.
+        if (r < rows) {
+          r = rows - kLanes;
+          load_block_transposed<Relu>(dst + r * tile.row_stride, tile.row_stride, src + r, col_step);
+        }
+      } else {
+        const int64_t block_cols = smaller(kLanes, cols - c);
+        for (int64_t r = 0; r < rows; r += kLanes) {
+          const int64_t block_rows = smaller(kLanes, rows - r);
+          Vec block[kLanes];
           for (int i = 0; i < kLanes; ++i) {
-            fetch_early(src + i * col_step, from.ahead);
-            block[i] = activate<Relu>(load(src + i * col_step));
+            block[i] =
+                i < block_cols ? activate<Relu>(load_first(src + r + i * col_step, block_rows)) : Vec{};
           }
           transpose(block);
-          EFFATTN_UNROLL
-          for (int i = 0; i < kLanes; ++i) store(tile.row(r + i) + c, block[i]);
-        } else {
-          EFFATTN_UNROLL
-          for (int i = 0; i < kLanes; ++i) {
-            block[i] = i < block_cols ? activate<Relu>(load_first(src + i * col_step, block_rows)) : Vec{};
-          }
-          transpose(block);
-          for (int64_t i = 0; i < block_rows; ++i) store(tile.row(r + i) + c, block[i]);
+          for (int64_t i = 0; i < block_rows; ++i) store(dst + (r + i) * tile.row_stride, block[i]);
         }
       }
     }

@@ -1,0 +1,65 @@
+// Memory that a thread will need next, asked for while it computes.
+#pragma once
+
+#include "tile.h"
+
+namespace effattn::cpu::EFFATTN_ISA {
+
+// The cache lines of coming blocks. A product takes a few of them at each of its steps, so that they arrive
+// beside the arithmetic; asked for in a burst, they would only make the thread wait earlier.
+class Fetch {
+ public:
+  static constexpr int kLineBytes = 64;
+
+  template <class T>
+  void add(const Place<T>& block, int64_t tokens, int64_t channels) {
+    const bool along_tokens = block.token_stride == 1;
+    const int64_t rows = along_tokens ? channels : tokens, cols = along_tokens ? tokens : channels;
+    const int64_t step = along_tokens ? block.channel_stride : block.token_stride;
+    const char* const first = reinterpret_cast<const char*>(block.data);
+    constexpr int64_t width = sizeof(T);
+    if (rows == 0 || cols == 0 || blocks_ == kMaxBlocks) return;
+    const bool dense = step == cols;
+    queue_[blocks_++] = {first, dense ? 1 : rows, ceil_lines((dense ? rows * cols : cols) * width),
+                         step * width};
+    if (lines_ == 0) start_row();
+  }
+
+  // Lines that follow each other from at() on.
+  EFFATTN_INLINE int64_t lines() const { return lines_; }
+  EFFATTN_INLINE const char* at() const { return at_; }
+  // Goes on behind `count` lines, at most a few more than lines().
+  EFFATTN_INLINE void skip(int64_t count) {
+    at_ += count * kLineBytes;
+    lines_ -= count;
+    if (lines_ <= 0) next_row();
+  }
+
+ private:
+  static constexpr int kMaxBlocks = 4;  // what the hungriest pass reads and writes
+  struct Rows {
+    const char* first;
+    int64_t count, lines, step;
+  };
+
+  static int64_t ceil_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes; }
+
+  void start_row() {
+    at_ = queue_[block_].first;
+    lines_ = queue_[block_].lines;
+  }
+  void next_row() {
+    Rows& rows = queue_[block_];
+    rows.first += rows.step;
+    if (--rows.count == 0) ++block_;
+    lines_ = 0;
+    if (block_ < blocks_) start_row();
+  }
+
+  Rows queue_[kMaxBlocks];
+  int blocks_ = 0, block_ = 0;
+  const char* at_ = nullptr;
+  int64_t lines_ = 0;
+};
+
+}  // namespace effattn::cpu::EFFATTN_ISA
