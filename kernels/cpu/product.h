@@ -7,12 +7,12 @@
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-// The register block: kRows x 3 sums, 3 vectors of b and one scalar of a must fit the register file (32
-// registers with AVX-512 and NEON, 16 before).
+// The register block: kRows x 3 sums (kRowsIfNarrow x 1, to have enough sums under way), 3 vectors of b and
+// one scalar of a must fit the register file (32 registers with AVX-512 and NEON, 16 before).
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8;
+constexpr int kRows = 8, kRowsIfNarrow = 16;
 #else
-constexpr int kRows = 4;
+constexpr int kRows = 4, kRowsIfNarrow = 8;
 #endif
 
 struct Scalars {  // a(r, p) = data[r * row_stride + p * step]
@@ -30,13 +30,15 @@ struct Vectors {  // b[p][c] = data[p * row_stride + c]
 // the compiler reloads them at every step.
 template <int R, int V, class Edge>
 __attribute__((noinline)) void product_block(Scalars a, Vectors b, int64_t depth, int64_t row, int64_t col,
-                                             const Edge& where, Fetch& fetch) {
-  const Edge edge = where;  // in registers: behind a reference, each store might have changed it
+                                             const Edge& edge, Fetch& fetch) {
   Vec acc[R][V];
-  EFFATTN_UNROLL
-  for (int r = 0; r < R; ++r) {
+  {
+    auto at = edge.at(row, col);
     EFFATTN_UNROLL
-    for (int v = 0; v < V; ++v) acc[r][v] = edge.start(row + r, col + v * kLanes);
+    for (int r = 0; r < R; ++r, at.next_row()) {
+      EFFATTN_UNROLL
+      for (int v = 0; v < V; ++v) acc[r][v] = at.start(v);
+    }
   }
   // A pointer for every four rows: the other three are reached by address arithmetic, where a pointer
   // or an offset for each row would not fit the general registers.
@@ -72,18 +74,18 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors b, int64_t depth
     fetch.skip(steps * kFetched);
   }
   for (; p < depth; ++p) step();
+  const auto finish = [&]<bool Whole>() {
+    auto at = edge.at(row, col);
+    EFFATTN_UNROLL
+    for (int r = 0; r < R; ++r, at.next_row()) {
+      EFFATTN_UNROLL
+      for (int v = 0; v < V; ++v) at.template finish<Whole>(v, acc[r][v]);
+    }
+  };
   if (edge.whole(col + V * kLanes)) {
-    EFFATTN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      EFFATTN_UNROLL
-      for (int r = 0; r < R; ++r) edge.template finish<true>(row + r, col + v * kLanes, acc[r][v]);
-    }
+    finish.template operator()<true>();
   } else {
-    EFFATTN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      EFFATTN_UNROLL
-      for (int r = 0; r < R; ++r) edge.template finish<false>(row + r, col + v * kLanes, acc[r][v]);
-    }
+    finish.template operator()<false>();
   }
 }
 
@@ -95,9 +97,10 @@ EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors b
   if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge, fetch);
 }
 
-// `edge.start(row, col)` gives the initial vector, `edge.finish<Whole>(row, col, acc)` takes the result;
-// `edge.whole(end)` tells whether columns up to `end` may be written as whole vectors.
-// `cols` counts floats and is rounded up to whole vectors. `fetch` is drawn from along the way.
+// `edge.at(row, col)` walks down the result, row by row: start(v) gives the initial value of its vth vector
+// from col on, finish<Whole>(v, acc) takes the result. `edge.whole(end)` tells whether columns up to `end`
+// may be written as whole vectors. `cols` counts floats and is rounded up to whole vectors. `fetch` is drawn
+// from along the way.
 template <class Edge>
 inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge,
                     Fetch& fetch) {
@@ -110,33 +113,42 @@ inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t de
     } else if (width == 2) {
       product_rows<kRows, 2>(0, rows, a, b, depth, col, edge, fetch);
     } else {
-      product_rows<8, 1>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<kRowsIfNarrow, 1>(0, rows, a, b, depth, col, edge, fetch);
     }
   }
 }
 
-// Adds the product to a float matrix.
-struct AddTo {
-  float* data;
-  int64_t row_stride;
-  EFFATTN_INLINE Vec start(int64_t row, int64_t col) const { return load(data + row * row_stride + col); }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
-  template <bool>
-  EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
-    store(data + row * row_stride + col, acc);
+// A pointer that moves on by a row. The compiler is kept from computing each row's address anew, for which it
+// would run out of registers.
+template <class T>
+struct RowPointer {
+  T* at;
+  int64_t stride;
+  EFFATTN_INLINE void next_row() {
+    at += stride;
+    asm("" : "+r"(at));
   }
 };
 
-// Writes the product to a float matrix.
-struct WriteTo {
+// Writes the product to a float matrix, or adds it to what stands there.
+template <bool Add>
+struct IntoMatrix {
   float* data;
   int64_t row_stride;
-  EFFATTN_INLINE Vec start(int64_t, int64_t) const { return Vec{}; }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
-  template <bool>
-  EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
-    store(data + row * row_stride + col, acc);
+
+  struct Row : RowPointer<float> {
+    EFFATTN_INLINE Vec start(int v) const { return Add ? load(this->at + v * kLanes) : Vec{}; }
+    template <bool>
+    EFFATTN_INLINE void finish(int v, Vec acc) const {
+      store(this->at + v * kLanes, acc);
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
+    return {data + row * row_stride + col, row_stride};
   }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
 };
+using AddTo = IntoMatrix<true>;
+using WriteTo = IntoMatrix<false>;
 
 }  // namespace effattn::cpu::EFFATTN_ISA

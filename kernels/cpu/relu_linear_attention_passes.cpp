@@ -196,18 +196,29 @@ struct ScaledStore {
   int64_t row_stride;
   int64_t cols;
   const float* scale;  // per token
-  EFFATTN_INLINE Vec start(int64_t, int64_t) const { return Vec{}; }
-  EFFATTN_INLINE bool whole(int64_t end) const { return end <= cols; }
-  template <bool Whole>
-  EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
-    const Vec factor = ChannelMajor ? load(scale + col) : broadcast(scale[row]);
-    T* const at = data + row * row_stride + col;
-    if constexpr (Whole) {
-      store(at, acc * factor);
-    } else {
-      store_first(at, acc * factor, cols - col);
+
+  struct Row : RowPointer<T> {
+    const float* scale;
+    int64_t cols;  // from here on
+    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
+    template <bool Whole>
+    EFFATTN_INLINE void finish(int v, Vec acc) const {
+      const Vec scaled = acc * (ChannelMajor ? load(scale + v * kLanes) : broadcast(*scale));
+      if constexpr (Whole) {
+        store(this->at + v * kLanes, scaled);
+      } else {
+        store_first(this->at + v * kLanes, scaled, cols - v * kLanes);
+      }
     }
+    EFFATTN_INLINE void next_row() {
+      RowPointer<T>::next_row();
+      if constexpr (!ChannelMajor) ++scale;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
+    return {{data + row * row_stride + col, row_stride}, scale + (ChannelMajor ? col : row), cols - col};
   }
+  EFFATTN_INLINE bool whole(int64_t end) const { return end <= cols; }
 };
 
 // Starts at z (one per output channel), drops what relu gated, writes a tile.
@@ -216,14 +227,27 @@ struct GatedWrite {
   Tile to;
   Tile relu_input;
   const float* z;
-  EFFATTN_INLINE Vec start(int64_t row, int64_t col) const {
-    return ChannelMajor ? broadcast(z[row]) : load(z + col);
+
+  struct Row : RowPointer<float> {
+    RowPointer<const float> relu_input;
+    const float* z;
+    EFFATTN_INLINE Vec start(int v) const { return ChannelMajor ? broadcast(*z) : load(z + v * kLanes); }
+    template <bool>
+    EFFATTN_INLINE void finish(int v, Vec acc) const {
+      store(this->at + v * kLanes, relu_gate(load(relu_input.at + v * kLanes), acc));
+    }
+    EFFATTN_INLINE void next_row() {
+      RowPointer<float>::next_row();
+      relu_input.next_row();
+      if constexpr (ChannelMajor) ++z;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
+    return {{to.row(row) + col, to.row_stride},
+            {relu_input.row(row) + col, relu_input.row_stride},
+            z + (ChannelMajor ? row : col)};
   }
   EFFATTN_INLINE bool whole(int64_t) const { return true; }
-  template <bool>
-  EFFATTN_INLINE void finish(int64_t row, int64_t col, Vec acc) const {
-    store(to.row(row) + col, relu_gate(load(relu_input.row(row) + col), acc));
-  }
 };
 
 // A matrix between channels of k and channels of v: tokens in the lanes read it as scalars, a row an
