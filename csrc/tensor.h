@@ -130,8 +130,8 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
 // Torch's own pool, never a second one.
 inline cpu::Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context) {
-            torch::stable::parallel_for(0, count, grain,
+          [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
+            torch::stable::parallel_for(0, count, 1,
                                         [&](int64_t begin, int64_t end) { body(context, begin, end); });
           }};
 }

@@ -1,28 +1,52 @@
 // How kernels ask for threads without knowing whose they are.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace effattn::cpu {
 
 struct Parallel {
   int threads;  // how many may run at once; changes speed only, never results
-  // Calls body(context, begin, end) for disjoint ranges that cover [0, count), none shorter than
-  // `grain` unless it is the last, and returns when all are done.
-  void (*run)(int64_t count, int64_t grain, void (*body)(const void*, int64_t, int64_t), const void* context);
+  // Calls body(context, begin, end) for disjoint ranges that cover [0, count), one a thread if there are as
+  // many threads, and returns when all are done.
+  void (*run)(int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context);
 
+  // Calls f(begin, end) for disjoint ranges that cover [0, count). A thread that is done takes a part of what
+  // is left, ever smaller parts down to `grain`: cores differ in speed, and one that is disturbed must not
+  // hold up the others.
   template <class F>
   void operator()(int64_t count, int64_t grain, const F& f) const {
-    if (count <= grain || threads <= 1) {
+    const int64_t grains = (count + grain - 1) / grain;
+    const int64_t workers = grains < threads ? grains : threads;
+    if (workers <= 1) {
       if (count > 0) f(int64_t{0}, count);
       return;
     }
+    struct Shared {
+      const F& f;
+      int64_t count, grain, workers;
+      mutable std::atomic<int64_t> taken{0};
+
+      void work() const {
+        int64_t begin = taken.load(std::memory_order_relaxed);
+        while (begin < count) {
+          const int64_t left = count - begin;
+          const int64_t part = left / (2 * workers) < grain ? grain : left / (2 * workers);
+          const int64_t end = part < left ? begin + part : count;
+          if (taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+            f(begin, end);
+            begin = end;
+          }
+        }
+      }
+    } shared{f, count, grain, workers};
     run(
-        count, grain,
+        workers,
         [](const void* context, int64_t begin, int64_t end) {
-          (*static_cast<const F*>(context))(begin, end);
+          for (int64_t i = begin; i < end; ++i) static_cast<const Shared*>(context)->work();
         },
-        &f);
+        &shared);
   }
 };
 
