@@ -4,6 +4,8 @@
 // 1x1 convolution on NCHW leaves) computes with tokens in the lanes, token-major with channels in the
 // lanes. Sums over tokens have the channels of q and k in the lanes and take the other factor as scalars, so
 // that v can be read where it lies.
+#include <type_traits>
+
 #include "fetch.h"
 #include "product.h"
 #include "relu_linear_attention.h"
@@ -189,66 +191,100 @@ void invert(float* dots, float eps, int64_t tokens) {
 
 // --- products over channels ---------------------------------------------------------------------------
 
-// Scales by a factor per token and rounds to T, straight into the output tensor.
-template <class T, bool ChannelMajor>
-struct ScaledStore {
+// Rounds a product to T and writes it, after `Last` has had its say: Last::at(row, col) gives the initial
+// vectors of a row and what is to be done to its results.
+template <class T, class Last>
+struct StoreTo {
   T* data;
   int64_t row_stride;
   int64_t cols;
-  const float* scale;  // per token
+  Last last;
 
   struct Row : RowPointer<T> {
-    const float* scale;
+    typename Last::Row last;
     int64_t cols;  // from here on
-    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
+    EFFATTN_INLINE Vec start(int v) const { return last.start(v); }
     template <bool Whole>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
-      const Vec scaled = acc * (ChannelMajor ? load(scale + v * kLanes) : broadcast(*scale));
       if constexpr (Whole) {
-        store(this->at + v * kLanes, scaled);
+        store(this->at + v * kLanes, last(v, acc));
       } else {
-        store_first(this->at + v * kLanes, scaled, cols - v * kLanes);
+        store_first(this->at + v * kLanes, last(v, acc), cols - v * kLanes);
       }
     }
     EFFATTN_INLINE void next_row() {
       RowPointer<T>::next_row();
-      if constexpr (!ChannelMajor) ++scale;
+      last.next_row();
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, scale + (ChannelMajor ? col : row), cols - col};
+    return {{data + row * row_stride + col, row_stride}, last.at(row, col), cols - col};
   }
   EFFATTN_INLINE bool whole(int64_t end) const { return end <= cols; }
 };
 
-// Starts at z (one per output channel), drops what relu gated, writes a tile.
+struct AsItIs {
+  struct Row {
+    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
+    EFFATTN_INLINE Vec operator()(int, Vec acc) const { return acc; }
+    EFFATTN_INLINE void next_row() {}
+  };
+  EFFATTN_INLINE Row at(int64_t, int64_t) const { return {}; }
+};
+
+// Times a factor per token.
 template <bool ChannelMajor>
-struct GatedWrite {
-  Tile to;
+struct Scaled {
+  const float* scale;
+
+  struct Row {
+    const float* scale;
+    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
+    EFFATTN_INLINE Vec operator()(int v, Vec acc) const {
+      return acc * (ChannelMajor ? load(scale + v * kLanes) : broadcast(*scale));
+    }
+    EFFATTN_INLINE void next_row() {
+      if constexpr (!ChannelMajor) ++scale;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const { return {scale + (ChannelMajor ? col : row)}; }
+};
+
+// Starts at z (one per output channel), drops what relu gated.
+template <bool ChannelMajor>
+struct Gated {
   Tile relu_input;
   const float* z;
 
-  struct Row : RowPointer<float> {
+  struct Row {
     RowPointer<const float> relu_input;
     const float* z;
     EFFATTN_INLINE Vec start(int v) const { return ChannelMajor ? broadcast(*z) : load(z + v * kLanes); }
-    template <bool>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, relu_gate(load(relu_input.at + v * kLanes), acc));
+    EFFATTN_INLINE Vec operator()(int v, Vec acc) const {
+      return relu_gate(load(relu_input.at + v * kLanes), acc);
     }
     EFFATTN_INLINE void next_row() {
-      RowPointer<float>::next_row();
       relu_input.next_row();
       if constexpr (ChannelMajor) ++z;
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{to.row(row) + col, to.row_stride},
-            {relu_input.row(row) + col, relu_input.row_stride},
-            z + (ChannelMajor ? row : col)};
+    return {{relu_input.row(row) + col, relu_input.row_stride}, z + (ChannelMajor ? row : col)};
   }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
 };
+
+// Calls write(data, row_stride, cols) to have a block written in the pass's order: straight into the tensor,
+// which is allocated that way, or into the tile `detour` if a caller's strides are other.
+template <bool ChannelMajor, class T, class Write>
+void write_block(Place<T> to, const Tile& detour, int64_t tokens, int64_t channels, const Write& write) {
+  const int64_t cols = ChannelMajor ? tokens : channels;
+  if ((ChannelMajor ? to.token_stride : to.channel_stride) == 1) {
+    write(to.data, ChannelMajor ? to.channel_stride : to.token_stride, cols);
+  } else {
+    write(detour.data, detour.row_stride, padded(cols));
+    store_tile(detour, to, tokens, channels);
+  }
+}
 
 // A matrix between channels of k and channels of v: tokens in the lanes read it as scalars, a row an
 // output; channels in the lanes as vectors, a row an input.
@@ -281,6 +317,17 @@ void mix_channels(const Tile& tile, const Mixer& matrix, int64_t tokens, int64_t
   } else {
     product(tokens, outputs, Scalars{tile.data, tile.row_stride, 1}, matrix.by_input, inputs, edge, fetch);
   }
+}
+
+// The same into a tensor.
+template <bool ChannelMajor, class T, class Last>
+void mix_into(Place<T> to, const Tile& detour, const Tile& tile, const Mixer& matrix, int64_t tokens,
+              int64_t inputs, int64_t outputs, const Last& last, Fetch& fetch) {
+  write_block<ChannelMajor>(to, detour, tokens, outputs, [&](auto* data, int64_t row_stride, int64_t cols) {
+    using Out = std::remove_pointer_t<decltype(data)>;
+    mix_channels(tile, matrix, tokens, inputs, outputs, StoreTo<Out, Last>{data, row_stride, cols, last},
+                 fetch);
+  });
 }
 
 // --- what to fetch ahead ------------------------------------------------------------------------------
@@ -357,9 +404,7 @@ void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, cons
   const Tile q = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   float* inverse = scratch.floats(padded(tile_tokens));
   const Mixer mixer = to_value_channels(sums, scratch, ChannelMajor);
-  // The output is allocated in q's order; only a caller's odd strides need the detour by a tile.
-  const bool direct = ChannelMajor ? p.out.token_stride == 1 : p.out.channel_stride == 1;
-  const Tile detour = scratch.tile(direct ? 0 : tile_tokens, direct ? 0 : p.value_dim, ChannelMajor);
+  const Tile detour = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   Place<const T> from = source<T>(p, p.q, range);
   Place<T> to = place<T>(p, p.out, range.group, range.begin);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
@@ -369,16 +414,8 @@ void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, cons
     load_tile<true>(q, from, tokens, p.head_dim);
     dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
-    if (direct) {
-      const ScaledStore<T, ChannelMajor> edge{to.data, ChannelMajor ? to.channel_stride : to.token_stride,
-                                              ChannelMajor ? tokens : p.value_dim, inverse};
-      mix_channels(q, mixer, tokens, p.head_dim, p.value_dim, edge, fetch);
-    } else {
-      const ScaledStore<float, ChannelMajor> edge{detour.data, detour.row_stride,
-                                                  padded(ChannelMajor ? tokens : p.value_dim), inverse};
-      mix_channels(q, mixer, tokens, p.head_dim, p.value_dim, edge, fetch);
-      store_tile(detour, to, tokens, p.value_dim);
-    }
+    mix_into<ChannelMajor>(to, detour, q, mixer, tokens, p.head_dim, p.value_dim,
+                           Scaled<ChannelMajor>{inverse}, fetch);
     advance(from, tokens);
     advance(to, tokens);
   }
@@ -397,38 +434,32 @@ void apply_queries(const Problem& p, const Range& range, int64_t tile_tokens, co
   }
 }
 
-// In place: w becomes grad_q, q becomes q / denominator.
 //   r = 1 / (q.z + eps)   s = (q.w) r   grad_q = gate (w - z s) r   q' = q r
 // where w = S grad_out, so that the gradient of the normaliser needs no output to be kept:
-// grad_out . out = (q.w) r.
-void finish_grad_q(const Tile& q, const Tile& w, const float* z, const float* inverse, const float* share,
-                   int64_t tokens, int64_t head_dim) {
-  const int64_t rows = q.channel_major ? head_dim : tokens;
-  const int64_t cols = q.channel_major ? tokens : head_dim;
-  for (int64_t r = 0; r < rows; ++r) {
+// grad_out . out = (q.w) r. q becomes q' in place.
+template <bool ChannelMajor, class T>
+void finish_grad_q(T* grad_q, int64_t row_stride, int64_t cols, const Tile& q, const Tile& w, const float* z,
+                   const float* inverse, const float* share, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
     for (int64_t c = 0; c < cols; c += kLanes) {
-      const Vec inv = q.channel_major ? load(inverse + c) : broadcast(inverse[r]);
-      const Vec part = q.channel_major ? broadcast(z[r]) * load(share + c) : load(z + c) * share[r];
-      const Vec x = load(q.row(r) + c);
-      store(w.row(r) + c, relu_gate(x, (load(w.row(r) + c) - part) * inv));
-      store(q.row(r) + c, x * inv);
+      const Vec inv = ChannelMajor ? load(inverse + c) : broadcast(inverse[row]);
+      const Vec part =
+          ChannelMajor ? broadcast(z[row]) * load(share + c) : load(z + c) * broadcast(share[row]);
+      const Vec x = load(q.row(row) + c);
+      store_first(grad_q + row * row_stride + c, relu_gate(x, (load(w.row(row) + c) - part) * inv), cols - c);
+      store(q.row(row) + c, x * inv);
     }
   }
 }
 
-template <class T>
-void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
-                  float* dense_grad, float* scratch_memory) {
-  Scratch scratch{scratch_memory};
-  const Sums sums(scratch, p), grad_sums(scratch, p);
-  sums.read(dense_sums);
-  grad_sums.clear();
-  const bool channel_major = is_channel_major(p.q);
+template <class T, bool ChannelMajor>
+void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& sums,
+                      const Sums& grad_sums, Scratch scratch) {
   const Mixer mixer = to_key_channels(sums);
-  const Tile q = scratch.tile(tile_tokens, p.head_dim, channel_major);
-  const Tile w = scratch.tile(tile_tokens, p.head_dim, channel_major);
-  const Tile grad = scratch.tile(tile_tokens, p.value_dim, channel_major);
-  const Tile q_rows = channel_major ? scratch.tile(tile_tokens, p.head_dim, false) : q;
+  const Tile q = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
+  const Tile w = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
+  const Tile grad = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
+  const Tile q_rows = ChannelMajor ? scratch.tile(tile_tokens, p.head_dim, false) : q;
   float* inverse = scratch.floats(padded(tile_tokens));
   float* share = scratch.floats(padded(tile_tokens));
   Place<const T> from_q = source<T>(p, p.q, range), from_grad = source<T>(p, p.grad_out, range);
@@ -444,9 +475,11 @@ void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, con
     invert(inverse, p.eps, tokens);
     dot_channels(share, q, ByTile{w}, tokens, p.head_dim);
     for (int64_t t = 0; t < tokens; t += kLanes) store(share + t, load(share + t) * load(inverse + t));
-    finish_grad_q(q, w, sums.z(), inverse, share, tokens, p.head_dim);
-    store_tile(w, to, tokens, p.head_dim);
-    if (channel_major) {
+    write_block<ChannelMajor>(to, w, tokens, p.head_dim, [&](auto* data, int64_t row_stride, int64_t cols) {
+      finish_grad_q<ChannelMajor>(data, row_stride, cols, q, w, sums.z(), inverse, share,
+                                  ChannelMajor ? p.head_dim : tokens);
+    });
+    if (ChannelMajor) {
       load_tile<false>(q_rows, Place<const float>{q.data, 1, q.row_stride}, tokens, p.head_dim);
     }
     accumulate(grad_sums, Scalars{grad.data, grad.channel_stride(), grad.token_stride()}, q_rows, tokens,
@@ -456,6 +489,20 @@ void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, con
     advance(from_grad, tokens);
     advance(to, tokens);
   }
+}
+
+template <class T>
+void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
+                  float* dense_grad, float* scratch_memory) {
+  Scratch scratch{scratch_memory};
+  const Sums sums(scratch, p), grad_sums(scratch, p);
+  sums.read(dense_sums);
+  grad_sums.clear();
+  if (is_channel_major(p.q)) {
+    grad_query_tiles<T, true>(p, range, tile_tokens, sums, grad_sums, scratch);
+  } else {
+    grad_query_tiles<T, false>(p, range, tile_tokens, sums, grad_sums, scratch);
+  }
   grad_sums.write(dense_grad);
 }
 
@@ -464,9 +511,9 @@ void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, c
                     Scratch scratch) {
   const Mixer to_k = to_key_channels(grad), to_v = to_value_channels(grad, scratch, ChannelMajor);
   const Tile k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
-  const Tile grad_k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
+  const Tile detour_k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   const Tile v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
-  const Tile grad_v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
+  const Tile detour_v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   Place<const T> from_k = source<T>(p, p.k, range), from_v = source<T>(p, p.v, range);
   Place<T> into_k = place<T>(p, p.grad_k, range.group, range.begin);
   Place<T> into_v = place<T>(p, p.grad_v, range.group, range.begin);
@@ -476,11 +523,9 @@ void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, c
         fetch_ahead<T, Touches::kKeysBackward, Touches::kQueriesBackward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     load_tile<false>(v, from_v, tokens, p.value_dim);
-    mix_channels(v, to_k, tokens, p.value_dim, p.head_dim, GatedWrite<ChannelMajor>{grad_k, k, grad.z()},
-                 fetch);
-    mix_channels(k, to_v, tokens, p.head_dim, p.value_dim, WriteTo{grad_v.data, grad_v.row_stride}, fetch);
-    store_tile(grad_k, into_k, tokens, p.head_dim);
-    store_tile(grad_v, into_v, tokens, p.value_dim);
+    mix_into<ChannelMajor>(into_k, detour_k, v, to_k, tokens, p.value_dim, p.head_dim,
+                           Gated<ChannelMajor>{k, grad.z()}, fetch);
+    mix_into<ChannelMajor>(into_v, detour_v, k, to_v, tokens, p.head_dim, p.value_dim, AsItIs{}, fetch);
     advance(from_k, tokens);
     advance(from_v, tokens);
     advance(into_k, tokens);

@@ -63,10 +63,20 @@ inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int
     rows = 1;
   }
   if (col_step == 1 || cols == 1) {
-    for (int64_t r = 0; r < rows; ++r) {
+    int64_t done = 0;
+    if (cols < 4 * kLanes) {  // short rows: down a column of vectors, for the loop's sake
+      for (; done + kLanes <= cols; done += kLanes) {
+        const T* src = from.data + done;
+        float* dst = tile.data + done;
+        for (int64_t r = 0; r < rows; ++r, src += row_step, dst += tile.row_stride) {
+          store(dst, activate<Relu>(load(src)));
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows && done < cols; ++r) {
       const T* src = from.data + r * row_step;
       float* dst = tile.row(r);
-      int64_t c = 0;
+      int64_t c = done;
       for (; c + 4 * kLanes <= cols; c += 4 * kLanes) {
         EFFATTN_UNROLL
         for (int i = 0; i < 4 * kLanes; i += kLanes) store(dst + c + i, activate<Relu>(load(src + c + i)));
@@ -128,7 +138,9 @@ inline void store_tile(const Tile& tile, Place<T> to, int64_t tokens, int64_t ch
     for (int64_t r = 0; r < rows; ++r) {
       T* dst = to.data + r * row_step;
       const float* src = tile.row(r);
-      for (int64_t c = 0; c < cols; c += kLanes) store_first(dst + c, load(src + c), cols - c);
+      int64_t c = 0;
+      for (; c + kLanes <= cols; c += kLanes) store(dst + c, load(src + c));
+      if (c < cols) store_first(dst + c, load(src + c), cols - c);
     }
   } else if (row_step == 1 || rows == 1) {
     Vec block[kLanes];
