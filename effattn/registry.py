@@ -49,7 +49,7 @@ if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
 # What choose() found, for eager calls; emptied when the choice may change.
-_chosen: dict[tuple[str, str, torch.dtype], Backend] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
 
 
 @contextmanager
@@ -79,27 +79,29 @@ def _reasons(backend: Backend, op: str, device: str, dtype: torch.dtype) -> list
     return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype)
 
 
-def _choose(op: str, device: str, dtype: torch.dtype) -> Backend:
-    candidates = ORDER if _forced is None else (_named(_forced, "use_backend"),)
-    refusals = []
-    for backend in candidates:
-        reasons = _reasons(backend, op, device, dtype)
-        if not reasons:
-            return backend
-        refusals.append(f"  {backend.name}: {'; '.join(reasons)}")
-    raise RuntimeError(f"effattn.{op}: no backend can serve {dtype} on {device}:\n" + "\n".join(refusals))
-
-
-def choose(op: str, device: str, dtype: torch.dtype) -> Backend:
-    """The backend that serves ``op`` for tensors of ``dtype`` on a device of type ``device``.
+def find(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that serves ``op`` for tensors of ``dtype`` on ``device``.
 
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    if torch.compiler.is_compiling():  # a table that grows would be a guard that fails
-        return _choose(op, device, dtype)
+    candidates = ORDER if _forced is None else (_named(_forced, "use_backend"),)
+    refusals = []
+    for backend in candidates:
+        reasons = _reasons(backend, op, device.type, dtype)
+        if not reasons:
+            return backend
+        refusals.append(f"  {backend.name}: {'; '.join(reasons)}")
+    raise RuntimeError(f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n" + "\n".join(refusals))
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """:func:`find` that remembers: for eager calls, which it must not hold up.
+
+    Not while compiling, where a table that grows would be a guard that fails.
+    """
     key = (op, device, dtype)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = _choose(op, device, dtype)
+        backend = _chosen[key] = find(op, device, dtype)
     return backend

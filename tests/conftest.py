@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,18 @@ if _library._C is None:
     raise RuntimeError(f"the compiled library is missing: {_library.error}")
 
 _C = _library._C
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A graph that torch.compile kept from an earlier build holds the strides of that build's fake kernels."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+    yield
+    if before is None:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    else:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
 @pytest.fixture(params=[row["name"] for row in _C.isas()])

@@ -74,24 +74,24 @@ def test_no_model_library_is_imported():
 
 
 def test_registry_prefers_the_kernels():
-    assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "cpu"
-    assert registry.choose("relu_linear_attention", "cpu", torch.float64).name == "reference"
-    assert registry.choose("relu_linear_attention", "cuda", torch.float16).name == "reference"
+    assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
+    assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float64).name == "reference"
+    assert registry.choose("relu_linear_attention", torch.device("cuda"), torch.float16).name == "reference"
 
 
 def test_registry_gives_every_reason():
     with effattn.use_backend("cpu"), pytest.raises(RuntimeError) as error:
-        registry.choose("relu_linear_attention", "cuda", torch.float64)
+        registry.choose("relu_linear_attention", torch.device("cuda"), torch.float64)
     assert "takes CPU tensors, not cuda; takes float32, bfloat16 and float16, not float64" in str(error.value)
 
 
 def test_use_backend_nests_and_recovers():
     with pytest.raises(RuntimeError, match="inside"), effattn.use_backend("reference"):
         with effattn.use_backend("cpu"):
-            assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "cpu"
-        assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "reference"
+            assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
+        assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "reference"
         raise RuntimeError("inside")
-    assert registry.choose("relu_linear_attention", "cpu", torch.float32).name == "cpu"
+    assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
     with pytest.raises(ValueError, match="use_backend: expected one of 'cpu', 'reference', got 'gpu'"):
         effattn.use_backend("gpu").__enter__()
 
@@ -105,7 +105,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_backend_from_the_environment():
-    code = "import effattn, torch; print(effattn.registry.choose('relu_linear_attention', 'cpu', torch.float32).name)"
+    code = (
+        "import effattn, torch;"
+        "print(effattn.registry.choose('relu_linear_attention', torch.device('cpu'), torch.float32).name)"
+    )
     assert run(code, EFFATTN_BACKEND="reference").stdout.strip() == "reference"
     wrong = run(code, EFFATTN_BACKEND="quick")
     assert wrong.returncode != 0

@@ -22,13 +22,12 @@ NAME = "relu_linear_attention"
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
-    function = registry.choose(NAME, q.device.type, q.dtype).functions[NAME]
+    compiling = torch.compiler.is_compiling()
+    function = (registry.find if compiling else registry.choose)(NAME, q.device, q.dtype).functions[NAME]
     if not isinstance(function, Fused):
         _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         # torch.func and forward mode differentiate through plain operations, never through a kernel.
         return reference.relu_linear_attention(q, k, v, eps)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

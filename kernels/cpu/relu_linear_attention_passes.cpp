@@ -69,33 +69,40 @@ int64_t scratch_floats(int64_t head_dim, int64_t value_dim, int64_t tile) {
 
 // --- the sums, in scratch ---------------------------------------------------------------------------
 
-// S^T and z, a row a channel of v and z in the last one; rows padded to whole vectors, with zeros.
+// S^T and z, a row a channel of v and z in the last one; rows padded to whole vectors, with zeros. Passes
+// hand sums to each other in the dense form (value_dim + 1, head_dim), which serves as it is if nothing is
+// padded.
 struct Sums {
   float* matrix;
   int64_t stride;
   int64_t head_dim, value_dim;
+  float* dense;
 
-  Sums(Scratch& scratch, const Problem& p)
-      : stride(padded(p.head_dim)), head_dim(p.head_dim), value_dim(p.value_dim) {
-    matrix = scratch.floats((value_dim + 1) * stride);
+  Sums(Scratch& scratch, const Problem& p, float* dense_form)
+      : stride(padded(p.head_dim)), head_dim(p.head_dim), value_dim(p.value_dim), dense(dense_form) {
+    matrix = stride == head_dim ? dense : scratch.floats((value_dim + 1) * stride);
+  }
+  // To be read only.
+  Sums(Scratch& scratch, const Problem& p, const float* dense_form)
+      : Sums(scratch, p, const_cast<float*>(dense_form)) {
+    if (matrix != dense) copy_rows(matrix, stride, dense, head_dim);
   }
 
   float* z() const { return matrix + value_dim * stride; }
   void clear() const {
     for (int64_t i = 0; i < (value_dim + 1) * stride; i += kLanes) store(matrix + i, Vec{});
   }
-  // The dense form that crosses passes: (value_dim + 1, head_dim).
-  void read(const float* dense) const {
-    for (int64_t e = 0; e <= value_dim; ++e) {
-      for (int64_t d = 0; d < head_dim; d += kLanes) {
-        store(matrix + e * stride + d, load_first(dense + e * head_dim + d, head_dim - d));
-      }
-    }
+  // Carries what was summed up into the dense form.
+  void finish() const {
+    if (matrix != dense) copy_rows(dense, head_dim, matrix, stride);
   }
-  void write(float* dense) const {
+
+ private:
+  void copy_rows(float* to, int64_t to_stride, const float* from, int64_t from_stride) const {
     for (int64_t e = 0; e <= value_dim; ++e) {
       for (int64_t d = 0; d < head_dim; d += kLanes) {
-        store_first(dense + e * head_dim + d, load(matrix + e * stride + d), head_dim - d);
+        const Vec row = load_first(from + e * from_stride + d, head_dim - d);
+        store_first(to + e * to_stride + d, row, to_stride - d);
       }
     }
   }
@@ -380,7 +387,7 @@ template <class T>
 void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* dense_sums,
               float* scratch_memory) {
   Scratch scratch{scratch_memory};
-  const Sums sums(scratch, p);
+  const Sums sums(scratch, p, dense_sums);
   sums.clear();
   const Tile k = scratch.tile(tile_tokens, p.head_dim, false);
   const Tile v = scratch.tile(tile_tokens, p.value_dim, is_channel_major(p.v));
@@ -395,7 +402,7 @@ void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* 
     advance(from_k, tokens);
     advance(from_v, tokens);
   }
-  sums.write(dense_sums);
+  sums.finish();
 }
 
 template <class T, bool ChannelMajor>
@@ -425,8 +432,7 @@ template <class T>
 void apply_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
                    float* scratch_memory) {
   Scratch scratch{scratch_memory};
-  const Sums sums(scratch, p);
-  sums.read(dense_sums);
+  const Sums sums(scratch, p, dense_sums);
   if (is_channel_major(p.q)) {
     apply_tiles<T, true>(p, range, tile_tokens, sums, scratch);
   } else {
@@ -495,15 +501,14 @@ template <class T>
 void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
                   float* dense_grad, float* scratch_memory) {
   Scratch scratch{scratch_memory};
-  const Sums sums(scratch, p), grad_sums(scratch, p);
-  sums.read(dense_sums);
+  const Sums sums(scratch, p, dense_sums), grad_sums(scratch, p, dense_grad);
   grad_sums.clear();
   if (is_channel_major(p.q)) {
     grad_query_tiles<T, true>(p, range, tile_tokens, sums, grad_sums, scratch);
   } else {
     grad_query_tiles<T, false>(p, range, tile_tokens, sums, grad_sums, scratch);
   }
-  grad_sums.write(dense_grad);
+  grad_sums.finish();
 }
 
 template <class T, bool ChannelMajor>
@@ -537,8 +542,7 @@ template <class T>
 void grad_keys(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_grad,
                float* scratch_memory) {
   Scratch scratch{scratch_memory};
-  const Sums grad(scratch, p);
-  grad.read(dense_grad);
+  const Sums grad(scratch, p, dense_grad);
   if (is_channel_major(p.k)) {
     grad_key_tiles<T, true>(p, range, tile_tokens, grad, scratch);
   } else {
