@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -95,9 +96,11 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
 }
 
 // Strides of a dense tensor of `sizes` whose dimensions lie in memory in the order of `like`'s: what
-// makes the reshape behind an attention free. effattn/ops/_memory.py does the same for fake tensors.
+// makes the reshape behind an attention free. Expanded dimensions (stride 0) come outermost.
+// effattn/ops/_memory.py does the same for fake tensors.
 inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
-  const auto strides = like.strides();
+  std::vector<int64_t> strides;
+  for (const int64_t step : like.strides()) strides.push_back(step == 0 ? INT64_MAX : step);
   std::vector<int64_t> order(sizes.size());
   for (size_t i = 0; i < order.size(); ++i) {
     size_t at = i;  // outermost first; insertion sort, stable

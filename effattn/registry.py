@@ -48,8 +48,8 @@ _forced: str | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
-# What choose() found, for eager calls; emptied when the choice may change.
-_chosen: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
+# What choose() found, for eager calls, under what was asked for then.
+_chosen: dict[tuple[str | None, str, torch.device, torch.dtype], Backend] = {}
 
 
 @contextmanager
@@ -66,12 +66,10 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     before = _forced
     _forced = _named(name, "use_backend").name
-    _chosen.clear()
     try:
         yield
     finally:
         _forced = before
-        _chosen.clear()
 
 
 def _reasons(backend: Backend, op: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -85,14 +83,7 @@ def find(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    candidates = ORDER if _forced is None else (_named(_forced, "use_backend"),)
-    refusals = []
-    for backend in candidates:
-        reasons = _reasons(backend, op, device.type, dtype)
-        if not reasons:
-            return backend
-        refusals.append(f"  {backend.name}: {'; '.join(reasons)}")
-    raise RuntimeError(f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n" + "\n".join(refusals))
+    return _find(_forced, op, device, dtype)
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -100,8 +91,19 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
     Not while compiling, where a table that grows would be a guard that fails.
     """
-    key = (op, device, dtype)
+    key = (_forced, op, device, dtype)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = find(op, device, dtype)
+        backend = _chosen[key] = _find(*key)
     return backend
+
+
+def _find(forced: str | None, op: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    candidates = ORDER if forced is None else (_named(forced, "use_backend"),)
+    refusals = []
+    for backend in candidates:
+        reasons = _reasons(backend, op, device.type, dtype)
+        if not reasons:
+            return backend
+        refusals.append(f"  {backend.name}: {'; '.join(reasons)}")
+    raise RuntimeError(f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n" + "\n".join(refusals))

@@ -84,9 +84,12 @@ def test_against_float64(isa, dtype, size, layout):
     check(*problem((2, 3), *size, dtype, (layout,) * 4))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"), [(torch.float32, 16, 24), (torch.float32, 13, 17), (torch.bfloat16, 33, 7)]
+)
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS[:2], repeat=4)), ids="-".join)
-def test_every_mix_of_layouts(isa, layouts):
-    check(*problem((2,), 37, 41, 16, 24, torch.float32, layouts))
+def test_every_mix_of_layouts(isa, layouts, dtype, head_dim, value_dim):
+    check(*problem((2,), 37, 41, head_dim, value_dim, dtype, layouts))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -103,6 +106,36 @@ def test_every_remainder_of_tokens(isa, layout):
 def test_every_remainder_of_channels(isa, layout):
     for channels in range(1, 50):
         check(*problem((), 20, 20, channels, 50 - channels, torch.float32, (layout,) * 4))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_leading_strides_that_cannot_be_merged(isa, layout):
+    """Permuted, with a dimension of one inside, and expanded over the first, the last or all of them."""
+    q, k, v, grad_out = problem((2, 1, 3), 20, 24, 13, 8, torch.float32, (layout,) * 4)
+    permuted = problem((3, 1, 2), 20, 24, 13, 8, torch.float32, (layout,) * 4)[0].transpose(0, 2)
+    first, last, every = k[:1].expand_as(k), v[:, :, :1].expand_as(v), q[:1, :, :1].expand_as(q)
+    for arguments in ((permuted, k, v), (q, first, v), (q, k, last), (every, k, v), (every, first, last)):
+        check(*arguments, grad_out)
+
+
+def test_expanded_gradients_and_tokens(isa):
+    """What sum().backward() passes back, and one token or one channel for all."""
+    for tokens in (37, 2100):
+        q, k, v, grad_out = problem((2,), tokens, tokens, 13, 16, torch.float32, ("channel_major",) * 4)
+        check(q, k, v, torch.ones(()).expand_as(grad_out))
+        check(q, k, v[:, :1].expand_as(v), grad_out)
+        check(q, k, v[..., :1].expand_as(v), grad_out)
+
+
+def test_groups_split_over_threads(isa):
+    """Fewer groups than threads can share evenly, and several chunks: partial sums are added up across threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for head_dim in (16, 13):
+            check(*problem((3,), 4200, 4200, head_dim, 16, torch.float32, ("channel_major",) * 4))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 1, 3)], ids=str)

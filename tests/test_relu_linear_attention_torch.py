@@ -56,6 +56,16 @@ def test_fake_outputs_have_the_strides_of_real_ones(order, sizes):
     assert out.shape == fake.shape
 
 
+def test_expanded_queries_give_outputs_in_plain_order():
+    q, k, v = qkv()
+    for expanded in (q[:1].expand_as(q), q.mT[:1].expand_as(q.mT).mT):
+        out = relu_linear_attention(expanded, k, v)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = relu_linear_attention(*(mode.from_tensor(t) for t in (expanded, k, v)))
+        assert out.stride() == fake.stride()
+        assert out.stride(0) == out[0].numel()
+
+
 # --- autograd -------------------------------------------------------------------------------------------
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 
 def empty_in_order_of(like: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """A dense tensor of ``sizes`` whose dimensions lie in memory in the order of ``like``'s."""
-    strides = like.stride()
+    """A dense tensor of ``sizes``, its dimensions in memory in the order of ``like``'s, expanded ones outermost."""
+    strides = [math.inf if step == 0 else step for step in like.stride()]
     order: list[int] = []  # outermost first; insertion keeps equal strides in order
     for dim in range(len(sizes)):
         at = dim

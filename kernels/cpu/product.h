@@ -1,4 +1,4 @@
-// The one inner loop of every pass: a small matrix product held in registers,
+// The main inner loop of every pass: a small matrix product held in registers,
 //     acc[r][:] = start + sum_p a(r, p) * b[p][:]
 // with a read as scalars (any strides) and b as vectors.
 #pragma once
@@ -46,7 +46,7 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors b, int64_t depth
   EFFATTN_UNROLL
   for (int r = 0; r < R; r += 4) scalars[r / 4] = a.data + (row + r) * a.row_stride;
   const float* vectors = b.data + col;
-  const auto step = [&] {
+  const auto step = [&]() __attribute__((always_inline)) {
     Vec line[V];
     EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) line[v] = load(vectors + v * kLanes);
@@ -74,7 +74,7 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors b, int64_t depth
     fetch.skip(steps * kFetched);
   }
   for (; p < depth; ++p) step();
-  const auto finish = [&]<bool Whole>() {
+  const auto finish = [&]<bool Whole>() __attribute__((always_inline)) {
     auto at = edge.at(row, col);
     EFFATTN_UNROLL
     for (int r = 0; r < R; ++r, at.next_row()) {

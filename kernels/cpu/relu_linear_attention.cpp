@@ -12,9 +12,10 @@
 namespace effattn::cpu {
 namespace {
 
-constexpr int64_t kTileFloats = 16384;         // 64 KiB, two tiles; chosen from noisy timings, see NOTES
-constexpr int64_t kMaxTile = 256;              // no gain was seen from longer rows
-constexpr int64_t kChunk = 2048;               // long enough to hide the cost of adding partial sums
+constexpr int64_t kTileFloats =
+    16384;                         // 64 KiB of q or k and v; the backward holds up to twice that, see NOTES
+constexpr int64_t kMaxTile = 256;  // no gain was seen from longer rows
+constexpr int64_t kChunk = 2048;   // long enough to hide the cost of adding partial sums
 constexpr int64_t kMinWorkPerThread = 200000;  // multiply-adds, about 4 us: below, waking a thread costs more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,6 +42,10 @@ float* thread_scratch(int64_t floats) {
 
 void add(float* total, const float* part, int64_t count) {
   for (int64_t i = 0; i < count; ++i) total[i] += part[i];
+}
+
+void copy(float* total, const float* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] = part[i];
 }
 
 void clear(float* total, int64_t count) {
@@ -128,8 +133,11 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
     }
   });
   for (int64_t g = 0; g < p.groups; ++g) {
-    clear(kept + g * size, size);
-    for (int64_t c = 0; c < chunks; ++c) add(kept + g * size, parts.get() + (g * chunks + c) * size, size);
+    float* const total = kept + g * size;
+    const float* const own = parts.get() + g * chunks * size;
+    if (chunks == 0) clear(total, size);
+    // The first chunk is copied, as above: added to zero, a negative zero would change its sign.
+    for (int64_t c = 0; c < chunks; ++c) c == 0 ? copy(total, own, size) : add(total, own + c * size, size);
   }
   parallel(p.groups * used_chunks, 1, [&](int64_t begin, int64_t end) {
     float* const scratch = thread_scratch(scratch_floats);

@@ -41,7 +41,7 @@ struct ReluLinearAttention {
 struct ReluLinearAttentionPlan {
   int64_t chunk;           // tokens whose sums are added up alone, a function of the sizes only
   int64_t tile;            // tokens held in cache at once
-  int64_t scratch_floats;  // cache-resident floats a thread needs
+  int64_t scratch_floats;  // cache-resident floats a pass needs
   int64_t partial_floats;  // floats of partial sums when a group is split over threads
   int64_t flops_forward;   // floating-point operations of the two products and the normaliser
   int64_t flops_backward;

@@ -1,7 +1,7 @@
 // The four passes of ReLU linear attention over cache-sized tiles; compiled once per instruction set.
 //
-// Each pass that writes a tensor follows that tensor's memory order: channel-major (tokens contiguous, what a
-// 1x1 convolution on NCHW leaves) computes with tokens in the lanes, token-major with channels in the
+// Each pass that writes tensors follows the memory order of q or of k: channel-major (tokens contiguous, what
+// a 1x1 convolution on NCHW leaves) computes with tokens in the lanes, token-major with channels in the
 // lanes. Sums over tokens have the channels of q and k in the lanes and take the other factor as scalars, so
 // that v can be read where it lies.
 #include <type_traits>
@@ -52,7 +52,8 @@ struct Scratch {
     next += round_up(count, 16);
     return piece;
   }
-  // Rows one cache line longer than a power of two would be, so that rows do not share cache sets.
+  // Channel-major rows are a cache line longer than the power of two that they mostly are, so that they do
+  // not share cache sets.
   Tile tile(int64_t tokens, int64_t channels, bool channel_major) {
     const int64_t rows = channel_major ? channels : tokens;
     const int64_t stride = padded(channel_major ? tokens : channels) + (channel_major ? 16 : 0);
@@ -108,7 +109,7 @@ struct Sums {
   }
 };
 
-// sums += b^T [a | 0], over `tokens`: a(channel of v, token) as scalars, b a token-major tile of head_dim.
+// S^T += a b over `tokens`, z stays: a(channel of v, token) as scalars, b a token-major tile of head_dim.
 void accumulate(const Sums& sums, Scalars a, const Tile& b, int64_t tokens, Fetch& fetch) {
   product(sums.value_dim, sums.head_dim, a, Vectors{b.data, b.row_stride}, tokens,
           AddTo{sums.matrix, sums.stride}, fetch);
@@ -281,7 +282,7 @@ struct Gated {
 };
 
 // Calls write(data, row_stride, cols) to have a block written in the pass's order: straight into the tensor,
-// which is allocated that way, or into the tile `detour` if a caller's strides are other.
+// or into the tile `detour` where the tensor's order is another: grad_v, if v's differs from k's.
 template <bool ChannelMajor, class T, class Write>
 void write_block(Place<T> to, const Tile& detour, int64_t tokens, int64_t channels, const Write& write) {
   const int64_t cols = ChannelMajor ? tokens : channels;

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <utility>  // index_sequence: types only, no code
 
 #if defined(__x86_64__)

@@ -1,5 +1,6 @@
 // Tiles: blocks of tokens x channels in float, kept in cache, and the way in and out of tensors of
-// any dtype and any strides. Every other kernel part sees tiles only.
+// any dtype and any strides. Only scalars of float32 tensors are read without one, and results
+// written.
 #pragma once
 
 #include "simd.h"
