@@ -15,84 +15,158 @@ constexpr int kRows = 8, kRowsIfNarrow = 16;
 constexpr int kRows = 4, kRowsIfNarrow = 8;
 #endif
 
-struct Scalars {  // a(r, p) = data[r * row_stride + p * step]
+// a(r, p) = data[r + p * stride]: the scalars of a step are neighbours.
+struct RowsAdjacent {
   const float* data;
-  int64_t row_stride;
-  int64_t step;
+  int64_t stride;
+
+  static constexpr int kMostRows = kRowsIfNarrow;
+  template <int R>
+  struct Cursor {
+    static constexpr int kSteps = 1;
+    const float* at;
+    int64_t stride;
+    EFFATTN_INLINE Cursor(const RowsAdjacent& a, int64_t row) : at(a.data + row), stride(a.stride) {}
+    EFFATTN_INLINE float operator()(int r, int) const { return at[r]; }
+    EFFATTN_INLINE void advance(int steps) { at += steps * stride; }
+  };
 };
 
-struct Vectors {  // b[p][c] = data[p * row_stride + c]
+// a(r, p) = data[r * stride + p]: the scalars of a row are neighbours. With many steps it pays to give every
+// row a pointer of its own and to take several steps at once: an address is a register and a constant then,
+// which is what a processor multiplies with straight from memory. With few, every fourth row has a pointer.
+template <bool ManySteps>
+struct StepsAdjacent {
   const float* data;
+  int64_t stride;
+
+  static constexpr int kMostRows = ManySteps ? 8 : kRowsIfNarrow;
+  template <int R>
+  struct Cursor {
+    static constexpr int kSteps = ManySteps ? 8 : 1, kRowsPerPointer = ManySteps ? 1 : 4;
+    static constexpr int kPointers = (R + kRowsPerPointer - 1) / kRowsPerPointer;
+    const float* rows[kPointers];
+    int64_t stride;
+    EFFATTN_INLINE Cursor(const StepsAdjacent& a, int64_t row) : stride(a.stride) {
+      EFFATTN_UNROLL
+      for (int i = 0; i < kPointers; ++i) rows[i] = a.data + (row + i * kRowsPerPointer) * a.stride;
+    }
+    EFFATTN_INLINE float operator()(int r, int step) const {
+      return rows[r / kRowsPerPointer][r % kRowsPerPointer * stride + step];
+    }
+    EFFATTN_INLINE void advance(int steps) {
+      EFFATTN_UNROLL
+      for (int i = 0; i < kPointers; ++i) {
+        rows[i] += steps;
+        if (ManySteps) asm("" : "+r"(rows[i]));
+      }
+    }
+  };
+};
+
+// b[p][c] = data[p * row_stride + c], converted to float and relu'd if asked.
+template <class T = float, bool Relu = false>
+struct Vectors {
+  const T* data;
   int64_t row_stride;
+
+  static EFFATTN_INLINE Vec at(const T* p) { return activate<Relu>(load(p)); }
+};
+
+// The registers of a block.
+template <int R, int V, class Scalars, class T, bool Relu>
+struct Block {
+  using Cursor = typename Scalars::template Cursor<R>;
+  static constexpr int kSteps = Cursor::kSteps;
+  static constexpr int kChains = kSteps > 1 && V == 1 && R < kRowsIfNarrow ? 2 : 1;
+  Vec acc[kChains][R][V];
+  Cursor scalars;
+  const T* vectors;
+  int64_t vectors_stride;
+
+  EFFATTN_INLINE void step(int s) {
+    Vec line[V];
+    EFFATTN_UNROLL
+    for (int v = 0; v < V; ++v) line[v] = Vectors<T, Relu>::at(vectors + v * kLanes);
+    vectors += vectors_stride;
+    EFFATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec scalar = broadcast(scalars(r, s));
+      EFFATTN_UNROLL
+      for (int v = 0; v < V; ++v) acc[s % kChains][r][v] += scalar * line[v];
+    }
+  }
+  EFFATTN_INLINE void steps() {
+    EFFATTN_UNROLL
+    for (int s = 0; s < kSteps; ++s) step(s);
+    scalars.advance(kSteps);
+  }
 };
 
 // A function of its own: inlined, its pointers would compete for registers with all that surrounds them, and
 // the compiler reloads them at every step.
-template <int R, int V, class Edge>
-__attribute__((noinline)) void product_block(Scalars a, Vectors b, int64_t depth, int64_t row, int64_t col,
-                                             const Edge& edge, Fetch& fetch) {
-  Vec acc[R][V];
+template <int R, int V, class Scalars, class T, bool Relu, class Edge>
+__attribute__((noinline)) void product_block(Scalars a, Vectors<T, Relu> b, int64_t depth, int64_t row,
+                                             int64_t col, const Edge& edge, Fetch& fetch) {
+  Block<R, V, Scalars, T, Relu> block{{}, {a, row}, b.data + col, b.row_stride};
   {
     auto at = edge.at(row, col);
     EFFATTN_UNROLL
     for (int r = 0; r < R; ++r, at.next_row()) {
       EFFATTN_UNROLL
-      for (int v = 0; v < V; ++v) acc[r][v] = at.start(v);
+      for (int v = 0; v < V; ++v) block.acc[0][r][v] = at.start(v);
     }
   }
-  // A pointer for every four rows: the other three are reached by address arithmetic, where a pointer
-  // or an offset for each row would not fit the general registers.
-  const float* scalars[(R + 3) / 4];
-  EFFATTN_UNROLL
-  for (int r = 0; r < R; r += 4) scalars[r / 4] = a.data + (row + r) * a.row_stride;
-  const float* vectors = b.data + col;
-  const auto step = [&]() __attribute__((always_inline)) {
-    Vec line[V];
-    EFFATTN_UNROLL
-    for (int v = 0; v < V; ++v) line[v] = load(vectors + v * kLanes);
+  constexpr int kSteps = block.kSteps;
+  // Wide blocks take long enough for three lines a step, narrow ones for one.
+  constexpr int kFetched = kSteps * (V == 3 ? 3 : 1);
+  int64_t groups = depth / kSteps;
+  while (groups > 0 && fetch.lines() > 0) {
+    const char* at = fetch.at();
+    const int64_t n = smaller(groups, (fetch.lines() + kFetched - 1) / kFetched);
+    for (int64_t i = 0; i < n; ++i, at += kFetched * Fetch::kLineBytes) {
+      EFFATTN_UNROLL
+      for (int l = 0; l < kFetched; ++l) __builtin_prefetch(at + l * Fetch::kLineBytes, 0, 2);
+      block.steps();
+    }
+    groups -= n;
+    fetch.skip(n * kFetched);
+  }
+  for (; groups > 0; --groups) block.steps();
+  if constexpr (kSteps > 1) {
+    for (int64_t p = depth / kSteps * kSteps; p < depth; ++p) {
+      block.step(0);
+      block.scalars.advance(1);
+    }
+  }
+  auto& acc = block.acc[0];
+  if constexpr (block.kChains == 2) {
     EFFATTN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec scalar = broadcast(scalars[r / 4][r % 4 * a.row_stride]);
       EFFATTN_UNROLL
-      for (int v = 0; v < V; ++v) acc[r][v] += scalar * line[v];
+      for (int v = 0; v < V; ++v) acc[r][v] += block.acc[1][r][v];
     }
-    EFFATTN_UNROLL
-    for (int r = 0; r < R; r += 4) scalars[r / 4] += a.step;
-    vectors += b.row_stride;
-  };
-  // Wide blocks take long enough for three lines a step, narrow ones for one.
-  constexpr int kFetched = V == 3 ? 3 : 1;
-  int64_t p = 0;
-  while (p < depth && fetch.lines() > 0) {
-    const char* at = fetch.at();
-    const int64_t steps = smaller(depth - p, (fetch.lines() + kFetched - 1) / kFetched);
-    for (const int64_t end = p + steps; p < end; ++p, at += kFetched * Fetch::kLineBytes) {
-      EFFATTN_UNROLL
-      for (int i = 0; i < kFetched; ++i) __builtin_prefetch(at + i * Fetch::kLineBytes, 0, 2);
-      step();
-    }
-    fetch.skip(steps * kFetched);
   }
-  for (; p < depth; ++p) step();
-  const auto finish = [&]<bool Whole>() __attribute__((always_inline)) {
-    auto at = edge.at(row, col);
+  auto at = edge.at(row, col);
+  if (edge.whole(col + V * kLanes)) {
     EFFATTN_UNROLL
     for (int r = 0; r < R; ++r, at.next_row()) {
       EFFATTN_UNROLL
-      for (int v = 0; v < V; ++v) at.template finish<Whole>(v, acc[r][v]);
+      for (int v = 0; v < V; ++v) at.template finish<true>(v, acc[r][v]);
     }
-  };
-  if (edge.whole(col + V * kLanes)) {
-    finish.template operator()<true>();
   } else {
-    finish.template operator()<false>();
+    EFFATTN_UNROLL
+    for (int r = 0; r < R; ++r, at.next_row()) {
+      EFFATTN_UNROLL
+      for (int v = 0; v < V; ++v) at.template finish<false>(v, acc[r][v]);
+    }
   }
 }
 
 // Rows from `row` on, in blocks of R and of ever smaller ones for the rest.
-template <int R, int V, class Edge>
-EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors b, int64_t depth, int64_t col,
-                                 const Edge& edge, Fetch& fetch) {
+template <int R, int V, class Scalars, class T, bool Relu, class Edge>
+EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors<T, Relu> b, int64_t depth,
+                                 int64_t col, const Edge& edge, Fetch& fetch) {
   for (; row + R <= rows; row += R) product_block<R, V>(a, b, depth, row, col, edge, fetch);
   if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge, fetch);
 }
@@ -101,9 +175,9 @@ EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors b
 // from col on, finish<Whole>(v, acc) takes the result. `edge.whole(end)` tells whether columns up to `end`
 // may be written as whole vectors. `cols` counts floats and is rounded up to whole vectors. `fetch` is drawn
 // from along the way.
-template <class Edge>
-inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t depth, const Edge& edge,
-                    Fetch& fetch) {
+template <class Scalars, class T, bool Relu, class Edge>
+inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, int64_t depth,
+                    const Edge& edge, Fetch& fetch) {
   for (int64_t col = 0, width; col < cols; col += width * kLanes) {
     const int64_t vectors = (cols - col + kLanes - 1) / kLanes;
     // Four are two and two: a single vector has too few sums under way to hide the latency of an addition.
@@ -113,7 +187,7 @@ inline void product(int64_t rows, int64_t cols, Scalars a, Vectors b, int64_t de
     } else if (width == 2) {
       product_rows<kRows, 2>(0, rows, a, b, depth, col, edge, fetch);
     } else {
-      product_rows<kRowsIfNarrow, 1>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<Scalars::kMostRows, 1>(0, rows, a, b, depth, col, edge, fetch);
     }
   }
 }

@@ -29,14 +29,9 @@ Place<T> place(const Problem& p, const Operand& operand, int64_t group, int64_t 
 }
 
 template <class T>
-Place<const T> source(const Problem& p, const Operand& operand, const Range& range) {
-  const Place<T> at = place<T>(p, operand, range.group, range.begin);
+Place<const T> source(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
+  const Place<T> at = place<T>(p, operand, group, token);
   return {at.data, at.token_stride, at.channel_stride};
-}
-
-template <class T>
-void advance(Place<T>& at, int64_t tokens) {
-  at.data += tokens * at.token_stride;
 }
 
 bool is_channel_major(const Operand& operand) {
@@ -110,8 +105,9 @@ struct Sums {
 };
 
 // S^T += a b over `tokens`, z stays: a(channel of v, token) as scalars, b a token-major tile of head_dim.
+template <class Scalars>
 void accumulate(const Sums& sums, Scalars a, const Tile& b, int64_t tokens, Fetch& fetch) {
-  product(sums.value_dim, sums.head_dim, a, Vectors{b.data, b.row_stride}, tokens,
+  product(sums.value_dim, sums.head_dim, a, Vectors<>{b.data, b.row_stride}, tokens,
           AddTo{sums.matrix, sums.stride}, fetch);
 }
 
@@ -133,14 +129,19 @@ void accumulate_normaliser(const Sums& sums, const Tile& b, int64_t tokens, cons
   }
 }
 
-// A block of a tensor as scalars: where it lies if it is float, else converted into `tile`.
-template <class T>
-Scalars as_scalars(const Tile& tile, Place<const T> from, int64_t tokens, int64_t channels) {
+// Calls use(scalars) with a block of a tensor (channel, token), read where it lies if it is float and has no
+// gaps between channels or between tokens, else converted into `tile`.
+template <class T, class Use>
+void with_scalars(const Tile& tile, Place<const T> from, int64_t tokens, int64_t channels, const Use& use) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    return {from.data, from.channel_stride, from.token_stride};
+    if (from.token_stride == 1) return use(StepsAdjacent<true>{from.data, from.channel_stride});
+    if (from.channel_stride == 1) return use(RowsAdjacent{from.data, from.token_stride});
+  }
+  load_tile<false>(tile, from, tokens, channels);
+  if (tile.channel_major) {
+    use(StepsAdjacent<true>{tile.data, tile.row_stride});
   } else {
-    load_tile<false>(tile, from, tokens, channels);
-    return {tile.data, tile.channel_stride(), tile.token_stride()};
+    use(RowsAdjacent{tile.data, tile.row_stride});
   }
 }
 
@@ -159,23 +160,29 @@ struct ByVector {
 };
 
 // out[t] = sum over channels c of a(t, c) * other(t, c), for V vectors of tokens.
-template <int V, class Other>
-EFFATTN_INLINE void dot_rows(float* out, const Tile& a, const Other& other, int64_t t, int64_t channels) {
+template <int V, class Rows, class Other>
+EFFATTN_INLINE void dot_rows(float* out, const Rows& a, const Other& other, int64_t t, int64_t channels) {
   Vec dots[V] = {};
-  for (int64_t c = 0; c < channels; ++c) {
+  const auto* at = a.data + t;
+  for (int64_t c = 0; c < channels; ++c, at += a.row_stride) {
     EFFATTN_UNROLL
-    for (int v = 0; v < V; ++v) dots[v] += load(a.row(c) + t + v * kLanes) * other.tokens(c, t + v * kLanes);
+    for (int v = 0; v < V; ++v) dots[v] += a.at(at + v * kLanes) * other.tokens(c, t + v * kLanes);
   }
   EFFATTN_UNROLL
   for (int v = 0; v < V; ++v) store(out + t + v * kLanes, dots[v]);
 }
 
+template <class Rows, class Other>
+void dot_tokens(float* out, const Rows& a, const Other& other, int64_t tokens, int64_t channels) {
+  int64_t t = 0;
+  for (; t + 3 * kLanes < tokens; t += 4 * kLanes) dot_rows<4>(out, a, other, t, channels);
+  for (; t < tokens; t += kLanes) dot_rows<1>(out, a, other, t, channels);
+}
+
 template <class Other>
 void dot_channels(float* out, const Tile& a, const Other& other, int64_t tokens, int64_t channels) {
   if (a.channel_major) {
-    int64_t t = 0;
-    for (; t + 3 * kLanes < tokens; t += 4 * kLanes) dot_rows<4>(out, a, other, t, channels);
-    for (; t < tokens; t += kLanes) dot_rows<1>(out, a, other, t, channels);
+    dot_tokens(out, Vectors<>{a.data, a.row_stride}, other, tokens, channels);
   } else {
     // A vector of lane sums a token; then kLanes tokens are added up at once.
     Vec lane_sums[kLanes];
@@ -261,23 +268,24 @@ struct Scaled {
 // Starts at z (one per output channel), drops what relu gated.
 template <bool ChannelMajor>
 struct Gated {
-  Tile relu_input;
+  const float* input;  // of the relu, or what came out of it
+  int64_t input_stride;
   const float* z;
 
   struct Row {
-    RowPointer<const float> relu_input;
+    RowPointer<const float> input;
     const float* z;
     EFFATTN_INLINE Vec start(int v) const { return ChannelMajor ? broadcast(*z) : load(z + v * kLanes); }
     EFFATTN_INLINE Vec operator()(int v, Vec acc) const {
-      return relu_gate(load(relu_input.at + v * kLanes), acc);
+      return relu_gate(load(input.at + v * kLanes), acc);
     }
     EFFATTN_INLINE void next_row() {
-      relu_input.next_row();
+      input.next_row();
       if constexpr (ChannelMajor) ++z;
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{relu_input.row(row) + col, relu_input.row_stride}, z + (ChannelMajor ? row : col)};
+    return {{input + row * input_stride + col, input_stride}, z + (ChannelMajor ? row : col)};
   }
 };
 
@@ -297,23 +305,22 @@ void write_block(Place<T> to, const Tile& detour, int64_t tokens, int64_t channe
 // A matrix between channels of k and channels of v: tokens in the lanes read it as scalars, a row an
 // output; channels in the lanes as vectors, a row an input.
 struct Mixer {
-  Scalars by_output;
-  Vectors by_input;
+  RowsAdjacent by_output;
+  Vectors<> by_input;
 };
 
 // From channels of v to those of k: multiplies with S.
 Mixer to_key_channels(const Sums& sums) {
-  return {Scalars{sums.matrix, 1, sums.stride}, Vectors{sums.matrix, sums.stride}};
+  return {RowsAdjacent{sums.matrix, sums.stride}, Vectors<>{sums.matrix, sums.stride}};
 }
 
 // From channels of k to those of v: multiplies with S^T.
-Mixer to_value_channels(const Sums& sums, Scratch& scratch, bool channel_major) {
-  const Scalars by_output{sums.matrix, sums.stride, 1};
-  if (channel_major) return {by_output, Vectors{}};
+Mixer to_value_channels(const Sums& sums, Scratch& scratch) {
   const Tile transposed = scratch.tile(sums.head_dim, sums.value_dim, false);
   load_tile<false>(transposed, Place<const float>{sums.matrix, 1, sums.stride}, sums.head_dim,
                    sums.value_dim);
-  return {by_output, Vectors{transposed.data, transposed.row_stride}};
+  return {RowsAdjacent{transposed.data, transposed.row_stride},
+          Vectors<>{transposed.data, transposed.row_stride}};
 }
 
 // edge(t, i) = sum_j tile(t, j) * matrix(j, i)
@@ -321,9 +328,10 @@ template <class Edge>
 void mix_channels(const Tile& tile, const Mixer& matrix, int64_t tokens, int64_t inputs, int64_t outputs,
                   const Edge& edge, Fetch& fetch) {
   if (tile.channel_major) {
-    product(outputs, tokens, matrix.by_output, Vectors{tile.data, tile.row_stride}, inputs, edge, fetch);
+    product(outputs, tokens, matrix.by_output, Vectors<>{tile.data, tile.row_stride}, inputs, edge, fetch);
   } else {
-    product(tokens, outputs, Scalars{tile.data, tile.row_stride, 1}, matrix.by_input, inputs, edge, fetch);
+    product(tokens, outputs, StepsAdjacent<false>{tile.data, tile.row_stride}, matrix.by_input, inputs, edge,
+            fetch);
   }
 }
 
@@ -336,6 +344,40 @@ void mix_into(Place<T> to, const Tile& detour, const Tile& tile, const Mixer& ma
     mix_channels(tile, matrix, tokens, inputs, outputs, StoreTo<Out, Last>{data, row_stride, cols, last},
                  fetch);
   });
+}
+
+// --- where vectors can be read where they lie --------------------------------------------------------------
+
+// 16-bit types are converted once, into a tile; a product would convert them for every block of rows.
+template <class T, bool ChannelMajor>
+constexpr bool kInPlace = ChannelMajor && sizeof(T) == sizeof(float);
+
+// Whether a channel-major pass can do without tiles: tokens are contiguous in all `places`, and there is at
+// least a vector of them.
+template <class... Places>
+bool reads_in_place(int64_t tokens, const Places&... places) {
+  return tokens >= kLanes && ((places.token_stride == 1) && ...);
+}
+
+// Calls f(offset, count) for whole vectors of a tile's tokens. The last one may reach back over tokens that
+// are done, even of the tile before, and does them again.
+template <class F>
+EFFATTN_INLINE void in_whole_vectors(int64_t tokens, const F& f) {
+  const int64_t whole = tokens / kLanes * kLanes;
+  if (whole > 0) f(0, whole);
+  if (whole < tokens) f(tokens - kLanes, kLanes);
+}
+
+template <bool Relu, class T>
+Vectors<T, Relu> in_place(const Place<const T>& from, int64_t offset) {
+  return {from.data + offset, from.channel_stride};
+}
+
+template <class T, class Rows, class Last>
+void mix_in_place(Place<T> to, int64_t offset, const Rows& rows, const Mixer& matrix, int64_t tokens,
+                  int64_t inputs, int64_t outputs, const Last& last, Fetch& fetch) {
+  product(outputs, tokens, matrix.by_output, rows, inputs,
+          StoreTo<T, Last>{to.data + offset, to.channel_stride, tokens, last}, fetch);
 }
 
 // --- what to fetch ahead ------------------------------------------------------------------------------
@@ -392,16 +434,16 @@ void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* 
   sums.clear();
   const Tile k = scratch.tile(tile_tokens, p.head_dim, false);
   const Tile v = scratch.tile(tile_tokens, p.value_dim, is_channel_major(p.v));
-  Place<const T> from_k = source<T>(p, p.k, range), from_v = source<T>(p, p.v, range);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const Place<const T> from_k = source<T>(p, p.k, range.group, at),
+                         from_v = source<T>(p, p.v, range.group, at);
     Fetch fetch =
         fetch_ahead<T, Touches::kKeysForward, Touches::kQueriesForward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
-    accumulate(sums, as_scalars(v, from_v, tokens, p.value_dim), k, tokens, fetch);
+    with_scalars(v, from_v, tokens, p.value_dim,
+                 [&](const auto& scalars) { accumulate(sums, scalars, k, tokens, fetch); });
     accumulate_normaliser(sums, k, tokens, [](int64_t) { return 1.0f; });
-    advance(from_k, tokens);
-    advance(from_v, tokens);
   }
   sums.finish();
 }
@@ -411,21 +453,30 @@ void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, cons
                  Scratch scratch) {
   const Tile q = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   float* inverse = scratch.floats(padded(tile_tokens));
-  const Mixer mixer = to_value_channels(sums, scratch, ChannelMajor);
+  const Mixer mixer = to_value_channels(sums, scratch);
   const Tile detour = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
-  Place<const T> from = source<T>(p, p.q, range);
-  Place<T> to = place<T>(p, p.out, range.group, range.begin);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const Place<const T> from = source<T>(p, p.q, range.group, at);
+    const Place<T> to = place<T>(p, p.out, range.group, at);
     Fetch fetch =
         fetch_ahead<T, Touches::kQueriesForward, Touches::kKeysForward>(p, range, at + tokens, tile_tokens);
+    if constexpr (kInPlace<T, ChannelMajor>) {
+      if (reads_in_place(range.end - range.begin, to)) {
+        in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
+          const auto rows = in_place<true>(from, offset);
+          dot_tokens(inverse, rows, ByVector{sums.z()}, count, p.head_dim);
+          invert(inverse, p.eps, count);
+          mix_in_place(to, offset, rows, mixer, count, p.head_dim, p.value_dim, Scaled<true>{inverse}, fetch);
+        });
+        continue;
+      }
+    }
     load_tile<true>(q, from, tokens, p.head_dim);
     dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
     mix_into<ChannelMajor>(to, detour, q, mixer, tokens, p.head_dim, p.value_dim,
                            Scaled<ChannelMajor>{inverse}, fetch);
-    advance(from, tokens);
-    advance(to, tokens);
   }
 }
 
@@ -453,7 +504,12 @@ void finish_grad_q(T* grad_q, int64_t row_stride, int64_t cols, const Tile& q, c
       const Vec part =
           ChannelMajor ? broadcast(z[row]) * load(share + c) : load(z + c) * broadcast(share[row]);
       const Vec x = load(q.row(row) + c);
-      store_first(grad_q + row * row_stride + c, relu_gate(x, (load(w.row(row) + c) - part) * inv), cols - c);
+      const Vec result = relu_gate(x, (load(w.row(row) + c) - part) * inv);
+      if (c + kLanes <= cols) {
+        store(grad_q + row * row_stride + c, result);
+      } else {
+        store_first(grad_q + row * row_stride + c, result, cols - c);
+      }
       store(q.row(row) + c, x * inv);
     }
   }
@@ -469,15 +525,32 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
   const Tile q_rows = ChannelMajor ? scratch.tile(tile_tokens, p.head_dim, false) : q;
   float* inverse = scratch.floats(padded(tile_tokens));
   float* share = scratch.floats(padded(tile_tokens));
-  Place<const T> from_q = source<T>(p, p.q, range), from_grad = source<T>(p, p.grad_out, range);
-  Place<T> to = place<T>(p, p.grad_q, range.group, range.begin);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const Place<const T> from_q = source<T>(p, p.q, range.group, at);
+    const Place<const T> from_grad = source<T>(p, p.grad_out, range.group, at);
+    const Place<T> to = place<T>(p, p.grad_q, range.group, at);
     Fetch fetch =
         fetch_ahead<T, Touches::kQueriesBackward, Touches::kKeysBackward>(p, range, at + tokens, tile_tokens);
     load_tile<true>(q, from_q, tokens, p.head_dim);
-    load_tile<false>(grad, from_grad, tokens, p.value_dim);
-    mix_channels(grad, mixer, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride}, fetch);
+    // grad_out as the scalars of the sums: where it lies, or from its tile.
+    using Scalars = std::conditional_t<ChannelMajor, StepsAdjacent<true>, RowsAdjacent>;
+    Scalars grad_scalars{grad.data, grad.row_stride};
+    bool in_place_ = false;
+    if constexpr (kInPlace<T, ChannelMajor>) {
+      if (reads_in_place(tokens, from_grad)) {
+        in_place_ = true;
+        grad_scalars = {from_grad.data, from_grad.channel_stride};
+        in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
+          product(p.head_dim, count, mixer.by_output, in_place<false>(from_grad, offset), p.value_dim,
+                  WriteTo{w.data + offset, w.row_stride}, fetch);
+        });
+      }
+    }
+    if (!in_place_) {
+      load_tile<false>(grad, from_grad, tokens, p.value_dim);
+      mix_channels(grad, mixer, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride}, fetch);
+    }
     dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
     dot_channels(share, q, ByTile{w}, tokens, p.head_dim);
@@ -489,12 +562,8 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
     if (ChannelMajor) {
       load_tile<false>(q_rows, Place<const float>{q.data, 1, q.row_stride}, tokens, p.head_dim);
     }
-    accumulate(grad_sums, Scalars{grad.data, grad.channel_stride(), grad.token_stride()}, q_rows, tokens,
-               fetch);
+    accumulate(grad_sums, grad_scalars, q_rows, tokens, fetch);
     accumulate_normaliser(grad_sums, q_rows, tokens, [&](int64_t t) { return -share[t]; });
-    advance(from_q, tokens);
-    advance(from_grad, tokens);
-    advance(to, tokens);
   }
 }
 
@@ -515,27 +584,35 @@ void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, con
 template <class T, bool ChannelMajor>
 void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& grad,
                     Scratch scratch) {
-  const Mixer to_k = to_key_channels(grad), to_v = to_value_channels(grad, scratch, ChannelMajor);
+  const Mixer to_k = to_key_channels(grad), to_v = to_value_channels(grad, scratch);
   const Tile k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   const Tile detour_k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
   const Tile v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   const Tile detour_v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
-  Place<const T> from_k = source<T>(p, p.k, range), from_v = source<T>(p, p.v, range);
-  Place<T> into_k = place<T>(p, p.grad_k, range.group, range.begin);
-  Place<T> into_v = place<T>(p, p.grad_v, range.group, range.begin);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const Place<const T> from_k = source<T>(p, p.k, range.group, at),
+                         from_v = source<T>(p, p.v, range.group, at);
+    const Place<T> into_k = place<T>(p, p.grad_k, range.group, at);
+    const Place<T> into_v = place<T>(p, p.grad_v, range.group, at);
     Fetch fetch =
         fetch_ahead<T, Touches::kKeysBackward, Touches::kQueriesBackward>(p, range, at + tokens, tile_tokens);
+    if constexpr (kInPlace<T, ChannelMajor>) {
+      if (reads_in_place(range.end - range.begin, from_v, into_k, into_v)) {
+        in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
+          const auto rows_k = in_place<true>(from_k, offset);
+          mix_in_place(into_k, offset, in_place<false>(from_v, offset), to_k, count, p.value_dim, p.head_dim,
+                       Gated<true>{rows_k.data, rows_k.row_stride, grad.z()}, fetch);
+          mix_in_place(into_v, offset, rows_k, to_v, count, p.head_dim, p.value_dim, AsItIs{}, fetch);
+        });
+        continue;
+      }
+    }
     load_tile<true>(k, from_k, tokens, p.head_dim);
     load_tile<false>(v, from_v, tokens, p.value_dim);
     mix_into<ChannelMajor>(into_k, detour_k, v, to_k, tokens, p.value_dim, p.head_dim,
-                           Gated<ChannelMajor>{k, grad.z()}, fetch);
+                           Gated<ChannelMajor>{k.data, k.row_stride, grad.z()}, fetch);
     mix_into<ChannelMajor>(into_v, detour_v, k, to_v, tokens, p.head_dim, p.value_dim, AsItIs{}, fetch);
-    advance(from_k, tokens);
-    advance(from_v, tokens);
-    advance(into_k, tokens);
-    advance(into_v, tokens);
   }
 }
 
