@@ -74,6 +74,7 @@ SIZES = [  # (queries, keys, head_dim, value_dim)
     (64, 64, 128, 128),
     (2, 2, 130, 3),
     (2100, 2100, 8, 8),  # two chunks
+    (2050, 2050, 8, 8),  # the second shorter than a vector
 ]
 
 
@@ -196,11 +197,12 @@ def test_float16_activations_of_1e4(isa):
     assert all(result.isfinite().all() for result in results)
 
 
+@pytest.mark.parametrize("eps", [EPS, 1e-40], ids=["1e-15", "subnormal"])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_queries_whose_relu_is_zero(isa, layout):
-    """0 / (0 + eps) is 0, and so are its gradients; not NaN, however small eps is."""
+def test_queries_whose_relu_is_zero(isa, layout, eps):
+    """0 / (0 + eps) is 0, and so are its gradients; not NaN, even if 1 / eps is beyond float32."""
     q, k, v, grad_out = problem((2,), 70, 70, 16, 16, torch.float32, (layout,) * 4)
-    results = fused(-q.abs(), k, v, grad_out)
+    results = fused(-q.abs(), k, v, grad_out, eps)
     for name, result in zip(NAMES, results, strict=True):
         assert torch.equal(result, torch.zeros_like(result)), name
 
@@ -220,10 +222,11 @@ def test_eps_matters(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("argument", [0, 1, 2], ids="qkv".__getitem__)
+@pytest.mark.parametrize("argument", range(4), ids=["q", "k", "v", "grad_out"].__getitem__)
+@pytest.mark.parametrize("dim", [16, 13])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_nan_and_inf_come_out_as_in_the_reference(isa, dtype, value, argument, layout):
-    tensors = [t.clone() for t in problem((2,), 40, 40, 16, 16, dtype, (layout,) * 4)]
+def test_nan_and_inf_come_out_as_in_the_reference(isa, dtype, value, argument, dim, layout):
+    tensors = [t.clone() for t in problem((2,), 40, 40, dim, dim, dtype, (layout,) * 4)]
     tensors[argument][0, 7, 5] = value
     q, k, v, grad_out = tensors
     expected = reference_with_gradients(q, k, v, grad_out, EPS, dtype)
@@ -232,6 +235,9 @@ def test_nan_and_inf_come_out_as_in_the_reference(isa, dtype, value, argument, l
     assert torch.equal(results[0].isinf(), expected[0].isinf())
     if argument == 1:  # an infinite key makes denominators infinite; finite keys' values then get 0
         assert torch.equal(results[3].isfinite(), expected[3].isfinite())
+    if argument == 3:
+        for name, result, reference_result in zip(NAMES, results, expected, strict=True):
+            assert torch.equal(result.isfinite(), reference_result.isfinite()), name
     # Elsewhere, whether a gradient is NaN or infinite depends on the order of the operations; that it
     # is not silently finite, and that the second group stays clean, does not.
     for name, result, reference_result in zip(NAMES, results, expected, strict=True):
@@ -254,16 +260,26 @@ def test_storage_conversions_are_exact(isa, dtype, layout):
     assert torch.equal(out.float(), v.float())
 
 
+def bits(tensors):
+    return [t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32) for t in tensors]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_every_run_and_every_thread_count(isa, dtype, threads):
+@pytest.mark.parametrize(("head_dim", "value_dim", "layout"), [(16, 16, "channel_major"), (35, 20, "token_major")])
+def test_same_bits_every_run_and_every_thread_count(isa, dtype, head_dim, value_dim, layout, threads):
     """Many chunks of few groups, so that groups are split over threads; and many groups."""
     for lead, tokens in (((3,), 9000), ((40,), 300)):
-        arguments = problem(lead, tokens, tokens, 16, 16, dtype, ("channel_major",) * 4)
-        expected = fused(*arguments)
+        arguments = problem(lead, tokens, tokens, head_dim, value_dim, dtype, (layout,) * 4)
+
+        def everything(arguments=arguments):
+            sums = torch.ops.effattn.relu_linear_attention_forward(*arguments[:3], EPS)[1]
+            return bits([*fused(*arguments), sums])
+
+        expected = everything()
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             for _ in range(20 if count == 2 else 2):
-                for name, result, first in zip(NAMES, fused(*arguments), expected, strict=True):
+                for name, result, first in zip((*NAMES, "sums"), everything(), expected, strict=True):
                     assert torch.equal(result, first), f"{name} with {count} threads"
 
 

@@ -10,6 +10,7 @@ namespace effattn::cpu::EFFATTN_ISA {
 class Fetch {
  public:
   static constexpr int kLineBytes = 64;
+  static constexpr int kMaxBlocks = 4;  // what the hungriest pass reads and writes
 
   template <class T>
   void add(const Place<T>& block, int64_t tokens, int64_t channels) {
@@ -20,7 +21,7 @@ class Fetch {
     constexpr int64_t width = sizeof(T);
     if (rows == 0 || cols == 0 || blocks_ == kMaxBlocks) return;
     const bool dense = step == cols;
-    queue_[blocks_++] = {first, dense ? 1 : rows, ceil_lines((dense ? rows * cols : cols) * width),
+    queue_[blocks_++] = {first, dense ? 1 : rows, ceil_div((dense ? rows * cols : cols) * width, kLineBytes),
                          step * width};
     if (lines_ == 0) start_row();
   }
@@ -36,13 +37,10 @@ class Fetch {
   }
 
  private:
-  static constexpr int kMaxBlocks = 4;  // what the hungriest pass reads and writes
   struct Rows {
     const char* first;
     int64_t count, lines, step;
   };
-
-  static int64_t ceil_lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes; }
 
   void start_row() {
     at_ = queue_[block_].first;

@@ -1,77 +1,12 @@
 // The main inner loop of every pass: a small matrix product held in registers,
 //     acc[r][:] = start + sum_p a(r, p) * b[p][:]
-// with a read as scalars (any strides) and b as vectors.
+// with a read as scalars and b as vectors.
 #pragma once
 
+#include "factors.h"
 #include "fetch.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
-
-// The register block: kRows x 3 sums (kRowsIfNarrow x 1, to have enough sums under way), 3 vectors of b and
-// one scalar of a must fit the register file (32 registers with AVX-512 and NEON, 16 before).
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8, kRowsIfNarrow = 16;
-#else
-constexpr int kRows = 4, kRowsIfNarrow = 8;
-#endif
-
-// a(r, p) = data[r + p * stride]: the scalars of a step are neighbours.
-struct RowsAdjacent {
-  const float* data;
-  int64_t stride;
-
-  static constexpr int kMostRows = kRowsIfNarrow;
-  template <int R>
-  struct Cursor {
-    static constexpr int kSteps = 1;
-    const float* at;
-    int64_t stride;
-    EFFATTN_INLINE Cursor(const RowsAdjacent& a, int64_t row) : at(a.data + row), stride(a.stride) {}
-    EFFATTN_INLINE float operator()(int r, int) const { return at[r]; }
-    EFFATTN_INLINE void advance(int steps) { at += steps * stride; }
-  };
-};
-
-// a(r, p) = data[r * stride + p]: the scalars of a row are neighbours. With many steps it pays to give every
-// row a pointer of its own and to take several steps at once: an address is a register and a constant then,
-// which is what a processor multiplies with straight from memory. With few, every fourth row has a pointer.
-template <bool ManySteps>
-struct StepsAdjacent {
-  const float* data;
-  int64_t stride;
-
-  static constexpr int kMostRows = ManySteps ? 8 : kRowsIfNarrow;
-  template <int R>
-  struct Cursor {
-    static constexpr int kSteps = ManySteps ? 8 : 1, kRowsPerPointer = ManySteps ? 1 : 4;
-    static constexpr int kPointers = (R + kRowsPerPointer - 1) / kRowsPerPointer;
-    const float* rows[kPointers];
-    int64_t stride;
-    EFFATTN_INLINE Cursor(const StepsAdjacent& a, int64_t row) : stride(a.stride) {
-      EFFATTN_UNROLL
-      for (int i = 0; i < kPointers; ++i) rows[i] = a.data + (row + i * kRowsPerPointer) * a.stride;
-    }
-    EFFATTN_INLINE float operator()(int r, int step) const {
-      return rows[r / kRowsPerPointer][r % kRowsPerPointer * stride + step];
-    }
-    EFFATTN_INLINE void advance(int steps) {
-      EFFATTN_UNROLL
-      for (int i = 0; i < kPointers; ++i) {
-        rows[i] += steps;
-        if (ManySteps) asm("" : "+r"(rows[i]));
-      }
-    }
-  };
-};
-
-// b[p][c] = data[p * row_stride + c], converted to float and relu'd if asked.
-template <class T = float, bool Relu = false>
-struct Vectors {
-  const T* data;
-  int64_t row_stride;
-
-  static EFFATTN_INLINE Vec at(const T* p) { return activate<Relu>(load(p)); }
-};
 
 // The registers of a block.
 template <int R, int V, class Scalars, class T, bool Relu>
@@ -158,7 +93,8 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors<T, Relu> b, int6
     EFFATTN_UNROLL
     for (int r = 0; r < R; ++r, at.next_row()) {
       EFFATTN_UNROLL
-      for (int v = 0; v < V; ++v) at.template finish<false>(v, acc[r][v]);
+      for (int v = 0; v < V; ++v)
+        v + 1 < V ? at.template finish<true>(v, acc[r][v]) : at.template finish<false>(v, acc[r][v]);
     }
   }
 }

@@ -9,6 +9,8 @@
 #include <memory>
 #include <new>
 
+#include "sizes.h"
+
 namespace effattn::cpu {
 namespace {
 
@@ -16,25 +18,28 @@ constexpr int64_t kTileFloats =
     16384;                         // 64 KiB of q or k and v; the backward holds up to twice that, see NOTES
 constexpr int64_t kMaxTile = 256;  // no gain was seen from longer rows
 constexpr int64_t kChunk = 2048;   // long enough to hide the cost of adding partial sums
+constexpr int64_t kKeptFloats = 1 << 20;
 constexpr int64_t kMinWorkPerThread = 200000;  // multiply-adds, about 4 us: below, waking a thread costs more
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float, Free>;
 
-// Aligned memory that a thread keeps between calls; it only grows, to the largest plan seen.
+Floats aligned_floats(int64_t count) {
+  Floats floats(static_cast<float*>(std::aligned_alloc(64, round_up(larger(1, count) * 4, 64))));
+  if (floats == nullptr) throw std::bad_alloc();
+  return floats;
+}
+
+// Memory that a thread keeps between calls: what the last one needed, or up to kKeptFloats more.
 float* thread_scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
+  thread_local Floats memory;
   thread_local int64_t capacity = 0;
-  if (capacity < floats) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, ceil_div(floats * 4, 64) * 64)));
-    if (memory == nullptr) {
-      capacity = 0;
-      throw std::bad_alloc();
-    }
+  if (capacity < floats || capacity > larger(floats, kKeptFloats)) {
+    capacity = 0;
+    memory.reset();
+    memory = aligned_floats(floats);
     capacity = floats;
   }
   return memory.get();
@@ -84,11 +89,11 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
   const int64_t chunks = ceil_div(reduced_tokens, plan.chunk);
   const int64_t used_chunks = ceil_div(used_tokens, plan.chunk);
   const int64_t group_work = (reduced_tokens + used_tokens + 1) * (p.head_dim + 1) * (p.value_dim + 1);
-  const int64_t grain = at_least(1, kMinWorkPerThread / group_work);
+  const int64_t grain = larger(1, kMinWorkPerThread / group_work);
   const int64_t scratch_floats = plan.scratch_floats;
 
   const bool balanced = p.groups >= 4 * parallel.threads || p.groups % parallel.threads == 0;
-  if (balanced || at_least(chunks, used_chunks) <= 1 || p.groups * group_work < 2 * kMinWorkPerThread) {
+  if (balanced || larger(chunks, used_chunks) <= 1 || p.groups * group_work < 2 * kMinWorkPerThread) {
     parallel(p.groups, grain, [&](int64_t begin, int64_t end) {
       float* const scratch = thread_scratch(scratch_floats + 2 * size + 32);
       float* const part = scratch + scratch_floats;
@@ -97,7 +102,7 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
         float* const total = kept != nullptr ? kept + g * size : own_total;
         if (chunks == 0) clear(total, size);
         for (int64_t c = 0; c < chunks; ++c) {
-          const int64_t from = c * plan.chunk, to = at_most(from + plan.chunk, reduced_tokens);
+          const int64_t from = c * plan.chunk, to = smaller(from + plan.chunk, reduced_tokens);
           const bool last = to == reduced_tokens;
           reduce({g, from, to, last ? Next::kUse : Next::kReduce, g, last ? 0 : to}, c == 0 ? total : part,
                  scratch);
@@ -109,10 +114,10 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
     return;
   }
 
-  const std::unique_ptr<float[]> parts(new float[at_least(1, p.groups * chunks * size)]);
-  std::unique_ptr<float[]> own_totals;
+  const Floats parts = aligned_floats(p.groups * chunks * size);
+  Floats own_totals;
   if (kept == nullptr) {
-    own_totals.reset(new float[at_least(1, p.groups * size)]);
+    own_totals = aligned_floats(p.groups * size);
     kept = own_totals.get();
   }
   // Chunk i of all groups' chunks, followed by chunk i + 1 unless the thread ends there.
@@ -121,7 +126,7 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
     const int64_t from = i % chunks_of_group * plan.chunk, following = i + 1;
     return {i / chunks_of_group,
             from,
-            at_most(from + plan.chunk, tokens),
+            smaller(from + plan.chunk, tokens),
             i + 1 < end ? next : Next::kNothing,
             following / chunks_of_group,
             following % chunks_of_group * plan.chunk};
@@ -153,13 +158,13 @@ void reduce_then_use(const ReluLinearAttention& p, const ReluLinearAttentionPlan
 ReluLinearAttentionPlan plan(const ReluLinearAttention& p, Isa isa) {
   ReluLinearAttentionPlan plan;
   const int64_t lanes = info(isa).lanes;
-  plan.tile = at_most(kMaxTile, kTileFloats / at_least(1, p.head_dim + p.value_dim)) / lanes * lanes;
-  plan.tile = at_least(plan.tile, lanes);
-  plan.tile = at_most(plan.tile, at_least(1, ceil_div(at_least(p.queries, p.keys), lanes)) * lanes);
+  plan.tile = smaller(kMaxTile, kTileFloats / larger(1, p.head_dim + p.value_dim)) / lanes * lanes;
+  plan.tile = larger(plan.tile, lanes);
+  plan.tile = smaller(plan.tile, larger(1, ceil_div(larger(p.queries, p.keys), lanes)) * lanes);
   plan.chunk = kChunk;
   plan.scratch_floats =
       relu_linear_attention_passes(isa, p.dtype).scratch_floats(p.head_dim, p.value_dim, plan.tile);
-  plan.partial_floats = p.groups * ceil_div(at_least(p.queries, p.keys), plan.chunk) * p.sums_size();
+  plan.partial_floats = p.groups * ceil_div(larger(p.queries, p.keys), plan.chunk) * p.sums_size();
   const int64_t matrix = p.head_dim * (p.value_dim + 1);
   plan.flops_forward = 2 * p.groups * (p.queries + p.keys) * matrix;
   plan.flops_backward = 2 * plan.flops_forward;

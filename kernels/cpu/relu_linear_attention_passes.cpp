@@ -151,12 +151,12 @@ void with_scalars(const Tile& tile, Place<const T> from, int64_t tokens, int64_t
 struct ByTile {
   Tile tile;
   EFFATTN_INLINE Vec tokens(int64_t c, int64_t t) const { return load(tile.row(c) + t); }
-  EFFATTN_INLINE Vec channels(int64_t t, int64_t c) const { return load(tile.row(t) + c); }
+  EFFATTN_INLINE const float* channels(int64_t t) const { return tile.row(t); }
 };
 struct ByVector {
   const float* data;
   EFFATTN_INLINE Vec tokens(int64_t c, int64_t) const { return broadcast(data[c]); }
-  EFFATTN_INLINE Vec channels(int64_t, int64_t c) const { return load(data + c); }
+  EFFATTN_INLINE const float* channels(int64_t) const { return data; }
 };
 
 // out[t] = sum over channels c of a(t, c) * other(t, c), for V vectors of tokens.
@@ -184,13 +184,17 @@ void dot_channels(float* out, const Tile& a, const Other& other, int64_t tokens,
   if (a.channel_major) {
     dot_tokens(out, Vectors<>{a.data, a.row_stride}, other, tokens, channels);
   } else {
-    // A vector of lane sums a token; then kLanes tokens are added up at once.
+    // A vector of lane sums a token; then kLanes tokens are added up at once. Padding is left out: a product
+    // with an infinite gradient leaves NaN there.
     Vec lane_sums[kLanes];
     for (int64_t t = 0; t < tokens; t += kLanes) {
       for (int i = 0; i < kLanes; ++i) {
         Vec total = {};
-        for (int64_t c = 0; t + i < tokens && c < channels; c += kLanes) {
-          total += load(a.row(t + i) + c) * other.channels(t + i, c);
+        if (t + i < tokens) {
+          const float *const x = a.row(t + i), *const y = other.channels(t + i);
+          int64_t c = 0;
+          for (; c + kLanes <= channels; c += kLanes) total += load(x + c) * load(y + c);
+          if (c < channels) total += load_first(x + c, channels - c) * load_first(y + c, channels - c);
         }
         lane_sums[i] = total;
       }
@@ -199,9 +203,16 @@ void dot_channels(float* out, const Tile& a, const Other& other, int64_t tokens,
   }
 }
 
-// 1 / (dot + eps). What is infinite or NaN in a denominator stays so in a product with its inverse.
+// 1 / (dot + eps). What is infinite or NaN in a denominator stays so in a product with its inverse. A
+// positive denominator whose inverse would overflow counts as the smallest whose inverse does not: a zero
+// divided by a subnormal eps is zero.
 void invert(float* dots, float eps, int64_t tokens) {
-  for (int64_t t = 0; t < tokens; t += kLanes) store(dots + t, 1.0f / (load(dots + t) + eps));
+  const Vec smallest = broadcast(0x1p-128f + 0x1p-149f);
+  for (int64_t t = 0; t < tokens; t += kLanes) {
+    const Vec denominator = load(dots + t) + eps;
+    const Vec raised = denominator < smallest ? smallest : denominator;
+    store(dots + t, 1.0f / (denominator > 0.0f ? raised : denominator));
+  }
 }
 
 // --- products over channels ---------------------------------------------------------------------------
@@ -324,10 +335,10 @@ Mixer to_value_channels(const Sums& sums, Scratch& scratch) {
 }
 
 // edge(t, i) = sum_j tile(t, j) * matrix(j, i)
-template <class Edge>
+template <bool ChannelMajor, class Edge>
 void mix_channels(const Tile& tile, const Mixer& matrix, int64_t tokens, int64_t inputs, int64_t outputs,
                   const Edge& edge, Fetch& fetch) {
-  if (tile.channel_major) {
+  if constexpr (ChannelMajor) {
     product(outputs, tokens, matrix.by_output, Vectors<>{tile.data, tile.row_stride}, inputs, edge, fetch);
   } else {
     product(tokens, outputs, StepsAdjacent<false>{tile.data, tile.row_stride}, matrix.by_input, inputs, edge,
@@ -341,8 +352,8 @@ void mix_into(Place<T> to, const Tile& detour, const Tile& tile, const Mixer& ma
               int64_t inputs, int64_t outputs, const Last& last, Fetch& fetch) {
   write_block<ChannelMajor>(to, detour, tokens, outputs, [&](auto* data, int64_t row_stride, int64_t cols) {
     using Out = std::remove_pointer_t<decltype(data)>;
-    mix_channels(tile, matrix, tokens, inputs, outputs, StoreTo<Out, Last>{data, row_stride, cols, last},
-                 fetch);
+    mix_channels<ChannelMajor>(tile, matrix, tokens, inputs, outputs,
+                               StoreTo<Out, Last>{data, row_stride, cols, last}, fetch);
   });
 }
 
@@ -382,44 +393,47 @@ void mix_in_place(Place<T> to, int64_t offset, const Rows& rows, const Mixer& ma
 
 // --- what to fetch ahead ------------------------------------------------------------------------------
 
-// Which tensors a pass over keys or queries touches.
-enum class Touches { kKeysForward, kQueriesForward, kQueriesBackward, kKeysBackward };
-
-template <class T>
-void fetch_tile(Fetch& fetch, const Problem& p, Touches touches, int64_t group, int64_t token,
-                int64_t tokens) {
-  const auto add = [&](const Operand& operand, int64_t channels) {
-    fetch.add(place<T>(p, operand, group, token), tokens, channels);
-  };
-  switch (touches) {
-    case Touches::kKeysForward:
-      add(p.k, p.head_dim), add(p.v, p.value_dim);
-      break;
-    case Touches::kQueriesForward:
-      add(p.q, p.head_dim), add(p.out, p.value_dim);
-      break;
-    case Touches::kQueriesBackward:
-      add(p.q, p.head_dim), add(p.grad_out, p.value_dim), add(p.grad_q, p.head_dim);
-      break;
-    case Touches::kKeysBackward:
-      add(p.k, p.head_dim), add(p.v, p.value_dim), add(p.grad_k, p.head_dim), add(p.grad_v, p.value_dim);
-      break;
-  }
-}
+// The tensors that a pass reads or writes and how many channels they have; whether its tokens are keys, and
+// whether it reduces them to sums or uses sums.
+struct Traffic {
+  bool keys, reduces;
+  struct {
+    Operand Problem::* operand;
+    int64_t Problem::* channels;
+  } tensors[Fetch::kMaxBlocks];
+};
+constexpr Traffic kSumKeys{
+    true, true, {{&Problem::k, &Problem::head_dim}, {&Problem::v, &Problem::value_dim}}};
+constexpr Traffic kApplyQueries{
+    false, false, {{&Problem::q, &Problem::head_dim}, {&Problem::out, &Problem::value_dim}}};
+constexpr Traffic kGradQueries{false,
+                               true,
+                               {{&Problem::q, &Problem::head_dim},
+                                {&Problem::grad_out, &Problem::value_dim},
+                                {&Problem::grad_q, &Problem::head_dim}}};
+constexpr Traffic kGradKeys{true,
+                            false,
+                            {{&Problem::k, &Problem::head_dim},
+                             {&Problem::v, &Problem::value_dim},
+                             {&Problem::grad_k, &Problem::head_dim},
+                             {&Problem::grad_v, &Problem::value_dim}}};
 
 // The next tile of this range, or behind its last one the first tile of what the thread does next.
-template <class T, Touches kThis, Touches kOther>
-Fetch fetch_ahead(const Problem& p, const Range& range, int64_t at, int64_t tile_tokens) {
-  constexpr bool kReduces = kThis == Touches::kKeysForward || kThis == Touches::kQueriesBackward;
-  constexpr bool kKeys = kThis == Touches::kKeysForward || kThis == Touches::kKeysBackward;
+template <class T>
+Fetch fetch_ahead(const Problem& p, const Traffic& pass, const Traffic& other_pass, const Range& range,
+                  int64_t at, int64_t tile_tokens) {
   Fetch fetch;
+  const auto add_tile = [&](const Traffic& traffic, int64_t group, int64_t token, int64_t end) {
+    for (const auto& [operand, channels] : traffic.tensors) {
+      if (operand == nullptr) break;
+      fetch.add(place<T>(p, p.*operand, group, token), smaller(tile_tokens, end - token), p.*channels);
+    }
+  };
   if (at < range.end) {
-    fetch_tile<T>(fetch, p, kThis, range.group, at, smaller(tile_tokens, range.end - at));
+    add_tile(pass, range.group, at, range.end);
   } else if (range.next != Range::Next::kNothing) {
-    const bool other = (range.next == Range::Next::kReduce) != kReduces;
-    const int64_t total = kKeys != other ? p.keys : p.queries;
-    fetch_tile<T>(fetch, p, other ? kOther : kThis, range.next_group, range.next_begin,
-                  smaller(tile_tokens, total - range.next_begin));
+    const Traffic& next = (range.next == Range::Next::kReduce) == pass.reduces ? pass : other_pass;
+    add_tile(next, range.next_group, range.next_begin, next.keys ? p.keys : p.queries);
   }
   return fetch;
 }
@@ -438,8 +452,7 @@ void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* 
     const int64_t tokens = smaller(tile_tokens, range.end - at);
     const Place<const T> from_k = source<T>(p, p.k, range.group, at),
                          from_v = source<T>(p, p.v, range.group, at);
-    Fetch fetch =
-        fetch_ahead<T, Touches::kKeysForward, Touches::kQueriesForward>(p, range, at + tokens, tile_tokens);
+    Fetch fetch = fetch_ahead<T>(p, kSumKeys, kApplyQueries, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     with_scalars(v, from_v, tokens, p.value_dim,
                  [&](const auto& scalars) { accumulate(sums, scalars, k, tokens, fetch); });
@@ -459,10 +472,9 @@ void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, cons
     const int64_t tokens = smaller(tile_tokens, range.end - at);
     const Place<const T> from = source<T>(p, p.q, range.group, at);
     const Place<T> to = place<T>(p, p.out, range.group, at);
-    Fetch fetch =
-        fetch_ahead<T, Touches::kQueriesForward, Touches::kKeysForward>(p, range, at + tokens, tile_tokens);
+    Fetch fetch = fetch_ahead<T>(p, kApplyQueries, kSumKeys, range, at + tokens, tile_tokens);
     if constexpr (kInPlace<T, ChannelMajor>) {
-      if (reads_in_place(range.end - range.begin, to)) {
+      if (p.value_dim <= kRowsWithoutCopy && reads_in_place(range.end - range.begin, to)) {
         in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
           const auto rows = in_place<true>(from, offset);
           dot_tokens(inverse, rows, ByVector{sums.z()}, count, p.head_dim);
@@ -530,16 +542,14 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
     const Place<const T> from_q = source<T>(p, p.q, range.group, at);
     const Place<const T> from_grad = source<T>(p, p.grad_out, range.group, at);
     const Place<T> to = place<T>(p, p.grad_q, range.group, at);
-    Fetch fetch =
-        fetch_ahead<T, Touches::kQueriesBackward, Touches::kKeysBackward>(p, range, at + tokens, tile_tokens);
+    Fetch fetch = fetch_ahead<T>(p, kGradQueries, kGradKeys, range, at + tokens, tile_tokens);
     load_tile<true>(q, from_q, tokens, p.head_dim);
-    // grad_out as the scalars of the sums: where it lies, or from its tile.
     using Scalars = std::conditional_t<ChannelMajor, StepsAdjacent<true>, RowsAdjacent>;
     Scalars grad_scalars{grad.data, grad.row_stride};
-    bool in_place_ = false;
+    bool copied = true;
     if constexpr (kInPlace<T, ChannelMajor>) {
       if (reads_in_place(tokens, from_grad)) {
-        in_place_ = true;
+        copied = false;
         grad_scalars = {from_grad.data, from_grad.channel_stride};
         in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
           product(p.head_dim, count, mixer.by_output, in_place<false>(from_grad, offset), p.value_dim,
@@ -547,9 +557,10 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
         });
       }
     }
-    if (!in_place_) {
+    if (copied) {
       load_tile<false>(grad, from_grad, tokens, p.value_dim);
-      mix_channels(grad, mixer, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride}, fetch);
+      mix_channels<ChannelMajor>(grad, mixer, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride},
+                                 fetch);
     }
     dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
@@ -595,10 +606,10 @@ void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, c
                          from_v = source<T>(p, p.v, range.group, at);
     const Place<T> into_k = place<T>(p, p.grad_k, range.group, at);
     const Place<T> into_v = place<T>(p, p.grad_v, range.group, at);
-    Fetch fetch =
-        fetch_ahead<T, Touches::kKeysBackward, Touches::kQueriesBackward>(p, range, at + tokens, tile_tokens);
+    Fetch fetch = fetch_ahead<T>(p, kGradKeys, kGradQueries, range, at + tokens, tile_tokens);
     if constexpr (kInPlace<T, ChannelMajor>) {
-      if (reads_in_place(range.end - range.begin, from_v, into_k, into_v)) {
+      if (p.value_dim <= kRowsWithoutCopy &&
+          reads_in_place(range.end - range.begin, from_v, into_k, into_v)) {
         in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
           const auto rows_k = in_place<true>(from_k, offset);
           mix_in_place(into_k, offset, in_place<false>(from_v, offset), to_k, count, p.value_dim, p.head_dim,

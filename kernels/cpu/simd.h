@@ -19,8 +19,8 @@
 #endif
 
 #include "dtype.h"
+#include "sizes.h"
 
-#define EFFATTN_INLINE inline __attribute__((always_inline))
 // Before loops over vectors of a register block: their bounds are constants, and only an unrolled block
 // stays in registers.
 #ifndef EFFATTN_UNROLL

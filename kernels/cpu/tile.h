@@ -4,11 +4,10 @@
 #pragma once
 
 #include "simd.h"
+#include "sizes.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-EFFATTN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-EFFATTN_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 EFFATTN_INLINE int64_t padded(int64_t n) { return round_up(n, kLanes); }
 
 // A tile is a row-major float matrix. Token-major: a row a token, its columns channels.
