@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from benchmarks.suites.attention import ATTENTION, NARROW_TYPES
 from benchmarks.suites.base import Settings, Suite, TimedSuite
+from benchmarks.suites.call import CALL
 from benchmarks.suites.processes import ALLOCATOR, MEMORY
 from benchmarks.suites.scaling import SCALING
-from benchmarks.suites.training import TRAINING
+from benchmarks.suites.training import NARROW_TRAINING, TRAINING
 
 __all__ = ["SUITES", "Settings", "Suite", "TimedSuite"]
 
-_IN_ORDER: tuple[Suite, ...] = (ATTENTION, NARROW_TYPES, TRAINING, SCALING, MEMORY, ALLOCATOR)
+_IN_ORDER: tuple[Suite, ...] = (
+    ATTENTION,
+    NARROW_TYPES,
+    TRAINING,
+    NARROW_TRAINING,
+    SCALING,
+    CALL,
+    MEMORY,
+    ALLOCATOR,
+)
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _IN_ORDER}
