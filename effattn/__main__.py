@@ -24,7 +24,11 @@ def _instruction_sets() -> list[str]:
         else:
             state = "available"
         lines.append(f"  {row['name']:<10} {row['lanes']:>2} floats a vector  {state}")
-    lines.append(f"  in use: {_library._C.active_isa()} (EFFATTN_CPU_ISA overrides)")
+    try:
+        in_use = _library._C.active_isa()
+    except RuntimeError as error:  # EFFATTN_CPU_ISA asks for what is not there
+        in_use = f"none: {error}"
+    lines.append(f"  in use: {in_use} (EFFATTN_CPU_ISA overrides)")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_a_missing_library_leaves_the_reference(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "the plain PyTorch reference serves instead" in result.stderr
     assert "libeffattn.so" in result.stdout
+
+
+def test_info_explains_an_instruction_set_that_is_not_there():
+    environment = {**os.environ, "EFFATTN_CPU_ISA": "mmx"}
+    command = [sys.executable, "-m", "effattn", "info"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "in use: none" in text and "mmx" in text
 
 
 def test_info():

@@ -165,3 +165,12 @@ def test_fuzz_the_backward_operator(arguments, grad_out, sums):
         pass
     else:
         assert grad_out.shape == (*qkv[0].shape[:-1], qkv[2].shape[-1])
+
+
+def test_empty_tensors_may_claim_any_size():
+    """Nothing is allocated for them, but head_dim * value_dim counts the kernels' memory and must not overflow."""
+    wide, wider = torch.empty(0, 2**30), torch.empty(0, 2**31)
+    with pytest.raises(RuntimeError, match="head_dim and value_dim must be at most"):
+        relu_linear_attention(wide, wide, wider)
+    many = torch.empty(2**40, 0, 4)
+    assert relu_linear_attention(many, many, many).shape == many.shape

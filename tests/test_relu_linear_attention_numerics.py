@@ -233,17 +233,10 @@ def test_nan_and_inf_come_out_as_in_the_reference(isa, dtype, value, argument, d
     results = fused(q, k, v, grad_out)
     assert torch.equal(results[0].isnan(), expected[0].isnan())
     assert torch.equal(results[0].isinf(), expected[0].isinf())
-    if argument == 1:  # an infinite key makes denominators infinite; finite keys' values then get 0
-        assert torch.equal(results[3].isfinite(), expected[3].isfinite())
-    if argument == 3:
-        for name, result, reference_result in zip(NAMES, results, expected, strict=True):
-            assert torch.equal(result.isfinite(), reference_result.isfinite()), name
-    # Elsewhere, whether a gradient is NaN or infinite depends on the order of the operations; that it
-    # is not silently finite, and that the second group stays clean, does not.
+    # Whether a gradient is NaN or infinite depends on the order of the operations; that it is neither does not.
     for name, result, reference_result in zip(NAMES, results, expected, strict=True):
-        assert result[1].isfinite().all(), name
-        if reference_result[0].isnan().all():
-            assert not result[0].isfinite().any(), name
+        assert torch.equal(result.isfinite(), reference_result.isfinite()), name
+        assert result[1].isfinite().all(), f"{name} of the other group"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -268,7 +261,7 @@ def bits(tensors):
 @pytest.mark.parametrize(("head_dim", "value_dim", "layout"), [(16, 16, "channel_major"), (35, 20, "token_major")])
 def test_same_bits_every_run_and_every_thread_count(isa, dtype, head_dim, value_dim, layout, threads):
     """Many chunks of few groups, so that groups are split over threads; and many groups."""
-    for lead, tokens in (((3,), 9000), ((40,), 300)):
+    for lead, tokens in (((3,), 9000), ((3,), 2050), ((40,), 300)):
         arguments = problem(lead, tokens, tokens, head_dim, value_dim, dtype, (layout,) * 4)
 
         def everything(arguments=arguments):

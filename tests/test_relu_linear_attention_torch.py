@@ -143,6 +143,62 @@ def test_torch_func_and_forward_mode_match_the_reference():
     assert torch.allclose(tangent, torch.func.jvp(lambda q: plain(q, k, v), (q,), (tangents[0],))[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_func_and_forward_mode_inside_torch_compile(backend):
+    q, k, v = qkv(lead=(), sizes=(6, 7, 3, 4))
+    tangent = torch.randn_like(q)
+
+    def loss(attention):
+        return lambda *a: attention(*a).square().sum()
+
+    def mine(q, k, v):
+        return relu_linear_attention(q, k, v, eps=1e-6)
+
+    def plain(q, k, v):
+        return reference.relu_linear_attention(q, k, v, 1e-6)
+
+    def forward_mode(f):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(q, tangent)
+            return torch.autograd.forward_ad.unpack_dual(f(dual, k, v)).tangent
+
+    for transform in (
+        lambda f: torch.func.grad(loss(f), argnums=(0, 1, 2))(q, k, v),
+        lambda f: torch.func.jvp(lambda q: f(q, k, v), (q,), (tangent,)),
+        lambda f: torch.func.vmap(torch.func.grad(loss(f)))(*(t.expand(3, *t.shape) for t in (q, k, v))),
+        forward_mode,
+    ):
+        compiled = torch.compile(transform, backend=backend)
+        for a, b in zip(
+            torch.utils._pytree.tree_leaves(compiled(mine)),
+            torch.utils._pytree.tree_leaves(transform(plain)),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_create_graph_is_accurate_under_autocast():
+    leaves = qkv(requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = relu_linear_attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
+    truth = reference_with_gradients(*leaves, torch.ones_like(out), 1e-15, torch.float64)[1:]
+    for mine, expected in zip(grads, truth, strict=True):
+        assert error(mine, expected) <= 1e-5 * expected.norm().item()
+
+
+def test_create_graph_does_not_hide_a_nan():
+    q, k, v = qkv()
+    q[..., 3, 2] = float("nan")
+    k[..., 1, 1] = float("nan")
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = relu_linear_attention(*leaves)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
+    kernel = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for mine, fused in zip(grads, kernel, strict=True):
+        assert torch.equal(mine.isfinite(), fused.isfinite())
+
+
 def test_what_the_backward_keeps():
     """q, k, v and the sums; nothing of size N x D besides the arguments themselves."""
     kept = []

@@ -27,7 +27,7 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     if not isinstance(function, Fused):
         _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)
-    if not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         # torch.func and forward mode differentiate through plain operations, never through a kernel.
         return reference.relu_linear_attention(q, k, v, eps)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -91,22 +91,23 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.T
 def _differentiable_backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients as plain operations, so that they have derivatives of every order themselves."""
-    at_least = torch.promote_types(q.dtype, torch.float32)
-    grad = grad_out.to(at_least)
-    a, b, c = q.to(at_least).relu(), k.to(at_least).relu(), v.to(at_least)
-    kv, k_sum = b.mT @ c, b.sum(-2, keepdim=True)
-    denominator = (a * k_sum).sum(-1, keepdim=True) + eps
-    grad_numerator = grad / denominator
-    grad_denominator = -(grad_numerator * ((a @ kv) / denominator)).sum(-1, keepdim=True)
-    grad_kv = a.mT @ grad_numerator
-    grad_a = grad_numerator @ kv.mT + grad_denominator * k_sum
-    grad_b = c @ grad_kv.mT + (a * grad_denominator).sum(-2, keepdim=True)
-    return (
-        torch.where(a > 0, grad_a, 0.0).to(q.dtype),
-        torch.where(b > 0, grad_b, 0.0).to(k.dtype),
-        (b @ grad_kv).to(v.dtype),
-    )
+    """The gradients as plain operations, which have derivatives of every order; in float32 under autocast too."""
+    with torch.autocast(q.device.type, enabled=False):
+        at_least = torch.promote_types(q.dtype, torch.float32)
+        grad = grad_out.to(at_least)
+        a, b, c = q.to(at_least).relu(), k.to(at_least).relu(), v.to(at_least)
+        kv, k_sum = b.mT @ c, b.sum(-2, keepdim=True)
+        denominator = (a * k_sum).sum(-1, keepdim=True) + eps
+        grad_numerator = grad / denominator
+        grad_denominator = -(grad_numerator * ((a @ kv) / denominator)).sum(-1, keepdim=True)
+        grad_kv = a.mT @ grad_numerator
+        grad_a = grad_numerator @ kv.mT + grad_denominator * k_sum
+        grad_b = c @ grad_kv.mT + (a * grad_denominator).sum(-2, keepdim=True)
+        return (
+            torch.where(a <= 0, 0.0, grad_a).to(q.dtype),
+            torch.where(b <= 0, 0.0, grad_b).to(k.dtype),
+            (b @ grad_kv).to(v.dtype),
+        )
 
 
 if _library.error is None:

@@ -32,7 +32,7 @@ Floats aligned_floats(int64_t count) {
   return floats;
 }
 
-// Memory that a thread keeps between calls: what the last one needed, or up to kKeptFloats more.
+// Memory that a thread keeps between calls: never more than the last one needed, or kKeptFloats.
 float* thread_scratch(int64_t floats) {
   thread_local Floats memory;
   thread_local int64_t capacity = 0;
@@ -177,6 +177,7 @@ ReluLinearAttentionPlan plan(const ReluLinearAttention& p, Isa isa) {
 }
 
 void forward(const ReluLinearAttention& problem, float* sums, const Parallel& parallel) {
+  if (sums == nullptr && (problem.queries == 0 || problem.value_dim == 0)) return;
   const ReluLinearAttention p = with_leads_merged(problem);
   const Isa isa = active_isa();
   const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);

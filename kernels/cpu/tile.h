@@ -1,6 +1,5 @@
 // Tiles: blocks of tokens x channels in float, kept in cache, and the way in and out of tensors of
-// any dtype and any strides. Only scalars of float32 tensors are read without one, and results
-// written.
+// any dtype and any strides. What float32 tensors can do without them is read in place.
 #pragma once
 
 #include "simd.h"
