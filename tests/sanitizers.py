@@ -13,6 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Imports the instrumented package before pytest can put any other folder on the path, so that the build in the
+# repository can never be what is tested.
+RUN_TESTS = """
+import sys, effattn._C
+build = effattn._C.build
+if build["sanitizer"] != "address,undefined":
+    sys.exit(f"sanitizers: imported {effattn._C.__file__}, a build with {build['sanitizer'] or 'none'}")
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / "build" / "sanitizers"
 DEFAULT = [
@@ -42,14 +53,11 @@ def main() -> int:
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONPATH": str(STAGE),
+        "PYTHONSAFEPATH": "1",  # not the current folder: it holds the ordinary build
         "PYTHONMALLOC": "malloc",
     }
-    check = "import effattn._C as c; print(c.__file__); assert c.build['sanitizer'] == 'address,undefined', c.build"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=STAGE, env=environment)
-    arguments = sys.argv[1:] or DEFAULT
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments], cwd=ROOT, env=environment
-    ).returncode
+    command = [sys.executable, "-c", RUN_TESTS, "-q", "-x", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, *(sys.argv[1:] or DEFAULT)], cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":
