@@ -84,7 +84,7 @@ $(VENV)/.bench: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install pytest pytest-benchmark hypothesis
+	$(PIP) install pytest pytest-benchmark hypothesis psutil
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.tools

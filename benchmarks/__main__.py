@@ -57,8 +57,7 @@ def run(
     chosen = {name: steps for name in names if (steps := SUITES[name].steps(settings))}
     if not chosen:
         raise typer.BadParameter("no case of these suites has such a name", param_hint="--only")
-    facts = environment.facts()
-    path = output / results.file_name(facts, settings)
+    path = output / results.file_name(environment.facts(), settings)
     data = results.read_or_new(path)
     rates = Rates()
     on_terminal = sys.stderr.isatty()
@@ -72,7 +71,7 @@ def run(
 
         for name in chosen:
             rows = SUITES[name].run(settings, rates, tick)
-            results.add(data, name, settings, facts, rates, rows)
+            results.add(data, name, settings, environment.facts(), rates, rows)
             results.write(path, data)  # suite by suite: an interrupted run keeps what it has
     _present(data, path)
 

@@ -178,7 +178,8 @@ def _machine(facts: dict[str, object]) -> str:
     versions = facts["versions"]
     assert isinstance(versions, dict)
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
-    return f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}; {packages}; {facts['threads']} threads"
+    machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}; {packages}; {facts['threads']} threads"
+    return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"
 
 
 # --- README ---------------------------------------------------------------------------------------------

@@ -28,10 +28,11 @@ def file_name(facts: dict[str, Any], settings: Settings) -> str:
 
 
 def add(results: Results, suite: str, settings: Settings, facts: dict[str, Any], rates: Rates, rows: list[Row]) -> None:
+    allocator = SUITES[suite].allocator
     results["suites"][suite] = {
         "title": SUITES[suite].title,
         "settings": {"rounds": settings.rounds, "short": settings.short, "only": list(settings.only)},
-        "environment": facts,
+        "environment": facts if allocator is None else {**facts, "allocator": allocator},
         "rates": rates.as_json(),
         "rows": [asdict(row) for row in rows],
     }

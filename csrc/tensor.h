@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -130,12 +132,21 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
   return strides;
 }
 
-// Torch's own pool, never a second one.
+// Torch's own pool, never a second one. An error goes around the C interface of the pool, which would replace
+// its text; if several threads fail, one of them is heard.
 inline cpu::Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
-            torch::stable::parallel_for(0, count, 1,
-                                        [&](int64_t begin, int64_t end) { body(context, begin, end); });
+            std::exception_ptr error;
+            std::atomic_flag failed;
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              try {
+                body(context, begin, end);
+              } catch (...) {
+                if (!failed.test_and_set()) error = std::current_exception();
+              }
+            });
+            if (error != nullptr) std::rethrow_exception(error);
           }};
 }
 

@@ -1,6 +1,6 @@
 """effattn on a photograph: timm's EfficientViT-B1, stock against accelerated, as a table and as a picture.
 
-    pip install effattn[demo]
+    make demo
     python examples/demo.py --output demo.png
 
 The weights are random (nothing is downloaded), so the classes mean nothing. What counts is that both
@@ -51,7 +51,7 @@ try:
 
     timm = import_timm()
 except ModuleNotFoundError as error:
-    sys.exit(f"The demo needs the package {(error.name or str(error)).split('.')[0]}: pip install effattn[demo]")
+    sys.exit(f"The demo needs the package {(error.name or str(error)).split('.')[0]}: `make demo` installs it")
 
 MODEL = "efficientvit_b1"
 ROUNDS = {(224, 224): 15, (1024, 2048): 5}  # (height, width) -> timed rounds

@@ -29,8 +29,7 @@ STAGE = ROOT / "build" / "sanitizers"
 DEFAULT = [
     "tests/test_relu_linear_attention_numerics.py",
     "tests/test_relu_linear_attention_errors.py",
-    # Threads of torch's pool are not instrumented; what they compute is covered by the rest.
-    "-k=not float16_in_its_whole_range and not float16_activations and not same_bits",
+    "-m=not slow",
 ]
 
 

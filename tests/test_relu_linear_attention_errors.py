@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effattn import relu_linear_attention, use_backend
+from effattn import _library, relu_linear_attention, use_backend
 
 OPS = torch.ops.effattn
 Q, K, V = torch.randn(2, 6, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 5)
@@ -174,3 +177,26 @@ def test_empty_tensors_may_claim_any_size():
         relu_linear_attention(wide, wide, wider)
     many = torch.empty(2**40, 0, 4)
     assert relu_linear_attention(many, many, many).shape == many.shape
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from effattn import relu_linear_attention
+t = torch.ones(3, 1, 2**14)
+relu_linear_attention(t[:, :, :4], t[:, :, :4], t[:, :, :4])  # threads have their stacks now
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
+try:
+    relu_linear_attention(t, t, t)  # sums of 1 GiB
+except RuntimeError as error:
+    assert "effattn: cannot allocate" in str(error), error
+    assert relu_linear_attention(t[:, :, :4], t[:, :, :4], t[:, :, :4]).eq(1).all()
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its memory as Linux does")
+@pytest.mark.skipif(_library._C.build["sanitizer"] != "", reason="an address sanitizer reserves the address space")
+def test_too_little_memory_is_a_runtime_error():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr

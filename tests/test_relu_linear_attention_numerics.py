@@ -9,6 +9,7 @@ import itertools
 import os
 import threading
 
+import psutil
 import pytest
 import torch
 
@@ -88,25 +89,29 @@ def test_against_float64(isa, dtype, size, layout):
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "value_dim"), [(torch.float32, 16, 24), (torch.float32, 13, 17), (torch.bfloat16, 33, 7)]
 )
+@pytest.mark.parametrize("tokens", [(37, 41), (600, 530)], ids=["one tile", "several tiles"])
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS[:2], repeat=4)), ids="-".join)
-def test_every_mix_of_layouts(isa, layouts, dtype, head_dim, value_dim):
-    check(*problem((2,), 37, 41, head_dim, value_dim, dtype, layouts))
+def test_every_mix_of_layouts(isa, layouts, tokens, dtype, head_dim, value_dim):
+    check(*problem((2,), *tokens, head_dim, value_dim, dtype, layouts))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # the narrow types differ in single elements only
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_every_remainder_of_tokens(isa, layout):
-    """Each number of tokens around a vector, a register block and a tile."""
+def test_every_remainder_of_tokens(isa, layout, dtype):
+    """Each number of tokens around a vector, a register block and a tile; of keys another than of queries."""
     tile = _library._C.relu_linear_attention_plan(
         groups=1, queries=4096, keys=4096, head_dim=16, value_dim=16, dtype="float32"
     )["tile"]
-    for tokens in [*range(1, 50), *range(tile - 2, tile + 18)]:
-        check(*problem((), tokens, tokens, 16, 16, torch.float32, (layout,) * 4))
+    swept = [*range(1, 50), *range(tile - 2, tile + 18)]
+    for queries, keys in zip(swept, reversed(swept), strict=True):
+        check(*problem((), queries, keys, 16, 16, dtype, (layout,) * 4))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_every_remainder_of_channels(isa, layout):
+def test_every_remainder_of_channels(isa, layout, dtype):
     for channels in range(1, 50):
-        check(*problem((), 20, 20, channels, 50 - channels, torch.float32, (layout,) * 4))
+        check(*problem((), 20, 23, channels, 50 - channels, dtype, (layout,) * 4))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -177,10 +182,14 @@ def test_strides_of_real_callers(isa):
     check(make_tensor(4, 20, 16), shared, shared, torch.ones(4, 20, 16))
 
 
+FLOAT16_TOKENS = pytest.mark.parametrize("tokens", [pytest.param(16384, marks=pytest.mark.slow), 2100])
+
+
+@FLOAT16_TOKENS
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_float16_in_its_whole_range(isa, layout):
-    """Sums reach 1e14 here; the official formulation overflows in float16."""
-    tokens, dim = 16384, 16
+def test_float16_in_its_whole_range(isa, layout, tokens):
+    """Sums reach 1e14 with the most tokens; the official formulation overflows in float16."""
+    dim = 16
     q, k, v, grad_out = problem((1,), tokens, tokens, dim, dim, torch.float32, (layout,) * 4, scale=3e4)
     limit = torch.finfo(torch.float16).max
     q, k, v = (t.clamp(-limit, limit).to(torch.float16) for t in (q, k, v))
@@ -190,8 +199,9 @@ def test_float16_in_its_whole_range(isa, layout):
     assert results[0].abs().max() > 0
 
 
-def test_float16_activations_of_1e4(isa):
-    q, k, v, grad_out = problem((2,), 16384, 16384, 32, 32, torch.float32, ("channel_major",) * 4, scale=1e4)
+@FLOAT16_TOKENS
+def test_float16_activations_of_1e4(isa, tokens):
+    q, k, v, grad_out = problem((2,), tokens, tokens, 32, 32, torch.float32, ("channel_major",) * 4, scale=1e4)
     half = [t.to(torch.float16) for t in (q, k, v, grad_out)]
     results = check(*half)
     assert all(result.isfinite().all() for result in results)
@@ -259,9 +269,17 @@ def bits(tensors):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "value_dim", "layout"), [(16, 16, "channel_major"), (35, 20, "token_major")])
-def test_same_bits_every_run_and_every_thread_count(isa, dtype, head_dim, value_dim, layout, threads):
+@pytest.mark.parametrize(
+    ("runs", "sizes"),
+    [
+        pytest.param(20, (((3,), 9000), ((3,), 2050), ((40,), 300)), marks=pytest.mark.slow),
+        (2, (((3,), 2050), ((9,), 30))),
+    ],
+    ids=["thorough", "short"],
+)
+def test_same_bits_every_run_and_every_thread_count(isa, dtype, head_dim, value_dim, layout, runs, sizes, threads):
     """Many chunks of few groups, so that groups are split over threads; and many groups."""
-    for lead, tokens in (((3,), 9000), ((3,), 2050), ((40,), 300)):
+    for lead, tokens in sizes:
         arguments = problem(lead, tokens, tokens, head_dim, value_dim, dtype, (layout,) * 4)
 
         def everything(arguments=arguments):
@@ -271,7 +289,7 @@ def test_same_bits_every_run_and_every_thread_count(isa, dtype, head_dim, value_
         expected = everything()
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            for _ in range(20 if count == 2 else 2):
+            for _ in range(runs if count == 2 else 2):
                 for name, result, first in zip((*NAMES, "sums"), everything(), expected, strict=True):
                     assert torch.equal(result, first), f"{name} with {count} threads"
 
@@ -309,19 +327,62 @@ def test_reference_is_the_equation():
     assert torch.allclose(reference.relu_linear_attention(q, k, v, EPS), truth, rtol=1e-12, atol=0)
 
 
+LARGE = 2**27 + 3  # tokens of 16 channels: offsets pass 2^31
+
+
+def needs_memory(gigabytes):
+    if os.environ.get("EFFATTN_TEST_LARGE") != "1":
+        pytest.skip(f"takes half a minute and {gigabytes} GiB: set EFFATTN_TEST_LARGE=1 to run it")
+    available = psutil.virtual_memory().available / 2**30
+    if available < gigabytes + 2:
+        pytest.skip(f"needs {gigabytes} GiB and 2 to spare; {available:.0f} are available")
+
+
+def large(layout, value):
+    sizes = (LARGE, 16) if layout == "token_major" else (16, LARGE)
+    t = torch.full((1, *sizes), value, dtype=torch.bfloat16)
+    return t if layout == "token_major" else t.mT
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.environ.get("EFFATTN_TEST_LARGE") != "1",
-    reason="allocates 16 GiB: set EFFATTN_TEST_LARGE=1 to run it",
-)
-def test_more_than_2_to_the_31_elements():
-    """bfloat16, one head of 2^27 + 3 tokens of 16 channels: offsets pass 2^31."""
-    tokens, dim = 2**27 + 3, 16
-    q = torch.full((1, tokens, dim), 0.5, dtype=torch.bfloat16)
-    k = torch.ones(1, 2, dim, dtype=torch.bfloat16)
-    v = torch.tensor([1.0, 3.0], dtype=torch.bfloat16).reshape(1, 2, 1).expand(1, 2, dim)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_more_than_2_to_the_31_elements_of_queries(layout):
+    """q, the output and both their gradients; the last token differs, and is where an overflow would show."""
+    needs_memory(12)
+    q = large(layout, 0.5)
     q[:, -1] = 0
-    out = relu_linear_attention(q, k, v)
+    k = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    v = torch.tensor([1.0, 3.0], dtype=torch.bfloat16).reshape(1, 2, 1).expand(1, 2, 16)
+    grad_out = torch.ones((), dtype=torch.bfloat16).expand(q.shape)
+    with torch.no_grad():
+        out, sums = torch.ops.effattn.relu_linear_attention_forward(q, k, v, EPS)
     assert out.numel() > 2**31
     assert (out[:, :-1] == 2).all()
     assert (out[:, -1] == 0).all()
+    del out
+    grad_q, grad_k, grad_v = torch.ops.effattn.relu_linear_attention_backward(grad_out, q, k, v, sums, EPS)
+    # Every query weighs both keys alike: nothing moves q, a key gains by the difference of v to the mean.
+    assert (grad_q == 0).all()
+    scale = 0.5 * 16 * (LARGE - 1) / (0.5 * 16 * 2)
+    assert torch.allclose(grad_k[0].float(), torch.tensor([[-scale], [scale]]).expand(2, 16), rtol=1e-2)
+    assert torch.allclose(grad_v.float(), torch.full((1, 2, 16), (LARGE - 1) / 2), rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_more_than_2_to_the_31_elements_of_keys(layout):
+    """k and v and their gradients; only the last key has a weight."""
+    needs_memory(18)
+    k = large(layout, 0.0)
+    k[:, -1] = 1
+    v = large(layout, 5.0)
+    v[:, -1] = 3
+    q = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        out, sums = torch.ops.effattn.relu_linear_attention_forward(q, k, v, EPS)
+    assert (out == 3).all()
+    _, grad_k, grad_v = torch.ops.effattn.relu_linear_attention_backward(torch.ones_like(q), q, k, v, sums, EPS)
+    assert grad_v.numel() > 2**31
+    assert (grad_k == 0).all(), "relu'(0) is 0, and the last key's weight is whatever its size"
+    assert (grad_v[:, :-1] == 0).all()
+    assert (grad_v[:, -1] == 2).all()

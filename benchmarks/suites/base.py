@@ -30,6 +30,11 @@ class Suite(Protocol):
     @property
     def title(self) -> str: ...
 
+    @property
+    def allocator(self) -> dict[str, str] | None:
+        """The allocator's settings where they are not those of this process."""
+        ...
+
     def steps(self, settings: Settings) -> int:
         """How many steps of progress a run reports."""
         ...
@@ -44,6 +49,7 @@ class TimedSuite:
     name: str
     title: str
     cases: Callable[[bool], list[Case]]
+    allocator: dict[str, str] | None = None
 
     def selected(self, settings: Settings) -> list[Case]:
         return [case for case in self.cases(settings.short) if settings.keeps(case.name)]

@@ -28,6 +28,16 @@ def _addition(q: torch.Tensor, k: torch.Tensor, _: torch.Tensor) -> torch.Tensor
     return torch.ops.aten.add.Tensor(q, k)
 
 
+def _no_token(data: Inputs) -> Any:
+    """The call and nothing else: without queries the kernel returns at once."""
+    q, k, v = data.qkv(LAYOUTS[0])
+    return partial(relu_linear_attention, q[:, :, :0], k, v)
+
+
+def _no_token_gate(_: Inputs, result: Any) -> Accuracy:
+    return Accuracy(float(result.numel()), 0.0)
+
+
 def _addition_gate(data: Inputs, result: Any) -> Accuracy:
     q, k, _ = data.qkv(LAYOUTS[0])
     return Accuracy((result - (q + k)).abs().max().item(), 0.0)
@@ -44,6 +54,7 @@ def _cases(short: bool) -> list[Case]:
         *rla.effattn_candidates()[:1],
         Candidate(f"{OURS}'s operator", layout, Role.CONTEXT, partial(rla.torch_call, _operator, layout), rla.our_gate),
         Candidate(f"{OURS} compiled", layout, Role.CONTEXT, _compiled, rla.our_gate),
+        Candidate(f"{OURS}, no token", layout, Role.CONTEXT, _no_token, _no_token_gate),
         Candidate("aten::add", layout, Role.CONTEXT, partial(rla.torch_call, _addition, layout), _addition_gate),
         rla.check_candidate(),
     )

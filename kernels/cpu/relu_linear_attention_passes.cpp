@@ -9,7 +9,7 @@
 #include "fetch.h"
 #include "product.h"
 #include "relu_linear_attention.h"
-#include "tile.h"
+#include "scratch.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 namespace {
@@ -38,29 +38,16 @@ bool is_channel_major(const Operand& operand) {
   return operand.token_stride == 1 && operand.channel_stride != 1;
 }
 
-// Hands out cache-line-aligned pieces of a thread's scratch.
-struct Scratch {
-  float* next;
-
-  float* floats(int64_t count) {
-    float* piece = next;
-    next += round_up(count, 16);
-    return piece;
-  }
-  // Channel-major rows are a cache line longer than the power of two that they mostly are, so that they do
-  // not share cache sets.
-  Tile tile(int64_t tokens, int64_t channels, bool channel_major) {
-    const int64_t rows = channel_major ? channels : tokens;
-    const int64_t stride = padded(channel_major ? tokens : channels) + (channel_major ? 16 : 0);
-    return {floats(rows * stride), stride, channel_major};
-  }
-};
-
 int64_t scratch_floats(int64_t head_dim, int64_t value_dim, int64_t tile) {
   const int64_t d = round_up(head_dim, 16), dv = round_up(value_dim, 16), t = round_up(tile, 16);
   const int64_t matrices = 2 * (value_dim + 1) * d + head_dim * dv;
   const int64_t tiles = (3 * (d + dv)) * (t + 16);
-  return matrices + tiles + 4 * t + 64;
+  constexpr int64_t kPieces = 12;  // more than any pass takes
+  return matrices + tiles + 4 * t + kPieces * (Scratch::kAlignment + Scratch::kGap);
+}
+
+Scratch scratch_of(const Problem& p, int64_t tile_tokens, float* memory) {
+  return {memory, scratch_floats(p.head_dim, p.value_dim, tile_tokens)};
 }
 
 // --- the sums, in scratch ---------------------------------------------------------------------------
@@ -443,7 +430,7 @@ Fetch fetch_ahead(const Problem& p, const Traffic& pass, const Traffic& other_pa
 template <class T>
 void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* dense_sums,
               float* scratch_memory) {
-  Scratch scratch{scratch_memory};
+  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
   const Sums sums(scratch, p, dense_sums);
   sums.clear();
   const Tile k = scratch.tile(tile_tokens, p.head_dim, false);
@@ -495,7 +482,7 @@ void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, cons
 template <class T>
 void apply_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
                    float* scratch_memory) {
-  Scratch scratch{scratch_memory};
+  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
   const Sums sums(scratch, p, dense_sums);
   if (is_channel_major(p.q)) {
     apply_tiles<T, true>(p, range, tile_tokens, sums, scratch);
@@ -581,7 +568,7 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
 template <class T>
 void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
                   float* dense_grad, float* scratch_memory) {
-  Scratch scratch{scratch_memory};
+  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
   const Sums sums(scratch, p, dense_sums), grad_sums(scratch, p, dense_grad);
   grad_sums.clear();
   if (is_channel_major(p.q)) {
@@ -630,7 +617,7 @@ void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, c
 template <class T>
 void grad_keys(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_grad,
                float* scratch_memory) {
-  Scratch scratch{scratch_memory};
+  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
   const Sums grad(scratch, p, dense_grad);
   if (is_channel_major(p.k)) {
     grad_key_tiles<T, true>(p, range, tile_tokens, grad, scratch);
