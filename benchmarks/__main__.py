@@ -57,7 +57,8 @@ def run(
     chosen = {name: steps for name in names if (steps := SUITES[name].steps(settings))}
     if not chosen:
         raise typer.BadParameter("no case of these suites has such a name", param_hint="--only")
-    path = output / results.file_name(environment.facts(), settings)
+    facts = environment.facts()
+    path = output / results.file_name(facts, settings)
     data = results.read_or_new(path)
     rates = Rates()
     on_terminal = sys.stderr.isatty()
@@ -71,7 +72,9 @@ def run(
 
         for name in chosen:
             rows = SUITES[name].run(settings, rates, tick)
-            results.add(data, name, settings, environment.facts(), rates, rows)
+            # When it was taken; the code is what it was at the start.
+            taken = facts | {"date": environment.now(), "load_average": environment.load_average()}
+            results.add(data, name, settings, taken, rates, rows)
             results.write(path, data)  # suite by suite: an interrupted run keeps what it has
     _present(data, path)
 

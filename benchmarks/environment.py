@@ -72,7 +72,7 @@ def facts() -> dict[str, Any]:
     isa = None if effattn._library._C is None else effattn._library._C.active_isa()
     flags = _cpu_field("flags").split()
     return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": now(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "architecture": platform.machine(),
@@ -89,8 +89,16 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in PEERS},
         "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
     }
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def load_average() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:
