@@ -44,12 +44,14 @@ ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
 _OTHER = [("baseline", 4, ())]
 
 # Sources compiled once for every instruction set; the rest of kernels/cpu and csrc is compiled once.
-PER_ISA = ("kernels/cpu/relu_linear_attention_passes.cpp",)
+PER_ISA = ("kernels/cpu/relu_linear_attention_passes.cpp", "kernels/cpu/multi_scale_passes.cpp")
 ONCE = (
     "kernels/cpu/isa.cpp",
     "kernels/cpu/relu_linear_attention.cpp",
+    "kernels/cpu/multi_scale.cpp",
     "csrc/library.cpp",
     "csrc/cpu/relu_linear_attention.cpp",
+    "csrc/cpu/multi_scale.cpp",
 )
 PYTHON = ("csrc/python.cpp",)
 

@@ -11,4 +11,22 @@ STABLE_TORCH_LIBRARY(effattn, m) {
   m.def(
       "relu_linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor sums, float eps)"
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+
+  // A tensor a scale in each list; lists of biases are empty where there are none. Weights are float32
+  // whatever qkv is. Two names, of which the second carries the autograd formula.
+#define EFFATTN_WEIGHTS "Tensor[] dw_weights, Tensor[] pw_weights, Tensor[] dw_biases, Tensor[] pw_biases, "
+#define EFFATTN_GRADIENTS                                                                      \
+  " -> (Tensor grad_qkv, Tensor[] grad_dw_weights, Tensor[] grad_pw_weights, Tensor[] grad_dw_biases," \
+  " Tensor[] grad_pw_biases)"
+  m.def("multi_scale_aggregation(Tensor qkv, " EFFATTN_WEIGHTS "int head_dim) -> Tensor");
+  m.def("multi_scale_aggregation_forward(Tensor qkv, " EFFATTN_WEIGHTS "int head_dim) -> Tensor");
+  m.def("multi_scale_aggregation_backward(Tensor grad_out, Tensor qkv, " EFFATTN_WEIGHTS
+        "int head_dim)" EFFATTN_GRADIENTS);
+  m.def("multi_scale_linear_attention(Tensor qkv, " EFFATTN_WEIGHTS "int head_dim, float eps) -> Tensor");
+  m.def("multi_scale_linear_attention_forward(Tensor qkv, " EFFATTN_WEIGHTS
+        "int head_dim, float eps) -> (Tensor out, Tensor sums)");
+  m.def("multi_scale_linear_attention_backward(Tensor grad_out, Tensor qkv, " EFFATTN_WEIGHTS
+        "Tensor sums, int head_dim, float eps)" EFFATTN_GRADIENTS);
+#undef EFFATTN_WEIGHTS
+#undef EFFATTN_GRADIENTS
 }

@@ -7,7 +7,7 @@ effattn.accelerate(model)
 import warnings as _warnings
 
 from effattn import _library
-from effattn.functional import relu_linear_attention
+from effattn.functional import multi_scale_aggregation, multi_scale_linear_attention, relu_linear_attention
 from effattn.integrations import Report, accelerate, restore
 from effattn.registry import backends, use_backend
 
@@ -17,6 +17,8 @@ __all__ = [
     "Report",
     "accelerate",
     "backends",
+    "multi_scale_aggregation",
+    "multi_scale_linear_attention",
     "relu_linear_attention",
     "restore",
     "use_backend",

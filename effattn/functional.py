@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
 
+from effattn.ops import multi_scale as _multi_scale
 from effattn.ops import relu_linear_attention as _relu_linear_attention
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,6 +55,92 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, 
         raise
 
 
+def multi_scale_aggregation(
+    qkv: torch.Tensor,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor] | None = None,
+    pw_biases: Sequence[torch.Tensor] | None = None,
+    *,
+    head_dim: int,
+) -> torch.Tensor:
+    r"""Aggregates the tokens around each token, once a scale: a depthwise k x k convolution, then a 1x1
+    convolution in groups of ``head_dim`` channels, with zeros around the image.
+
+    .. math:: scale_i = pw_i * (dw_i * qkv), \qquad out = [qkv, scale_1, ..., scale_S]
+
+    EfficientViT (arXiv 2205.14756), section 3.1. The result of the depthwise convolution never goes to memory.
+    Both memory formats are taken without a copy. Deterministic and differentiable to any order like
+    :func:`relu_linear_attention`.
+
+    Args:
+        qkv: (B, 3 * heads * head_dim, H, W), NCHW or channels_last, float16, bfloat16, float32 or float64; the
+            channels of a head are ``head_dim`` of q, of k and of v. Any H and W.
+        dw_weights: a tensor (C, 1, k, k) a scale, C the channels of qkv, k odd; of qkv's dtype or float32.
+        pw_weights: a tensor (C, head_dim, 1, 1) a scale. Both are the weights of :class:`torch.nn.Conv2d`.
+        dw_biases: a tensor (C,) a scale, or None.
+        pw_biases: a tensor (C,) a scale, or None.
+        head_dim: D, positive.
+
+    Returns:
+        (B, (1 + S) * C, H, W), of qkv's dtype and memory format: further scales are further heads.
+
+    Raises:
+        TypeError: for anything but dense floating-point tensors of fitting dtypes.
+        ValueError: for sizes that do not fit, or different devices.
+    """
+    arguments = (qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim)
+    if torch.compiler.is_compiling():
+        _raise_if(_wrong_multi_scale(*arguments, 0.0))
+    try:
+        return _multi_scale.multi_scale_aggregation(
+            qkv, dw_weights, pw_weights, dw_biases or (), pw_biases or (), head_dim
+        )
+    except Exception:
+        _raise_if(_wrong_multi_scale(*arguments, 0.0))
+        raise
+
+
+def multi_scale_linear_attention(
+    qkv: torch.Tensor,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor] | None = None,
+    pw_biases: Sequence[torch.Tensor] | None = None,
+    *,
+    head_dim: int,
+    eps: float = 1e-15,
+) -> torch.Tensor:
+    """:func:`relu_linear_attention` in every head of :func:`multi_scale_aggregation`, in one pass.
+
+    The attention of EfficientViT (arXiv 2205.14756), figure 2, without its projections. The concatenated scales
+    never reach memory: the forward pass writes the output alone, the backward pass keeps qkv and two small
+    sums a head. One formula for any number of tokens; where the official code takes a quadratic path
+    (H * W <= D), the result is the same.
+
+    Args:
+        qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim: as in :func:`multi_scale_aggregation`.
+        eps: added to the denominator, finite and >= 0. 1e-15 in the official code, 1e-5 in timm.
+
+    Returns:
+        (B, (1 + S) * heads * head_dim, H, W), of qkv's dtype and memory format; the heads of qkv first, then those
+        of each scale.
+
+    Raises:
+        TypeError, ValueError: as :func:`multi_scale_aggregation`, and for an eps out of range.
+    """
+    arguments = (qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
+    if torch.compiler.is_compiling():
+        _raise_if(_wrong_multi_scale(*arguments))
+    try:
+        return _multi_scale.multi_scale_linear_attention(
+            qkv, dw_weights, pw_weights, dw_biases or (), pw_biases or (), head_dim, eps
+        )
+    except Exception:
+        _raise_if(_wrong_multi_scale(*arguments))
+        raise
+
+
 def _raise_if(error: Exception | None) -> None:
     if error is not None:
         raise error from None
@@ -70,15 +158,16 @@ def _promoted_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _wrong_tensor(name: str, tensor: object) -> Exception | None:
+def _wrong_tensor(name: str, tensor: object, at_least: int = 2) -> Exception | None:
     if not isinstance(tensor, torch.Tensor):
         return TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:
         return TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
     if tensor.dtype not in _FLOATING:
         return TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.dim() < 2:
-        return ValueError(f"{name}: expected at least 2 dimensions (..., tokens, channels), got shape {_shape(tensor)}")
+    if tensor.dim() < at_least:
+        what = " (..., tokens, channels)" if at_least == 2 else ""
+        return ValueError(f"{name}: expected at least {at_least} dimensions{what}, got shape {_shape(tensor)}")
     return None
 
 
@@ -105,8 +194,74 @@ def _wrong_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: flo
         return ValueError(f"k: expected the head_dim of q, {q.shape[-1]}, got shape {_shape(k)}")
     if v.shape[-2] != k.shape[-2]:
         return ValueError(f"v: expected as many tokens as k, {k.shape[-2]}, got shape {_shape(v)}")
+    return _wrong_eps(eps)
+
+
+def _wrong_eps(eps: object) -> Exception | None:
     if not isinstance(eps, Real) or isinstance(eps, bool):
         return TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
+    if not 0 <= float(eps) < math.inf:
         return ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    return None
+
+
+def _wrong_multi_scale(
+    qkv: torch.Tensor,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor] | None,
+    pw_biases: Sequence[torch.Tensor] | None,
+    head_dim: int,
+    eps: float,
+) -> Exception | None:
+    wrong = _wrong_tensor("qkv", qkv)
+    if wrong is not None:
+        return wrong
+    if qkv.dim() != 4:
+        return ValueError(f"qkv: expected 4 dimensions (B, C, H, W), got shape {_shape(qkv)}")
+    if not isinstance(head_dim, int) or isinstance(head_dim, bool):
+        return TypeError(f"head_dim: expected an int, got {type(head_dim).__name__}")
+    if head_dim < 1:
+        return ValueError(f"head_dim: expected a positive number, got {head_dim}")
+    channels = qkv.shape[1]
+    if channels % (3 * head_dim) != 0:
+        return ValueError(
+            f"qkv: expected a multiple of 3 * head_dim = {3 * head_dim} channels, got shape {_shape(qkv)}"
+        )
+    lists = {"dw_weights": dw_weights, "pw_weights": pw_weights, "dw_biases": dw_biases, "pw_biases": pw_biases}
+    for name, tensors in lists.items():
+        if tensors is None and name.endswith("biases"):
+            continue
+        if not isinstance(tensors, Sequence):
+            return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
+        if len(tensors) != len(dw_weights):
+            return ValueError(f"{name}: expected a tensor a scale like dw_weights, {len(dw_weights)}, got {len(tensors)}")
+        for i, tensor in enumerate(tensors):
+            wrong = _wrong_weight(f"{name}[{i}]", tensor, qkv, head_dim)
+            if wrong is not None:
+                return wrong
+    return _wrong_eps(eps)
+
+
+def _wrong_weight(name: str, tensor: torch.Tensor, qkv: torch.Tensor, head_dim: int) -> Exception | None:
+    """A weight or a bias, by its name, against qkv."""
+    channels = qkv.shape[1]
+    wrong = _wrong_tensor(name, tensor, at_least=1 if "biases" in name else 4)
+    if wrong is not None:
+        return wrong
+    if tensor.dtype not in (qkv.dtype, torch.float32):
+        return TypeError(f"{name}: expected the dtype of qkv, {qkv.dtype}, or float32, got {tensor.dtype}")
+    if tensor.device != qkv.device:
+        return ValueError(f"{name}: expected the device of qkv, {qkv.device}, got {tensor.device}")
+    if name.startswith("dw_weights"):
+        kernel = tensor.shape[-1]
+        if kernel % 2 == 0:
+            return ValueError(f"{name}: expected an odd kernel size, got shape {_shape(tensor)}")
+        expected: tuple[int, ...] = (channels, 1, kernel, kernel)
+    elif name.startswith("pw_weights"):
+        expected = (channels, head_dim, 1, 1)
+    else:
+        expected = (channels,)
+    if _shape(tensor) != expected:
+        return ValueError(f"{name}: expected shape {expected}, got {_shape(tensor)}")
     return None

@@ -11,8 +11,6 @@
 namespace effattn {
 namespace {
 
-constexpr int64_t kMaxDim = 1 << 16;  // a matrix of sums then takes 16 GiB
-
 // The last strides of a tensor as the kernels take them. A dimension of size 1 has no step: its
 // stride says nothing about the memory order, so it reads as contiguous.
 cpu::Operand operand(const Tensor& t) {
@@ -57,8 +55,8 @@ cpu::ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tenso
                   shape_text(v), " and ", shape_text(k));
   EFFATTN_REQUIRE(eps >= 0 && std::isfinite(eps), op, ": eps must be a finite number >= 0, got ", eps);
   // Scratch and sums are counted in head_dim * value_dim; empty tensors can claim any size.
-  EFFATTN_REQUIRE(p.head_dim <= kMaxDim && p.value_dim <= kMaxDim, op,
-                  ": head_dim and value_dim must be at most ", kMaxDim, ", got ", p.head_dim, " and ",
+  EFFATTN_REQUIRE(p.head_dim <= cpu::kMaxDim && p.value_dim <= cpu::kMaxDim, op,
+                  ": head_dim and value_dim must be at most ", cpu::kMaxDim, ", got ", p.head_dim, " and ",
                   p.value_dim);
   int64_t sums = 0;
   EFFATTN_REQUIRE(!__builtin_mul_overflow(p.groups, 4 * p.sums_size(), &sums), op,

@@ -13,12 +13,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _functions() -> dict[str, Fused]:
     if _library.error is not None:
         return {}
-    ops = torch.ops.effattn
     return {
-        "relu_linear_attention": Fused(
-            inference=ops.relu_linear_attention.default,
-            forward=ops.relu_linear_attention_forward.default,
-        ),
+        name: Fused(
+            inference=getattr(torch.ops.effattn, name).default,
+            forward=getattr(torch.ops.effattn, f"{name}_forward").default,
+        )
+        for name in ("relu_linear_attention", "multi_scale_aggregation", "multi_scale_linear_attention")
     }
 
 

@@ -6,7 +6,10 @@ Everything is made of differentiable torch operations, so higher derivatives, fo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch.nn import functional
 
 from effattn.backends._base import Backend
 
@@ -23,6 +26,47 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
         return (numerator / (denominator + eps)).to(q.dtype)
 
 
+def multi_scale_aggregation(
+    qkv: torch.Tensor,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor],
+    pw_biases: Sequence[torch.Tensor],
+    head_dim: int,
+) -> torch.Tensor:
+    """EfficientViT (arXiv 2205.14756), section 3.1: k x k depthwise, then 1x1 in groups of head_dim channels."""
+    at_least = torch.promote_types(qkv.dtype, torch.float32)
+    with torch.autocast(qkv.device.type, enabled=False):
+        x, channels = qkv.to(at_least), qkv.shape[1]
+        scales = [x]
+        for i, (dw, pw) in enumerate(zip(dw_weights, pw_weights, strict=True)):
+            dw_bias, pw_bias = (biases[i].to(at_least) if biases else None for biases in (dw_biases, pw_biases))
+            if qkv.numel() == 0:  # convolutions take no empty images
+                scales.append(x * 1)
+                continue
+            mixed = functional.conv2d(x, dw.to(at_least), dw_bias, padding=dw.shape[-1] // 2, groups=channels)
+            scales.append(functional.conv2d(mixed, pw.to(at_least), pw_bias, groups=channels // head_dim))
+        return torch.cat(scales, dim=1).to(qkv.dtype)
+
+
+def multi_scale_linear_attention(
+    qkv: torch.Tensor,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor],
+    pw_biases: Sequence[torch.Tensor],
+    head_dim: int,
+    eps: float,
+) -> torch.Tensor:
+    """ReLU linear attention in every head of :func:`multi_scale_aggregation`."""
+    at_least = torch.promote_types(qkv.dtype, torch.float32)
+    scales = multi_scale_aggregation(qkv.to(at_least), dw_weights, pw_weights, dw_biases, pw_biases, head_dim)
+    batch, channels, height, width = scales.shape
+    heads = scales.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width).mT
+    out = relu_linear_attention(*heads.chunk(3, dim=-1), eps)
+    return out.mT.reshape(batch, channels // 3, height, width).to(qkv.dtype)
+
+
 def _unavailable() -> str | None:
     return None
 
@@ -36,6 +80,10 @@ def _reasons(op: str, device: str, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-_FUNCTIONS = {"relu_linear_attention": relu_linear_attention}
+_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "relu_linear_attention": relu_linear_attention,
+    "multi_scale_aggregation": multi_scale_aggregation,
+    "multi_scale_linear_attention": multi_scale_linear_attention,
+}
 
 BACKEND = Backend("reference", _unavailable, _reasons, _FUNCTIONS)

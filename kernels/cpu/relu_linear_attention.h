@@ -13,6 +13,8 @@
 
 namespace effattn::cpu {
 
+constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the sums of a group then take 16 GiB
+
 // One tensor (..., tokens, channels). Strides count elements; the leading ones belong to the sizes
 // in Problem::lead_sizes.
 struct Operand {

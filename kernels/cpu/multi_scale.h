@@ -1,0 +1,115 @@
+// Multi-scale aggregation and multi-scale linear attention on the CPU: the problem, and the entry points.
+//
+// qkv has 3 * heads groups of head_dim channels: q, k and v of one head after the other. A scale convolves
+// every channel with a k x k kernel of its own, then mixes the channels of each group:
+//
+//   mixed_c = depthwise_c * qkv_c    scale_o = sum_c pointwise_oc mixed_c
+//
+// The heads of qkv itself are scale 0. Everything is computed on rows of the image in float, channel by
+// channel, whatever the memory order; the depthwise result and the scale never leave a thread's cache.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace effattn::cpu {
+
+// A tensor (batch, channels, height * width); strides count elements.
+struct Image {
+  void* data;
+  int64_t batch_stride, channel_stride, token_stride;
+};
+
+// One scale. Contiguous floats; biases may be null.
+template <class Float>
+struct ScaleWeights {
+  Float* depthwise;       // (3 * heads * head_dim, kernel, kernel)
+  Float* pointwise;       // (3 * heads * head_dim, head_dim), a row an output
+  Float* depthwise_bias;  // (3 * heads * head_dim)
+  Float* pointwise_bias;
+};
+
+struct MultiScale {
+  static constexpr int kMaxScales = 8;
+
+  DType dtype;
+  int64_t batch, heads, head_dim, height, width;
+  int scales;  // beside qkv itself
+  int64_t kernels[kMaxScales];
+  ScaleWeights<const float> weights[kMaxScales];
+  Image qkv;
+  Image out;                                         // forward
+  Image grad_out, grad_qkv;                          // backward; grad_out is read only
+  ScaleWeights<float> gradients[kMaxScales];         // backward
+  float eps;                                         // of the attention
+
+  int64_t tokens() const { return height * width; }
+  int64_t all_heads() const { return (1 + scales) * heads; }
+};
+
+struct MultiScalePlan {
+  int64_t rows;            // of the image, taken at once; a function of the sizes only
+  int64_t scratch_floats;  // what a thread works in: forward
+  int64_t scratch_floats_backward;
+  int64_t flops_aggregation;  // forward, without the attention
+};
+
+EFFATTN_EXPORT MultiScalePlan plan(const MultiScale& problem, Isa isa);
+
+// out: (batch, (1 + scales) * 3 * heads * head_dim, tokens), qkv and the scales.
+void aggregate(const MultiScale& problem, const Parallel& parallel);
+void aggregate_backward(const MultiScale& problem, const Parallel& parallel);
+
+// out: (batch, (1 + scales) * heads * head_dim, tokens). `sums`: what relu_linear_attention keeps, for
+// batch x (1 + scales) * heads groups, or null.
+void attend(const MultiScale& problem, float* sums, const Parallel& parallel);
+void attend_backward(const MultiScale& problem, const float* sums, const Parallel& parallel);
+
+// --- what each instruction set provides -------------------------------------------------------------
+
+// Some channels of an image in float: a row a channel, tokens contiguous.
+template <class Float>
+struct Plane {
+  Float* data;
+  int64_t stride;
+};
+
+// All work on the `head_dim` channels of one group, in one thread, in `scratch`.
+struct MultiScalePasses {
+  int64_t (*scratch_floats)(const MultiScale&, int64_t rows);
+  // `channels` of an image from `token` on, to and from float.
+  void (*load)(DType, const Image&, int64_t token, int64_t tokens, int64_t channels, const Plane<float>& to);
+  void (*store)(DType, const Image&, int64_t token, int64_t tokens, int64_t channels,
+                const Plane<float>& from);
+  // mixed: `rows` rows from row `first` on of the convolution of `in`, which begins at the image's first token.
+  // scale: the weights of the group.
+  void (*depthwise)(const MultiScale&, int64_t kernel, const ScaleWeights<const float>& scale, int64_t first,
+                    int64_t rows, const Plane<const float>& in, const Plane<float>& mixed, float* scratch);
+  // out = pointwise * mixed + bias
+  void (*pointwise)(const MultiScale&, const ScaleWeights<const float>& scale, int64_t tokens,
+                    const Plane<const float>& mixed, const Plane<float>& out, float* scratch);
+  // grad_mixed = pointwise^T * grad_out; adds to the gradients of pointwise and its bias.
+  void (*pointwise_backward)(const MultiScale&, const ScaleWeights<const float>& scale,
+                             const ScaleWeights<float>& gradients, int64_t tokens,
+                             const Plane<const float>& mixed, const Plane<const float>& grad_out,
+                             const Plane<float>& grad_mixed, float* scratch);
+  // For whole planes: adds to grad_in and to the gradients of depthwise and its bias.
+  void (*depthwise_backward)(const MultiScale&, int64_t kernel, int64_t rows,
+                             const ScaleWeights<const float>& scale, const ScaleWeights<float>& gradients,
+                             const Plane<const float>& in, const Plane<const float>& grad_mixed,
+                             const Plane<float>& grad_in, float* scratch);
+};
+
+const MultiScalePasses& multi_scale_passes(Isa isa);
+
+#define EFFATTN_ROW(name, lanes)                  \
+  namespace name {                                \
+  const MultiScalePasses& multi_scale_passes();   \
+  }
+EFFATTN_ISA_LIST(EFFATTN_ROW)
+#undef EFFATTN_ROW
+
+}  // namespace effattn::cpu

@@ -1,0 +1,256 @@
+// The passes of multi-scale aggregation over one group of channels; compiled once per instruction set.
+#include "depthwise.h"
+#include "multi_scale.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace effattn::cpu::EFFATTN_ISA {
+namespace {
+
+using Weights = ScaleWeights<const float>;
+using Gradients = ScaleWeights<float>;
+using In = Plane<const float>;
+using Out = Plane<float>;
+
+int64_t largest_kernel(const MultiScale& p) {
+  int64_t kernel = 1;
+  for (int s = 0; s < p.scales; ++s) kernel = larger(kernel, p.kernels[s]);
+  return kernel;
+}
+
+int64_t scratch_floats(const MultiScale& p, int64_t rows) {
+  const int64_t kernel = largest_kernel(p), d = padded(p.head_dim);
+  const int64_t pieces[] = {
+      2 * PaddedRows::floats(rows + kernel - 1, p.width, kernel / 2),  // of the input and of a gradient
+      kernel * kernel * (1 + kLanes),                                  // flipped weights; sums of lanes
+      d * (p.head_dim + 16),                                           // transposed weights
+  };
+  int64_t total = 4 * (Scratch::kAlignment + Scratch::kGap);
+  for (const int64_t piece : pieces) total += piece;
+  return total;
+}
+
+Scratch scratch_of(const MultiScale& p, int64_t rows, float* memory) {
+  return {memory, scratch_floats(p, rows)};
+}
+
+// --- in and out ---------------------------------------------------------------------------------------
+
+template <class T>
+Place<T> place(const Image& image, int64_t token) {
+  return {static_cast<T*>(image.data) + token * image.token_stride, image.token_stride, image.channel_stride};
+}
+
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    default:
+      return f(float{});
+  }
+}
+
+void load_plane(DType dtype, const Image& image, int64_t token, int64_t tokens, int64_t channels,
+                const Out& to) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    load_tile<false>(Tile{to.data, to.stride, true}, place<const T>(image, token), tokens, channels);
+  });
+}
+
+void store_plane(DType dtype, const Image& image, int64_t token, int64_t tokens, int64_t channels,
+                 const Out& from) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    store_tile(Tile{from.data, from.stride, true}, place<T>(image, token), tokens, channels);
+  });
+}
+
+// --- forward --------------------------------------------------------------------------------------------
+
+float bias_of(const float* biases, int64_t channel) { return biases == nullptr ? 0.0f : biases[channel]; }
+
+void depthwise_pass(const MultiScale& p, int64_t kernel, const Weights& scale, int64_t first, int64_t rows,
+                    const In& in, const Out& mixed, float* memory) {
+  Scratch scratch = scratch_of(p, rows, memory);
+  const int64_t border = kernel / 2, padded_rows = rows + 2 * border;
+  const PaddedRows lines(scratch.floats(PaddedRows::floats(padded_rows, p.width, border)), padded_rows,
+                         p.width, border);
+  for (int64_t c = 0; c < p.head_dim; ++c) {
+    lines.fill(in.data + c * in.stride, first - border, padded_rows, p.height, p.width);
+    depthwise<false>(kernel, rows, mixed.data + c * mixed.stride, p.width, lines,
+                     scale.depthwise + c * kernel * kernel, bias_of(scale.depthwise_bias, c), p.width);
+  }
+}
+
+// Writes the product, which starts at a bias for each row.
+struct WriteToWithBias {
+  float* data;
+  int64_t row_stride;
+  const float* biases;
+
+  struct Row : RowPointer<float> {
+    const float* bias;
+    EFFATTN_INLINE Vec start(int) const { return broadcast(*bias); }
+    template <bool>
+    EFFATTN_INLINE void finish(int v, Vec acc) const {
+      store(this->at + v * kLanes, acc);
+    }
+    EFFATTN_INLINE void next_row() {
+      RowPointer<float>::next_row();
+      ++bias;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
+    return {{data + row * row_stride + col, row_stride}, biases + row};
+  }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+};
+
+void pointwise_pass(const MultiScale& p, const Weights& scale, int64_t tokens, const In& mixed,
+                    const Out& out, float* memory) {
+  Scratch scratch = scratch_of(p, 0, memory);
+  const int64_t d = p.head_dim;
+  const Tile by_input = scratch.tile(d, d, false);  // a row an input: a step's scalars lie side by side
+  load_tile<false>(by_input, Place<const float>{scale.pointwise, 1, d}, d, d);
+  const RowsAdjacent weights{by_input.data, by_input.row_stride};
+  const Vectors<> vectors{mixed.data, mixed.stride};
+  Fetch fetch;
+  if (scale.pointwise_bias == nullptr) {
+    product(d, tokens, weights, vectors, d, WriteTo{out.data, out.stride}, fetch);
+  } else {
+    product(d, tokens, weights, vectors, d, WriteToWithBias{out.data, out.stride, scale.pointwise_bias},
+            fetch);
+  }
+}
+
+// --- backward -------------------------------------------------------------------------------------------
+
+float sum_of_lanes(Vec x) {
+  float lanes[kLanes], total = 0.0f;
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
+float sum_of_row(const float* row, int64_t count) {
+  constexpr int kChains = 4;
+  Vec totals[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
+    EFFATTN_UNROLL
+    for (int c = 0; c < kChains; ++c) totals[c] += load(row + i + c * kLanes);
+  }
+  for (; i < count; i += kLanes) totals[0] += load_first(row + i, count - i);
+  return sum_of_lanes((totals[0] + totals[1]) + (totals[2] + totals[3]));
+}
+
+// out(r, c) += sum_t a(r, t) b(c, t) for R rows of a and C of b. Tokens are in the lanes, so that neither has
+// to be transposed.
+template <int R, int C>
+__attribute__((noinline)) void dot_block(float* out, int64_t out_stride, const In& a, const In& b,
+                                         int64_t tokens) {
+  Vec acc[R][C] = {};
+  const auto step = [&](int64_t t, const auto& read) {
+    Vec columns[C];
+    EFFATTN_UNROLL
+    for (int c = 0; c < C; ++c) columns[c] = read(b.data + c * b.stride + t);
+    EFFATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec row = read(a.data + r * a.stride + t);
+      EFFATTN_UNROLL
+      for (int c = 0; c < C; ++c) acc[r][c] += row * columns[c];
+    }
+  };
+  int64_t t = 0;
+  for (; t + kLanes <= tokens; t += kLanes) {
+    step(t, [](const float* from) __attribute__((always_inline)) { return load(from); });
+  }
+  if (t < tokens) {
+    step(t, [&](const float* from) __attribute__((always_inline)) { return load_first(from, tokens - t); });
+  }
+  EFFATTN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    EFFATTN_UNROLL
+    for (int c = 0; c < C; ++c) out[r * out_stride + c] += sum_of_lanes(acc[r][c]);
+  }
+}
+
+constexpr int kDotRows = kRows / 2, kDotColumns = kRows / 2;  // and as many vectors to read
+
+template <int R, int C>
+void dot_columns(float* out, int64_t out_stride, const In& a, const In& b, int64_t column, int64_t columns,
+                 int64_t tokens) {
+  for (; column + C <= columns; column += C) {
+    dot_block<R, C>(out + column, out_stride, a, {b.data + column * b.stride, b.stride}, tokens);
+  }
+  if constexpr (C > 1) dot_columns<R, C / 2>(out, out_stride, a, b, column, columns, tokens);
+}
+
+template <int R>
+void dot_rows(float* out, int64_t out_stride, const In& a, const In& b, int64_t row, int64_t rows,
+              int64_t columns, int64_t tokens) {
+  for (; row + R <= rows; row += R) {
+    dot_columns<R, kDotColumns>(out + row * out_stride, out_stride, {a.data + row * a.stride, a.stride}, b, 0,
+                                columns, tokens);
+  }
+  if constexpr (R > 1) dot_rows<R / 2>(out, out_stride, a, b, row, rows, columns, tokens);
+}
+
+void pointwise_backward(const MultiScale& p, const Weights& scale, const Gradients& gradients, int64_t tokens,
+                        const In& mixed, const In& grad_out, const Out& grad_mixed, float*) {
+  const int64_t d = p.head_dim;
+  Fetch fetch;
+  product(d, tokens, RowsAdjacent{scale.pointwise, d}, Vectors<>{grad_out.data, grad_out.stride}, d,
+          WriteTo{grad_mixed.data, grad_mixed.stride}, fetch);
+  dot_rows<kDotRows>(gradients.pointwise, d, grad_out, mixed, 0, d, d, tokens);
+  if (gradients.pointwise_bias != nullptr) {
+    for (int64_t c = 0; c < d; ++c) {
+      gradients.pointwise_bias[c] += sum_of_row(grad_out.data + c * grad_out.stride, tokens);
+    }
+  }
+}
+
+void depthwise_backward(const MultiScale& p, int64_t kernel, int64_t rows_at_once, const Weights& scale,
+                        const Gradients& gradients, const In& in, const In& grad_mixed, const Out& grad_in,
+                        float* memory) {
+  Scratch scratch = scratch_of(p, rows_at_once, memory);
+  const int64_t border = kernel / 2, size = kernel * kernel, padded_rows = rows_at_once + 2 * border;
+  const int64_t line_floats = PaddedRows::floats(padded_rows, p.width, border);
+  const PaddedRows inputs(scratch.floats(line_floats), padded_rows, p.width, border);
+  const PaddedRows grads(scratch.floats(line_floats), padded_rows, p.width, border);
+  float* const flipped = scratch.floats(size);
+  Vec* const sums = reinterpret_cast<Vec*>(scratch.floats(size * kLanes));
+  for (int64_t c = 0; c < p.head_dim; ++c) {
+    for (int64_t i = 0; i < size; ++i) {
+      flipped[i] = scale.depthwise[c * size + size - 1 - i];
+      sums[i] = Vec{};
+    }
+    const float* const in_plane = in.data + c * in.stride;
+    const float* const grad_plane = grad_mixed.data + c * grad_mixed.stride;
+    for (int64_t first = 0; first < p.height; first += rows_at_once) {
+      const int64_t rows = smaller(rows_at_once, p.height - first);
+      grads.fill(grad_plane, first - border, rows + 2 * border, p.height, p.width);
+      depthwise<true>(kernel, rows, grad_in.data + c * grad_in.stride + first * p.width, p.width, grads,
+                      flipped, 0.0f, p.width);
+      inputs.fill(in_plane, first - border, rows + 2 * border, p.height, p.width);
+      depthwise_weight_gradient(kernel, rows, sums, grad_plane + first * p.width, p.width, inputs, p.width);
+    }
+    for (int64_t i = 0; i < size; ++i) gradients.depthwise[c * size + i] += sum_of_lanes(sums[i]);
+    if (gradients.depthwise_bias != nullptr) {
+      gradients.depthwise_bias[c] += sum_of_row(grad_plane, p.tokens());
+    }
+  }
+}
+
+constexpr MultiScalePasses kPasses = {scratch_floats, load_plane,         store_plane,       depthwise_pass,
+                                      pointwise_pass, pointwise_backward, depthwise_backward};
+
+}  // namespace
+
+const MultiScalePasses& multi_scale_passes() { return kPasses; }
+
+}  // namespace effattn::cpu::EFFATTN_ISA

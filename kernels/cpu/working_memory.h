@@ -1,0 +1,50 @@
+// Memory for kernels to work in.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "sizes.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace effattn::cpu {
+
+constexpr int64_t kKeptFloats = 1 << 20;
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+inline Floats aligned_floats(int64_t count) {
+  Floats floats(static_cast<float*>(std::aligned_alloc(64, round_up(larger(1, count) * 4, 64))));
+  if (floats == nullptr) {
+    throw std::runtime_error("effattn: cannot allocate " + std::to_string(4 * count) + " bytes to work in");
+  }
+  return floats;
+}
+
+// Memory that a thread keeps between calls: at most four times what the last one needed, or kKeptFloats.
+// Calls of two sizes in turn find it as they left it.
+inline float* thread_scratch(int64_t floats) {
+  thread_local Floats memory;
+  thread_local int64_t capacity = 0;
+  if (capacity < floats || capacity > larger(4 * floats, kKeptFloats)) {
+    capacity = 0;
+    memory.reset();
+    memory = aligned_floats(floats);
+    capacity = floats;
+  }
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(memory.get(), capacity * sizeof(float));  // passes leave their gaps behind
+#endif
+  return memory.get();
+}
+
+}  // namespace effattn::cpu
