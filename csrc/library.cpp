@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(effattn, m) {
   // A tensor a scale in each list; lists of biases are empty where there are none. Weights are float32
   // whatever qkv is. Two names, of which the second carries the autograd formula.
 #define EFFATTN_WEIGHTS "Tensor[] dw_weights, Tensor[] pw_weights, Tensor[] dw_biases, Tensor[] pw_biases, "
-#define EFFATTN_GRADIENTS                                                                      \
+#define EFFATTN_GRADIENTS                                                                              \
   " -> (Tensor grad_qkv, Tensor[] grad_dw_weights, Tensor[] grad_pw_weights, Tensor[] grad_dw_biases," \
   " Tensor[] grad_pw_biases)"
   m.def("multi_scale_aggregation(Tensor qkv, " EFFATTN_WEIGHTS "int head_dim) -> Tensor");

@@ -230,12 +230,14 @@ def _wrong_multi_scale(
         )
     lists = {"dw_weights": dw_weights, "pw_weights": pw_weights, "dw_biases": dw_biases, "pw_biases": pw_biases}
     for name, tensors in lists.items():
-        if tensors is None and name.endswith("biases"):
+        if name.endswith("biases") and (tensors is None or (isinstance(tensors, Sequence) and len(tensors) == 0)):
             continue
         if not isinstance(tensors, Sequence):
             return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
         if len(tensors) != len(dw_weights):
-            return ValueError(f"{name}: expected a tensor a scale like dw_weights, {len(dw_weights)}, got {len(tensors)}")
+            return ValueError(
+                f"{name}: expected a tensor a scale like dw_weights, {len(dw_weights)}, got {len(tensors)}"
+            )
         for i, tensor in enumerate(tensors):
             wrong = _wrong_weight(f"{name}[{i}]", tensor, qkv, head_dim)
             if wrong is not None:

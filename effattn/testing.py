@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch.nn import functional
 
 from effattn.backends import reference
+from effattn.registry import use_backend
 
 #: Memory orders of (..., tokens, channels): channels contiguous, tokens contiguous, and a view in which
 #: neither is.
@@ -129,6 +133,104 @@ def reference_with_gradients(
     leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
     out = reference.relu_linear_attention(leaves[0], leaves[1], leaves[2], eps)
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))
+
+
+# --- multi_scale_aggregation, multi_scale_linear_attention ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MultiScaleCase:
+    """Sizes of a multi-scale call; ``scale`` multiplies qkv."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    height: int
+    width: int
+    kernels: tuple[int, ...] = (5,)
+    biases: bool = False
+    scale: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        return 3 * self.heads * self.head_dim
+
+    def inputs(self, dtype: torch.dtype = torch.float32, memory_format: str = "nchw") -> dict[str, Any]:
+        """Arguments of both functions; weights in float32, of a size that keeps activations where they are."""
+        sizes = self.batch, self.channels, self.height, self.width
+        shape = {
+            "channel slice": (sizes[0], 2 * sizes[1], *sizes[2:]),
+            "crop": (*sizes[:2], sizes[2] + 1, sizes[3] + 2),
+        }
+        qkv = (make_tensor(*shape.get(memory_format, sizes), seed=1) * self.scale).to(dtype)
+        if memory_format == "channels_last":
+            qkv = qkv.to(memory_format=torch.channels_last)
+        elif memory_format == "channel slice":
+            qkv = qkv[:, : self.channels]
+        elif memory_format == "crop":
+            qkv = qkv[:, :, 1:, 1:-1]
+        elif memory_format != "nchw":
+            raise ValueError(f"memory_format: unknown, got {memory_format!r}")
+        biases = [make_tensor(1, self.channels, seed=4 + i)[0] * self.scale for i in range(2 * len(self.kernels))]
+        return {
+            "qkv": qkv,
+            "dw_weights": [make_tensor(self.channels, 1, k, k, seed=2) / k for k in self.kernels],
+            "pw_weights": [
+                make_tensor(self.channels, self.head_dim, 1, 1, seed=3 + i) / self.head_dim**0.5
+                for i in range(len(self.kernels))
+            ],
+            "dw_biases": biases[: len(self.kernels)] if self.biases else [],
+            "pw_biases": biases[len(self.kernels) :] if self.biases else [],
+        }
+
+    def call(self, function: Callable[..., torch.Tensor], inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+        return function(*inputs.values(), head_dim=self.head_dim, **options)
+
+
+def multi_scale_with_gradients(
+    function: Callable[..., torch.Tensor],
+    backend: str,
+    case: MultiScaleCase,
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Output and all gradients of one of the functions, by name; qkv in ``dtype``, weights as wide or as they are."""
+    leaves = {
+        name: [
+            t.detach().to(dtype if t is value else torch.promote_types(dtype, t.dtype)).requires_grad_()
+            for t in ([value] if isinstance(value, torch.Tensor) else value)
+        ]
+        for name, value in inputs.items()
+    }
+    arguments = {name: tensors[0] if name == "qkv" else tensors for name, tensors in leaves.items()}
+    with use_backend(backend):
+        out = case.call(function, arguments, **options)
+    grad_out = make_tensor(*out.shape, seed=9).to(inputs["qkv"].dtype).to(dtype)
+    flat = {f"grad {name}" + (f" {i}" if i else ""): t for name, ts in leaves.items() for i, t in enumerate(ts)}
+    grads = torch.autograd.grad(out, list(flat.values()), grad_out)
+    return {"out": out.detach(), **dict(zip(flat, grads, strict=True))}
+
+
+def official_multi_scale_attention(case: MultiScaleCase, inputs: dict[str, Any], upcast: bool) -> torch.Tensor:
+    """As in the authors' repository: convolutions, concatenation, and the quadratic form where tokens are few."""
+    qkv, dim = inputs["qkv"], case.head_dim
+    scales = [qkv]
+    for i, (dw, pw) in enumerate(zip(inputs["dw_weights"], inputs["pw_weights"], strict=True)):
+        biases = [inputs[name][i].to(qkv.dtype) if inputs[name] else None for name in ("dw_biases", "pw_biases")]
+        mixed = functional.conv2d(qkv, dw.to(qkv.dtype), biases[0], padding=dw.shape[-1] // 2, groups=case.channels)
+        scales.append(functional.conv2d(mixed, pw.to(qkv.dtype), biases[1], groups=3 * case.heads))
+    everything = torch.cat(scales, dim=1)
+    everything = everything.float() if upcast else everything
+    q, k, v = everything.reshape(case.batch, -1, 3 * dim, case.height * case.width).chunk(3, dim=2)
+    q, k = q.relu(), k.relu()
+    if case.height * case.width > dim:
+        out = (functional.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
+        out = out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+    else:
+        weights = k.mT @ q
+        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + 1e-15))
+    return out.reshape(case.batch, -1, case.height, case.width).to(qkv.dtype)
 
 
 # --- models ---------------------------------------------------------------------------------------------

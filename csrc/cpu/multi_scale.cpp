@@ -52,11 +52,12 @@ struct Problem {
     p.dtype = kernel_dtype(op, "qkv", qkv);
     EFFATTN_REQUIRE(qkv.dim() == 4, op, ": qkv must have 4 dimensions (B, C, H, W), got shape ",
                     shape_text(qkv));
-    EFFATTN_REQUIRE(head_dim > 0 && head_dim <= cpu::kMaxDim, op, ": head_dim must be in 1 to ", cpu::kMaxDim, ", got ",
-                    head_dim);
+    EFFATTN_REQUIRE(head_dim > 0 && head_dim <= cpu::kMaxDim, op, ": head_dim must be in 1 to ", cpu::kMaxDim,
+                    ", got ", head_dim);
     const int64_t channels = qkv.size(1);
-    EFFATTN_REQUIRE(channels % (3 * head_dim) == 0, op, ": qkv must have a multiple of 3 * head_dim = ",
-                    3 * head_dim, " channels, got ", channels);
+    EFFATTN_REQUIRE(channels % (3 * head_dim) == 0, op,
+                    ": qkv must have a multiple of 3 * head_dim = ", 3 * head_dim, " channels, got ",
+                    channels);
     p.batch = qkv.size(0);
     p.heads = channels / (3 * head_dim);
     p.head_dim = head_dim;
@@ -119,8 +120,8 @@ using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors>;
 // Allocates the gradients of the weights and points the problem at them.
 Gradients new_gradients(Problem& problem, const Tensor& qkv, const Weights& weights) {
   Gradients all;
-  std::get<0>(all) = new_image(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)},
-                               problem.sizes.grad_qkv);
+  std::get<0>(all) =
+      new_image(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, problem.sizes.grad_qkv);
   const auto allocate = [&](const Tensors& like, Tensors& into, float* cpu::ScaleWeights<float>::* member) {
     for (size_t s = 0; s < like.size(); ++s) {
       const auto sizes = like[s].sizes();

@@ -63,7 +63,8 @@ def multi_scale_linear_attention(
     scales = multi_scale_aggregation(qkv.to(at_least), dw_weights, pw_weights, dw_biases, pw_biases, head_dim)
     batch, channels, height, width = scales.shape
     heads = scales.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width).mT
-    out = relu_linear_attention(*heads.chunk(3, dim=-1), eps)
+    q, k, v = heads.chunk(3, dim=-1)
+    out = relu_linear_attention(q, k, v, eps)
     return out.mT.reshape(batch, channels // 3, height, width).to(qkv.dtype)
 
 
@@ -73,17 +74,17 @@ def _unavailable() -> str | None:
 
 def _reasons(op: str, device: str, dtype: torch.dtype) -> list[str]:
     reasons = []
-    if op not in _FUNCTIONS:
+    if op not in FUNCTIONS:
         reasons.append(f"has no {op}")
     if dtype not in DTYPES:
         reasons.append(f"takes float64, float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
     return reasons
 
 
-_FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "relu_linear_attention": relu_linear_attention,
     "multi_scale_aggregation": multi_scale_aggregation,
     "multi_scale_linear_attention": multi_scale_linear_attention,
 }
 
-BACKEND = Backend("reference", _unavailable, _reasons, _FUNCTIONS)
+BACKEND = Backend("reference", _unavailable, _reasons, FUNCTIONS)

@@ -47,24 +47,27 @@ def multi_scale_linear_attention(
 def _call(name: str, qkv: torch.Tensor, weights: tuple[Tensors, ...], options: tuple[Any, ...]) -> torch.Tensor:
     compiling = torch.compiler.is_compiling()
     function = (registry.find if compiling else registry.choose)(name, qkv.device, qkv.dtype).functions[name]
-    if not isinstance(function, Fused):
-        _check(qkv, *weights, *options)
+    if not isinstance(function, Fused):  # the reference
+        _check(qkv, weights, *options)
         return function(qkv, *weights, *options)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return reference.BACKEND.functions[name](qkv, *weights, *options)
-    weights = tuple([w if w.dtype == torch.float32 else w.float() for w in part] for part in weights)
+        return reference.FUNCTIONS[name](qkv, *weights, *options)
+    if qkv.dtype != torch.float32:
+        weights = tuple([w.float() if w.dtype == qkv.dtype else w for w in part] for part in weights)
     if torch.is_grad_enabled() and (qkv.requires_grad or any(w.requires_grad for part in weights for w in part)):
         out = function.forward(qkv, *weights, *options)
         return out if isinstance(out, torch.Tensor) else out[0]
     return function.inference(qkv, *weights, *options)
 
 
-def _check(
-    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float = 0.0
-) -> None:
+def _check(qkv: torch.Tensor, weights: tuple[Tensors, ...], head_dim: int, eps: float = 0.0) -> None:
     """Raises RuntimeError where the compiled operators would; effattn.functional says it in better words."""
+    dw, pw, dw_biases, pw_biases = weights
     torch._check(qkv.dim() == 4, lambda: "qkv must have 4 dimensions (B, C, H, W)")
     torch._check(head_dim > 0, lambda: "head_dim must be positive")
+    for weight in (*dw, *pw, *dw_biases, *pw_biases):
+        torch._check(weight.device == qkv.device, lambda: "weights must be on qkv's device")
+        torch._check(weight.dtype in (qkv.dtype, torch.float32), lambda: "weights must be float32 or of qkv's dtype")
     channels = qkv.shape[1]
     torch._check(channels % (3 * head_dim) == 0, lambda: "qkv must have a multiple of 3 * head_dim channels")
     torch._check(len(pw) == len(dw), lambda: "pw_weights must have as many tensors as dw_weights")
@@ -90,14 +93,14 @@ def _check(
 def _fake_aggregation(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int
 ) -> torch.Tensor:
-    _check(qkv, dw, pw, dw_biases, pw_biases, head_dim)
+    _check(qkv, (dw, pw, dw_biases, pw_biases), head_dim)
     return empty_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]))
 
 
 def _fake_attention(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
 ) -> torch.Tensor:
-    _check(qkv, dw, pw, dw_biases, pw_biases, head_dim, eps)
+    _check(qkv, (dw, pw, dw_biases, pw_biases), head_dim, eps)
     return empty_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // 3), *qkv.shape[2:]))
 
 
@@ -129,7 +132,7 @@ def _save(name: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     qkv, *weights = inputs[:5]
     ctx.lengths = [len(part) for part in weights]
     ctx.options = inputs[5:]
-    extra = ()
+    extra: tuple[torch.Tensor, ...] = ()
     if name == ATTENTION:
         extra = (output[1],)
         ctx.mark_non_differentiable(output[1])
@@ -157,7 +160,7 @@ def _differentiable_backward(
 ) -> tuple[Any, ...]:
     """The gradients by way of the reference, which has derivatives of every order."""
     inputs = [t for t in (qkv, *(w for part in weights for w in part)) if t.requires_grad]
-    out = reference.BACKEND.functions[name](qkv, *weights, *options)
+    out = reference.FUNCTIONS[name](qkv, *weights, *options)
     grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
     found = [next(grads) if t.requires_grad else None for t in (qkv, *(w for part in weights for w in part))]
     parts: list[Any] = [found.pop(0)]

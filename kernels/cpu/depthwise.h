@@ -6,8 +6,8 @@
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-// Rows of one channel with zeros around them. Column x of the image stands at data[row * stride + border + x];
-// whole vectors may be read from any of k neighbouring columns on.
+// Rows of one channel with zeros around them. Column x of the image stands at data[row * stride + border +
+// x]; whole vectors may be read from any of k neighbouring columns on.
 struct PaddedRows {
   float* data;
   int64_t border, stride;
@@ -39,8 +39,8 @@ struct PaddedRows {
   }
 };
 
-// out[y][x] = start + sum_ij weights[i][j] in[y + i][x + j] for R rows and V vectors of columns; `start` is the
-// bias, or with Add what stands there. A row that is loaded serves all the results that it has a part in.
+// out[y][x] = start + sum_ij weights[i][j] in[y + i][x + j] for R rows and V vectors of columns; `start` is
+// the bias, or with Add what stands there. A row that is loaded serves all the results that it has a part in.
 template <int K, int R, int V, bool Add>
 __attribute__((noinline)) void depthwise_block(float* out, int64_t out_stride, const float* in,
                                                int64_t in_stride, const float* weights, float bias,
@@ -184,7 +184,8 @@ inline void depthwise_weight_any(int64_t kernel, int64_t rows, Vec* sums, const 
       Vec acc = {};
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t x = 0; x < width; x += kLanes) {
-          acc += load_first(grad + row * grad_stride + x, width - x) * load(in + (row + i) * in_stride + x + j);
+          acc +=
+              load_first(grad + row * grad_stride + x, width - x) * load(in + (row + i) * in_stride + x + j);
         }
       }
       sums[i * kernel + j] += acc;

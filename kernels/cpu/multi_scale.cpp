@@ -1,9 +1,9 @@
 // The schedules of multi-scale aggregation and attention: which group goes through which passes, where.
 //
-// Forward, each head of each scale is a group of linear attention: its keys and values are aggregated strip by
-// strip for the sums, its queries for the output, so each channel is aggregated once and nothing is kept or
-// computed again. Backward, a thread takes a head with all its scales, since their gradients meet in the same
-// channels of qkv; it aggregates again what the forward pass did not keep.
+// Forward, each head of each scale is a group of linear attention: its keys and values are aggregated strip
+// by strip for the sums, its queries for the output, so each channel is aggregated once and nothing is kept
+// or computed again. Backward, a thread takes a head with all its scales, since their gradients meet in the
+// same channels of qkv; it aggregates again what the forward pass did not keep.
 #include "multi_scale.h"
 
 #include "schedule.h"
@@ -55,7 +55,9 @@ bool is_plane(const MultiScale& p, const Image& image) {
   return p.dtype == DType::kFloat32 && image.token_stride == 1;
 }
 
-Operand operand(const Plane<float>& plane, int64_t token) { return {plane.data + token, nullptr, 1, plane.stride}; }
+Operand operand(const Plane<float>& plane, int64_t token) {
+  return {plane.data + token, nullptr, 1, plane.stride};
+}
 
 // What stays the same for a call, whichever the thread.
 struct Call {
@@ -134,8 +136,9 @@ struct Worker {
   void convolve(int scale, int64_t group, const Plane<const float>& in, int64_t first, int64_t strip_rows,
                 const Plane<float>& to) const {
     const MultiScale& p = call.p;
-    call.passes.depthwise(p, p.kernels[scale], of_group(p.weights[scale], p.kernels[scale], p.head_dim, group),
-                          first, strip_rows, in, to, pass_memory);
+    call.passes.depthwise(p, p.kernels[scale],
+                          of_group(p.weights[scale], p.kernels[scale], p.head_dim, group), first, strip_rows,
+                          in, to, pass_memory);
   }
   void mix(int scale, int64_t group, int64_t tokens, const Plane<float>& from, const Plane<float>& to) const {
     const MultiScale& p = call.p;
@@ -186,7 +189,8 @@ class WeightGradients {
       parts[i++] = wanted == nullptr ? nullptr : at;
       at += count;
     });
-    return of_group(ScaleWeights<float>{parts[0], parts[1], parts[2], parts[3]}, p_.kernels[scale], p_.head_dim, group);
+    return of_group(ScaleWeights<float>{parts[0], parts[1], parts[2], parts[3]}, p_.kernels[scale],
+                    p_.head_dim, group);
   }
 
   // Adds up the images in order, into the gradients that the problem asks for.
@@ -227,19 +231,21 @@ MultiScalePlan plan(const MultiScale& p, Isa) {
   MultiScalePlan plan;
   plan.rows = call.rows;
   plan.scratch_floats = Worker::floats(call) + 2 * call.tile_floats();
-  plan.scratch_floats_backward =
-      Worker::floats(call) + 5 * call.tile_floats() + 10 * p.head_dim * call.plane_stride() + 2 * call.sums_size();
+  plan.scratch_floats_backward = Worker::floats(call) + 5 * call.tile_floats() +
+                                 10 * p.head_dim * call.plane_stride() + 2 * call.sums_size();
   plan.flops_aggregation = 2 * p.batch * aggregation_work(p, 3 * p.heads * p.head_dim);
   return plan;
 }
 
-// --- aggregation alone --------------------------------------------------------------------------------------
+// --- aggregation alone
+// --------------------------------------------------------------------------------------
 
 void aggregate(const MultiScale& p, const Parallel& parallel) {
   const int64_t groups = 3 * p.heads, units = p.batch * (1 + p.scales) * groups;
   if (units * p.tokens() * p.head_dim == 0) return;
   const Call call(p);
-  const int64_t grain = larger(1, kMinWorkPerThread * groups * (1 + p.scales) / aggregation_work(p, groups * p.head_dim));
+  const int64_t grain =
+      larger(1, kMinWorkPerThread * groups * (1 + p.scales) / aggregation_work(p, groups * p.head_dim));
   parallel(units, grain, [&](int64_t begin, int64_t end) {
     Carver memory{thread_scratch(Worker::floats(call) + call.tile_floats() + 16)};
     const Worker worker(call, memory);
@@ -309,7 +315,8 @@ void aggregate_backward(const MultiScale& p, const Parallel& parallel) {
   weights.finish();
 }
 
-// --- with the attention -------------------------------------------------------------------------------------
+// --- with the attention
+// -------------------------------------------------------------------------------------
 
 namespace {
 
@@ -355,8 +362,9 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
   const ReluLinearAttentionPasses& own_passes = relu_linear_attention_passes(active_isa(), p.dtype);
   const int64_t work = aggregation_work(p, 3 * p.head_dim) / larger(1, p.scales) +
                        2 * p.tokens() * p.head_dim * (p.head_dim + 1);
-  const Schedule schedule{groups, p.tokens(), p.tokens(), call.strip, call.sums_size(),
-                          Worker::floats(call) + 2 * call.tile_floats() + 64, work};
+  const Schedule schedule{groups,     p.tokens(),       p.tokens(),
+                          call.strip, call.sums_size(), Worker::floats(call) + 2 * call.tile_floats() + 64,
+                          work};
   // The same range of the problem of qkv's own heads.
   const auto own_range = [&](const Range& r) {
     const auto own_group = [&](int64_t g) { return g / p.all_heads() * p.heads + g % p.all_heads(); };
@@ -392,7 +400,8 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
         Carver memory{scratch};
         const Worker worker(call, memory);
         if (slot < p.heads) {
-          return own_passes.apply_queries(own.problem, own_range(r), call.tile, total, worker.attention_memory);
+          return own_passes.apply_queries(own.problem, own_range(r), call.tile, total,
+                                          worker.attention_memory);
         }
         const int scale = static_cast<int>(slot / p.heads) - 1;
         const int64_t batch = r.group / p.all_heads();
@@ -423,11 +432,14 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
     const Call call(p);
     const int64_t stride = call.plane_stride(), size = call.sums_size();
     parallel(units, 1, [&](int64_t begin, int64_t end) {
-      Carver memory{thread_scratch(Worker::floats(call) + 5 * call.tile_floats() + 10 * d * stride + 2 * size + 256)};
+      Carver memory{
+          thread_scratch(Worker::floats(call) + 5 * call.tile_floats() + 10 * d * stride + 2 * size + 256)};
       const Worker worker(call, memory);
       const auto tile = [&] { return Plane<float>{memory.floats(call.tile_floats()), call.strip_stride}; };
       const Plane<float> mixed_v = tile(), a = tile(), b = tile(), grad_a = tile(), grad_b = tile();
-      const auto plane = [&](int64_t channels) { return Plane<float>{memory.floats(channels * stride), stride}; };
+      const auto plane = [&](int64_t channels) {
+        return Plane<float>{memory.floats(channels * stride), stride};
+      };
       const Plane<float> own_input = plane(3 * d), own_grad_in = plane(3 * d), grad_mixed = plane(3 * d),
                          own_grad_out = plane(d);
       float* const grad_sums = memory.floats(size);
@@ -455,8 +467,8 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
           const Plane<float> grad_out =
               in_float(channels_from(p, p.grad_out, batch, out_head * d), d, own_grad_out);
           const int s = slot - 1;
-          const auto backward_through = [&](int64_t i, int64_t token, int64_t tokens, const Plane<float>& mixed,
-                                            const Plane<float>& grad) {
+          const auto backward_through = [&](int64_t i, int64_t token, int64_t tokens,
+                                            const Plane<float>& mixed, const Plane<float>& grad) {
             const int64_t group = 3 * head + i;
             call.passes.pointwise_backward(
                 p, of_group(p.weights[s], p.kernels[s], d, group), weights.of(batch, s, group), tokens,
@@ -513,10 +525,10 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
           for (int64_t i = 0; i < 3 && slot > 0; ++i) {
             const int64_t group = 3 * head + i;
             const Plane<float> from = part_of(in, i), grads = part_of(grad_mixed, i);
-            call.passes.depthwise_backward(p, p.kernels[s], call.rows,
-                                           of_group(p.weights[s], p.kernels[s], d, group),
-                                           weights.of(batch, s, group), {from.data, from.stride},
-                                           {grads.data, grads.stride}, part_of(grad_in, i), worker.pass_memory);
+            call.passes.depthwise_backward(
+                p, p.kernels[s], call.rows, of_group(p.weights[s], p.kernels[s], d, group),
+                weights.of(batch, s, group), {from.data, from.stride}, {grads.data, grads.stride},
+                part_of(grad_in, i), worker.pass_memory);
           }
         }
         if (!is_plane(p, to)) call.passes.store(p.dtype, to, 0, p.tokens(), 3 * d, grad_in);

@@ -41,10 +41,10 @@ struct MultiScale {
   int64_t kernels[kMaxScales];
   ScaleWeights<const float> weights[kMaxScales];
   Image qkv;
-  Image out;                                         // forward
-  Image grad_out, grad_qkv;                          // backward; grad_out is read only
-  ScaleWeights<float> gradients[kMaxScales];         // backward
-  float eps;                                         // of the attention
+  Image out;                                  // forward
+  Image grad_out, grad_qkv;                   // backward; grad_out is read only
+  ScaleWeights<float> gradients[kMaxScales];  // backward
+  float eps;                                  // of the attention
 
   int64_t tokens() const { return height * width; }
   int64_t all_heads() const { return (1 + scales) * heads; }
@@ -84,8 +84,8 @@ struct MultiScalePasses {
   void (*load)(DType, const Image&, int64_t token, int64_t tokens, int64_t channels, const Plane<float>& to);
   void (*store)(DType, const Image&, int64_t token, int64_t tokens, int64_t channels,
                 const Plane<float>& from);
-  // mixed: `rows` rows from row `first` on of the convolution of `in`, which begins at the image's first token.
-  // scale: the weights of the group.
+  // mixed: `rows` rows from row `first` on of the convolution of `in`, which begins at the image's first
+  // token. scale: the weights of the group.
   void (*depthwise)(const MultiScale&, int64_t kernel, const ScaleWeights<const float>& scale, int64_t first,
                     int64_t rows, const Plane<const float>& in, const Plane<float>& mixed, float* scratch);
   // out = pointwise * mixed + bias
@@ -105,9 +105,9 @@ struct MultiScalePasses {
 
 const MultiScalePasses& multi_scale_passes(Isa isa);
 
-#define EFFATTN_ROW(name, lanes)                  \
-  namespace name {                                \
-  const MultiScalePasses& multi_scale_passes();   \
+#define EFFATTN_ROW(name, lanes)                \
+  namespace name {                              \
+  const MultiScalePasses& multi_scale_passes(); \
   }
 EFFATTN_ISA_LIST(EFFATTN_ROW)
 #undef EFFATTN_ROW

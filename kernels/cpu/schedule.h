@@ -5,8 +5,8 @@
 // thread count.
 #pragma once
 
-#include "working_memory.h"
 #include "relu_linear_attention.h"
+#include "working_memory.h"
 
 namespace effattn::cpu {
 
