@@ -6,7 +6,7 @@ effattn.accelerate(model)
 
 import warnings as _warnings
 
-from effattn import _library
+from effattn import _library, nn
 from effattn.functional import multi_scale_aggregation, multi_scale_linear_attention, relu_linear_attention
 from effattn.integrations import Report, accelerate, restore
 from effattn.registry import backends, use_backend
@@ -19,6 +19,7 @@ __all__ = [
     "backends",
     "multi_scale_aggregation",
     "multi_scale_linear_attention",
+    "nn",
     "relu_linear_attention",
     "restore",
     "use_backend",

@@ -24,10 +24,11 @@ ALLOWED = {
     "registry": {"backends"},
     "ops": {"registry", "backends", "_library"},
     "functional": {"ops"},
-    "integrations": {"functional"},
-    "testing": {"backends"},
+    "nn": {"functional"},
+    "integrations": {"nn"},
+    "testing": {"backends", "registry"},
     "__main__": {"registry", "_library", "__init__"},
-    "__init__": {"_library", "functional", "integrations", "registry"},
+    "__init__": {"_library", "functional", "integrations", "nn", "registry"},
 }
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from effattn.integrations import lite_mla
+from effattn.nn import LiteMLA
 
 # Class name of the original -> (why this one cannot be replaced or None, the class that replaces it).
 _KNOWN: dict[str, tuple[Callable[[nn.Module], str | None], type[nn.Module]]] = {
-    "LiteMLA": (lite_mla.why_not, lite_mla.AcceleratedLiteMLA),
+    "LiteMLA": (lite_mla.why_not, LiteMLA),
 }
 
 # Where a replaced module keeps its original class.
@@ -58,8 +59,9 @@ def accelerate(model: nn.Module) -> Report:
     """Replaces, in place, every module of ``model`` that effattn knows.
 
     Known are the ``LiteMLA`` of timm (efficientvit_b*, efficientvit_l*) and of the official EfficientViT
-    repository: their attention runs through :func:`effattn.relu_linear_attention`. Works in training and
-    in evaluation, before or after loading weights. :func:`restore` undoes it.
+    repository, which become :class:`effattn.nn.LiteMLA`. Works in training and in evaluation, before or after
+    loading weights. Hooks of a replaced module run as before; its parts are not called any more, so a module
+    whose parts have hooks is left alone. :func:`restore` undoes it.
 
     Args:
         model: any module; it may itself be one of the known ones.
@@ -79,7 +81,7 @@ def accelerate(model: nn.Module) -> Report:
             report.left_alone.append(Entry(name, _path(module.__dict__[_ORIGINAL]), "accelerated already"))
         elif cls.__name__ in _KNOWN:
             why_not, replacement = _KNOWN[cls.__name__]
-            reason = why_not(module)
+            reason = "effattn's own" if cls is replacement else why_not(module)
             if reason is not None:
                 report.left_alone.append(Entry(name, _path(cls), reason))
                 continue
@@ -104,6 +106,7 @@ def restore(model: nn.Module) -> int:
         original = module.__dict__.pop(_ORIGINAL, None)
         if original is not None:
             module.__class__ = original
+            module.__dict__.pop("_effattn_folded", None)
             count += 1
     return count
 

@@ -1,15 +1,9 @@
-"""LiteMLA, the multi-scale linear attention module of EfficientViT (MIT).
-
-timm and the official repository build it alike: ``qkv`` (1x1 convolution), ``aggreg`` (a depthwise and a
-grouped 1x1 convolution a scale), ReLU linear attention over the heads of all scales, ``proj``.
-"""
+"""What makes a LiteMLA of timm or of the official repository one that :class:`effattn.nn.LiteMLA` can replace."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-
-from effattn.functional import relu_linear_attention
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -21,18 +15,39 @@ def why_not(module: nn.Module) -> str | None:
         return "it is scripted"
     if not isinstance(module.kernel_func, nn.ReLU):
         return f"its kernel function is {type(module.kernel_func).__name__}, not ReLU"
-    return None
+    return _why_not_aggregation(module)
 
 
-class AcceleratedLiteMLA(nn.Module):
-    """A LiteMLA whose attention is one fused operator; made by ``accelerate``, never constructed."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C_out, H, W)."""
-        batch, _, height, width = x.shape
-        qkv = self.qkv(x)
-        scales = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
-        # Heads of all scales: (B, heads, 3 D, N), tokens contiguous, which the operator reads as it lies.
-        heads = scales.reshape(batch, -1, 3 * self.dim, height * width).transpose(-1, -2)
-        out = relu_linear_attention(*heads.chunk(3, dim=-1), eps=self.eps)
-        return self.proj(out.transpose(-1, -2).reshape(batch, -1, height, width))
+def _why_not_aggregation(module: nn.Module) -> str | None:
+    for i, pair in enumerate(module.aggreg):
+        at = f"aggreg.{i}"
+        if not isinstance(pair, nn.Sequential) or len(pair) != 2 or any(type(conv) is not nn.Conv2d for conv in pair):
+            return f"{at} is not a pair of convolutions"
+        depthwise, pointwise = pair
+        channels, kernel = depthwise.in_channels, depthwise.kernel_size[0]
+        if channels % (3 * module.dim) != 0:
+            return f"{at} has {channels} channels, not a multiple of 3 * dim = {3 * module.dim}"
+        fits = (
+            depthwise.out_channels == depthwise.groups == channels
+            and depthwise.kernel_size == (kernel, kernel)
+            and kernel % 2 == 1
+            and depthwise.padding in ((kernel // 2, kernel // 2), "same")
+            and depthwise.padding_mode == "zeros"
+            and depthwise.stride == depthwise.dilation == (1, 1)
+        )
+        if not fits:
+            return f"{at}.0 is not a depthwise convolution of an odd kernel that keeps the size"
+        fits = (
+            pointwise.in_channels == pointwise.out_channels == channels
+            and pointwise.groups == channels // module.dim
+            and pointwise.kernel_size == pointwise.stride == (1, 1)
+            and pointwise.padding in ((0, 0), "same", "valid")
+        )
+        if not fits:
+            return f"{at}.1 is not a 1x1 convolution in groups of dim = {module.dim} channels"
+    hooked = [
+        name
+        for name, part in module.named_modules()
+        if name and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
+    ]
+    return f"its parts have hooks, which would not run: {', '.join(hooked)}" if hooked else None
