@@ -50,11 +50,11 @@ class LiteMLA(nn.Module):
         heads_ratio: float = 1.0,
         dim: int = 8,
         use_bias: bool | tuple[bool, bool] = False,
-        norm_layer: type[nn.Module] | None | tuple[type[nn.Module] | None, type[nn.Module] | None] = (
+        norm_layer: type[nn.Module] | tuple[type[nn.Module] | None, type[nn.Module] | None] | None = (
             None,
             nn.BatchNorm2d,
         ),
-        act_layer: type[nn.Module] | None | tuple[type[nn.Module] | None, type[nn.Module] | None] = (None, None),
+        act_layer: type[nn.Module] | tuple[type[nn.Module] | None, type[nn.Module] | None] | None = (None, None),
         scales: Sequence[int] = (5,),
         eps: float = 1e-15,
     ) -> None:
@@ -71,9 +71,7 @@ class LiteMLA(nn.Module):
         for scale in scales:
             if scale < 1 or scale % 2 == 0:
                 raise ValueError(f"scales: expected odd kernel sizes, got {tuple(scales)}")
-        biases, norms, acts = (
-            each if isinstance(each, tuple) else (each, each) for each in (use_bias, norm_layer, act_layer)
-        )
+        biases, norms, acts = _both(use_bias), _both(norm_layer), _both(act_layer)
         total = heads * dim
         self.dim, self.eps = dim, eps
         self.qkv = _ConvNormAct(in_channels, 3 * total, biases[0], norms[0], acts[0])
@@ -121,6 +119,7 @@ class LiteMLA(nn.Module):
         if torch.compiler.is_compiling():
             return fold_batch_norm(conv, norm)
         sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        sources.append(norm.num_batches_tracked)  # counts, which batch_norm does not, when it moves the statistics
         try:
             state = (norm.eps, *((None if t is None else (t.data_ptr(), t._version, t.dtype)) for t in sources))
         except RuntimeError:  # inference tensors count no versions
@@ -154,6 +153,10 @@ class _ConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+def _both(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
 def _biases(convolutions: Sequence[Any]) -> list[torch.Tensor] | None:
     """One a convolution, zeros for those that have none; None if none has one."""
     if all(conv.bias is None for conv in convolutions):
@@ -164,7 +167,8 @@ def _biases(convolutions: Sequence[Any]) -> list[torch.Tensor] | None:
 def _is_projection(part: nn.Module) -> bool:
     conv, dropout = getattr(part, "conv", None), getattr(part, "dropout", None)
     return (
-        type(conv) is nn.Conv2d
+        isinstance(conv, nn.Conv2d)
+        and type(conv) is nn.Conv2d  # not one that computes something else
         and conv.kernel_size == conv.stride == (1, 1)
         and conv.padding in ((0, 0), "valid", "same")
         and conv.groups == 1
@@ -210,7 +214,8 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     matrix = weight.flatten(1)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
-    if not x.is_contiguous() or (batch != 1 and torch.is_grad_enabled()) or x.numel() == 0:
+    grad = torch.is_grad_enabled()
+    if x.numel() > 0 and (not x.is_contiguous() or (batch != 1 and grad)):
         return functional.conv2d(x, weight, bias)
     if batch == 1:
         tokens = x.reshape(channels, height * width)
@@ -219,5 +224,5 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
         tokens = x.reshape(batch, channels, height * width)
         out = torch.matmul(matrix, tokens)
         if bias is not None:
-            out.add_(bias.unsqueeze(-1))  # no gradients here
-    return out.reshape(batch, -1, height, width)
+            out = out + bias.unsqueeze(-1) if grad else out.add_(bias.unsqueeze(-1))
+    return out.reshape(batch, len(weight), height, width)

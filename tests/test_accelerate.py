@@ -15,6 +15,20 @@ from effattn.testing import import_timm, randomise_batch_norm
 timm = import_timm()
 
 
+class ConvLayer(nn.Module):
+    """The official repository's: what is not there is None."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: bool) -> None:
+        super().__init__()
+        self.dropout, self.act = None, None
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels) if norm else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x)
+
+
 class LiteMLA(nn.Module):
     """A module of the official repository's structure: names of parts, channel-major math, eps 1e-15."""
 
@@ -23,7 +37,7 @@ class LiteMLA(nn.Module):
         heads = channels // dim
         total = heads * dim
         self.dim, self.eps = dim, 1e-15
-        self.qkv = nn.Sequential(nn.Conv2d(channels, 3 * total, 1, bias=False))
+        self.qkv = ConvLayer(channels, 3 * total, norm=False)
         self.aggreg = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(3 * total, 3 * total, k, padding=k // 2, groups=3 * total, bias=False),
@@ -32,9 +46,7 @@ class LiteMLA(nn.Module):
             for k in scales
         )
         self.kernel_func = kernel_func or nn.ReLU()
-        self.proj = nn.Sequential(
-            nn.Conv2d(total * (1 + len(scales)), channels, 1, bias=False), nn.BatchNorm2d(channels)
-        )
+        self.proj = ConvLayer(total * (1 + len(scales)), channels, norm=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x)
@@ -158,16 +170,34 @@ def test_the_report_tells_what_was_left_alone_and_why():
         pass
 
     Stranger.__name__ = "LiteMLA"
-    model = nn.ModuleDict({"known": LiteMLA(), "other": LiteMLA(kernel_func=nn.GELU()), "stranger": Stranger()})
+    strided, hooked, mixed = LiteMLA(), LiteMLA(), LiteMLA()
+    strided.aggreg[0][0].stride = (2, 2)
+    hooked.proj.conv.register_forward_hook(lambda *_: None)
+    mixed.dim = 16
+    model = nn.ModuleDict(
+        {
+            "known": LiteMLA(),
+            "other": LiteMLA(kernel_func=nn.GELU()),
+            "stranger": Stranger(),
+            "strided": strided,
+            "hooked": hooked,
+            "mixed": mixed,
+            "ours": effattn.nn.LiteMLA(32, 32),
+        }
+    )
     report = effattn.accelerate(model)
     assert [entry.module for entry in report.replaced] == ["known"]
     reasons = {entry.module: entry.detail for entry in report.left_alone}
     assert reasons == {
         "other": "its kernel function is GELU, not ReLU",
         "stranger": "it has no qkv, aggreg, proj, kernel_func, dim, eps",
+        "strided": "aggreg.0.0 is not a depthwise convolution of an odd kernel that keeps the size",
+        "hooked": "its parts have hooks, which would not run: proj.conv",
+        "mixed": "aggreg.0.1 is not a 1x1 convolution in groups of dim = 16 channels",
+        "ours": "effattn's own",
     }
     text = str(report)
-    assert "1 replaced, 2 left alone" in text and "known" in text and "GELU" in text
+    assert "1 replaced, 6 left alone" in text and "known" in text and "GELU" in text
     again = effattn.accelerate(model)
     assert not again.replaced and again.left_alone[0].detail == "accelerated already"
 

@@ -1,0 +1,337 @@
+"""effattn.nn: the modules of timm, their state dicts and their answers; folded weights that are never stale."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+import effattn
+from effattn.nn import LiteMLA, fold_batch_norm, pointwise_convolution
+from effattn.testing import import_timm, randomise_batch_norm
+
+import_timm()
+from timm.models import efficientvit_mit  # noqa: E402  (after the import that makes it loadable)
+
+OPTIONS = {
+    "plain": {},
+    "dim 16": {"dim": 16, "heads_ratio": 0.5},
+    "biases": {"use_bias": (True, True)},
+    "three scales": {"scales": (3, 5, 7)},
+    "no scale": {"scales": ()},
+    "norm and act": {"norm_layer": (nn.BatchNorm2d, nn.BatchNorm2d), "act_layer": (nn.Hardswish, nn.ReLU6)},
+    "group norm": {"norm_layer": (None, lambda num_features, **_: nn.GroupNorm(4, num_features)), "eps": 1e-5},
+}
+
+
+def pair(name="plain", seed=0):
+    """timm's module and ours with its state dict."""
+    options = {"norm_layer": (None, nn.BatchNorm2d), "eps": 1e-15, **OPTIONS[name]}
+    torch.manual_seed(seed)
+    stock = efficientvit_mit.LiteMLA(32, 40, **options)
+    if name == "group norm":
+        options["norm_layer"] = (None, lambda channels: nn.GroupNorm(4, channels))
+    ours = LiteMLA(32, 40, **options)
+    randomise_batch_norm(stock, seed)
+    ours.load_state_dict(stock.state_dict())
+    return stock.eval(), ours.eval()
+
+
+def attention_in_its_dtype(self, q, k, v):
+    """timm's, without the cast to float32."""
+    out = q @ (k.transpose(-1, -2) @ v)
+    return out[..., :-1] / (out[..., -1:] + self.eps)
+
+
+def image(batch=2, size=9, memory_format=torch.contiguous_format):
+    torch.manual_seed(1)
+    return torch.randn(batch, 32, size, size + 2).to(memory_format=memory_format)
+
+
+def close(a, b, scale=1e-5):
+    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_evaluation(name, batch, memory_format):
+    stock, ours = pair(name)
+    x = image(batch, memory_format=memory_format)
+    with torch.no_grad():
+        expected, out = stock(x), ours(x)
+    close(out, expected)
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients(name, batch, training, memory_format):
+    """In float64, so that nothing but the formula is compared; and statistics move alike."""
+    stock, ours = pair(name)
+    stock._attn = MethodType(attention_in_its_dtype, stock)
+    results = []
+    for module in (stock, ours):
+        module.double().train(training)
+        x = image(batch, memory_format=memory_format).double().requires_grad_()
+        out = module(x)
+        grads = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+        results.append([out, *grads, *module.buffers()])
+    for theirs, mine in zip(*results, strict=True):
+        close(mine.double(), theirs.double(), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "biases"])
+def test_training_on_the_kernels(name):
+    """About as near to float64 as timm's own; the bounds of the kernels themselves stand in their own tests."""
+    stock, ours = pair(name)
+    results = []
+    for module in (copy.deepcopy(ours).double(), stock, ours):
+        module.train()
+        x = image().to(next(module.parameters()).dtype).requires_grad_()
+        results.append(torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()]))
+    for truth, theirs, mine in zip(*results, strict=True):
+        assert (mine - truth).norm() <= 3 * (theirs - truth).norm() + 1e-4
+
+
+def test_timm_modules_load_our_state_dict_too():
+    stock, ours = pair("biases")
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    stock.load_state_dict(ours.state_dict())
+
+
+# --- folded weights ---------------------------------------------------------------------------------------
+
+
+def by_state_dict(module):
+    module.load_state_dict(pair(seed=5)[1].state_dict())
+
+
+def by_assignment(module):
+    module.load_state_dict(pair(seed=5)[1].state_dict(), assign=True)
+
+
+def by_an_optimiser(module):
+    out = module(image())
+    out.square().mean().backward()
+    torch.optim.SGD(module.parameters(), lr=0.5).step()
+
+
+def by_a_change_of_mode(module):
+    """Even what torch does not count, since weights are mostly changed in training."""
+    module.train()
+    module.proj.norm.running_mean.data.add_(1.0)
+    module.eval()
+
+
+def by_statistics(module):
+    module.train()
+    with torch.no_grad():
+        module(image() * 3)
+    module.eval()
+
+
+def by_the_norm_alone(module):
+    module.proj.norm.train()
+    with torch.no_grad():
+        module(image() * 3)
+    module.proj.norm.eval()
+
+
+def in_place(module):
+    with torch.no_grad():
+        module.proj.norm.weight.mul_(2.0)
+
+
+def by_a_new_parameter(module):
+    module.proj.norm.bias = nn.Parameter(torch.ones(40))
+
+
+def by_eps(module):
+    module.proj.norm.eps = 0.5
+
+
+def by_conversion(module):
+    module.double().float()
+    with torch.no_grad():
+        module.proj.conv.weight.mul_(2.0)
+
+
+CHANGES = [
+    by_state_dict,
+    by_assignment,
+    by_an_optimiser,
+    by_a_change_of_mode,
+    by_statistics,
+    by_the_norm_alone,
+    in_place,
+    by_a_new_parameter,
+    by_eps,
+    by_conversion,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_folded_weights_are_never_stale(change):
+    stock, ours = pair()
+    x = image()
+    with torch.no_grad():
+        before = ours(x)
+        assert ours.__dict__["_effattn_folded"], "nothing was kept, so nothing can be stale"
+    change(ours)
+    with torch.no_grad():
+        out = ours(x)
+        stock.load_state_dict(ours.state_dict())
+        stock.proj.norm.eps = ours.proj.norm.eps
+        close(out, stock(x))
+    assert not torch.allclose(out, before, rtol=1e-3)
+
+
+def test_conversion_to_a_narrow_type_after_a_call():
+    _, ours = pair()
+    x = image()
+    with torch.no_grad():
+        expected = ours(x)
+        out = ours.bfloat16()(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    close(out.float(), expected, 5e-2)
+
+
+def test_weights_are_folded_once():
+    _, ours = pair()
+    with torch.no_grad():
+        ours(image())
+        kept = ours.__dict__["_effattn_folded"]["proj"][1][0]
+        ours(image())
+        assert ours.__dict__["_effattn_folded"]["proj"][1][0] is kept
+
+
+def test_gradients_reach_the_weights_behind_a_folded_call():
+    _, ours = pair()
+    with torch.no_grad():
+        ours(image())
+    ours(image()).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+
+
+def test_inference_mode_and_inference_tensors():
+    stock, ours = pair()
+    with torch.inference_mode():
+        close(ours(image()), stock(image()))
+        ours.load_state_dict({k: v.clone() for k, v in stock.state_dict().items()}, assign=True)
+        close(ours(image()), stock(image()))
+
+
+def test_copies_and_pickles_carry_no_folded_weights():
+    _, ours = pair()
+    with torch.no_grad():
+        expected = ours(image())
+        for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert "_effattn_folded" not in twin.__dict__
+            assert torch.equal(twin(image()), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_fold_batch_norm(bias, affine):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(6, 5, 1, bias=bias).double(), nn.BatchNorm2d(5, affine=affine).double()
+    randomise_batch_norm(norm)
+    norm.eval()
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(nn.functional.conv2d(x, *fold_batch_norm(conv, norm)), norm(conv(x)))
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(5.0)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("size", [(1, 6, 3, 4), (2, 6, 3, 4), (0, 6, 3, 4), (2, 6, 1, 1), (1, 6, 0, 4)], ids=str)
+@pytest.mark.parametrize("change", ["nchw", "channels_last", "slice"])
+def test_pointwise_convolution(size, change, grad, bias):
+    torch.manual_seed(0)
+    x = torch.randn(size)
+    if change == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif change == "slice":
+        x = torch.randn(size[0], 8, *size[2:])[:, 1:7]
+    weight = torch.randn(5, 6, 1, 1)
+    with torch.set_grad_enabled(grad):
+        out = pointwise_convolution(x, weight, bias)
+    torch.testing.assert_close(out, nn.functional.conv2d(x, weight, bias) if x.numel() else x.new_empty(out.shape))
+    assert out.shape == (size[0], 5, *size[2:])
+
+
+# --- torch ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_autocast(training, dtype):
+    stock, ours = pair()
+    x = image()
+    truth = copy.deepcopy(stock).double().train(training)(x.double())
+    with torch.autocast("cpu", dtype=dtype):
+        expected, out = stock.train(training)(x), ours.train(training)(x)
+    assert out.dtype == expected.dtype
+    assert (out.double() - truth).norm() <= 1.1 * (expected.double() - truth).norm()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile_fullgraph(training):
+    _, ours = pair()
+    ours.train(training)
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True)
+    with torch.set_grad_enabled(training):
+        expected, out = ours(image()), compiled(image())
+    close(out, expected)
+    if training:
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for theirs, mine in zip(ours.parameters(), compiled.parameters(), strict=True):
+            close(mine.grad, theirs.grad, 1e-4)
+
+
+def test_compiled_weights_are_not_stale_either():
+    _, ours = pair()
+    compiled = torch.compile(ours, fullgraph=True)
+    with torch.no_grad():
+        compiled(image())
+        ours.load_state_dict(pair(seed=5)[1].state_dict())
+        close(compiled(image()), ours(image()))
+
+
+def test_export():
+    _, ours = pair()
+    with torch.no_grad():
+        program = torch.export.export(ours, (image(),))
+        close(program.module()(image()), ours(image()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": (5, 4)}, r"scales: expected odd kernel sizes, got \(5, 4\)"),
+        ({"dim": 0, "heads": 1}, "dim: expected a positive number, got 0"),
+        ({"dim": 64}, "heads: expected a positive number, got 0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        LiteMLA(32, 32, **options)
+
+
+def test_an_image_of_other_channels_is_refused():
+    _, ours = pair()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        ours(torch.randn(1, 31, 5, 5))
+
+
+def test_it_is_what_accelerate_makes():
+    stock, _ = pair()
+    effattn.accelerate(stock)
+    assert type(stock) is LiteMLA
