@@ -35,7 +35,7 @@ format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	find csrc kernels -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 test-python: $(VENV)/.build $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -n auto
 
 test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitizers.py
@@ -84,7 +84,7 @@ $(VENV)/.bench: $(VENV)/.demo
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) install pytest pytest-benchmark hypothesis psutil
+	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis psutil
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.tools

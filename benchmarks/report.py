@@ -29,7 +29,7 @@ class CaseResult:
 
     @cached_property
     def ours(self) -> Row | None:
-        return next((row for row in self.rows if row.role == Role.OURS and row.milliseconds is not None), None)
+        return _fastest(row for row in self.rows if row.role == Role.OURS)
 
     @cached_property
     def best_peer(self) -> Row | None:

@@ -71,9 +71,10 @@ class Target:
     python_include: Path
     extension_suffix: str
     sanitize: str = ""
+    without: tuple[str, ...] = ()  # instruction sets to leave out
 
     @classmethod
-    def native(cls, sanitize: str = "") -> Target:
+    def native(cls, sanitize: str = "", without: tuple[str, ...] = ()) -> Target:
         torch = import_torch()
         base = Path(str(torch.__file__)).parent
         return cls(
@@ -85,6 +86,7 @@ class Target:
             python_include=Path(sysconfig.get_path("include")),
             extension_suffix=sysconfig.get_config_var("EXT_SUFFIX"),
             sanitize=sanitize,
+            without=without,
         )
 
 
@@ -107,7 +109,7 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
     import pybind11
     from ninja import ninja_syntax
 
-    isas = ISAS.get(target.architecture, _OTHER)
+    isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
     rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
@@ -209,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=Path, required=True, help="folder that receives the copy")
     parser.add_argument("--sanitize", default="", help="value for -fsanitize=")
+    parser.add_argument("--without", nargs="*", default=[], help="instruction sets to leave out")
     cross = parser.add_argument_group("cross-compiling, all or none")
     cross.add_argument("--architecture")
     cross.add_argument("--compiler")
@@ -219,10 +222,11 @@ def main() -> None:
     cross.add_argument("--tag", dest="extension_suffix")
     arguments = vars(parser.parse_args())
     folder = arguments.pop("stage")
-    given = {name: value for name, value in arguments.items() if name != "sanitize" and value is not None}
-    if given and len(given) != len(arguments) - 1:
+    sanitize, without = arguments.pop("sanitize"), tuple(arguments.pop("without"))
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if given and len(given) != len(arguments):
         parser.error("cross-compiling needs all of its options")
-    target = Target(**given, sanitize=arguments["sanitize"]) if given else Target.native(arguments["sanitize"])
+    target = Target(**given, sanitize=sanitize, without=without) if given else Target.native(sanitize, without)
     stage(target, folder)
 
 

@@ -55,6 +55,7 @@ except ModuleNotFoundError as error:
 
 MODEL = "efficientvit_b1"
 ROUNDS = {(224, 224): 15, (1024, 2048): 5}  # (height, width) -> timed rounds
+QUICK_ROUNDS = {(224, 224): 1, (256, 512): 1}  # whether it works at all
 SECONDS = 25  # no further round of a size after these: a slow machine gets fewer of them
 # The stock model stands here twice: how far it is from itself says how far the other ratio can be trusted.
 CANDIDATES: dict[str, Callable[[torch.nn.Module], object]] = {
@@ -62,7 +63,7 @@ CANDIDATES: dict[str, Callable[[torch.nn.Module], object]] = {
     "accelerated": effattn.accelerate,
     "stock again": effattn.restore,
 }
-WHOLE, MODULES, ATTENTION = PARTS = ("whole model", "LiteMLA modules", "attention alone")
+WHOLE, MODULES = PARTS = ("whole model", "LiteMLA modules")
 # Rounding differs between any two ways to sum in float32; more than this would be a bug.
 LARGEST_DIFFERENCE = 1e-5
 
@@ -105,10 +106,9 @@ def settle_batch_norm(model: torch.nn.Module, image: torch.Tensor) -> None:
 
 
 class Stopwatch:
-    """Adds up the time that one call of the model spends in its LiteMLA modules, and in their attention.
+    """Adds up the time that one call of the model spends in its LiteMLA modules.
 
-    The attention lasts from the end of the last convolution before it to the start of the one behind it,
-    in both models. Hooks stay with a module when effattn.accelerate() exchanges its class.
+    Hooks stay with a module when effattn.accelerate() exchanges its class.
     """
 
     def __init__(self, modules: list[torch.nn.Module]) -> None:
@@ -116,8 +116,6 @@ class Stopwatch:
         for module in modules:
             module.register_forward_pre_hook(self._add(MODULES, -1))
             module.register_forward_hook(self._add(MODULES, +1))
-            module.aggreg[-1].register_forward_hook(self._add(ATTENTION, -1))
-            module.proj.register_forward_pre_hook(self._add(ATTENTION, +1))
 
     def _add(self, part: str, sign: int) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -152,15 +150,15 @@ class Answers:
     """What the stock model, the accelerated one and, for a small image, the stock one in float64 say."""
 
     def __init__(self, model: torch.nn.Module, module: torch.nn.Module, image: torch.Tensor) -> None:
-        projected: list[torch.Tensor] = []
-        hook = module.proj.register_forward_pre_hook(lambda _, args: projected.append(args[0]))
+        outputs: list[torch.Tensor] = []
+        hook = module.register_forward_hook(lambda _module, _args, out: outputs.append(out))
         self.stock = model(image)
         effattn.accelerate(model)
         self.accelerated = model(image)
         effattn.restore(model)
         hook.remove()
-        #: What the attention of ``module`` hands to its projection, (C, H, W), stock and accelerated.
-        self.attention = tuple(out[0] for out in projected)
+        #: What comes out of ``module``, (C, H, W), stock and accelerated.
+        self.attention = tuple(out[0] for out in outputs)
         # Convolutions in float64 are slow: half a minute for the large image.
         self.float64 = copy.deepcopy(model).double()(image.double()) if image.numel() < 1_000_000 else None
 
@@ -214,7 +212,7 @@ def times_table(times: dict[tuple[int, int], Times]) -> Table:
                 f"{accelerated[part]:.2f}",
                 f"[bold]{stock[part] / accelerated[part]:.2f}x",
                 f"{stock[part] / again[part]:.2f}x",
-                end_section=part == ATTENTION,
+                end_section=part == PARTS[-1],
             )
     return table
 
@@ -286,8 +284,8 @@ def draw(path: Path, photograph: Image.Image, answers: Answers, times: dict[tupl
         draw_times(figure, (left, 912), f"Time of one image, {name_of(size)}", of_size)
     caption = (
         f"{MODEL}, random weights, float32, eager, {torch.get_num_threads()} CPU threads. Attention output: "
-        f"second LiteMLA, {stock.shape[0]} channels, {name_of(stock.shape[1:])} tokens; RMS over the channels, each in "
-        "units of its standard deviation."
+        f"of the second LiteMLA, {stock.shape[0]} channels, {name_of(stock.shape[1:])} tokens; RMS over the channels, "
+        "each in units of its standard deviation."
     )
     figure.text(LEFT / WIDTH, 16 / HEIGHT, caption, fontsize=11, color=FAINT)
     # No alpha and a colour map of 64 steps: two thirds of the bytes, and nothing to see of it.
@@ -299,7 +297,11 @@ def draw(path: Path, photograph: Image.Image, answers: Answers, times: dict[tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
-    output: Path = parser.parse_args().output
+    parser.add_argument("--quick", action="store_true", help="small images, one round: does everything work?")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    all_rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    large = max(all_rounds)
     if not output.parent.is_dir():
         parser.error(f"--output: there is no folder {output.parent}")
     console = Console(highlight=False)
@@ -307,12 +309,12 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model(MODEL).eval()
     normalisation = timm.data.resolve_model_data_config(model)
-    photographs = {size: load_photograph(size) for size in ROUNDS}
+    photographs = {size: load_photograph(size) for size in all_rounds}
     images = {size: preprocess(p, normalisation["mean"], normalisation["std"]) for size, p in photographs.items()}
     randomise_batch_norm(model)
-    settle_batch_norm(model, torch.nn.functional.avg_pool2d(images[1024, 2048], 2))
+    settle_batch_norm(model, torch.nn.functional.avg_pool2d(images[large], 2))
 
-    backend = choose("relu_linear_attention", "cpu", torch.float32).name
+    backend = choose("multi_scale_linear_attention", torch.device("cpu"), torch.float32).name
     cpu = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
     console.print(f"{MODEL}, random weights, float32, eager\ntorch {torch.__version__}, {cpu}; backend: {backend}")
     if backend == "reference":
@@ -333,14 +335,14 @@ def main() -> None:
         if not all(difference(answer.accelerated, answer.stock) <= LARGEST_DIFFERENCE for answer in answers.values()):
             sys.exit("The answers differ by more than rounding: no times are taken.")
         stopwatch = Stopwatch(modules)
-        times = {size: measure(model, stopwatch, images[size], rounds) for size, rounds in ROUNDS.items()}
+        times = {size: measure(model, stopwatch, images[size], rounds) for size, rounds in all_rounds.items()}
     console.print(times_table(times))
     off = max(abs(math.log(t["stock"][part] / t["stock again"][part])) for t in times.values() for part in PARTS)
     if off > 0.1:
         console.print(
             f"[yellow]Stock is up to {math.expm1(off):.0%} off itself (a busy machine?): trust no ratio beyond that."
         )
-    draw(output, photographs[1024, 2048], answers[1024, 2048], times)
+    draw(output, photographs[large], answers[large], times)
     console.print(f"{output} written; {time.perf_counter() - STARTED:.0f} s in all", markup=False)
 
 

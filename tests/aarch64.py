@@ -29,7 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "-q", "-x", "-m", "not slow"]
+DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "tests/test_multi_scale_numerics.py"]
+DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 # What the schedule over threads does is not the business of an instruction set, and takes minutes here.
 DEFAULT_TESTS += ["-k", "not four_python_threads"]
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from effattn import _C
+
 # Imports the instrumented package before pytest can put any other folder on the path, so that the build in the
 # repository can never be what is tested.
 RUN_TESTS = """
@@ -29,7 +31,10 @@ STAGE = ROOT / "build" / "sanitizers"
 DEFAULT = [
     "tests/test_relu_linear_attention_numerics.py",
     "tests/test_relu_linear_attention_errors.py",
+    "tests/test_multi_scale_numerics.py",
+    "tests/test_multi_scale_errors.py",
     "-m=not slow",
+    "-k=not (multi_scale and bfloat16)",  # converted by the same code as float16
 ]
 
 
@@ -40,12 +45,15 @@ def runtime(name: str) -> str:
     ).stdout.strip()
 
 
+def spare_isas() -> list[str]:
+    """avx2_wide is there to run the logic of avx512 where the processor has none; one of the two will do."""
+    rows = {row["name"]: row["supported"] for row in _C.isas()}
+    return [] if not {"avx512", "avx2_wide"} <= rows.keys() else ["avx2_wide" if rows["avx512"] else "avx512"]
+
+
 def main() -> int:
-    subprocess.run(
-        [sys.executable, "csrc/build.py", "--stage", str(STAGE), "--sanitize", "address,undefined"],
-        check=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, "csrc/build.py", "--stage", str(STAGE), "--sanitize", "address,undefined"]
+    subprocess.run([*command, "--without", *spare_isas()], check=True, cwd=ROOT)
     environment = {
         **os.environ,
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
@@ -54,8 +62,9 @@ def main() -> int:
         "PYTHONPATH": str(STAGE),
         "PYTHONSAFEPATH": "1",  # not the current folder: it holds the ordinary build
         "PYTHONMALLOC": "malloc",
+        "OMP_NUM_THREADS": "1",  # one of pytest's processes a core; tests of threads ask for theirs
     }
-    command = [sys.executable, "-c", RUN_TESTS, "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", RUN_TESTS, "-q", "-x", "-n", "auto", "-p", "no:cacheprovider"]
     return subprocess.run([*command, *(sys.argv[1:] or DEFAULT)], cwd=ROOT, env=environment).returncode
 
 

@@ -82,7 +82,7 @@ def test_every_width_and_height(isa, function, kernel):
 @both
 @pytest.mark.parametrize("memory_format", FORMATS[:2])
 def test_every_head_dim(isa, function, memory_format):
-    for head_dim in range(1, 36):
+    for head_dim in (*range(1, 18), 24, 31, 32, 33):
         check(function, MultiScaleCase(1, 1, head_dim, 4, 5, kernels=(3,)), memory_format=memory_format, eps=SMOOTH)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.suites.attention import ATTENTION, NARROW_TYPES
 from benchmarks.suites.base import Settings, Suite, TimedSuite
 from benchmarks.suites.call import CALL
+from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA, LITE_MLA_TRAINING
 from benchmarks.suites.processes import ALLOCATOR, MEMORY
 from benchmarks.suites.scaling import SCALING
 from benchmarks.suites.training import NARROW_TRAINING, TRAINING
@@ -16,6 +17,9 @@ _IN_ORDER: tuple[Suite, ...] = (
     NARROW_TYPES,
     TRAINING,
     NARROW_TRAINING,
+    LITE_MLA,
+    LITE_MLA_TRAINING,
+    EFFICIENTVIT,
     SCALING,
     CALL,
     MEMORY,
