@@ -115,14 +115,14 @@ def plot(file: Path) -> None:
 
 @app.command()
 def readme(
-    file: Path, target: Annotated[Path, typer.Option(help="The README.")] = environment.ROOT / "README.md"
+    files: list[Path], target: Annotated[Path, typer.Option(help="The README.")] = environment.ROOT / "README.md"
 ) -> None:
-    """Puts the table of a results file between the markers of the README."""
+    """Puts the table of results files between the markers of the README; the picture is the first one's."""
     from benchmarks import report, results
 
-    picture = file.with_suffix(".png")
+    picture = files[0].with_suffix(".png")
     shown = Path(os.path.relpath(picture, target.parent)).as_posix() if picture.exists() else None
-    report.update_readme(target, report.readme_table(results.read(file), shown))
+    report.update_readme(target, report.readme_table([results.read(file) for file in files], shown))
     typer.echo(f"wrote {target}")
 
 

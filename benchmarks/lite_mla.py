@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -174,9 +175,11 @@ def _onnx(data: Inputs) -> Any:
     import onnx
 
     file = io.BytesIO()
-    torch.onnx.export(
-        data.module, (data.x,), file, dynamo=False, input_names=["x"], output_names=["out"], opset_version=17
-    )
+    with warnings.catch_warnings():  # of constants that are left to the runtimes, which fold them
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            data.module, (data.x,), file, dynamo=False, input_names=["x"], output_names=["out"], opset_version=17
+        )
     return onnx.load_from_string(file.getvalue())
 
 

@@ -185,25 +185,32 @@ def _machine(facts: dict[str, object]) -> str:
 # --- README ---------------------------------------------------------------------------------------------
 
 #: The suites that the README shows, and what they are called there.
-README_SUITES = {"attention": "inference", "training": "forward and backward"}
+README_SUITES = {
+    "attention": "attention, inference",
+    "training": "attention, training step",
+    "lite-mla": "LiteMLA, inference",
+    "lite-mla-training": "LiteMLA, training step",
+}
 
 
-def readme_table(data: Results, picture: str | None) -> str:
+def readme_table(files: list[Results], picture: str | None) -> str:
+    """The suites of the README, each from the last of the files that has it."""
     body = [
         [
-            case.name,
             label,
+            case.name,
             f"{case.best_peer.candidate} {milliseconds(case.best_peer.milliseconds)}" if case.best_peer else "-",
             milliseconds(case.ours.milliseconds if case.ours else None),
             times(case.speed_up) + (" (!)" if case.doubtful else ""),
             milliseconds(case.floor),
         ]
         for suite, label in README_SUITES.items()
+        for data in [data for data in files if suite in data["suites"]][-1:]
         for case in cases(data, suite)
     ]
-    facts = next(iter(data["suites"].values()))["environment"]
-    head = ["case", "", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
-    lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", _machine(facts) + "."]
+    machines = dict.fromkeys(_machine(next(iter(data["suites"].values()))["environment"]) for data in files)
+    head = ["", "case", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
+    lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", ".  \n".join(machines) + "."]
     if picture is not None:
         lines = [f"![Speed-up over the best peer]({picture})", "", *lines]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,26 +100,26 @@ class LiteMLA(nn.Module):
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
-        part = getattr(self, name)
-        if not _is_projection(part):
-            return part(x)
-        norm, act = (getattr(part, other, None) for other in ("norm", "act"))
-        folds = _folds(norm)
-        if folds and torch.is_grad_enabled() and norm is not None and not isinstance(norm, nn.Identity):
-            folds = False  # gradients of the weights of both
-        weight, bias = self._folded(name, part.conv, norm) if folds else (part.conv.weight, part.conv.bias)
-        out = pointwise_convolution(x, weight, bias)
-        if norm is not None and not folds:
-            out = norm(out)
+        part = self._modules[name]
+        assert part is not None
+        parts = part._modules  # looked up directly: at 14x14 tokens the searches of nn.Module show
+        if not _is_projection(parts):
+            projected: torch.Tensor = part(x)
+            return projected
+        conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
+        assert isinstance(conv, nn.Conv2d)
+        if type(norm) is nn.BatchNorm2d and _is_fixed(norm) and not torch.is_grad_enabled():
+            out = pointwise_convolution(x, *self._folded(name, conv, norm))
+        else:
+            out = pointwise_convolution(x, conv.weight, conv.bias)
+            out = out if norm is None else norm(out)
         return out if act is None else act(out)
 
-    def _folded(self, name: str, conv: nn.Conv2d, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not isinstance(norm, nn.BatchNorm2d):
-            return conv.weight, conv.bias
+    def _folded(self, name: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.compiler.is_compiling():
             return fold_batch_norm(conv, norm)
-        sources = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        sources.append(norm.num_batches_tracked)  # counts, which batch_norm does not, when it moves the statistics
+        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
+        sources = [conv.weight, conv.bias, *norm._parameters.values(), *norm._buffers.values()]
         try:
             state = (norm.eps, *((None if t is None else (t.data_ptr(), t._version, t.dtype)) for t in sources))
         except RuntimeError:  # inference tensors count no versions
@@ -127,7 +127,7 @@ class LiteMLA(nn.Module):
         kept: dict[str, Any] = self.__dict__.setdefault("_effattn_folded", {})
         if name not in kept or kept[name][0] != state:
             kept[name] = (state, fold_batch_norm(conv, norm))
-        folded: tuple[torch.Tensor, torch.Tensor | None] = kept[name][1]
+        folded: tuple[torch.Tensor, torch.Tensor] = kept[name][1]
         return folded
 
     def train(self, mode: bool = True) -> LiteMLA:
@@ -164,8 +164,9 @@ def _biases(convolutions: Sequence[Any]) -> list[torch.Tensor] | None:
     return [conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in convolutions]
 
 
-def _is_projection(part: nn.Module) -> bool:
-    conv, dropout = getattr(part, "conv", None), getattr(part, "dropout", None)
+def _is_projection(parts: Mapping[str, nn.Module | None]) -> bool:
+    """Whether the parts of a module are those of a 1x1 convolution, with or without norm and activation behind it."""
+    conv, dropout = parts.get("conv"), parts.get("dropout")
     return (
         isinstance(conv, nn.Conv2d)
         and type(conv) is nn.Conv2d  # not one that computes something else
@@ -176,11 +177,9 @@ def _is_projection(part: nn.Module) -> bool:
     )
 
 
-def _folds(norm: nn.Module | None) -> bool:
-    """Whether the norm is an affine map of fixed numbers."""
-    if norm is None or type(norm) is nn.Identity:
-        return True
-    return isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None
+def _is_fixed(norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm is an affine map of numbers that do not depend on the input."""
+    return not norm.training and norm.running_mean is not None
 
 
 def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
