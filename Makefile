@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: help demo test bench lint format test-python test-sanitizers test-aarch64 test-install clean
+.PHONY: help demo train test bench lint format test-python test-sanitizers test-aarch64 test-install clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -19,6 +19,9 @@ demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock a
 
 test: lint test-python test-sanitizers test-install test-aarch64 ## everything that CI runs
 	@echo "all tests passed"
+
+train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
+	$(BIN)/python examples/train.py
 
 bench: $(VENV)/.build $(VENV)/.bench ## the short benchmark set, under five minutes
 	$(BIN)/python -m benchmarks run --short
@@ -79,7 +82,10 @@ $(VENV)/.demo: $(VENV)/.timm
 	$(PIP) install scikit-learn matplotlib rich
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.demo
+$(VENV)/.train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
+	$(BIN)/python examples/train.py
+
+bench: $(VENV)/.demo
 	$(PIP) install onnx onnxscript onnxruntime openvino tqdm tabulate typer pytest pytest-benchmark
 	@touch $@
 

@@ -21,7 +21,7 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
-from effattn import testing
+from effattn import _library, testing
 
 OURS = "effattn"
 STOCK = "timm eager"
@@ -64,11 +64,26 @@ class LiteMLACase:
 
     def work(self, training: bool) -> Work:
         """The arithmetic of the four convolutions and the attention, and its bytes: x, the output, the weights."""
-        c, d, tokens, scales = self.channels, self.dim, self.batch * self.height * self.width, 2
-        weights = 3 * c * c + scales * c * c + 3 * c * (25 + d)
-        multiplications = tokens * (weights + 2 * scales * (c // d) * d * (d + 1))
+        if _library._C is None:
+            raise RuntimeError(f"the compiled library of effattn cannot be loaded: {_library.error}")
+        c, d, tokens = self.channels, self.dim, self.batch * self.height * self.width
+        heads, kernels = c // d, (5,)
+        aggregation = _library._C.multi_scale_plan(
+            batch=self.batch, heads=heads, head_dim=d, height=self.height, width=self.width, kernels=kernels
+        )["flops_aggregation"]
+        groups = self.batch * heads * (1 + len(kernels))
+        attention = _library._C.relu_linear_attention_plan(
+            groups=groups,
+            queries=self.height * self.width,
+            keys=self.height * self.width,
+            head_dim=d,
+            value_dim=d,
+            dtype="float32",
+        )["flops_forward"]
+        projections = 3 * c * c + (1 + len(kernels)) * c * c
+        flops = aggregation + attention + 2 * tokens * projections
         passes = 3 if training else 1  # a gradient of the inputs and one of the weights cost a forward pass each
-        return Work(bytes=4 * (2 * passes * tokens * c + passes * weights), flops=2 * passes * multiplications)
+        return Work(bytes=4 * passes * (2 * tokens * c + projections), flops=passes * flops)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../kernels/cpu/isa.h"
+#include "../kernels/cpu/multi_scale.h"
 #include "../kernels/cpu/relu_linear_attention.h"
 
 namespace py = pybind11;
@@ -57,6 +58,39 @@ py::dict relu_linear_attention_plan(int64_t groups, int64_t queries, int64_t key
   return out;
 }
 
+py::dict multi_scale_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_t height, int64_t width,
+                          const std::vector<int64_t>& kernels) {
+  for (const int64_t size : {batch, heads, head_dim, height, width}) {
+    if (size < 0) throw py::value_error("plan: sizes must be >= 0, got " + std::to_string(size));
+  }
+  if (kernels.size() > cpu::MultiScale::kMaxScales) {
+    throw py::value_error("kernels: expected at most " + std::to_string(cpu::MultiScale::kMaxScales) +
+                          ", got " + std::to_string(kernels.size()));
+  }
+  cpu::MultiScale p{};
+  p.dtype = DType::kFloat32;  // plans are the same for all
+  p.batch = batch;
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.height = height;
+  p.width = width;
+  p.scales = static_cast<int>(kernels.size());
+  for (size_t s = 0; s < kernels.size(); ++s) {
+    if (kernels[s] < 1 || kernels[s] % 2 == 0) {
+      throw py::value_error("kernels: expected odd sizes, got " + std::to_string(kernels[s]));
+    }
+    p.kernels[s] = kernels[s];
+  }
+  const cpu::MultiScalePlan plan = cpu::plan(p);
+  py::dict out;
+  out["isa"] = cpu::info(cpu::active_isa()).name;
+  out["rows"] = plan.rows;
+  out["scratch_floats"] = plan.scratch_floats;
+  out["scratch_floats_backward"] = plan.scratch_floats_backward;
+  out["flops_aggregation"] = plan.flops_aggregation;
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -69,4 +103,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));
   m.def("relu_linear_attention_plan", &relu_linear_attention_plan, py::kw_only(), py::arg("groups"),
         py::arg("queries"), py::arg("keys"), py::arg("head_dim"), py::arg("value_dim"), py::arg("dtype"));
+  m.def("multi_scale_plan", &multi_scale_plan, py::kw_only(), py::arg("batch"), py::arg("heads"),
+        py::arg("head_dim"), py::arg("height"), py::arg("width"), py::arg("kernels"));
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effattn import multi_scale_aggregation, multi_scale_linear_attention, relu_linear_attention
+from effattn import _library, multi_scale_aggregation, multi_scale_linear_attention, relu_linear_attention
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
@@ -67,6 +67,28 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(isa, function, case, memory_format, dtype):
     check(function, case, dtype, memory_format)
+
+
+def test_the_cases_meet_what_a_plan_can_hold(isa):
+    """One strip and several, rows that fill a block of the convolution and rows that do not."""
+    rows = {}
+    for case in CASES:
+        plan = _library._C.multi_scale_plan(
+            batch=case.batch,
+            heads=case.heads,
+            head_dim=case.head_dim,
+            height=case.height,
+            width=case.width,
+            kernels=case.kernels,
+        )
+        assert plan["isa"] == isa
+        assert 0 < plan["scratch_floats"] < plan["scratch_floats_backward"]
+        assert plan["flops_aggregation"] == 2 * case.batch * case.channels * case.height * case.width * sum(
+            k * k + case.head_dim for k in case.kernels
+        )
+        rows[case] = plan["rows"]
+    assert any(rows[case] < case.height for case in CASES) and any(rows[case] == case.height for case in CASES)
+    assert any(count % 8 == 0 for count in rows.values()) and any(count % 8 for count in rows.values())
 
 
 @both

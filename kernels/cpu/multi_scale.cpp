@@ -30,15 +30,9 @@ int64_t largest_border(const MultiScale& p) {
   return border;
 }
 
-ScaleWeights<const float> of_group(const ScaleWeights<const float>& w, int64_t kernel, int64_t head_dim,
-                                   int64_t group) {
-  const int64_t c = group * head_dim;
-  return {w.depthwise + c * kernel * kernel, w.pointwise + c * head_dim,
-          w.depthwise_bias == nullptr ? nullptr : w.depthwise_bias + c,
-          w.pointwise_bias == nullptr ? nullptr : w.pointwise_bias + c};
-}
-
-ScaleWeights<float> of_group(const ScaleWeights<float>& w, int64_t kernel, int64_t head_dim, int64_t group) {
+// The weights of one group, of all groups' weights or gradients.
+template <class Float>
+ScaleWeights<Float> of_group(const ScaleWeights<Float>& w, int64_t kernel, int64_t head_dim, int64_t group) {
   const int64_t c = group * head_dim;
   return {w.depthwise + c * kernel * kernel, w.pointwise + c * head_dim,
           w.depthwise_bias == nullptr ? nullptr : w.depthwise_bias + c,
@@ -93,6 +87,20 @@ struct Call {
   int64_t tile_floats() const { return p.head_dim * strip_stride; }
   int64_t source_stride() const { return row_stride((rows + 2 * largest_border(p)) * p.width); }
   int64_t plane_stride() const { return row_stride(p.tokens()); }
+  int64_t plane_floats() const { return p.head_dim * plane_stride(); }
+
+  // What a thread works in, the pieces of its Worker and those that the schedules below add.
+  int64_t worker_floats() const {
+    return pass_floats() + attention_floats() + p.head_dim * source_stride() + tile_floats() + 64;
+  }
+  int64_t aggregate_floats() const { return worker_floats() + tile_floats() + 16; }
+  int64_t aggregate_backward_floats() const {
+    return worker_floats() + tile_floats() + 3 * plane_floats() + 64;
+  }
+  int64_t attend_floats() const { return worker_floats() + 2 * tile_floats() + 32; }
+  int64_t attend_backward_floats() const {
+    return worker_floats() + 5 * tile_floats() + 10 * plane_floats() + 2 * sums_size() + 256;
+  }
 };
 
 // Pieces of a thread's memory, in order.
@@ -111,10 +119,6 @@ struct Worker {
   float *pass_memory, *attention_memory, *source_memory;
   Plane<float> mixed;
 
-  static int64_t floats(const Call& call) {
-    return call.pass_floats() + call.attention_floats() + call.p.head_dim * call.source_stride() +
-           call.tile_floats() + 16;
-  }
   Worker(const Call& c, Carver& memory)
       : call(c),
         pass_memory(memory.floats(c.pass_floats())),
@@ -132,7 +136,6 @@ struct Worker {
     call.passes.load(p.dtype, image, from * p.width, (to - from) * p.width, p.head_dim, plane);
     return {plane.data - from * p.width, plane.stride};
   }
-  // Into `mixed`.
   void convolve(int scale, int64_t group, const Plane<const float>& in, int64_t first, int64_t strip_rows,
                 const Plane<float>& to) const {
     const MultiScale& p = call.p;
@@ -226,13 +229,12 @@ class WeightGradients {
 
 }  // namespace
 
-MultiScalePlan plan(const MultiScale& p, Isa) {
+MultiScalePlan plan(const MultiScale& p) {
   const Call call(p);
   MultiScalePlan plan;
   plan.rows = call.rows;
-  plan.scratch_floats = Worker::floats(call) + 2 * call.tile_floats();
-  plan.scratch_floats_backward = Worker::floats(call) + 5 * call.tile_floats() +
-                                 10 * p.head_dim * call.plane_stride() + 2 * call.sums_size();
+  plan.scratch_floats = call.attend_floats();
+  plan.scratch_floats_backward = call.attend_backward_floats();
   plan.flops_aggregation = 2 * p.batch * aggregation_work(p, 3 * p.heads * p.head_dim);
   return plan;
 }
@@ -247,7 +249,7 @@ void aggregate(const MultiScale& p, const Parallel& parallel) {
   const int64_t grain =
       larger(1, kMinWorkPerThread * groups * (1 + p.scales) / aggregation_work(p, groups * p.head_dim));
   parallel(units, grain, [&](int64_t begin, int64_t end) {
-    Carver memory{thread_scratch(Worker::floats(call) + call.tile_floats() + 16)};
+    Carver memory{thread_scratch(call.aggregate_floats())};
     const Worker worker(call, memory);
     const Plane<float> tile{memory.floats(call.tile_floats()), call.strip_stride};
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -273,9 +275,9 @@ void aggregate_backward(const MultiScale& p, const Parallel& parallel) {
   const WeightGradients weights(p);
   if (p.batch * groups * p.tokens() * p.head_dim > 0) {
     const Call call(p);
-    const int64_t plane = p.head_dim * call.plane_stride();
+    const int64_t plane = call.plane_floats();
     parallel(p.batch * groups, 1, [&](int64_t begin, int64_t end) {
-      Carver memory{thread_scratch(Worker::floats(call) + call.tile_floats() + 3 * plane + 64)};
+      Carver memory{thread_scratch(call.aggregate_backward_floats())};
       const Worker worker(call, memory);
       const Plane<float> grad{memory.floats(call.tile_floats()), call.strip_stride};
       const Plane<float> own_input{memory.floats(plane), call.plane_stride()};
@@ -362,9 +364,8 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
   const ReluLinearAttentionPasses& own_passes = relu_linear_attention_passes(active_isa(), p.dtype);
   const int64_t work = aggregation_work(p, 3 * p.head_dim) / larger(1, p.scales) +
                        2 * p.tokens() * p.head_dim * (p.head_dim + 1);
-  const Schedule schedule{groups,     p.tokens(),       p.tokens(),
-                          call.strip, call.sums_size(), Worker::floats(call) + 2 * call.tile_floats() + 64,
-                          work};
+  const Schedule schedule{groups,           p.tokens(),           p.tokens(), call.strip,
+                          call.sums_size(), call.attend_floats(), work};
   // The same range of the problem of qkv's own heads.
   const auto own_range = [&](const Range& r) {
     const auto own_group = [&](int64_t g) { return g / p.all_heads() * p.heads + g % p.all_heads(); };
@@ -432,8 +433,7 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
     const Call call(p);
     const int64_t stride = call.plane_stride(), size = call.sums_size();
     parallel(units, 1, [&](int64_t begin, int64_t end) {
-      Carver memory{
-          thread_scratch(Worker::floats(call) + 5 * call.tile_floats() + 10 * d * stride + 2 * size + 256)};
+      Carver memory{thread_scratch(call.attend_backward_floats())};
       const Worker worker(call, memory);
       const auto tile = [&] { return Plane<float>{memory.floats(call.tile_floats()), call.strip_stride}; };
       const Plane<float> mixed_v = tile(), a = tile(), b = tile(), grad_a = tile(), grad_b = tile();

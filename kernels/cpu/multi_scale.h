@@ -52,12 +52,13 @@ struct MultiScale {
 
 struct MultiScalePlan {
   int64_t rows;            // of the image, taken at once; a function of the sizes only
-  int64_t scratch_floats;  // what a thread works in: forward
+  int64_t scratch_floats;  // what a thread works in: forward and backward, with the attention
   int64_t scratch_floats_backward;
   int64_t flops_aggregation;  // forward, without the attention
 };
 
-EFFATTN_EXPORT MultiScalePlan plan(const MultiScale& problem, Isa isa);
+// For the instruction set in use.
+EFFATTN_EXPORT MultiScalePlan plan(const MultiScale& problem);
 
 // out: (batch, (1 + scales) * 3 * heads * head_dim, tokens), qkv and the scales.
 void aggregate(const MultiScale& problem, const Parallel& parallel);
