@@ -16,6 +16,11 @@ if _library._C is None:
 
 _C = _library._C
 
+# pytest -n puts a process on every core: threads of several would wait for each other, spinning. Tests of
+# threads ask for theirs.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def fresh_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
