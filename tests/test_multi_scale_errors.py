@@ -122,6 +122,15 @@ def test_the_operators_raise_too(name):
             op(*inputs.values(), head_dim, *rest)
 
 
+@pytest.mark.parametrize("function", [multi_scale_aggregation, multi_scale_linear_attention], ids=lambda f: f.__name__)
+def test_the_meta_device_gives_shapes(function):
+    inputs = {
+        k: v.to("meta") if isinstance(v, torch.Tensor) else [w.to("meta") for w in v] for k, v in CASE.inputs().items()
+    }
+    expected = CASE.call(function, CASE.inputs())
+    assert CASE.call(function, inputs).shape == expected.shape
+
+
 def test_too_many_scales():
     case = MultiScaleCase(1, 1, 4, 5, 6, kernels=(3,) * 9)
     with pytest.raises(RuntimeError, match="at most 8 scales are supported, got 9"):

@@ -170,6 +170,14 @@ def test_fuzz_the_backward_operator(arguments, grad_out, sums):
         assert grad_out.shape == (*qkv[0].shape[:-1], qkv[2].shape[-1])
 
 
+def test_the_meta_device_gives_shapes():
+    """For those who build models without memory; mixed dtypes are refused in words there too."""
+    q, k, v = (t.to("meta") for t in (Q, K, V))
+    assert relu_linear_attention(q, k, v).shape == (2, 6, 5)
+    with pytest.raises(TypeError, match="k: expected the dtype of q"):
+        relu_linear_attention(q, k.half(), v)
+
+
 def test_empty_tensors_may_claim_any_size():
     """Nothing is allocated for them, but head_dim * value_dim counts the kernels' memory and must not overflow."""
     wide, wider = torch.empty(0, 2**30), torch.empty(0, 2**31)

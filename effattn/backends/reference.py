@@ -7,6 +7,8 @@ Everything is made of differentiable torch operations, so higher derivatives, fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -16,9 +18,14 @@ from effattn.backends._base import Backend
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Leaves dtypes to the code inside; the meta device knows no autocast and refuses to be asked."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """EfficientViT (arXiv 2205.14756) eq. 2-4, in float32 at least, whatever autocast says."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         at_least = torch.promote_types(q.dtype, torch.float32)
         relu_q, relu_k = q.to(at_least).relu(), k.to(at_least).relu()
         numerator = relu_q @ (relu_k.mT @ v.to(at_least))
@@ -36,7 +43,7 @@ def multi_scale_aggregation(
 ) -> torch.Tensor:
     """EfficientViT (arXiv 2205.14756), section 3.1: k x k depthwise, then 1x1 in groups of head_dim channels."""
     at_least = torch.promote_types(qkv.dtype, torch.float32)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         x, channels = qkv.to(at_least), qkv.shape[1]
         scales = [x]
         for i, (dw, pw) in enumerate(zip(dw_weights, pw_weights, strict=True)):

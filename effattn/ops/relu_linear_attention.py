@@ -92,7 +92,7 @@ def _differentiable_backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients as plain operations, which have derivatives of every order; in float32 under autocast too."""
-    with torch.autocast(q.device.type, enabled=False):
+    with reference.without_autocast(q.device):
         at_least = torch.promote_types(q.dtype, torch.float32)
         grad = grad_out.to(at_least)
         a, b, c = q.to(at_least).relu(), k.to(at_least).relu(), v.to(at_least)
