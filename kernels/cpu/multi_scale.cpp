@@ -239,8 +239,7 @@ MultiScalePlan plan(const MultiScale& p) {
   return plan;
 }
 
-// --- aggregation alone
-// --------------------------------------------------------------------------------------
+// --- aggregation alone ---------------------------------------------------------------------------
 
 void aggregate(const MultiScale& p, const Parallel& parallel) {
   const int64_t groups = 3 * p.heads, units = p.batch * (1 + p.scales) * groups;
@@ -317,8 +316,7 @@ void aggregate_backward(const MultiScale& p, const Parallel& parallel) {
   weights.finish();
 }
 
-// --- with the attention
-// -------------------------------------------------------------------------------------
+// --- with the attention --------------------------------------------------------------------------
 
 namespace {
 
