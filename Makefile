@@ -82,14 +82,15 @@ $(VENV)/.demo: $(VENV)/.timm
 	$(PIP) install scikit-learn matplotlib rich
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
-	$(BIN)/python examples/train.py
-
-bench: $(VENV)/.demo
+$(VENV)/.bench: $(VENV)/.diffusers $(VENV)/.demo
 	$(PIP) install onnx onnxscript onnxruntime openvino tqdm tabulate typer pytest pytest-benchmark
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.diffusers: $(VENV)/.timm
+	$(PIP) install diffusers
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers
 	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis psutil
 	@touch $@
 

@@ -94,7 +94,9 @@ def error(result: torch.Tensor, truth: torch.Tensor) -> float:
     return torch.linalg.vector_norm(result.double() - truth).item()
 
 
-def allowed_error(plain: torch.Tensor, truth: torch.Tensor, tolerance: float, cancelled: float = 0.0) -> float:
+def allowed_error(
+    plain: torch.Tensor, truth: torch.Tensor, tolerance: float, cancelled: torch.Tensor | None = None
+) -> float:
     """What the norm of an error may be: that of the plain formulation in the same dtype, or ``tolerance``.
 
     Args:
@@ -103,27 +105,28 @@ def allowed_error(plain: torch.Tensor, truth: torch.Tensor, tolerance: float, ca
         truth: the same in float64.
         tolerance: relative to the truth; counts for float32 only, narrower types have but the plain
             formulation to measure up to.
-        cancelled: the norm of the absolute values of what the result is a difference of. Where hardly
-            anything is left of it (with one channel, gradients vanish identically), two units in the last
-            place of float32, in which every dtype is summed, are rounding noise that no order of
-            summation avoids.
+        cancelled: absolute values of what the result is a difference of. Where hardly anything is left of
+            it (with one channel, gradients vanish identically), two units in the last place of float32, in
+            which every dtype is summed, are rounding noise that no order of summation avoids.
     """
-    allowed = max(1.02 * error(plain, truth), 2 * 2.0**-24 * cancelled)
+    allowed = 1.02 * error(plain, truth)
+    if cancelled is not None:
+        allowed = max(allowed, 2 * 2.0**-24 * cancelled.norm().item())
     if plain.dtype == torch.float32:
         allowed = max(allowed, tolerance * torch.linalg.vector_norm(truth).item())
     return allowed + math.ulp(0.0)
 
 
-def cancelled_terms(
+def cancelled_gradients(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad_out: torch.Tensor, eps: float
-) -> dict[str, float]:
-    """``cancelled`` of :func:`allowed_error` for the gradients that are differences."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the gradients of q and k, which are differences, are differences of: in float64, absolute."""
     relu_q, relu_k, abs_v, abs_grad = q.double().relu(), k.double().relu(), v.double().abs(), grad_out.double().abs()
     grad_numerator = abs_grad / (relu_q @ relu_k.sum(-2).unsqueeze(-1) + eps)
     # Gated like the gradients: a query that is zero everywhere divides by eps, and is dropped.
     grad_q = grad_numerator @ (relu_k.mT @ abs_v).mT * (relu_q > 0)
     grad_k = abs_v @ (relu_q.mT @ grad_numerator).mT * (relu_k > 0)
-    return {"grad_q": grad_q.norm().item(), "grad_k": grad_k.norm().item()}
+    return grad_q, grad_k
 
 
 def reference_with_gradients(
@@ -183,8 +186,39 @@ class MultiScaleCase:
             "pw_biases": biases[len(self.kernels) :] if self.biases else [],
         }
 
+    def grad_out(self, qkv: torch.Tensor, channels: int) -> torch.Tensor:
+        """A gradient of an output of so many channels, in qkv's dtype."""
+        return make_tensor(self.batch, channels, self.height, self.width, seed=9).to(qkv.dtype)
+
     def call(self, function: Callable[..., torch.Tensor], inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         return function(*inputs.values(), head_dim=self.head_dim, **options)
+
+
+def multi_scale_cancelled_terms(case: MultiScaleCase, inputs: dict[str, Any], eps: float) -> dict[str, torch.Tensor]:
+    """``cancelled`` of :func:`allowed_error` for the gradients of multi_scale_linear_attention, by name.
+
+    What cancels in the gradients of the aggregated queries and keys goes, as rounding noise, through the
+    convolutions' own backward: independent from element to element, so that squares add up.
+    """
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else [w.double() for w in v] for k, v in inputs.items()}
+    aggregated = case.call(reference.multi_scale_aggregation, wide)
+    heads = aggregated.reshape(case.batch, -1, 3 * case.head_dim, case.height * case.width).mT
+    grad_out = case.grad_out(inputs["qkv"], aggregated.shape[1] // 3)
+    grad_out = grad_out.reshape(case.batch, -1, case.head_dim, case.height * case.width).mT
+    q, k, v = heads.chunk(3, dim=-1)
+    grad_q, grad_k = cancelled_gradients(q, k, v, grad_out, eps)
+    noise = torch.cat([grad_q, grad_k, torch.zeros_like(grad_q)], dim=-1).mT.reshape(aggregated.shape)
+    leaves = {k: [v] if isinstance(v, torch.Tensor) else v for k, v in wide.items()}
+    squares = {k: [t.square().requires_grad_() for t in v] for k, v in leaves.items()}
+    out = case.call(reference.multi_scale_aggregation, {**squares, "qkv": squares["qkv"][0]})
+    named = gradients_by_name(squares)
+    grads = torch.autograd.grad(out, list(named.values()), noise.square())
+    return {name: grad.sqrt() for name, grad in zip(named, grads, strict=True)}
+
+
+def gradients_by_name(leaves: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors under the names that their gradients have in :func:`multi_scale_with_gradients`."""
+    return {f"grad {name}" + (f" {i}" if i else ""): t for name, ts in leaves.items() for i, t in enumerate(ts)}
 
 
 def multi_scale_with_gradients(
@@ -206,8 +240,8 @@ def multi_scale_with_gradients(
     arguments = {name: tensors[0] if name == "qkv" else tensors for name, tensors in leaves.items()}
     with use_backend(backend):
         out = case.call(function, arguments, **options)
-    grad_out = make_tensor(*out.shape, seed=9).to(inputs["qkv"].dtype).to(dtype)
-    flat = {f"grad {name}" + (f" {i}" if i else ""): t for name, ts in leaves.items() for i, t in enumerate(ts)}
+    grad_out = case.grad_out(inputs["qkv"], out.shape[1]).to(dtype)
+    flat = gradients_by_name(leaves)
     grads = torch.autograd.grad(out, list(flat.values()), grad_out)
     return {"out": out.detach(), **dict(zip(flat, grads, strict=True))}
 
@@ -237,29 +271,40 @@ def official_multi_scale_attention(case: MultiScaleCase, inputs: dict[str, Any],
 
 
 def import_timm() -> ModuleType:
-    """timm, where torchvision's compiled half does not load as well.
+    """timm, where torchvision's compiled half does not load as well."""
+    return _import_beside_torchvision("timm")
 
-    timm needs torchvision's Python half only, and that half needs the names of its compiled operators to
+
+def import_diffusers() -> ModuleType:
+    """diffusers, where torchvision's compiled half does not load as well."""
+    diffusers = _import_beside_torchvision("diffusers")
+    # Its names load what they stand for when they are asked for; torchvision comes with these.
+    _import_beside_torchvision("diffusers.models.autoencoders.autoencoder_dc")
+    return diffusers
+
+
+def _import_beside_torchvision(name: str) -> ModuleType:
+    """The libraries need torchvision's Python half only, and that half needs the names of its compiled operators to
     exist. Where they do not, they are declared, without an implementation, before the import.
     """
     try:
-        return importlib.import_module("timm")
+        return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in ("timm", "torchvision"):
+        if isinstance(error, ModuleNotFoundError) and error.name in (name, "torchvision"):
             raise
-        _declare_torchvision_operators()
-        return importlib.import_module("timm")
+        _declare_torchvision_operators(name)
+        return importlib.import_module(name)
 
 
 _declared: list[torch.library.Library] = []  # a Library withdraws its names when it is collected
 
 
-def _declare_torchvision_operators() -> None:
+def _declare_torchvision_operators(importing: str) -> None:
     import re
     import sys
     from importlib.metadata import files
 
-    for name in [name for name in sys.modules if name.split(".")[0] in ("timm", "torchvision")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in (importing.split(".")[0], "torchvision")]:
         del sys.modules[name]
     source = next(f for f in files("torchvision") or () if f.name == "_meta_registrations.py").read_text()
     library = torch.library.Library("torchvision", "FRAGMENT")

@@ -191,9 +191,9 @@ def test_the_report_tells_what_was_left_alone_and_why():
     assert reasons == {
         "other": "its kernel function is GELU, not ReLU",
         "stranger": "it has no qkv, aggreg, proj, kernel_func, dim, eps",
-        "strided": "aggreg.0.0 is not a depthwise convolution of an odd kernel that keeps the size",
+        "strided": "aggreg.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
         "hooked": "its parts have hooks, which would not run: proj.conv",
-        "mixed": "aggreg.0.1 is not a 1x1 convolution in groups of dim = 16 channels",
+        "mixed": "aggreg.0: the second is not a 1x1 convolution in groups of 16 channels",
         "ours": "effattn's own",
     }
     text = str(report)

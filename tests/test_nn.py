@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import effattn
-from effattn.nn import LiteMLA, fold_batch_norm, pointwise_convolution
+from effattn.nn import LiteMLA
+from effattn.nn.projection import fold_batch_norm, pointwise_convolution
 from effattn.testing import import_timm, randomise_batch_norm
 
 import_timm()
@@ -100,6 +101,27 @@ def test_training_on_the_kernels(name):
         assert (mine - truth).norm() <= 3 * (theirs - truth).norm() + 1e-4
 
 
+class Adapted(nn.Module):
+    """What a LoRA library puts in a layer's place: it has the layer's weight, and computes something else."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight = base, base.weight
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("part", ["qkv.conv", "aggreg.0.0", "aggreg.1.1", "proj.conv"])
+def test_adapters_put_in_afterwards_count(part):
+    stock, ours = pair("three scales")
+    parent, _, name = part.rpartition(".")
+    for module in (stock, ours):
+        setattr(module.get_submodule(parent), name, Adapted(module.get_submodule(part)))
+    with torch.no_grad():
+        close(ours(image()), stock(image()))
+
+
 def test_timm_modules_load_our_state_dict_too():
     stock, ours = pair("biases")
     assert list(stock.state_dict()) == list(ours.state_dict())
@@ -183,7 +205,7 @@ def test_folded_weights_are_never_stale(change):
     x = image()
     with torch.no_grad():
         before = ours(x)
-        assert ours.__dict__["_effattn_folded"], "nothing was kept, so nothing can be stale"
+        assert ours.__dict__["_effattn_derived"], "nothing was kept, so nothing can be stale"
     change(ours)
     with torch.no_grad():
         out = ours(x)
@@ -207,9 +229,9 @@ def test_weights_are_folded_once():
     _, ours = pair()
     with torch.no_grad():
         ours(image())
-        kept = ours.__dict__["_effattn_folded"]["proj"][1][0]
+        kept = ours.__dict__["_effattn_derived"]["proj"][1][0]
         ours(image())
-        assert ours.__dict__["_effattn_folded"]["proj"][1][0] is kept
+        assert ours.__dict__["_effattn_derived"]["proj"][1][0] is kept
 
 
 def test_gradients_reach_the_weights_behind_a_folded_call():
@@ -233,7 +255,7 @@ def test_copies_and_pickles_carry_no_folded_weights():
     with torch.no_grad():
         expected = ours(image())
         for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            assert "_effattn_folded" not in twin.__dict__
+            assert "_effattn_derived" not in twin.__dict__
             assert torch.equal(twin(image()), expected)
 
 

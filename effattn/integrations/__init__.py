@@ -6,20 +6,24 @@ is exchanged and nothing else: parameters, buffers, hooks, state dict and the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from effattn.integrations import lite_mla
+from effattn.integrations import lite_mla, sana
 from effattn.nn import LiteMLA
+from effattn.nn.projection import forget_derived
 
 # Class name of the original -> (why this one cannot be replaced or None, the class that replaces it).
-_KNOWN: dict[str, tuple[Callable[[nn.Module], str | None], type[nn.Module]]] = {
+_KNOWN: dict[str, tuple[Callable[[Any], str | None], type]] = {
     "LiteMLA": (lite_mla.why_not, LiteMLA),
+    "SanaMultiscaleLinearAttention": (sana.why_not_multiscale, sana.SanaMultiscaleLinearAttention),
+    "SanaLinearAttnProcessor2_0": (sana.why_not_processor, sana.SanaLinearAttnProcessor),
 }
 
-# Where a replaced module keeps its original class.
+# Where a replaced module or processor keeps its original class.
 _ORIGINAL = "_effattn_original_class"
 
 
@@ -55,13 +59,23 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module by name, and what diffusers calls a processor: an object, no module, that does a module's work."""
+    for name, module in model.named_modules():
+        yield name or "(model)", module
+        processor = module.__dict__.get("processor")
+        if processor is not None:
+            yield f"{name}.processor".lstrip("."), processor
+
+
 def accelerate(model: nn.Module) -> Report:
     """Replaces, in place, every module of ``model`` that effattn knows.
 
     Known are the ``LiteMLA`` of timm (efficientvit_b*, efficientvit_l*) and of the official EfficientViT
-    repository, which become :class:`effattn.nn.LiteMLA`. Works in training and in evaluation, before or after
-    loading weights. Hooks of a replaced module run as before; its parts are not called any more, so a module
-    whose parts have hooks is left alone. :func:`restore` undoes it.
+    repository, which become :class:`effattn.nn.LiteMLA`, and of diffusers the ``SanaMultiscaleLinearAttention``
+    of DC-AE and the ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Works in training and in evaluation,
+    before or after loading weights. Hooks of a replaced module run as before; its parts are not called any more,
+    so a module whose parts have hooks is left alone. :func:`restore` undoes it.
 
     Args:
         model: any module; it may itself be one of the known ones.
@@ -74,9 +88,8 @@ def accelerate(model: nn.Module) -> Report:
     """
     _check_model(model)
     report = Report()
-    for name, module in model.named_modules():
+    for name, module in _candidates(model):
         cls = type(module)
-        name = name or "(model)"
         if _ORIGINAL in module.__dict__:
             report.left_alone.append(Entry(name, _path(module.__dict__[_ORIGINAL]), "accelerated already"))
         elif cls.__name__ in _KNOWN:
@@ -102,11 +115,11 @@ def restore(model: nn.Module) -> int:
     """
     _check_model(model)
     count = 0
-    for module in model.modules():
+    for _, module in _candidates(model):
         original = module.__dict__.pop(_ORIGINAL, None)
         if original is not None:
             module.__class__ = original
-            module.__dict__.pop("_effattn_folded", None)
+            forget_derived(module)
             count += 1
     return count
 

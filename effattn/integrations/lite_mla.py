@@ -15,36 +15,43 @@ def why_not(module: nn.Module) -> str | None:
         return "it is scripted"
     if not isinstance(module.kernel_func, nn.ReLU):
         return f"its kernel function is {type(module.kernel_func).__name__}, not ReLU"
-    return _why_not_aggregation(module)
-
-
-def _why_not_aggregation(module: nn.Module) -> str | None:
     for i, pair in enumerate(module.aggreg):
-        at = f"aggreg.{i}"
-        if not isinstance(pair, nn.Sequential) or len(pair) != 2 or any(type(conv) is not nn.Conv2d for conv in pair):
-            return f"{at} is not a pair of convolutions"
-        depthwise, pointwise = pair
-        channels, kernel = depthwise.in_channels, depthwise.kernel_size[0]
-        if channels % (3 * module.dim) != 0:
-            return f"{at} has {channels} channels, not a multiple of 3 * dim = {3 * module.dim}"
-        fits = (
-            depthwise.out_channels == depthwise.groups == channels
-            and depthwise.kernel_size == (kernel, kernel)
-            and kernel % 2 == 1
-            and depthwise.padding in ((kernel // 2, kernel // 2), "same")
-            and depthwise.padding_mode == "zeros"
-            and depthwise.stride == depthwise.dilation == (1, 1)
-        )
-        if not fits:
-            return f"{at}.0 is not a depthwise convolution of an odd kernel that keeps the size"
-        fits = (
-            pointwise.in_channels == pointwise.out_channels == channels
-            and pointwise.groups == channels // module.dim
-            and pointwise.kernel_size == pointwise.stride == (1, 1)
-            and pointwise.padding in ((0, 0), "same", "valid")
-        )
-        if not fits:
-            return f"{at}.1 is not a 1x1 convolution in groups of dim = {module.dim} channels"
+        if not isinstance(pair, nn.Sequential) or len(pair) != 2:
+            return f"aggreg.{i} is not a pair of convolutions"
+        reason = why_not_a_scale(pair[0], pair[1], module.dim)
+        if reason is not None:
+            return f"aggreg.{i}: {reason}"
+    return why_not_its_parts(module)
+
+
+def why_not_a_scale(depthwise: nn.Module, pointwise: nn.Module, head_dim: int) -> str | None:
+    """Why two modules are not the aggregation of a scale; None if they are."""
+    if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
+        return f"expected two convolutions, got {type(depthwise).__name__} and {type(pointwise).__name__}"
+    channels, kernel = depthwise.in_channels, depthwise.kernel_size[0]
+    if channels % (3 * head_dim) != 0:
+        return f"{channels} channels, not a multiple of 3 * {head_dim}"
+    fits = (
+        depthwise.out_channels == depthwise.groups == channels
+        and depthwise.kernel_size == (kernel, kernel)
+        and kernel % 2 == 1
+        and depthwise.padding in ((kernel // 2, kernel // 2), "same")
+        and depthwise.padding_mode == "zeros"
+        and depthwise.stride == depthwise.dilation == (1, 1)
+    )
+    if not fits:
+        return "the first is not a depthwise convolution of an odd kernel that keeps the size"
+    fits = (
+        pointwise.in_channels == pointwise.out_channels == channels
+        and pointwise.groups == channels // head_dim
+        and pointwise.kernel_size == pointwise.stride == (1, 1)
+        and pointwise.padding in ((0, 0), "same", "valid")
+    )
+    return None if fits else f"the second is not a 1x1 convolution in groups of {head_dim} channels"
+
+
+def why_not_its_parts(module: nn.Module) -> str | None:
+    """Parts of a replaced module are not called any more, so nothing may listen to them."""
     hooked = [
         name
         for name, part in module.named_modules()

@@ -147,10 +147,11 @@ struct IntoMatrix {
   int64_t row_stride;
 
   struct Row : RowPointer<float> {
-    EFFATTN_INLINE Vec start(int v) const { return Add ? load(this->at + v * kLanes) : Vec{}; }
+    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
     template <bool>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, acc);
+      // Added at the end: sums of few terms, then a sum of sums, lose less to rounding than one long sum.
+      store(this->at + v * kLanes, Add ? load(this->at + v * kLanes) + acc : acc);
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {

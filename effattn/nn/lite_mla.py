@@ -1,20 +1,18 @@
-"""Modules over the functions: state dicts of timm and of the official repositories load unchanged."""
+"""The attention module of EfficientViT (MIT)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from effattn.functional import multi_scale_linear_attention
-
-__all__ = ["LiteMLA"]
+from effattn.functional import multi_scale_linear_attention, relu_linear_attention
+from effattn.nn.projection import KeepsDerived, can_fold, pointwise_convolution
 
 
-class LiteMLA(nn.Module):
+class LiteMLA(KeepsDerived):
     """Lightweight multi-scale linear attention, EfficientViT (arXiv 2205.14756), figure 2.
 
     A 1x1 convolution to q, k and v, :func:`effattn.multi_scale_linear_attention`, a 1x1 convolution back. Names of
@@ -22,9 +20,7 @@ class LiteMLA(nn.Module):
     state dict loads. Arguments are timm's.
 
     In evaluation without gradients, 1x1 convolutions are matrix products with the BatchNorm behind them folded
-    in. The folded weights are kept for the next call, and made anew after anything that changes the weights in
-    a way torch counts (loading, an optimiser's step, conversions) and after a change of mode; only writing to
-    ``.data`` in evaluation mode goes unseen.
+    in; see :class:`effattn.nn.projection.KeepsDerived` for how long the folded weights are kept.
 
     Args:
         in_channels: channels of the input.
@@ -86,17 +82,8 @@ class LiteMLA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
-        depthwise, pointwise = ([pair[i] for pair in self.aggreg] for i in (0, 1))
-        out = multi_scale_linear_attention(
-            self._project("qkv", x),
-            [conv.weight for conv in depthwise],
-            [conv.weight for conv in pointwise],
-            _biases(depthwise),
-            _biases(pointwise),
-            head_dim=self.dim,
-            eps=self.eps,
-        )
-        return self._project("proj", out)
+        qkv = self._project("qkv", x)
+        return self._project("proj", attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps))
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
@@ -108,34 +95,12 @@ class LiteMLA(nn.Module):
             return projected
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
-        if type(norm) is nn.BatchNorm2d and _is_fixed(norm) and not torch.is_grad_enabled():
+        if can_fold(norm):
             out = pointwise_convolution(x, *self._folded(name, conv, norm))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
             out = out if norm is None else norm(out)
         return out if act is None else act(out)
-
-    def _folded(self, name: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling():
-            return fold_batch_norm(conv, norm)
-        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
-        sources = [conv.weight, conv.bias, *norm._parameters.values(), *norm._buffers.values()]
-        try:
-            state = (norm.eps, *((None if t is None else (t.data_ptr(), t._version, t.dtype)) for t in sources))
-        except RuntimeError:  # inference tensors count no versions
-            return fold_batch_norm(conv, norm)
-        kept: dict[str, Any] = self.__dict__.setdefault("_effattn_folded", {})
-        if name not in kept or kept[name][0] != state:
-            kept[name] = (state, fold_batch_norm(conv, norm))
-        folded: tuple[torch.Tensor, torch.Tensor] = kept[name][1]
-        return folded
-
-    def train(self, mode: bool = True) -> LiteMLA:
-        self.__dict__.pop("_effattn_folded", None)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_effattn_folded"}
 
 
 class _ConvNormAct(nn.Module):
@@ -157,7 +122,43 @@ def _both(value: Any) -> tuple[Any, Any]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _biases(convolutions: Sequence[Any]) -> list[torch.Tensor] | None:
+def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps: float) -> torch.Tensor:
+    """:func:`effattn.multi_scale_linear_attention` with the weights of modules.
+
+    Args:
+        qkv: (B, 3 * heads * head_dim, H, W).
+        scales: a pair of modules a scale, the depthwise and the 1x1 convolution. If any is no plain convolution any
+            more (an adapter or an observer took its place), all are called, one by one.
+        head_dim: channels of a head.
+        eps: added to the denominator.
+
+    Returns:
+        (B, (1 + S) * heads * head_dim, H, W).
+    """
+    pairs: list[Any] = [tuple(scale._modules.values()) for scale in scales]
+    if any(type(conv) is not nn.Conv2d for pair in pairs for conv in pair):
+        return _attend_to_any(qkv, pairs, head_dim, eps)
+    depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
+    return multi_scale_linear_attention(
+        qkv,
+        [conv.weight for conv in depthwise],
+        [conv.weight for conv in pointwise],
+        _biases(depthwise),
+        _biases(pointwise),
+        head_dim=head_dim,
+        eps=eps,
+    )
+
+
+def _attend_to_any(qkv: torch.Tensor, pairs: Iterable[Any], head_dim: int, eps: float) -> torch.Tensor:
+    batch, _, height, width = qkv.shape
+    aggregated = torch.cat([qkv, *(pointwise(depthwise(qkv)) for depthwise, pointwise in pairs)], dim=1)
+    heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).mT
+    out = relu_linear_attention(*heads.chunk(3, dim=-1), eps=eps)
+    return out.mT.reshape(batch, -1, height, width)
+
+
+def _biases(convolutions: Sequence[nn.Conv2d]) -> list[torch.Tensor] | None:
     """One a convolution, zeros for those that have none; None if none has one."""
     if all(conv.bias is None for conv in convolutions):
         return None
@@ -175,53 +176,3 @@ def _is_projection(parts: Mapping[str, nn.Module | None]) -> bool:
         and conv.groups == 1
         and (dropout is None or not dropout.training or getattr(dropout, "p", 1) == 0)
     )
-
-
-def _is_fixed(norm: nn.BatchNorm2d) -> bool:
-    """Whether the norm is an affine map of numbers that do not depend on the input."""
-    return not norm.training and norm.running_mean is not None
-
-
-def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the one convolution that does what both do in evaluation; differentiable."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    at_least = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = (norm.running_var.to(at_least) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(at_least)
-    shift = -norm.running_mean.to(at_least) * scale
-    if conv.bias is not None:
-        shift = shift + conv.bias.to(at_least) * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(at_least)
-    weight = conv.weight.to(at_least) * scale.reshape(-1, 1, 1, 1)
-    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
-
-
-def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A 1x1 convolution as whichever is fastest: a matrix product, but for training on batches in NCHW.
-
-    Args:
-        x: (B, C, H, W).
-        weight: (C_out, C, 1, 1).
-        bias: (C_out,), or None.
-
-    Returns:
-        (B, C_out, H, W), of x's memory format.
-    """
-    batch, channels, height, width = x.shape
-    matrix = weight.flatten(1)
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
-    grad = torch.is_grad_enabled()
-    if x.numel() > 0 and (not x.is_contiguous() or (batch != 1 and grad)):
-        return functional.conv2d(x, weight, bias)
-    if batch == 1:
-        tokens = x.reshape(channels, height * width)
-        out = torch.mm(matrix, tokens) if bias is None else torch.addmm(bias.unsqueeze(-1), matrix, tokens)
-    else:
-        tokens = x.reshape(batch, channels, height * width)
-        out = torch.matmul(matrix, tokens)
-        if bias is not None:
-            out = out + bias.unsqueeze(-1) if grad else out.add_(bias.unsqueeze(-1))
-    return out.reshape(batch, len(weight), height, width)

@@ -1,0 +1,115 @@
+"""1x1 convolutions around the operators: as matrix products, with the BatchNorm behind them folded in.
+
+And what is computed from parameters alone is kept for the next call, for as long as the parameters stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class KeepsDerived(nn.Module):
+    """A module that keeps tensors computed from its parameters, in evaluation without gradients.
+
+    They are made anew after anything that changes their sources in a way torch counts (loading, an optimiser's
+    step, conversions) and after a change of mode; only writing to ``.data`` in evaluation mode goes unseen.
+    """
+
+    def _derived(
+        self,
+        name: str,
+        sources: Sequence[torch.Tensor | None],
+        constants: tuple[Any, ...],
+        make: Callable[[], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``make`` returns, from the last call if the sources and constants that it depends on are the same."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        try:
+            state = (*constants, *((None if t is None else (t.data_ptr(), t._version, t.dtype)) for t in sources))
+        except RuntimeError:  # inference tensors count no versions
+            return make()
+        kept: dict[str, Any] = self.__dict__.setdefault("_effattn_derived", {})
+        if name not in kept or kept[name][0] != state:
+            kept[name] = (state, make())
+        derived: tuple[torch.Tensor, ...] = kept[name][1]
+        return derived
+
+    def _folded(self, name: str, projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
+        """:func:`fold_batch_norm`, kept."""
+        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
+        sources = [projection.weight, projection.bias, *norm._parameters.values(), *norm._buffers.values()]
+        return self._derived(name, sources, (norm.eps,), lambda: fold_batch_norm(projection, norm))
+
+    def train(self, mode: bool = True) -> KeepsDerived:
+        forget_derived(self)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_effattn_derived"}
+
+
+def forget_derived(module: nn.Module) -> None:
+    """Drops what :class:`KeepsDerived` kept."""
+    module.__dict__.pop("_effattn_derived", None)
+
+
+def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether the norm is an affine map of numbers that do not depend on the input, and nobody needs gradients."""
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and type(norm) is nn.BatchNorm2d
+        and not norm.training
+        and norm.running_mean is not None
+        and not torch.is_grad_enabled()
+    )
+
+
+def fold_batch_norm(projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the one projection that does what both do in evaluation; differentiable."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    at_least = torch.promote_types(projection.weight.dtype, torch.float32)
+    scale = (norm.running_var.to(at_least) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(at_least)
+    shift = -norm.running_mean.to(at_least) * scale
+    if projection.bias is not None:
+        shift = shift + projection.bias.to(at_least) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(at_least)
+    weight = projection.weight.to(at_least) * scale.reshape(-1, *(1 for _ in projection.weight.shape[1:]))
+    return weight.to(projection.weight.dtype), shift.to(projection.weight.dtype)
+
+
+def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A 1x1 convolution as whichever is fastest: a matrix product, but for training on batches in NCHW.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C_out, C, 1, 1) of a convolution, or (C_out, C) of a linear layer.
+        bias: (C_out,), or None.
+
+    Returns:
+        (B, C_out, H, W), of x's memory format.
+    """
+    batch, channels, height, width = x.shape
+    matrix = weight.flatten(1)
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
+    grad = torch.is_grad_enabled()
+    if x.numel() > 0 and (not x.is_contiguous() or (batch != 1 and grad)):
+        return functional.conv2d(x, matrix.unsqueeze(-1).unsqueeze(-1), bias)
+    if batch == 1:
+        tokens = x.reshape(channels, height * width)
+        out = torch.mm(matrix, tokens) if bias is None else torch.addmm(bias.unsqueeze(-1), matrix, tokens)
+    else:
+        tokens = x.reshape(batch, channels, height * width)
+        out = torch.matmul(matrix, tokens)
+        if bias is not None:
+            out = out + bias.unsqueeze(-1) if grad else out.add_(bias.unsqueeze(-1))
+    return out.reshape(batch, len(weight), height, width)

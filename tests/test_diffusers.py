@@ -1,0 +1,292 @@
+"""accelerate on diffusers' classes: the attention of DC-AE and the processor of Sana's transformer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import effattn
+from effattn.integrations.sana import SanaLinearAttnProcessor, SanaMultiscaleLinearAttention
+from effattn.testing import import_diffusers, randomise_batch_norm
+
+diffusers = import_diffusers()
+from diffusers.models import attention_processor  # noqa: E402  (after the import that makes it loadable)
+
+STOCK = attention_processor.SanaMultiscaleLinearAttention
+OPTIONS = {
+    "DC-AE": {"norm_type": "rms_norm", "residual_connection": True},
+    "batch norm": {},
+    "layer norm": {"norm_type": "layer_norm"},  # which diffusers applies to the image as it is
+    "three scales": {"kernel_sizes": (3, 5, 7), "attention_head_dim": 4},
+    "no scale": {"kernel_sizes": ()},
+}
+
+
+def make(name="DC-AE"):
+    torch.manual_seed(0)
+    module = STOCK(32, 32, **OPTIONS[name])
+    randomise_batch_norm(module)
+    return module.eval()
+
+
+def image(size=9, memory_format=torch.contiguous_format, width=None):
+    torch.manual_seed(1)
+    return torch.randn(2, 32, size, width or size + 2).to(memory_format=memory_format)
+
+
+def x_for(name):
+    return image(32, width=32) if name == "layer norm" else image()
+
+
+def close(a, b, scale=1e-5):
+    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
+
+
+# --- the attention of the autoencoder -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_evaluation_and_back(name):
+    module, x = make(name), x_for(name)
+    with torch.no_grad():
+        expected = module(x)
+        report = effattn.accelerate(module)
+        assert [entry.module for entry in report.replaced] == ["(model)"] and not report.left_alone
+        assert type(module) is SanaMultiscaleLinearAttention
+        close(module(x), expected)
+        assert effattn.restore(module) == 1 and type(module) is STOCK
+        assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_memory_formats_and_few_tokens(memory_format):
+    """The second image has fewer tokens than a head has channels: diffusers' quadratic path."""
+    module = make()
+    with torch.no_grad():
+        for x in (image(memory_format=memory_format), image(1, memory_format)):
+            expected = module(x)
+            effattn.accelerate(module)
+            close(module(x), expected)
+            effattn.restore(module)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients(name, training):
+    """Within a few times the error that the stock module has itself."""
+    results = []
+    for kind in ("truth", "stock", "ours"):
+        module, x = make(name).train(training), x_for(name)
+        if kind != "stock":
+            effattn.accelerate(module)
+        if kind == "truth":  # diffusers' own casts to float32 in the middle
+            module, x = module.double(), x.double()
+        x.requires_grad_()
+        out = module(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
+    for truth, theirs, mine in zip(*results, strict=True):
+        assert (mine - truth).norm() <= 3 * (theirs - truth).norm() + 1e-5 * truth.norm()
+
+
+def by_state_dict(module):
+    module.load_state_dict({k: v * 0.5 for k, v in module.state_dict().items()})
+
+
+def by_an_optimiser(module):
+    module(image()).square().mean().backward()
+    torch.optim.SGD(module.parameters(), lr=0.5).step()
+
+
+def in_place(module):
+    with torch.no_grad():
+        module.to_v.weight.mul_(2.0)
+
+
+def by_an_adapter(module):
+    """What a LoRA library does to a layer: another module in its place."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        @property
+        def weight(self):
+            return self.base.weight
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    module.to_v, module.to_out = Adapted(module.to_v), Adapted(module.to_out)
+
+
+@pytest.mark.parametrize("change", [by_state_dict, by_an_optimiser, in_place, by_an_adapter], ids=lambda c: c.__name__)
+def test_nothing_kept_is_stale(change):
+    module, x = make("batch norm"), image()
+    effattn.accelerate(module)
+    with torch.no_grad():
+        before = module(x)
+        assert module.__dict__["_effattn_derived"]
+    change(module)
+    with torch.no_grad():
+        out = module(x)
+        assert not torch.allclose(out, before, rtol=1e-3)
+        effattn.restore(module)
+        close(out, module(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_autocast(training):
+    module, x = make().train(training), image()
+    truth = copy.deepcopy(module)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = module(x)
+        effattn.accelerate(module)
+        mine = module(x)
+    assert mine.dtype == theirs.dtype
+    assert (mine - truth).norm() <= 1.1 * (theirs - truth).norm()
+
+
+def test_whole_autoencoder_compiled():
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(16, 32),
+        decoder_block_out_channels=(16, 32),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+    ).eval()
+    x = torch.randn(1, 3, 20, 28)
+    with torch.no_grad():
+        expected = model(x).sample
+        assert len(effattn.accelerate(model).replaced) == 2
+        close(model(x).sample, expected, 1e-4)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(compiled(x).sample, expected, 1e-4)
+        assert effattn.restore(model) == 2
+
+
+def test_what_is_left_alone_and_why():
+    class Other(attention_processor.SanaMultiscaleAttnProcessor2_0):
+        pass
+
+    modules = {name: make("batch norm") for name in ("processor", "nonlinearity", "bias", "strided", "hooked", "parts")}
+    modules["processor"].processor = Other()
+    modules["nonlinearity"].nonlinearity = nn.GELU()
+    modules["bias"].to_k = nn.Linear(32, 32)
+    modules["strided"].to_qkv_multiscale[0].proj_in.stride = (2, 2)
+    modules["hooked"].to_out.register_forward_hook(lambda *_: None)
+    del modules["parts"].residual_connection
+    report = effattn.accelerate(nn.ModuleDict(modules))
+    assert not report.replaced
+    assert {entry.module: entry.detail for entry in report.left_alone} == {
+        "processor": "its processor is Other, not SanaMultiscaleAttnProcessor2_0",
+        "nonlinearity": "its nonlinearity is GELU, not ReLU",
+        "bias": "to_q, to_k or to_v has a bias",
+        "strided": "to_qkv_multiscale.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
+        "hooked": "its parts have hooks, which would not run: to_out",
+        "parts": "it has no residual_connection",
+    }
+
+
+# --- the processor of the transformer -------------------------------------------------------------------
+
+
+def transformer(**options):
+    torch.manual_seed(0)
+    return diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=10,
+        sample_size=8,
+        patch_size=1,
+        **options,
+    ).eval()
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 5, 10, dtype=dtype),
+        "timestep": torch.tensor([3, 7]),
+        "return_dict": False,
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": "rms_norm_across_heads"}], ids=["plain", "qk norm"])
+def test_transformer(options):
+    model = transformer(**options)
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(**inputs())[0]
+        report = effattn.accelerate(model)
+        assert [entry.module for entry in report.replaced] == [
+            f"transformer_blocks.{i}.attn1.processor" for i in range(2)
+        ]
+        assert type(model.transformer_blocks[0].attn1.processor) is SanaLinearAttnProcessor
+        assert list(model.state_dict()) == keys
+        close(model(**inputs())[0], expected)
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        close(twin(**inputs())[0], expected)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(compiled(**inputs())[0], expected)
+        assert effattn.restore(twin) == effattn.restore(model) == 2
+        assert torch.equal(model(**inputs())[0], expected)
+
+
+def test_transformer_trains_alike():
+    grads = []
+    for fast in (False, True):
+        model = transformer().train()
+        if fast:
+            effattn.accelerate(model)
+        model(**inputs())[0].square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for theirs, mine in zip(*grads, strict=True):
+        close(mine, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_transformer_in_narrow_types(dtype):
+    model = transformer()
+    with torch.no_grad():
+        truth = model(**inputs())[0]
+        model.to(dtype)
+        theirs = model(**inputs(dtype))[0]
+        effattn.accelerate(model)
+        mine = model(**inputs(dtype))[0]
+    assert mine.dtype == theirs.dtype
+    assert (mine - truth).norm() <= 1.1 * (theirs - truth).norm()
+
+
+def test_a_processor_set_afterwards_is_the_users():
+    model = transformer()
+    effattn.accelerate(model)
+    mine = attention_processor.SanaLinearAttnProcessor2_0()
+    model.transformer_blocks[0].attn1.set_processor(mine)
+    assert effattn.restore(model) == 1
+    assert model.transformer_blocks[0].attn1.processor is mine
+
+
+def test_a_processor_with_a_state_of_its_own_is_left_alone():
+    model = transformer()
+    model.transformer_blocks[1].attn1.processor.strength = 2
+    report = effattn.accelerate(model)
+    assert len(report.replaced) == 1
+    assert report.left_alone[0].detail == "it keeps strength"
