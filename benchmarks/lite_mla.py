@@ -1,7 +1,7 @@
 """LiteMLA as a whole, its peers, and whole models: formulations, inputs, gates and lists of candidates.
 
-The stock module is timm's, with random weights and BatchNorm statistics that are not trivial. Peers get it as it
-is; effattn gets a copy on which ``accelerate`` was called.
+The stock module is timm's (diffusers' for DC-AE), with random weights and BatchNorm statistics that are not
+trivial. Peers get it as it is; effattn gets a copy on which ``accelerate`` was called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
 from effattn import _library, testing
 
 OURS = "effattn"
-STOCK = "timm eager"
+STOCK = "stock eager"
 CHECK = f"{STOCK} (again)"
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Relative error (norm): far above the rounding of a whole model, far below any mistake.
@@ -111,11 +111,43 @@ class ModelCase:
         return Work(bytes=0, flops=0)  # no floor: most of it is none of ours
 
 
+@dataclass(frozen=True)
+class DCAEBlockCase:
+    """A block of diffusers' deep compression autoencoder (arXiv 2410.10733): the attention and a gated MBConv."""
+
+    name: str
+    batch: int
+    channels: int
+    dim: int
+    height: int
+    width: int
+
+    def module(self) -> nn.Module:
+        testing.import_diffusers()
+        from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock
+
+        return EfficientViTBlock(self.channels, attention_head_dim=self.dim, norm_type="rms_norm")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.batch, self.channels, self.height, self.width
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"batch": self.batch, "channels": self.channels, "height": self.height, "width": self.width}
+
+    def work(self, training: bool) -> Work:
+        return Work(bytes=0, flops=0)  # no floor: the convolutions are none of ours
+
+
+AnyCase = LiteMLACase | ModelCase | DCAEBlockCase
+
+
 @dataclass
 class Inputs:
     """A module, its input and the truth in float64."""
 
-    case: LiteMLACase | ModelCase
+    case: AnyCase
     training: bool = False
 
     @cached_property
@@ -192,22 +224,26 @@ def _onnx(data: Inputs) -> Any:
     file = io.BytesIO()
     with warnings.catch_warnings():  # of constants that are left to the runtimes, which fold them
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            data.module, (data.x,), file, dynamo=False, input_names=["x"], output_names=["out"], opset_version=17
-        )
+        if isinstance(data.case, DCAEBlockCase):  # the older exporter writes movedim() as what no runtime takes
+            program = torch.onnx.export(data.module, (data.x,), dynamo=True, input_names=["x"], output_names=["out"])
+            program.save(file)
+        else:
+            torch.onnx.export(
+                data.module, (data.x,), file, dynamo=False, input_names=["x"], output_names=["out"], opset_version=17
+            )
     return onnx.load_from_string(file.getvalue())
 
 
 def _runtime_call(run: Callable[..., Callable[[], peers.Tensors]], data: Inputs) -> Call:
     with torch.no_grad():
-        outputs = {"out": torch.empty_like(data.module(data.x))}
+        outputs = {"out": torch.empty(data.module(data.x).shape)}
     call = run(_onnx(data), {"x": data.x}, outputs)
     return lambda: tuple(call().values())
 
 
 def torch_candidates(accelerated: bool, compiled: bool) -> list[Candidate]:
     """In both memory formats."""
-    who = OURS if accelerated else "timm"
+    who = OURS if accelerated else "stock"
     name = f"{who} compiled" if compiled else f"{who} eager"
     return [
         Candidate(
@@ -232,7 +268,7 @@ def check_candidate() -> Candidate:
     return Candidate(CHECK, "NCHW", Role.CHECK, partial(torch_call, FORMATS["NCHW"], False, False), gate)
 
 
-def make_case(case: LiteMLACase | ModelCase, training: bool = False) -> Case:
+def make_case(case: AnyCase, training: bool = False) -> Case:
     return Case(
         name=case.name,
         dtype=torch.float32,

@@ -209,5 +209,7 @@ def write_floors(rows: list[Row], cases: list[Case], rates: Rates) -> None:
     work = {(case.name, str(case.dtype).removeprefix("torch.")): case.work for case in cases}
     for row in rows:
         if (row.case, row.dtype) in work:
+            if work[row.case, row.dtype] == Work(bytes=0, flops=0):  # most of the case is none of ours
+                continue
             seconds, row.floor_is = rates.floor(work[row.case, row.dtype])
             row.floor_milliseconds = seconds * 1e3

@@ -49,9 +49,11 @@ ONCE = (
     "kernels/cpu/isa.cpp",
     "kernels/cpu/relu_linear_attention.cpp",
     "kernels/cpu/multi_scale.cpp",
+    "kernels/cpu/lite_mla.cpp",
     "csrc/library.cpp",
     "csrc/cpu/relu_linear_attention.cpp",
     "csrc/cpu/multi_scale.cpp",
+    "csrc/cpu/lite_mla.cpp",
 )
 PYTHON = ("csrc/python.cpp",)
 

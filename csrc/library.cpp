@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(effattn, m) {
         "int head_dim, float eps) -> (Tensor out, Tensor sums)");
   m.def("multi_scale_linear_attention_backward(Tensor grad_out, Tensor qkv, " EFFATTN_WEIGHTS
         "Tensor sums, int head_dim, float eps)" EFFATTN_GRADIENTS);
+
+  // Inference of a module: 1x1 convolution, attention, 1x1 convolution.
+  m.def("lite_mla(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, " EFFATTN_WEIGHTS
+        "Tensor proj_weight, Tensor? proj_bias, int head_dim, float eps) -> Tensor");
 #undef EFFATTN_WEIGHTS
 #undef EFFATTN_GRADIENTS
 }

@@ -33,6 +33,7 @@ DEFAULT = [
     "tests/test_relu_linear_attention_errors.py",
     "tests/test_multi_scale_numerics.py",
     "tests/test_multi_scale_errors.py",
+    "tests/test_lite_mla.py",
     "-m=not slow",
     "-k=not (multi_scale and bfloat16)",  # converted by the same code as float16
 ]

@@ -199,10 +199,11 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_folded_weights_are_never_stale(change):
+def test_folded_weights_are_never_stale(change, memory_format):
     stock, ours = pair()
-    x = image()
+    x = image(memory_format=memory_format)
     with torch.no_grad():
         before = ours(x)
         assert ours.__dict__["_effattn_derived"], "nothing was kept, so nothing can be stale"
@@ -225,13 +226,28 @@ def test_conversion_to_a_narrow_type_after_a_call():
     close(out.float(), expected, 5e-2)
 
 
-def test_weights_are_folded_once():
+@pytest.mark.parametrize(("memory_format", "name"), [("contiguous_format", "at once"), ("channels_last", "proj")])
+def test_weights_are_folded_once(memory_format, name):
+    """Where one operator takes the module, and where the projection is a call of its own."""
+    _, ours = pair()
+    x = image(memory_format=getattr(torch, memory_format))
+    with torch.no_grad():
+        ours(x)
+        kept = ours.__dict__["_effattn_derived"][name].derived[-1]
+        ours(x)
+        assert ours.__dict__["_effattn_derived"][name].derived[-1] is kept
+
+
+def test_converted_there_and_back():
+    """Weights may come to lie where they lay before the conversion, with the version that they had."""
     _, ours = pair()
     with torch.no_grad():
         ours(image())
-        kept = ours.__dict__["_effattn_derived"]["proj"][1][0]
-        ours(image())
-        assert ours.__dict__["_effattn_derived"]["proj"][1][0] is kept
+        ours.proj.half().float()  # a part alone: the module does not hear of it
+        rounded = ours(image())
+        fresh = pair()[1]
+        fresh.load_state_dict(ours.state_dict())
+        assert torch.equal(rounded, fresh(image()))
 
 
 def test_gradients_reach_the_weights_behind_a_folded_call():

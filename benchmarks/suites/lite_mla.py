@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.lite_mla import LiteMLACase, ModelCase, make_case
+from benchmarks.lite_mla import DCAEBlockCase, LiteMLACase, ModelCase, make_case
 from benchmarks.runner import Case
 from benchmarks.suites.base import TimedSuite
 
@@ -13,6 +13,7 @@ MODULES = (
     LiteMLACase("b1 stage 4 @1024x2048", 1, 256, 16, 32, 64),
     LiteMLACase("b3 stage 3 @512, batch 4", 4, 256, 32, 32, 32),
     LiteMLACase("l2 SAM stage 4 @1024", 1, 512, 32, 32, 32),
+    DCAEBlockCase("DC-AE f32c32, last block @512", 1, 1024, 32, 16, 16),
 )
 MODULES_SHORT = ("b1 stage 3 @224", "b1 stage 4 @1024x2048")
 TRAINING = (

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks import child, environment
+from benchmarks import child, environment, lite_mla
 from benchmarks import relu_linear_attention as rla
 from benchmarks.child import Job
 from benchmarks.floor import Rates
 from benchmarks.runner import Row, Tick, explain
 from benchmarks.suites import attention, training
 from benchmarks.suites.base import Settings
+from benchmarks.suites.lite_mla import LITE_MLA_TRAINING
 
-CANDIDATES = (rla.STOCK, "official compiled", rla.OURS)
-VARIANT = rla.LAYOUTS[0]
+#: By suite: the candidates of interest, and the variant of theirs.
+CANDIDATES = {
+    attention.ATTENTION.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
+    training.TRAINING.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
+    LITE_MLA_TRAINING.name: ((lite_mla.STOCK, "stock compiled", f"{lite_mla.OURS} eager"), "NCHW"),
+}
 #: Steps of progress for one job: about what it takes in time.
 STEPS = 50
 
@@ -31,15 +36,15 @@ class ProcessSuite:
     short: tuple[tuple[str, str], ...]
 
     def _jobs(self, settings: Settings) -> list[Job]:
-        # Compiling in a fresh process takes longest, and says least: a short run leaves it out.
-        candidates = tuple(name for name in CANDIDATES if not (settings.short and "compiled" in name))
-        groups = [candidates] if self.together else [(name,) for name in candidates]
-        return [
-            Job(self.kind, suite, case, group, VARIANT, settings.rounds)
-            for suite, case in (self.short if settings.short else self.full)
-            if settings.keeps(case)
-            for group in groups
-        ]
+        jobs = []
+        for suite, case in self.short if settings.short else self.full:
+            candidates, variant = CANDIDATES[suite]
+            # Compiling in a fresh process takes longest, and says least: a short run leaves it out.
+            candidates = tuple(name for name in candidates if not (settings.short and "compiled" in name))
+            groups = [candidates] if self.together else [(name,) for name in candidates]
+            if settings.keeps(case):
+                jobs += [Job(self.kind, suite, case, group, variant, settings.rounds) for group in groups]
+        return jobs
 
     def steps(self, settings: Settings) -> int:
         return STEPS * len(self._jobs(settings))
@@ -60,11 +65,12 @@ class ProcessSuite:
 
 
 def _failed(job: Job, candidate: str, reason: str) -> Row:
-    role = "ours" if candidate == rla.OURS else "peer"
+    role = "ours" if candidate.startswith(rla.OURS) else "peer"
     return Row(job.suite, job.case, "float32", {}, candidate, job.variant, role, reason=reason)
 
 
 _TRAINING = tuple((training.TRAINING.name, case.name) for case in training.CASES)
+_MODULES = ((LITE_MLA_TRAINING.name, "b1 stage 3 @1024x2048"),)
 
 MEMORY = ProcessSuite(
     "memory",
@@ -72,7 +78,7 @@ MEMORY = ProcessSuite(
     "peak memory",
     environment.RETURN_MEMORY,
     together=False,
-    full=_TRAINING,
+    full=_TRAINING + _MODULES,
     short=((training.TRAINING.name, training.SHORT[0]),),
 )
 ALLOCATOR = ProcessSuite(

@@ -27,5 +27,6 @@ class Backend(NamedTuple):
     unavailable: Callable[[], str | None]
     #: Every reason why (op, device type, dtype) cannot be served.
     reasons: Callable[[str, str, torch.dtype], list[str]]
-    #: By operator: a Fused, or a function of differentiable torch operations.
+    #: By operator: a Fused; of the reference, a function of differentiable torch operations; of an operator that is
+    #: for inference alone, that.
     functions: Mapping[str, Fused | Callable[..., torch.Tensor]]

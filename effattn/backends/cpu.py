@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from effattn import _library
@@ -10,15 +12,19 @@ from effattn.backends._base import Backend, Fused
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _functions() -> dict[str, Fused]:
+def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
     if _library.error is not None:
         return {}
+    differentiable = ("relu_linear_attention", "multi_scale_aggregation", "multi_scale_linear_attention")
     return {
-        name: Fused(
-            inference=getattr(torch.ops.effattn, name).default,
-            forward=getattr(torch.ops.effattn, f"{name}_forward").default,
-        )
-        for name in ("relu_linear_attention", "multi_scale_aggregation", "multi_scale_linear_attention")
+        **{
+            name: Fused(
+                inference=getattr(torch.ops.effattn, name).default,
+                forward=getattr(torch.ops.effattn, f"{name}_forward").default,
+            )
+            for name in differentiable
+        },
+        "lite_mla": torch.ops.effattn.lite_mla.default,
     }
 
 

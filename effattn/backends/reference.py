@@ -75,6 +75,34 @@ def multi_scale_linear_attention(
     return out.mT.reshape(batch, channels // 3, height, width).to(qkv.dtype)
 
 
+def lite_mla(
+    x: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor],
+    pw_biases: Sequence[torch.Tensor],
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+) -> torch.Tensor:
+    """EfficientViT's module around :func:`multi_scale_linear_attention`, in evaluation with BatchNorm folded in."""
+    at_least = torch.promote_types(x.dtype, torch.float32)
+
+    def project(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        linear = functional.linear(
+            image.movedim(1, -1), weight.to(at_least), None if bias is None else bias.to(at_least)
+        )
+        return linear.movedim(-1, 1)
+
+    with without_autocast(x.device):
+        qkv = project(x.to(at_least), qkv_weight, qkv_bias)
+        out = multi_scale_linear_attention(qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
+        return project(out, proj_weight, proj_bias).to(x.dtype)
+
+
 def _unavailable() -> str | None:
     return None
 
@@ -92,6 +120,7 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "relu_linear_attention": relu_linear_attention,
     "multi_scale_aggregation": multi_scale_aggregation,
     "multi_scale_linear_attention": multi_scale_linear_attention,
+    "lite_mla": lite_mla,
 }
 
 BACKEND = Backend("reference", _unavailable, _reasons, FUNCTIONS)

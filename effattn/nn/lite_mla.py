@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
-from effattn.nn.projection import KeepsDerived, can_fold, pointwise_convolution
+from effattn.nn.projection import KeepsDerived, can_fold, fold_batch_norm, pointwise_convolution, sources_of
+from effattn.ops import lite_mla as _lite_mla
+
+# Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
+# ones torch's matrix products around the attention are faster.
+_TOKENS_AT_ONCE = 400
 
 
 class LiteMLA(KeepsDerived):
@@ -82,8 +87,48 @@ class LiteMLA(KeepsDerived):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
+        if not torch.is_grad_enabled() and x.dtype == torch.float32 and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
+            out = self._at_once(x)
+            if out is not None:
+                return out
         qkv = self._project("qkv", x)
         return self._project("proj", attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps))
+
+    def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
+        first, last = (self._modules[name]._modules for name in ("qkv", "proj"))
+        pairs = [tuple(scale._modules.values()) for scale in self.aggreg._modules.values()]
+        if (
+            not x.is_contiguous()
+            or torch.is_autocast_enabled(x.device.type)
+            or not (_is_affine(first) and _is_affine(last) and _are_plain(pairs) and _is_nothing(first.get("act")))
+            or not _lite_mla.serves(x)
+        ):
+            return None
+        convs: list[Any] = [first["conv"], last["conv"]]
+        norms: list[Any] = [None if _is_nothing(part.get("norm")) else part["norm"] for part in (first, last)]
+        weights = self._derived(
+            "at once",
+            sources_of(convs[0], norms[0]) + sources_of(convs[1], norms[1]),
+            tuple(norm.eps for norm in norms if norm is not None),
+            lambda: tuple(t for conv, norm in zip(convs, norms, strict=True) for t in _matrix_and_bias(conv, norm)),
+        )
+        depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
+        out = _lite_mla.lite_mla(
+            x,
+            weights[0],
+            weights[1],
+            [conv.weight for conv in depthwise],
+            [conv.weight for conv in pointwise],
+            _biases(depthwise) or (),
+            _biases(pointwise) or (),
+            weights[2],
+            weights[3],
+            self.dim,
+            self.eps,
+        )
+        act = last.get("act")
+        return out if act is None else act(out)
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
@@ -136,7 +181,7 @@ def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps
         (B, (1 + S) * heads * head_dim, H, W).
     """
     pairs: list[Any] = [tuple(scale._modules.values()) for scale in scales]
-    if any(type(conv) is not nn.Conv2d for pair in pairs for conv in pair):
+    if not _are_plain(pairs):
         return _attend_to_any(qkv, pairs, head_dim, eps)
     depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
     return multi_scale_linear_attention(
@@ -158,6 +203,10 @@ def _attend_to_any(qkv: torch.Tensor, pairs: Iterable[Any], head_dim: int, eps: 
     return out.mT.reshape(batch, -1, height, width)
 
 
+def _are_plain(pairs: Sequence[Any]) -> bool:
+    return all(type(conv) is nn.Conv2d for pair in pairs for conv in pair)
+
+
 def _biases(convolutions: Sequence[nn.Conv2d]) -> list[torch.Tensor] | None:
     """One a convolution, zeros for those that have none; None if none has one."""
     if all(conv.bias is None for conv in convolutions):
@@ -176,3 +225,18 @@ def _is_projection(parts: Mapping[str, nn.Module | None]) -> bool:
         and conv.groups == 1
         and (dropout is None or not dropout.training or getattr(dropout, "p", 1) == 0)
     )
+
+
+def _is_nothing(part: nn.Module | None) -> bool:
+    return part is None or type(part) is nn.Identity
+
+
+def _is_affine(parts: Mapping[str, nn.Module | None]) -> bool:
+    """Whether the parts up to the activation are one matrix and one bias, without gradients."""
+    norm = parts.get("norm")
+    return _is_projection(parts) and (_is_nothing(norm) or can_fold(norm))
+
+
+def _matrix_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight, bias = (conv.weight, conv.bias) if norm is None else fold_batch_norm(conv, norm)
+    return weight.flatten(1), bias

@@ -6,11 +6,17 @@ And what is computed from parameters alone is kept for the next call, for as lon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+class _Kept(NamedTuple):
+    state: list[Any]
+    held: list[torch.Tensor | None]
+    derived: tuple[Any, ...]  # tensors, or None for a bias that is not there
 
 
 class KeepsDerived(nn.Module):
@@ -25,26 +31,30 @@ class KeepsDerived(nn.Module):
         name: str,
         sources: Sequence[torch.Tensor | None],
         constants: tuple[Any, ...],
-        make: Callable[[], tuple[torch.Tensor, ...]],
-    ) -> tuple[torch.Tensor, ...]:
+        make: Callable[[], tuple[Any, ...]],
+    ) -> tuple[Any, ...]:
         """What ``make`` returns, from the last call if the sources and constants that it depends on are the same."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
+        kept = self.__dict__.setdefault("_effattn_derived", {})
         try:
-            state = (*constants, *((None if t is None else (t.data_ptr(), t._version, t.dtype)) for t in sources))
+            state = [*constants, *[None if t is None else (t.data_ptr(), t._version) for t in sources]]
         except RuntimeError:  # inference tensors count no versions
+            kept.pop(name, None)
             return make()
-        kept: dict[str, Any] = self.__dict__.setdefault("_effattn_derived", {})
-        if name not in kept or kept[name][0] != state:
-            kept[name] = (state, make())
-        derived: tuple[torch.Tensor, ...] = kept[name][1]
+        if name not in kept or kept[name].state != state:
+            # The sources' memory is held on to, so that no tensor that follows them can come to lie in it.
+            kept[name] = _Kept(state, [None if t is None else t.detach() for t in sources], make())
+        derived: tuple[Any, ...] = kept[name].derived
         return derived
 
     def _folded(self, name: str, projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
         """:func:`fold_batch_norm`, kept."""
-        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
-        sources = [projection.weight, projection.bias, *norm._parameters.values(), *norm._buffers.values()]
-        return self._derived(name, sources, (norm.eps,), lambda: fold_batch_norm(projection, norm))
+        return self._derived(name, sources_of(projection, norm), (norm.eps,), lambda: fold_batch_norm(projection, norm))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KeepsDerived:
+        forget_derived(self)
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> KeepsDerived:
         forget_derived(self)
@@ -57,6 +67,15 @@ class KeepsDerived(nn.Module):
 def forget_derived(module: nn.Module) -> None:
     """Drops what :class:`KeepsDerived` kept."""
     module.__dict__.pop("_effattn_derived", None)
+
+
+def sources_of(projection: nn.Module, norm: nn.Module | None) -> list[torch.Tensor | None]:
+    """All tensors that the folded weight and bias depend on."""
+    sources = list(projection._parameters.values())
+    if norm is not None:
+        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
+        sources += [*norm._parameters.values(), *norm._buffers.values()]
+    return sources
 
 
 def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:

@@ -39,22 +39,26 @@ struct PaddedRows {
   }
 };
 
+// Enough sums under way to hide the latency of an addition, few enough for the registers.
+constexpr int kDepthwiseRows = 8;
+
 // out[y][x] = start + sum_ij weights[i][j] in[y + i][x + j] for R rows and V vectors of columns; `start` is
 // the bias, or with Add what stands there. A row that is loaded serves all the results that it has a part in.
 template <int K, int R, int V, bool Add>
 __attribute__((noinline)) void depthwise_block(float* out, int64_t out_stride, const float* in,
                                                int64_t in_stride, const float* weights, float bias,
                                                int64_t cols) {
-  Vec acc[R][V];
+  constexpr int kChains = kDepthwiseRows / (R * V) < K ? kDepthwiseRows / (R * V) : K;
+  Vec acc[kChains][R][V] = {};
   EFFATTN_UNROLL
   for (int r = 0; r < R; ++r) {
     EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) {
       const float* const at = out + r * out_stride + v * kLanes;
-      acc[r][v] = Add ? load_first(at, smaller(cols - v * kLanes, kLanes)) : broadcast(bias);
+      acc[0][r][v] = Add ? load_first(at, smaller(cols - v * kLanes, kLanes)) : broadcast(bias);
     }
   }
-  for (int j = 0; j < K; ++j) {
+  const auto column_of_weights = [&](int j, Vec(&sums)[R][V]) __attribute__((always_inline)) {
     Vec column[K];
     EFFATTN_UNROLL
     for (int i = 0; i < K; ++i) column[i] = broadcast(weights[i * K + j]);
@@ -63,25 +67,31 @@ __attribute__((noinline)) void depthwise_block(float* out, int64_t out_stride, c
     for (int row = 0; row < R + K - 1; ++row, at += in_stride) {
       EFFATTN_UNROLL
       for (int v = 0; v < V; ++v) {
-        const Vec line = load(at + v * kLanes);
+        const Vec line = in_register(load(at + v * kLanes));
         EFFATTN_UNROLL
         for (int i = 0; i < K; ++i) {
-          if (const int r = row - i; r >= 0 && r < R) acc[r][v] += column[i] * line;
+          if (const int r = row - i; r >= 0 && r < R) sums[r][v] += column[i] * line;
         }
       }
     }
+  };
+  if constexpr (kChains == 1) {
+    for (int j = 0; j < K; ++j) column_of_weights(j, acc[0]);
+  } else {
+    EFFATTN_UNROLL
+    for (int j = 0; j < K; ++j) column_of_weights(j, acc[j % kChains]);
   }
   EFFATTN_UNROLL
   for (int r = 0; r < R; ++r) {
     EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) {
-      store_first(out + r * out_stride + v * kLanes, acc[r][v], smaller(cols - v * kLanes, kLanes));
+      Vec total = acc[0][r][v];
+      EFFATTN_UNROLL
+      for (int c = 1; c < kChains; ++c) total += acc[c][r][v];
+      store_first(out + r * out_stride + v * kLanes, total, smaller(cols - v * kLanes, kLanes));
     }
   }
 }
-
-// Enough sums under way to hide the latency of an addition, few enough for the registers.
-constexpr int kDepthwiseRows = 8;
 
 template <int K, int R, bool Add>
 inline void depthwise_rows(int64_t row, int64_t rows, float* out, int64_t out_stride, const float* in,

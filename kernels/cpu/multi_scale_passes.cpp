@@ -77,12 +77,21 @@ void depthwise_pass(const MultiScale& p, int64_t kernel, const Weights& scale, i
                     const In& in, const Out& mixed, float* memory) {
   Scratch scratch = scratch_of(p, rows, memory);
   const int64_t border = kernel / 2, padded_rows = rows + 2 * border;
-  const PaddedRows lines(scratch.floats(PaddedRows::floats(padded_rows, p.width, border)), padded_rows,
-                         p.width, border);
+  const int64_t line_floats = PaddedRows::floats(padded_rows, p.width, border);
+  // Two, one filled while the other is read: a load right behind the store of a part of it has to wait.
+  const PaddedRows lines[] = {{scratch.floats(line_floats), padded_rows, p.width, border},
+                              {scratch.floats(line_floats), padded_rows, p.width, border}};
+  const auto fill = [&](int64_t c) {
+    lines[c % 2].fill(in.data + c * in.stride, first - border, padded_rows, p.height, p.width);
+  };
+  fill(0);
   for (int64_t c = 0; c < p.head_dim; ++c) {
-    lines.fill(in.data + c * in.stride, first - border, padded_rows, p.height, p.width);
-    depthwise<false>(kernel, rows, mixed.data + c * mixed.stride, p.width, lines,
-                     scale.depthwise + c * kernel * kernel, bias_of(scale.depthwise_bias, c), p.width);
+    if (c + 1 < p.head_dim) fill(c + 1);
+    float* const row = mixed.data + c * mixed.stride;
+    // Products take whole vectors; what memory happens to hold there may be subnormal, and very slow.
+    store(row + rows * p.width, Vec{});
+    depthwise<false>(kernel, rows, row, p.width, lines[c % 2], scale.depthwise + c * kernel * kernel,
+                     bias_of(scale.depthwise_bias, c), p.width);
   }
 }
 
@@ -110,6 +119,32 @@ struct WriteToWithBias {
   EFFATTN_INLINE bool whole(int64_t) const { return true; }
 };
 
+// Calls f with where a product goes, at a bias for each row or at zero.
+template <class F>
+void with_edge(float* out, int64_t row_stride, const float* biases, const F& f) {
+  if (biases == nullptr) {
+    f(WriteTo{out, row_stride});
+  } else {
+    f(WriteToWithBias{out, row_stride, biases});
+  }
+}
+
+void project(const float* weights, const float* bias, int64_t outputs, int64_t inputs, int64_t tokens,
+             const In& in, bool padded, const Out& out) {
+  const auto columns = [&](int64_t offset, int64_t count) {
+    with_edge(out.data + offset, out.stride, bias, [&](const auto& edge) {
+      Fetch fetch;
+      product(outputs, count, StepsAdjacent<true>{weights, inputs}, Vectors<>{in.data + offset, in.stride},
+              inputs, edge, fetch);
+    });
+  };
+  if (padded) {
+    columns(0, tokens);
+  } else {
+    in_whole_vectors(tokens, columns);
+  }
+}
+
 void pointwise_pass(const MultiScale& p, const Weights& scale, int64_t tokens, const In& mixed,
                     const Out& out, float* memory) {
   Scratch scratch = scratch_of(p, 0, memory);
@@ -118,13 +153,10 @@ void pointwise_pass(const MultiScale& p, const Weights& scale, int64_t tokens, c
   load_tile<false>(by_input, Place<const float>{scale.pointwise, 1, d}, d, d);
   const RowsAdjacent weights{by_input.data, by_input.row_stride};
   const Vectors<> vectors{mixed.data, mixed.stride};
-  Fetch fetch;
-  if (scale.pointwise_bias == nullptr) {
-    product(d, tokens, weights, vectors, d, WriteTo{out.data, out.stride}, fetch);
-  } else {
-    product(d, tokens, weights, vectors, d, WriteToWithBias{out.data, out.stride, scale.pointwise_bias},
-            fetch);
-  }
+  with_edge(out.data, out.stride, scale.pointwise_bias, [&](const auto& edge) {
+    Fetch fetch;
+    product(d, tokens, weights, vectors, d, edge, fetch);
+  });
 }
 
 // --- backward -------------------------------------------------------------------------------------------
@@ -246,8 +278,9 @@ void depthwise_backward(const MultiScale& p, int64_t kernel, int64_t rows_at_onc
   }
 }
 
-constexpr MultiScalePasses kPasses = {scratch_floats, load_plane,         store_plane,       depthwise_pass,
-                                      pointwise_pass, pointwise_backward, depthwise_backward};
+constexpr MultiScalePasses kPasses = {
+    kLanes,         project,        scratch_floats,     load_plane,        store_plane,
+    depthwise_pass, pointwise_pass, pointwise_backward, depthwise_backward};
 
 }  // namespace
 

@@ -128,6 +128,15 @@ inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, i
   }
 }
 
+// Calls f(offset, count) for whole vectors of a tile's tokens. The last one may reach back over tokens that
+// are done, even of the tile before, and does them again.
+template <class F>
+EFFATTN_INLINE void in_whole_vectors(int64_t tokens, const F& f) {
+  const int64_t whole = tokens / kLanes * kLanes;
+  if (whole > 0) f(0, whole);
+  if (whole < tokens) f(tokens - kLanes, kLanes);
+}
+
 // A pointer that moves on by a row. The compiler is kept from computing each row's address anew, for which it
 // would run out of registers.
 template <class T>

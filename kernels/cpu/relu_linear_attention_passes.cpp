@@ -357,15 +357,6 @@ bool reads_in_place(int64_t tokens, const Places&... places) {
   return tokens >= kLanes && ((places.token_stride == 1) && ...);
 }
 
-// Calls f(offset, count) for whole vectors of a tile's tokens. The last one may reach back over tokens that
-// are done, even of the tile before, and does them again.
-template <class F>
-EFFATTN_INLINE void in_whole_vectors(int64_t tokens, const F& f) {
-  const int64_t whole = tokens / kLanes * kLanes;
-  if (whole > 0) f(0, whole);
-  if (whole < tokens) f(tokens - kLanes, kLanes);
-}
-
 template <bool Relu, class T>
 Vectors<T, Relu> in_place(const Place<const T>& from, int64_t offset) {
   return {from.data + offset, from.channel_stride};

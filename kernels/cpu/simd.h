@@ -54,6 +54,18 @@ EFFATTN_INLINE Vec broadcast(float x) {
 #endif
 }
 
+// Keeps the compiler from loading a vector anew for each of its uses: unaligned, it may lie across two lines.
+EFFATTN_INLINE Vec in_register(Vec x) {
+#if defined(__AVX512F__) && EFFATTN_LANES == 16
+  asm("" : "+v"(x));
+#elif defined(__AVX2__) && EFFATTN_LANES == 8
+  asm("" : "+x"(x));
+#elif defined(__aarch64__) && EFFATTN_LANES == 4
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // max(x, 0) that lets NaN through, as torch.relu does: a NaN in the input must not be hidden.
 EFFATTN_INLINE Vec relu(Vec x) {
 #if defined(__AVX512F__) && EFFATTN_LANES == 16

@@ -30,8 +30,10 @@ inline Floats aligned_floats(int64_t count) {
   return floats;
 }
 
-// Memory that a thread keeps between calls: at most four times what the last one needed, or kKeptFloats.
-// Calls of two sizes in turn find it as they left it.
+// Memory that a thread keeps between calls, a piece for each purpose: at most four times what the last one
+// needed, or kKeptFloats. Calls of two sizes in turn find it as they left it.
+enum class Purpose { kWork, kProjection, kBetweenThreads };
+template <Purpose = Purpose::kWork>
 inline float* thread_scratch(int64_t floats) {
   thread_local Floats memory;
   thread_local int64_t capacity = 0;

@@ -1,0 +1,120 @@
+// What the launchers of the multi-scale operators share: checks of tensors, and the problem that they make.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../kernels/cpu/multi_scale.h"
+#include "../../kernels/cpu/relu_linear_attention.h"
+#include "../tensor.h"
+
+namespace effattn {
+
+using Tensors = std::vector<Tensor>;
+
+// Tokens must be one dimension of one stride; a view that is none, such as a crop, is copied.
+inline Tensor with_mergeable_rows(const Tensor& t) {
+  const bool mergeable = t.size(2) <= 1 || t.size(3) <= 1 || t.stride(2) == t.size(3) * t.stride(3);
+  return mergeable ? t : torch::stable::contiguous(t);
+}
+
+inline cpu::Image image(const Tensor& t) {
+  const int64_t token_stride = t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1;
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.size(1) == 1 ? 1 : t.stride(1), token_stride};
+}
+
+struct Weights {
+  const Tensors &depthwise, &pointwise, &depthwise_biases, &pointwise_biases;
+};
+
+// A contiguous tensor of float32 on the CPU, kept alive by `alive`.
+inline const float* floats(const char* op, const std::string& argument, const Tensor& t,
+                           const std::vector<int64_t>& shape, Tensors& alive) {
+  EFFATTN_REQUIRE(t.is_cpu() && t.scalar_type() == ScalarType::Float, op, ": ", argument,
+                  " must be float32 on the CPU");
+  require_shape(op, argument.c_str(), t, shape);
+  alive.push_back(torch::stable::contiguous(t));
+  return static_cast<const float*>(alive.back().const_data_ptr());
+}
+
+// The problem without its results, and the tensors that it points into.
+struct Problem {
+  cpu::MultiScale sizes{};
+  Tensors alive;
+
+  Problem(const char* op, const Tensor& qkv, const Weights& weights, int64_t head_dim)
+      : Problem(op, "qkv", qkv, qkv.dim() == 4 ? qkv.size(1) : 0, weights, head_dim) {
+    alive.push_back(with_mergeable_rows(qkv));
+    sizes.qkv = image(alive.back());
+  }
+
+  // Of `channels` channels that are made of those of `x`, an image of the same size.
+  Problem(const char* op, const char* argument, const Tensor& x, int64_t channels, const Weights& weights,
+          int64_t head_dim) {
+    cpu::MultiScale& p = sizes;
+    p.dtype = kernel_dtype(op, argument, x);
+    EFFATTN_REQUIRE(x.dim() == 4, op, ": ", argument, " must have 4 dimensions (B, C, H, W), got shape ",
+                    shape_text(x));
+    EFFATTN_REQUIRE(head_dim > 0 && head_dim <= cpu::kMaxDim, op, ": head_dim must be in 1 to ", cpu::kMaxDim,
+                    ", got ", head_dim);
+    EFFATTN_REQUIRE(channels % (3 * head_dim) == 0, op,
+                    ": qkv must have a multiple of 3 * head_dim = ", 3 * head_dim, " channels, got ",
+                    channels);
+    p.batch = x.size(0);
+    p.heads = channels / (3 * head_dim);
+    p.head_dim = head_dim;
+    p.height = x.size(2);
+    p.width = x.size(3);
+    const size_t scales = weights.depthwise.size();
+    EFFATTN_REQUIRE(scales <= cpu::MultiScale::kMaxScales, op, ": at most ", cpu::MultiScale::kMaxScales,
+                    " scales are supported, got ", scales);
+    EFFATTN_REQUIRE(weights.pointwise.size() == scales, op, ": pw_weights must have ", scales,
+                    " tensors, one a scale, got ", weights.pointwise.size());
+    for (const auto& [name, biases] : {std::pair{"dw_biases", &weights.depthwise_biases},
+                                       std::pair{"pw_biases", &weights.pointwise_biases}}) {
+      EFFATTN_REQUIRE(biases->empty() || biases->size() == scales, op, ": ", name, " must be empty or have ",
+                      scales, " tensors, one a scale, got ", biases->size());
+    }
+    p.scales = static_cast<int>(scales);
+    for (size_t s = 0; s < scales; ++s) {
+      const std::string at = "[" + std::to_string(s) + "]";
+      const Tensor& dw = weights.depthwise[s];
+      EFFATTN_REQUIRE(dw.dim() == 4 && dw.size(2) % 2 == 1, op, ": dw_weights", at,
+                      " must have shape (C, 1, k, k) with an odd k, got ", shape_text(dw));
+      const int64_t kernel = p.kernels[s] = dw.size(2);
+      cpu::ScaleWeights<const float>& w = p.weights[s];
+      w.depthwise = floats(op, "dw_weights" + at, dw, {channels, 1, kernel, kernel}, alive);
+      w.pointwise = floats(op, "pw_weights" + at, weights.pointwise[s], {channels, head_dim, 1, 1}, alive);
+      w.depthwise_bias = w.pointwise_bias = nullptr;
+      if (!weights.depthwise_biases.empty()) {
+        w.depthwise_bias = floats(op, "dw_biases" + at, weights.depthwise_biases[s], {channels}, alive);
+      }
+      if (!weights.pointwise_biases.empty()) {
+        w.pointwise_bias = floats(op, "pw_biases" + at, weights.pointwise_biases[s], {channels}, alive);
+      }
+    }
+  }
+
+  // Rows of the image times columns, times what each scale makes of qkv's channels, or of q's alone.
+  std::vector<int64_t> shape(bool all) const {
+    const int64_t channels = sizes.all_heads() * sizes.head_dim * (all ? 3 : 1);
+    return {sizes.batch, channels, sizes.height, sizes.width};
+  }
+  std::vector<int64_t> sums_shape() const {
+    return {sizes.batch, sizes.all_heads(), sizes.head_dim + 1, sizes.head_dim};
+  }
+  void attend_with(const char* op, double eps) {
+    EFFATTN_REQUIRE(eps >= 0 && std::isfinite(eps), op, ": eps must be a finite number >= 0, got ", eps);
+    sizes.eps = static_cast<float>(eps);
+  }
+};
+
+inline Tensor new_image(const Tensor& like, const std::vector<int64_t>& shape, cpu::Image& into) {
+  Tensor t = empty_in_order_of(like, shape);
+  into = image(t);
+  return t;
+}
+
+}  // namespace effattn
