@@ -148,9 +148,9 @@ def _raise_if(error: Exception | None) -> None:
 
 def _promoted_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The arguments in their widest dtype if autocast is on; unchanged where they agree already."""
-    if all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors) and torch.is_autocast_enabled(
-        tensors[0].device.type
-    ):
+    floating = all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors)
+    # The meta device knows no autocast and refuses to be asked.
+    if floating and tensors[0].device.type != "meta" and torch.is_autocast_enabled(tensors[0].device.type):
         widest = tensors[0].dtype
         for t in tensors[1:]:
             widest = torch.promote_types(widest, t.dtype)

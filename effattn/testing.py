@@ -158,14 +158,14 @@ class MultiScaleCase:
     def channels(self) -> int:
         return 3 * self.heads * self.head_dim
 
-    def inputs(self, dtype: torch.dtype = torch.float32, memory_format: str = "nchw") -> dict[str, Any]:
+    def inputs(self, dtype: torch.dtype = torch.float32, memory_format: str = "nchw", seed: int = 0) -> dict[str, Any]:
         """Arguments of both functions; weights in float32, of a size that keeps activations where they are."""
         sizes = self.batch, self.channels, self.height, self.width
         shape = {
             "channel slice": (sizes[0], 2 * sizes[1], *sizes[2:]),
             "crop": (*sizes[:2], sizes[2] + 1, sizes[3] + 2),
         }
-        qkv = (make_tensor(*shape.get(memory_format, sizes), seed=1) * self.scale).to(dtype)
+        qkv = (make_tensor(*shape.get(memory_format, sizes), seed=1 + 1000 * seed) * self.scale).to(dtype)
         if memory_format == "channels_last":
             qkv = qkv.to(memory_format=torch.channels_last)
         elif memory_format == "channel slice":
@@ -186,6 +186,19 @@ class MultiScaleCase:
             "pw_biases": biases[len(self.kernels) :] if self.biases else [],
         }
 
+    def inputs_away_from_zero(self, dtype: torch.dtype, memory_format: str) -> dict[str, Any]:
+        """:meth:`inputs` of the first seed with which no aggregated query or key is rounding noise around zero.
+
+        The relu of such a one opens or shuts by the last bit of any formulation, and its gradient with it.
+        """
+        for seed in range(100):
+            inputs = self.inputs(dtype, memory_format, seed)
+            aggregated = self.call(reference.multi_scale_aggregation, in_float64(inputs))
+            gated = aggregated.reshape(self.batch, -1, 3, self.head_dim, self.height * self.width)[:, :, :2].abs()
+            if gated.numel() == 0 or gated[gated > 0].min() > 1e-6 * gated.max():
+                return inputs
+        raise RuntimeError(f"no inputs of {self} are away from zero")
+
     def grad_out(self, qkv: torch.Tensor, channels: int) -> torch.Tensor:
         """A gradient of an output of so many channels, in qkv's dtype."""
         return make_tensor(self.batch, channels, self.height, self.width, seed=9).to(qkv.dtype)
@@ -194,13 +207,17 @@ class MultiScaleCase:
         return function(*inputs.values(), head_dim=self.head_dim, **options)
 
 
+def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, torch.Tensor) else [w.double() for w in v] for k, v in inputs.items()}
+
+
 def multi_scale_cancelled_terms(case: MultiScaleCase, inputs: dict[str, Any], eps: float) -> dict[str, torch.Tensor]:
     """``cancelled`` of :func:`allowed_error` for the gradients of multi_scale_linear_attention, by name.
 
     What cancels in the gradients of the aggregated queries and keys goes, as rounding noise, through the
     convolutions' own backward: independent from element to element, so that squares add up.
     """
-    wide = {k: v.double() if isinstance(v, torch.Tensor) else [w.double() for w in v] for k, v in inputs.items()}
+    wide = in_float64(inputs)
     aggregated = case.call(reference.multi_scale_aggregation, wide)
     heads = aggregated.reshape(case.batch, -1, 3 * case.head_dim, case.height * case.width).mT
     grad_out = case.grad_out(inputs["qkv"], aggregated.shape[1] // 3)

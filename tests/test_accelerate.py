@@ -95,7 +95,7 @@ def test_same_training_step(name):
     effattn.accelerate(fast)
     for m in (model, fast):
         m.train()
-        optimiser = torch.optim.SGD(m.parameters(), lr=0.01)
+        optimiser = torch.optim.SGD(m.parameters(), lr=1.0 if name == "official" else 0.01)
         for _ in range(2):
             optimiser.zero_grad()
             m(x).square().mean().backward()
@@ -174,6 +174,8 @@ def test_the_report_tells_what_was_left_alone_and_why():
     strided.aggreg[0][0].stride = (2, 2)
     hooked.proj.conv.register_forward_hook(lambda *_: None)
     mixed.dim = 16
+    patched = LiteMLA()
+    patched.forward = lambda x, forward=patched.forward: 2 * forward(x)
     model = nn.ModuleDict(
         {
             "known": LiteMLA(),
@@ -183,6 +185,9 @@ def test_the_report_tells_what_was_left_alone_and_why():
             "hooked": hooked,
             "mixed": mixed,
             "ours": effattn.nn.LiteMLA(32, 32),
+            "patched": patched,
+            "derived": type("LiteMLA", (LiteMLA,), {})(),
+            "leaky": LiteMLA(kernel_func=type("LeakyReLU", (nn.ReLU,), {})()),
         }
     )
     report = effattn.accelerate(model)
@@ -192,12 +197,15 @@ def test_the_report_tells_what_was_left_alone_and_why():
         "other": "its kernel function is GELU, not ReLU",
         "stranger": "it has no qkv, aggreg, proj, kernel_func, dim, eps",
         "strided": "aggreg.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
-        "hooked": "its parts have hooks, which would not run: proj.conv",
+        "hooked": "its parts have hooks or forwards of their own: proj.conv",
         "mixed": "aggreg.0: the second is not a 1x1 convolution in groups of 16 channels",
         "ours": "effattn's own",
+        "patched": "its forward was replaced on the instance",
+        "derived": "its class derives from another of that name",
+        "leaky": "its kernel function is LeakyReLU, not ReLU",
     }
     text = str(report)
-    assert "1 replaced, 6 left alone" in text and "known" in text and "GELU" in text
+    assert "1 replaced, 9 left alone" in text and "known" in text and "GELU" in text
     again = effattn.accelerate(model)
     assert not again.replaced and again.left_alone[0].detail == "accelerated already"
 

@@ -193,7 +193,7 @@ def test_what_is_left_alone_and_why():
         "nonlinearity": "its nonlinearity is GELU, not ReLU",
         "bias": "to_q, to_k or to_v has a bias",
         "strided": "to_qkv_multiscale.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
-        "hooked": "its parts have hooks, which would not run: to_out",
+        "hooked": "its parts have hooks or forwards of their own: to_out",
         "parts": "it has no residual_connection",
     }
 
@@ -273,6 +273,25 @@ def test_transformer_in_narrow_types(dtype):
         mine = model(**inputs(dtype))[0]
     assert mine.dtype == theirs.dtype
     assert (mine - truth).norm() <= 1.1 * (theirs - truth).norm()
+
+
+def test_norms_may_be_wider_than_the_rest():
+    model = transformer(qk_norm="rms_norm_across_heads").bfloat16()
+    for block in model.transformer_blocks:
+        block.attn1.norm_q.float(), block.attn1.norm_k.float()
+    with torch.no_grad():
+        expected = model(**inputs(torch.bfloat16))[0]
+        effattn.accelerate(model)
+        out = model(**inputs(torch.bfloat16))[0]
+    assert out.dtype == expected.dtype
+    close(out.float(), expected.float(), 5e-2)
+
+
+def test_a_processor_of_two_blocks_is_reported_once():
+    model = transformer()
+    model.transformer_blocks[1].attn1.set_processor(model.transformer_blocks[0].attn1.processor)
+    report = effattn.accelerate(model)
+    assert len(report.replaced) == 1 and not report.left_alone
 
 
 def test_a_processor_set_afterwards_is_the_users():

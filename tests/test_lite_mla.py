@@ -100,11 +100,13 @@ def test_empty(isa, size):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_come_out_as_in_the_reference(isa, value):
-    values = arguments(CASES[0])
+    values = arguments(MultiScaleCase(2, 2, 16, 14, 14))
     values[0][0, 3, 5, 6] = value
     with use_backend("reference"):
         expected = lite_mla(*values)
-    assert torch.equal(lite_mla(*values).isfinite(), expected.isfinite())
+    out = lite_mla(*values)
+    assert torch.equal(out.isfinite(), expected.isfinite()) and torch.equal(out.isnan(), expected.isnan())
+    assert out[1].isfinite().all() and not out[0].isfinite().any()
 
 
 def test_opcheck():

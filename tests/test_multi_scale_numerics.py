@@ -15,6 +15,7 @@ from effattn.testing import (
     MultiScaleCase,
     allowed_error,
     error,
+    in_float64,
     multi_scale_cancelled_terms,
     multi_scale_with_gradients,
     official_multi_scale_attention,
@@ -35,7 +36,7 @@ def check(function, case, dtype=torch.float32, memory_format="nchw", eps=EPS):
 
     Allowed is what the plain formulation is off itself, or rounding noise of what cancels in a gradient.
     """
-    inputs = case.inputs(dtype, memory_format)
+    inputs = case.inputs_away_from_zero(dtype, memory_format)
     options, cancelled = {}, {}
     if function is multi_scale_linear_attention:
         options, cancelled = {"eps": eps}, multi_scale_cancelled_terms(case, inputs, eps)
@@ -218,9 +219,7 @@ def test_same_bits_every_run_and_every_thread_count(isa, function, memory_format
 @pytest.mark.parametrize("case", [MultiScaleCase(2, 2, 8, 9, 11), MultiScaleCase(1, 2, 16, 3, 4)], ids=str)
 def test_reference_is_the_official_formulation(case):
     """In float64; the second has fewer tokens than channels, where the official code takes its quadratic path."""
-    inputs = {
-        k: v.double() if isinstance(v, torch.Tensor) else [w.double() for w in v] for k, v in case.inputs().items()
-    }
+    inputs = in_float64(case.inputs())
     expected = official_multi_scale_attention(case, inputs, upcast=False)
     out = case.call(multi_scale_linear_attention, inputs)
     assert torch.allclose(out, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())

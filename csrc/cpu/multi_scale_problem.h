@@ -97,7 +97,7 @@ struct Problem {
     }
   }
 
-  // Rows of the image times columns, times what each scale makes of qkv's channels, or of q's alone.
+  // Of the output: q, k and v of every scale (the aggregation), or as many channels as q has (the attention).
   std::vector<int64_t> shape(bool all) const {
     const int64_t channels = sizes.all_heads() * sizes.head_dim * (all ? 3 : 1);
     return {sizes.batch, channels, sizes.height, sizes.width};

@@ -68,14 +68,22 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{name}.processor".lstrip("."), processor
 
 
+def _why_not_this_class(module: Any) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if sum(base.__name__ == type(module).__name__ for base in type(module).__mro__) > 1:
+        return "its class derives from another of that name"
+    return None
+
+
 def accelerate(model: nn.Module) -> Report:
     """Replaces, in place, every module of ``model`` that effattn knows.
 
     Known are the ``LiteMLA`` of timm (efficientvit_b*, efficientvit_l*) and of the official EfficientViT
     repository, which become :class:`effattn.nn.LiteMLA`, and of diffusers the ``SanaMultiscaleLinearAttention``
     of DC-AE and the ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Works in training and in evaluation,
-    before or after loading weights. Hooks of a replaced module run as before; its parts are not called any more,
-    so a module whose parts have hooks is left alone. :func:`restore` undoes it.
+    before or after loading weights. Hooks of a replaced module run as before. Its parts are not called any more,
+    unless they are given hooks; a module whose parts have hooks already is left alone. :func:`restore` undoes it.
 
     Args:
         model: any module; it may itself be one of the known ones.
@@ -88,13 +96,17 @@ def accelerate(model: nn.Module) -> Report:
     """
     _check_model(model)
     report = Report()
+    seen: set[int] = set()
     for name, module in _candidates(model):
         cls = type(module)
+        if id(module) in seen:  # a processor of several modules
+            continue
+        seen.add(id(module))
         if _ORIGINAL in module.__dict__:
             report.left_alone.append(Entry(name, _path(module.__dict__[_ORIGINAL]), "accelerated already"))
         elif cls.__name__ in _KNOWN:
             why_not, replacement = _KNOWN[cls.__name__]
-            reason = "effattn's own" if cls is replacement else why_not(module)
+            reason = "effattn's own" if cls is replacement else _why_not_this_class(module) or why_not(module)
             if reason is not None:
                 report.left_alone.append(Entry(name, _path(cls), reason))
                 continue

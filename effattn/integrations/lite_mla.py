@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from effattn.nn.projection import is_overridden
+
 
 def why_not(module: nn.Module) -> str | None:
     """Why this module, of a class named LiteMLA, cannot be replaced; None if it can."""
@@ -13,7 +15,7 @@ def why_not(module: nn.Module) -> str | None:
         return f"it has no {', '.join(missing)}"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
-    if not isinstance(module.kernel_func, nn.ReLU):
+    if type(module.kernel_func) is not nn.ReLU:
         return f"its kernel function is {type(module.kernel_func).__name__}, not ReLU"
     for i, pair in enumerate(module.aggreg):
         if not isinstance(pair, nn.Sequential) or len(pair) != 2:
@@ -51,10 +53,6 @@ def why_not_a_scale(depthwise: nn.Module, pointwise: nn.Module, head_dim: int) -
 
 
 def why_not_its_parts(module: nn.Module) -> str | None:
-    """Parts of a replaced module are not called any more, so nothing may listen to them."""
-    hooked = [
-        name
-        for name, part in module.named_modules()
-        if name and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks)
-    ]
-    return f"its parts have hooks, which would not run: {', '.join(hooked)}" if hooked else None
+    """Where something listens to the parts of a module they are called one by one, and nothing would be gained."""
+    hooked = [name for name, part in module.named_modules() if name and is_overridden(part)]
+    return f"its parts have hooks or forwards of their own: {', '.join(hooked)}" if hooked else None

@@ -10,7 +10,7 @@ from torch import nn
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import why_not_a_scale, why_not_its_parts
 from effattn.nn.lite_mla import attend
-from effattn.nn.projection import KeepsDerived, can_fold, pointwise_convolution
+from effattn.nn.projection import KeepsDerived, can_fold, is_plain, pointwise_convolution
 
 
 class SanaMultiscaleLinearAttention(KeepsDerived):
@@ -30,7 +30,7 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
         layers = [self.to_q, self.to_k, self.to_v]
-        if all(type(layer) is nn.Linear for layer in layers):
+        if all(is_plain(layer, nn.Linear) for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
             (matrix,) = self._derived("qkv", weights, (), lambda: (torch.cat(weights),))
             qkv = pointwise_convolution(hidden_states, matrix, None)
@@ -42,7 +42,7 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         layer, norm = self.to_out, self.norm_out
-        if type(layer) is not nn.Linear:
+        if not (isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear)):
             x = _on_channels(layer, x)
         elif can_fold(norm):
             return pointwise_convolution(x, *self._folded("out", layer, norm))
@@ -66,7 +66,7 @@ def why_not_multiscale(module: nn.Module) -> str | None:
     processor = type(module.processor).__name__
     if processor != "SanaMultiscaleAttnProcessor2_0":
         return f"its processor is {processor}, not SanaMultiscaleAttnProcessor2_0"
-    if not isinstance(module.nonlinearity, nn.ReLU):
+    if type(module.nonlinearity) is not nn.ReLU:
         return f"its nonlinearity is {type(module.nonlinearity).__name__}, not ReLU"
     if any(getattr(layer, "bias", None) is not None for layer in (module.to_q, module.to_k, module.to_v)):
         return "to_q, to_k or to_v has a bias"
@@ -95,7 +95,8 @@ class SanaLinearAttnProcessor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        heads = [t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)]
+        widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)  # norms in float32
+        heads = [t.to(widest).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)]
         out = relu_linear_attention(*heads, eps=1e-15).transpose(1, 2).flatten(2).to(hidden_states.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         return out.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else out

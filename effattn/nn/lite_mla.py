@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
-from effattn.nn.projection import KeepsDerived, can_fold, fold_batch_norm, pointwise_convolution, sources_of
+from effattn.nn.projection import (
+    KeepsDerived,
+    can_fold,
+    fold_batch_norm,
+    forget_derived,
+    is_overridden,
+    is_plain,
+    pointwise_convolution,
+    sources_of,
+)
 from effattn.ops import lite_mla as _lite_mla
 
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
@@ -24,8 +33,9 @@ class LiteMLA(KeepsDerived):
     parts are those of timm's ``efficientvit_mit.LiteMLA`` and of the official ``LiteMLA``, so that either's
     state dict loads. Arguments are timm's.
 
-    In evaluation without gradients, 1x1 convolutions are matrix products with the BatchNorm behind them folded
-    in; see :class:`effattn.nn.projection.KeepsDerived` for how long the folded weights are kept.
+    In evaluation without gradients, a small float32 image in NCHW is taken from input to output by one operator; else
+    1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
+    :class:`effattn.nn.projection.KeepsDerived` for how long the folded weights are kept.
 
     Args:
         in_channels: channels of the input.
@@ -87,7 +97,10 @@ class LiteMLA(KeepsDerived):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
-        if not torch.is_grad_enabled() and x.dtype == torch.float32 and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
+        if torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                forget_derived(self)  # what follows may be an optimiser's step
+        elif x.dtype == torch.float32 and not _is_recorded() and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
             out = self._at_once(x)
             if out is not None:
                 return out
@@ -96,13 +109,16 @@ class LiteMLA(KeepsDerived):
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
-        first, last = (self._modules[name]._modules for name in ("qkv", "proj"))
-        pairs = [tuple(scale._modules.values()) for scale in self.aggreg._modules.values()]
+        parts: list[Any] = [self._modules["qkv"], self._modules["proj"]]
+        first, last = (part._modules for part in parts)
+        pairs = _plain_pairs(self.aggreg._modules.values())
         if (
-            not x.is_contiguous()
-            or torch.is_autocast_enabled(x.device.type)
-            or not (_is_affine(first) and _is_affine(last) and _are_plain(pairs) and _is_nothing(first.get("act")))
+            pairs is None
+            or not x.is_contiguous()
+            or not all(_is_projection(part) and _is_affine(part._modules.get("norm")) for part in parts)
+            or not _is_nothing(first.get("act"))
             or not _lite_mla.serves(x)
+            or torch.is_autocast_enabled(x.device.type)
         ):
             return None
         convs: list[Any] = [first["conv"], last["conv"]]
@@ -114,6 +130,8 @@ class LiteMLA(KeepsDerived):
             lambda: tuple(t for conv, norm in zip(convs, norms, strict=True) for t in _matrix_and_bias(conv, norm)),
         )
         depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
+        if any(t is not None and t.dtype != x.dtype for t in (weights[0], *(conv.weight for conv in depthwise))):
+            return None  # effattn.functional names what does not fit
         out = _lite_mla.lite_mla(
             x,
             weights[0],
@@ -134,10 +152,10 @@ class LiteMLA(KeepsDerived):
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
         part = self._modules[name]
         assert part is not None
-        parts = part._modules  # looked up directly: at 14x14 tokens the searches of nn.Module show
-        if not _is_projection(parts):
+        if not _is_projection(part):
             projected: torch.Tensor = part(x)
             return projected
+        parts = part._modules  # looked up directly: at 14x14 tokens the searches of nn.Module show
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm):
@@ -172,17 +190,18 @@ def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps
 
     Args:
         qkv: (B, 3 * heads * head_dim, H, W).
-        scales: a pair of modules a scale, the depthwise and the 1x1 convolution. If any is no plain convolution any
-            more (an adapter or an observer took its place), all are called, one by one.
+        scales: a module a scale, of the depthwise and the 1x1 convolution. If any is no plain convolution any more (an
+            adapter took its place, a hook listens), all are called, one by one.
         head_dim: channels of a head.
         eps: added to the denominator.
 
     Returns:
         (B, (1 + S) * heads * head_dim, H, W).
     """
-    pairs: list[Any] = [tuple(scale._modules.values()) for scale in scales]
-    if not _are_plain(pairs):
-        return _attend_to_any(qkv, pairs, head_dim, eps)
+    scales = list(scales)
+    pairs = _plain_pairs(scales)
+    if pairs is None:
+        return _attend_to_any(qkv, scales, head_dim, eps)
     depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
     return multi_scale_linear_attention(
         qkv,
@@ -195,16 +214,23 @@ def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps
     )
 
 
-def _attend_to_any(qkv: torch.Tensor, pairs: Iterable[Any], head_dim: int, eps: float) -> torch.Tensor:
+def _attend_to_any(qkv: torch.Tensor, scales: Iterable[nn.Module], head_dim: int, eps: float) -> torch.Tensor:
     batch, _, height, width = qkv.shape
-    aggregated = torch.cat([qkv, *(pointwise(depthwise(qkv)) for depthwise, pointwise in pairs)], dim=1)
+    aggregated = torch.cat([qkv, *(scale(qkv) for scale in scales)], dim=1)
     heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).mT
     out = relu_linear_attention(*heads.chunk(3, dim=-1), eps=eps)
     return out.mT.reshape(batch, -1, height, width)
 
 
-def _are_plain(pairs: Sequence[Any]) -> bool:
-    return all(type(conv) is nn.Conv2d for pair in pairs for conv in pair)
+def _plain_pairs(scales: Iterable[Any]) -> list[tuple[Any, ...]] | None:
+    """The two convolutions of each scale, or None where something must be called."""
+    pairs = []
+    for scale in scales:
+        pair = tuple(scale._modules.values())
+        if is_overridden(scale) or not all(is_plain(conv, nn.Conv2d) for conv in pair):
+            return None
+        pairs.append(pair)
+    return pairs
 
 
 def _biases(convolutions: Sequence[nn.Conv2d]) -> list[torch.Tensor] | None:
@@ -214,12 +240,13 @@ def _biases(convolutions: Sequence[nn.Conv2d]) -> list[torch.Tensor] | None:
     return [conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in convolutions]
 
 
-def _is_projection(parts: Mapping[str, nn.Module | None]) -> bool:
-    """Whether the parts of a module are those of a 1x1 convolution, with or without norm and activation behind it."""
-    conv, dropout = parts.get("conv"), parts.get("dropout")
+def _is_projection(part: nn.Module) -> bool:
+    """Whether a module is a 1x1 convolution, with or without norm and activation behind it, and nothing else."""
+    conv, dropout = part._modules.get("conv"), part._modules.get("dropout")
     return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv) is nn.Conv2d  # not one that computes something else
+        not is_overridden(part)
+        and isinstance(conv, nn.Conv2d)
+        and is_plain(conv, nn.Conv2d)
         and conv.kernel_size == conv.stride == (1, 1)
         and conv.padding in ((0, 0), "valid", "same")
         and conv.groups == 1
@@ -231,10 +258,13 @@ def _is_nothing(part: nn.Module | None) -> bool:
     return part is None or type(part) is nn.Identity
 
 
-def _is_affine(parts: Mapping[str, nn.Module | None]) -> bool:
-    """Whether the parts up to the activation are one matrix and one bias, without gradients."""
-    norm = parts.get("norm")
-    return _is_projection(parts) and (_is_nothing(norm) or can_fold(norm))
+def _is_affine(norm: nn.Module | None) -> bool:
+    return _is_nothing(norm) or can_fold(norm)
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is made that must serve images of other sizes too."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _matrix_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 
@@ -23,7 +24,8 @@ class KeepsDerived(nn.Module):
     """A module that keeps tensors computed from its parameters, in evaluation without gradients.
 
     They are made anew after anything that changes their sources in a way torch counts (loading, an optimiser's
-    step, conversions) and after a change of mode; only writing to ``.data`` in evaluation mode goes unseen.
+    step, conversions), after a change of mode, and after a call with gradients, since torch's fused optimisers do
+    not count; only writing to ``.data`` in evaluation mode goes unseen.
     """
 
     def _derived(
@@ -34,7 +36,12 @@ class KeepsDerived(nn.Module):
         make: Callable[[], tuple[Any, ...]],
     ) -> tuple[Any, ...]:
         """What ``make`` returns, from the last call if the sources and constants that it depends on are the same."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return make()
+        if torch.is_grad_enabled():
+            forget_derived(self)
+            return make()
+        if forward_ad._current_level >= 0:  # a dual number has its primal's address
             return make()
         kept = self.__dict__.setdefault("_effattn_derived", {})
         try:
@@ -69,6 +76,22 @@ def forget_derived(module: nn.Module) -> None:
     module.__dict__.pop("_effattn_derived", None)
 
 
+def is_overridden(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
+    """Whether a module's weights can be used in place of calling it: no subclass, nothing that listens."""
+    return type(module) is cls and not is_overridden(module)
+
+
 def sources_of(projection: nn.Module, norm: nn.Module | None) -> list[torch.Tensor | None]:
     """All tensors that the folded weight and bias depend on."""
     sources = list(projection._parameters.values())
@@ -82,7 +105,7 @@ def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
     """Whether the norm is an affine map of numbers that do not depend on the input, and nobody needs gradients."""
     return (
         isinstance(norm, nn.BatchNorm2d)
-        and type(norm) is nn.BatchNorm2d
+        and is_plain(norm, nn.BatchNorm2d)
         and not norm.training
         and norm.running_mean is not None
         and not torch.is_grad_enabled()
@@ -118,7 +141,9 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     """
     batch, channels, height, width = x.shape
     matrix = weight.flatten(1)
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if torch._C._are_functorch_transforms_active():
+        return functional.conv2d(x, matrix.unsqueeze(-1).unsqueeze(-1), bias)
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
     grad = torch.is_grad_enabled()
     if x.numel() > 0 and (not x.is_contiguous() or (batch != 1 and grad)):

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from effattn import _library, registry
 from effattn.backends import Backend, Fused, reference
 from effattn.ops._memory import empty_in_order_of
+from effattn.ops.multi_scale import fake_attention
 
 Tensors = Sequence[torch.Tensor]
 NAME = "lite_mla"
@@ -61,14 +62,17 @@ def _fake(
     pw_biases: Tensors,
     proj_weight: torch.Tensor,
     proj_bias: torch.Tensor | None,
-    head_dim: int,
-    eps: float,
+    *options: float,
 ) -> torch.Tensor:
     torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
-    channels = qkv_weight.shape[0]
-    torch._check(qkv_weight.shape == (channels, x.shape[1]), lambda: "qkv_weight must have shape (outputs, C)")
+    for weight, bias in ((qkv_weight, qkv_bias), (proj_weight, proj_bias)):
+        torch._check(weight.dim() == 2, lambda: "qkv_weight and proj_weight must have 2 dimensions (outputs, inputs)")
+        torch._check(bias is None or bias.shape == weight.shape[:1], lambda: "biases must have shape (outputs,)")
+    torch._check(qkv_weight.shape[1] == x.shape[1], lambda: "qkv_weight must have shape (outputs, C)")
+    qkv = x.new_empty((x.shape[0], qkv_weight.shape[0], *x.shape[2:]))
+    attended = fake_attention(qkv, dw, pw, dw_biases, pw_biases, *options)
     torch._check(
-        proj_weight.shape == (proj_weight.shape[0], (1 + len(dw)) * (channels // 3)),
+        proj_weight.shape[1] == attended.shape[1],
         lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",
     )
     return empty_in_order_of(x, (x.shape[0], proj_weight.shape[0], *x.shape[2:]))

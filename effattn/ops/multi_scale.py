@@ -97,7 +97,7 @@ def _fake_aggregation(
     return empty_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]))
 
 
-def _fake_attention(
+def fake_attention(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
 ) -> torch.Tensor:
     _check(qkv, (dw, pw, dw_biases, pw_biases), head_dim, eps)
@@ -107,7 +107,7 @@ def _fake_attention(
 def _fake_attention_forward(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = _fake_attention(qkv, dw, pw, dw_biases, pw_biases, head_dim, eps)
+    out = fake_attention(qkv, dw, pw, dw_biases, pw_biases, head_dim, eps)
     heads = (1 + len(dw)) * (qkv.shape[1] // (3 * head_dim))
     return out, qkv.new_empty((qkv.shape[0], heads, head_dim + 1, head_dim), dtype=torch.float32)
 
@@ -183,4 +183,4 @@ def _register(name: str, fake: Callable[..., Any], fake_forward: Callable[..., A
 
 if _library.error is None:
     _register(AGGREGATION, _fake_aggregation, _fake_aggregation)
-    _register(ATTENTION, _fake_attention, _fake_attention_forward)
+    _register(ATTENTION, fake_attention, _fake_attention_forward)

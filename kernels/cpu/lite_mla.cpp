@@ -36,7 +36,9 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
 
   const bool in_place = is_plane(p, problem.x) && tokens >= passes.lanes;
   const int64_t x_floats = in_place ? 0 : p.batch * problem.in_channels * stride;
-  float* const memory = thread_scratch<Purpose::kBetweenThreads>(x_floats + p.batch * attended * stride);
+  const int64_t floats = x_floats + p.batch * attended * stride;
+  const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
+  float* const memory = large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats);
   float* const own_x = memory;
   const auto attended_of = [&](int64_t batch) {
     return Plane<float>{memory + x_floats + batch * attended * stride, stride};
