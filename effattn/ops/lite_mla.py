@@ -62,7 +62,8 @@ def _fake(
     pw_biases: Tensors,
     proj_weight: torch.Tensor,
     proj_bias: torch.Tensor | None,
-    *options: float,
+    head_dim: int,
+    eps: float,
 ) -> torch.Tensor:
     torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
     for weight, bias in ((qkv_weight, qkv_bias), (proj_weight, proj_bias)):
@@ -70,7 +71,7 @@ def _fake(
         torch._check(bias is None or bias.shape == weight.shape[:1], lambda: "biases must have shape (outputs,)")
     torch._check(qkv_weight.shape[1] == x.shape[1], lambda: "qkv_weight must have shape (outputs, C)")
     qkv = x.new_empty((x.shape[0], qkv_weight.shape[0], *x.shape[2:]))
-    attended = fake_attention(qkv, dw, pw, dw_biases, pw_biases, *options)
+    attended = fake_attention(qkv, dw, pw, dw_biases, pw_biases, head_dim, eps)
     torch._check(
         proj_weight.shape[1] == attended.shape[1],
         lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",
