@@ -190,6 +190,7 @@ README_SUITES = {
     "training": "attention, training step",
     "lite-mla": "LiteMLA, inference",
     "lite-mla-training": "LiteMLA, training step",
+    "efficientvit": "whole model, inference",
 }
 
 
