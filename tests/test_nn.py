@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.utils import prune  # noqa: F401  (an attribute of nn.utils once imported)
+from torch.nn.utils import prune
 
 import effattn
 from effattn.nn import LiteMLA, lite_mla
@@ -147,7 +147,7 @@ def test_backward_hooks_on_parts_run(hook):
 def test_weights_made_by_hooks_train():
     """Pruning and the older parametrizations compute the weight in a hook of the convolution."""
     _, ours = pair()
-    nn.utils.prune.l1_unstructured(ours.qkv.conv, "weight", 0.5)
+    prune.l1_unstructured(ours.qkv.conv, "weight", 0.5)
     for _ in range(2):
         ours(image()).sum().backward()
     assert ours.qkv.conv.weight_orig.grad.any()
