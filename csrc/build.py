@@ -44,11 +44,16 @@ ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
 _OTHER = [("baseline", 4, ())]
 
 # Sources compiled once for every instruction set; the rest of kernels/cpu and csrc is compiled once.
-PER_ISA = ("kernels/cpu/relu_linear_attention_passes.cpp", "kernels/cpu/multi_scale_passes.cpp")
+PER_ISA = (
+    "kernels/cpu/relu_linear_attention_passes.cpp",
+    "kernels/cpu/multi_scale_passes.cpp",
+    "kernels/cpu/channels_last_passes.cpp",
+)
 ONCE = (
     "kernels/cpu/isa.cpp",
     "kernels/cpu/relu_linear_attention.cpp",
     "kernels/cpu/multi_scale.cpp",
+    "kernels/cpu/channels_last.cpp",
     "kernels/cpu/lite_mla.cpp",
     "csrc/library.cpp",
     "csrc/cpu/relu_linear_attention.cpp",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from effattn import use_backend
-from effattn.ops.lite_mla import lite_mla
+from effattn.ops.lite_mla import Weights, lite_mla
 from effattn.testing import FLOAT32_FORWARD_TOLERANCE, MultiScaleCase, allowed_error, error, make_tensor
 
 OP = torch.ops.effattn.lite_mla
@@ -48,6 +48,11 @@ def arguments(case, dtype=torch.float32, memory_format="nchw"):
     ]
 
 
+def call(values):
+    x, *weights, head_dim, eps = values
+    return lite_mla(x, Weights(*weights), head_dim, eps)
+
+
 def in_dtype(values, dtype):
     def convert(value):
         if isinstance(value, list):
@@ -64,10 +69,10 @@ def in_dtype(values, dtype):
 def test_against_float64(isa, case, memory_format, dtype):
     values = arguments(case, dtype, memory_format)
     with use_backend("reference"):
-        truth = lite_mla(*in_dtype(values, torch.float64))
-        plain = lite_mla(*values)
+        truth = call(in_dtype(values, torch.float64))
+        plain = call(values)
     with use_backend("cpu"):
-        out = lite_mla(*values)
+        out = call(values)
     assert out.dtype == dtype and out.shape == truth.shape
     assert error(out, truth) <= allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
 
@@ -76,7 +81,7 @@ def test_memory_format_is_kept(isa):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         values = arguments(CASES[1])
         values[0] = values[0].contiguous(memory_format=memory_format)
-        assert lite_mla(*values).is_contiguous(memory_format=memory_format)
+        assert call(values).is_contiguous(memory_format=memory_format)
 
 
 def test_same_bits_for_every_thread_count(isa, threads):
@@ -84,16 +89,16 @@ def test_same_bits_for_every_thread_count(isa, threads):
         for memory_format in ("nchw", "channels_last"):
             values = arguments(case, memory_format=memory_format)
             torch.set_num_threads(1)
-            expected = lite_mla(*values)
+            expected = call(values)
             for count in (2, 3, 7):
                 torch.set_num_threads(count)
-                assert torch.equal(lite_mla(*values), expected)
+                assert torch.equal(call(values), expected)
 
 
 @pytest.mark.parametrize("size", [(0, 2, 7, 7), (2, 2, 0, 7), (2, 2, 7, 0), (2, 0, 7, 7)], ids=str)
 def test_empty(isa, size):
     batch, heads, height, width = size
-    out = lite_mla(*arguments(MultiScaleCase(batch, heads, 8, height, width)))
+    out = call(arguments(MultiScaleCase(batch, heads, 8, height, width)))
     assert out.shape == (batch, OUT, height, width)
     assert not out.any(), "without heads there is nothing to project"
 
@@ -103,8 +108,8 @@ def test_nan_and_inf_come_out_as_in_the_reference(isa, value):
     values = arguments(MultiScaleCase(2, 2, 16, 14, 14))
     values[0][0, 3, 5, 6] = value
     with use_backend("reference"):
-        expected = lite_mla(*values)
-    out = lite_mla(*values)
+        expected = call(values)
+    out = call(values)
     assert torch.equal(out.isfinite(), expected.isfinite()) and torch.equal(out.isnan(), expected.isnan())
     assert out[1].isfinite().all() and not out[0].isfinite().any()
 

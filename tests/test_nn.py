@@ -236,11 +236,11 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [9, 21])  # where one operator takes the module, and where torch projects
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_folded_weights_are_never_stale(change, memory_format):
+def test_folded_weights_are_never_stale(change, size):
     stock, ours = pair()
-    x = image(memory_format=memory_format)
+    x = image(size=size)
     with torch.no_grad():
         before = ours(x)
         assert ours.__dict__["_effattn_derived"], "nothing was kept, so nothing can be stale"
@@ -263,16 +263,16 @@ def test_conversion_to_a_narrow_type_after_a_call():
     close(out.float(), expected, 5e-2)
 
 
-@pytest.mark.parametrize(("memory_format", "name"), [("contiguous_format", "at once"), ("channels_last", "proj")])
-def test_weights_are_folded_once(memory_format, name):
+@pytest.mark.parametrize(("size", "name"), [(7, "at once"), (21, "proj")])
+def test_weights_are_folded_once(size, name):
     """Where one operator takes the module, and where the projection is a call of its own."""
     _, ours = pair()
-    x = image(memory_format=getattr(torch, memory_format))
+    x = image(size=size)
     with torch.no_grad():
         ours(x)
-        kept = ours.__dict__["_effattn_derived"][name].derived[-1]
+        kept = ours.__dict__["_effattn_derived"][name].derived
         ours(x)
-        assert ours.__dict__["_effattn_derived"][name].derived[-1] is kept
+        assert ours.__dict__["_effattn_derived"][name].derived is kept
 
 
 def test_converted_there_and_back():

@@ -32,7 +32,7 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
         layers = [self.to_q, self.to_k, self.to_v]
         if all(is_plain(layer, nn.Linear) for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
-            (matrix,) = self._derived("qkv", weights, (), lambda: (torch.cat(weights),))
+            matrix = self._derived("qkv", layers, lambda: torch.cat(weights))
             qkv = pointwise_convolution(hidden_states, matrix, None)
         else:  # adapters, quantised layers
             qkv = torch.cat([_on_channels(layer, hidden_states) for layer in layers], dim=1)

@@ -17,7 +17,6 @@ from effattn.nn.projection import (
     is_overridden,
     is_plain,
     pointwise_convolution,
-    sources_of,
 )
 from effattn.ops import lite_mla as _lite_mla
 
@@ -33,7 +32,7 @@ class LiteMLA(KeepsDerived):
     parts are those of timm's ``efficientvit_mit.LiteMLA`` and of the official ``LiteMLA``, so that either's
     state dict loads. Arguments are timm's.
 
-    In evaluation without gradients, a small float32 image in NCHW is taken from input to output by one operator; else
+    In evaluation without gradients, a small float32 image is taken from input to output by one operator; else
     1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
     :class:`effattn.nn.projection.KeepsDerived` for how long the folded weights are kept.
 
@@ -109,44 +108,37 @@ class LiteMLA(KeepsDerived):
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
+        parts = self._modules
+        found = self._derived("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
+        if found is None or not _lite_mla.serves(x) or torch.is_autocast_enabled(x.device.type):
+            return None
+        weights, act = found
+        out = _lite_mla.lite_mla(x, weights, self.dim, self.eps)
+        return out if act is None else act(out)
+
+    def _all_weights(self) -> tuple[_lite_mla.Weights, nn.Module | None] | None:
+        """Of the one operator, and the activation behind it; None if the module is not all plain and float32."""
         parts: list[Any] = [self._modules["qkv"], self._modules["proj"]]
-        first, last = (part._modules for part in parts)
         pairs = _plain_pairs(self.aggreg._modules.values())
+        first, last = (part._modules for part in parts)
         if (
             pairs is None
-            or not x.is_contiguous()
             or not all(_is_projection(part) and _is_affine(part._modules.get("norm")) for part in parts)
             or not _is_nothing(first.get("act"))
-            or not _lite_mla.serves(x)
-            or torch.is_autocast_enabled(x.device.type)
+            or any(t.dtype != torch.float32 for t in self.parameters())
         ):
             return None
-        convs: list[Any] = [first["conv"], last["conv"]]
-        norms: list[Any] = [None if _is_nothing(part.get("norm")) else part["norm"] for part in (first, last)]
-        weights = self._derived(
-            "at once",
-            sources_of(convs[0], norms[0]) + sources_of(convs[1], norms[1]),
-            tuple(norm.eps for norm in norms if norm is not None),
-            lambda: tuple(t for conv, norm in zip(convs, norms, strict=True) for t in _matrix_and_bias(conv, norm)),
-        )
         depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
-        if any(t is not None and t.dtype != x.dtype for t in (weights[0], *(conv.weight for conv in depthwise))):
-            return None  # effattn.functional names what does not fit
-        out = _lite_mla.lite_mla(
-            x,
-            weights[0],
-            weights[1],
+        weights = _lite_mla.Weights(
+            *_matrix_and_bias(first["conv"], first.get("norm")),
             [conv.weight for conv in depthwise],
             [conv.weight for conv in pointwise],
             _biases(depthwise) or (),
             _biases(pointwise) or (),
-            weights[2],
-            weights[3],
-            self.dim,
-            self.eps,
+            *_matrix_and_bias(last["conv"], last.get("norm")),
         )
         act = last.get("act")
-        return out if act is None else act(out)
+        return weights, None if _is_nothing(act) else act
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
@@ -267,6 +259,6 @@ def _is_recorded() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _matrix_and_bias(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight, bias = (conv.weight, conv.bias) if norm is None else fold_batch_norm(conv, norm)
+def _matrix_and_bias(conv: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight, bias = (conv.weight, conv.bias) if _is_nothing(norm) else fold_batch_norm(conv, norm)
     return weight.flatten(1), bias

@@ -5,7 +5,7 @@ And what is computed from parameters alone is kept for the next call, for as lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -16,26 +16,20 @@ from torch.nn import functional
 
 class _Kept(NamedTuple):
     state: list[Any]
-    held: list[torch.Tensor | None]
-    derived: tuple[Any, ...]  # tensors, or None for a bias that is not there
+    held: list[torch.Tensor]
+    derived: Any
 
 
 class KeepsDerived(nn.Module):
-    """A module that keeps tensors computed from its parameters, in evaluation without gradients.
+    """A module that keeps what is computed from its parts, in evaluation without gradients.
 
-    They are made anew after anything that changes their sources in a way torch counts (loading, an optimiser's
-    step, conversions), after a change of mode, and after a call with gradients, since torch's fused optimisers do
-    not count; only writing to ``.data`` in evaluation mode goes unseen.
+    It is made anew after anything that changes their parameters and buffers in a way torch counts (loading, an
+    optimiser's step, conversions), after a part is exchanged or hooked, after a change of mode, and after a call with
+    gradients, since torch's fused optimisers do not count; only writing to ``.data`` in evaluation mode goes unseen.
     """
 
-    def _derived(
-        self,
-        name: str,
-        sources: Sequence[torch.Tensor | None],
-        constants: tuple[Any, ...],
-        make: Callable[[], tuple[Any, ...]],
-    ) -> tuple[Any, ...]:
-        """What ``make`` returns, from the last call if the sources and constants that it depends on are the same."""
+    def _derived(self, name: str, parts: Iterable[nn.Module | None], make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, from the last call if the parts that it depends on are the same."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return make()
         if torch.is_grad_enabled():
@@ -43,21 +37,27 @@ class KeepsDerived(nn.Module):
             return make()
         if forward_ad._current_level >= 0:  # a dual number has its primal's address
             return make()
-        kept = self.__dict__.setdefault("_effattn_derived", {})
+        kept: dict[str, _Kept] = self.__dict__.setdefault("_effattn_derived", {})
+        present = [part for part in parts if part is not None]
+        state: list[Any] = []
         try:
-            state = [*constants, *[None if t is None else (t.data_ptr(), t._version) for t in sources]]
+            for part in present:
+                _add_state(part, state)
         except RuntimeError:  # inference tensors count no versions
             kept.pop(name, None)
             return make()
         if name not in kept or kept[name].state != state:
             # The sources' memory is held on to, so that no tensor that follows them can come to lie in it.
-            kept[name] = _Kept(state, [None if t is None else t.detach() for t in sources], make())
-        derived: tuple[Any, ...] = kept[name].derived
-        return derived
+            held = [t.detach() for part in present for t in (*part.parameters(), *part.buffers())]
+            kept[name] = _Kept(state, held, make())
+        return kept[name].derived
 
     def _folded(self, name: str, projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
         """:func:`fold_batch_norm`, kept."""
-        return self._derived(name, sources_of(projection, norm), (norm.eps,), lambda: fold_batch_norm(projection, norm))
+        folded: tuple[torch.Tensor, ...] = self._derived(
+            name, (projection, norm), lambda: fold_batch_norm(projection, norm)
+        )
+        return folded
 
     def _apply(self, fn: Any, recurse: bool = True) -> KeepsDerived:
         forget_derived(self)
@@ -76,29 +76,36 @@ def forget_derived(module: nn.Module) -> None:
     module.__dict__.pop("_effattn_derived", None)
 
 
+def _add_state(module: nn.Module, state: list[Any]) -> None:
+    own = module.__dict__  # looked up directly: at 14x14 tokens the searches of nn.Module show
+    state.append((module, module.__class__, own["training"], own.get("eps"), is_overridden(module)))
+    # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
+    for tensors in own["_parameters"], own["_buffers"]:
+        if tensors:
+            for t in tensors.values():
+                state.append(None if t is None else t.data_ptr())
+                state.append(None if t is None else t._version)
+    if own["_modules"]:
+        for part in own["_modules"].values():
+            if part is not None:
+                _add_state(part, state)
+
+
 def is_overridden(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
 def is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     """Whether a module's weights can be used in place of calling it: no subclass, nothing that listens."""
     return type(module) is cls and not is_overridden(module)
-
-
-def sources_of(projection: nn.Module, norm: nn.Module | None) -> list[torch.Tensor | None]:
-    """All tensors that the folded weight and bias depend on."""
-    sources = list(projection._parameters.values())
-    if norm is not None:
-        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
-        sources += [*norm._parameters.values(), *norm._buffers.values()]
-    return sources
 
 
 def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:

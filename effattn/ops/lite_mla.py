@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -25,58 +26,49 @@ def _backend(x: torch.Tensor) -> Backend:
     return (registry.find if torch.compiler.is_compiling() else registry.choose)(NAME, x.device, x.dtype)
 
 
-def lite_mla(
-    x: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    qkv_bias: torch.Tensor | None,
-    dw: Tensors,
-    pw: Tensors,
-    dw_biases: Tensors,
-    pw_biases: Tensors,
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor | None,
-    head_dim: int,
-    eps: float,
-) -> torch.Tensor:
-    """(B, C, H, W) -> (B, C_out, H, W): 1x1 convolution, multi_scale_linear_attention, 1x1 convolution.
+class Weights(NamedTuple):
+    """Of the module, float32.
 
     Args:
-        qkv_weight: (3 * heads * head_dim, C), float32 like all weights here; qkv_bias of as many outputs, or None.
-        dw, pw, dw_biases, pw_biases, head_dim, eps: as in multi_scale_linear_attention.
+        qkv_weight: (3 * heads * head_dim, C); qkv_bias of as many outputs, or None.
+        dw, pw, dw_biases, pw_biases: as in multi_scale_linear_attention.
         proj_weight: (C_out, (1 + S) * heads * head_dim); proj_bias of as many outputs, or None.
     """
-    arguments = (x, qkv_weight, qkv_bias, dw, pw, dw_biases, pw_biases, proj_weight, proj_bias, head_dim, eps)
+
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    dw: Tensors
+    pw: Tensors
+    dw_biases: Tensors
+    pw_biases: Tensors
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor | None
+
+
+def lite_mla(x: torch.Tensor, weights: Weights, head_dim: int, eps: float) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C_out, H, W): 1x1 convolution, multi_scale_linear_attention, 1x1 convolution."""
     backend = reference.BACKEND if forward_ad._current_level >= 0 else _backend(x)
     function = backend.functions[NAME]
     assert not isinstance(function, Fused)
-    return function(*arguments)
+    return function(x, *weights, head_dim, eps)
 
 
-def _fake(
-    x: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    qkv_bias: torch.Tensor | None,
-    dw: Tensors,
-    pw: Tensors,
-    dw_biases: Tensors,
-    pw_biases: Tensors,
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor | None,
-    head_dim: int,
-    eps: float,
-) -> torch.Tensor:
+def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    weights, (head_dim, eps) = Weights(*arguments[:-2]), arguments[-2:]
+    matrices = weights.qkv_weight, weights.proj_weight
     torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
-    for weight, bias in ((qkv_weight, qkv_bias), (proj_weight, proj_bias)):
+    for weight, bias in zip(matrices, (weights.qkv_bias, weights.proj_bias), strict=True):
         torch._check(weight.dim() == 2, lambda: "qkv_weight and proj_weight must have 2 dimensions (outputs, inputs)")
         torch._check(bias is None or bias.shape == weight.shape[:1], lambda: "biases must have shape (outputs,)")
-    torch._check(qkv_weight.shape[1] == x.shape[1], lambda: "qkv_weight must have shape (outputs, C)")
-    qkv = x.new_empty((x.shape[0], qkv_weight.shape[0], *x.shape[2:]))
-    attended = fake_attention(qkv, dw, pw, dw_biases, pw_biases, head_dim, eps)
+    (channels, inputs), (out_channels, attended_channels) = (weight.shape for weight in matrices)
+    torch._check(inputs == x.shape[1], lambda: "qkv_weight must have shape (outputs, C)")
+    qkv = x.new_empty((x.shape[0], channels, *x.shape[2:]))
+    attended = fake_attention(qkv, weights.dw, weights.pw, weights.dw_biases, weights.pw_biases, head_dim, eps)
     torch._check(
-        proj_weight.shape[1] == attended.shape[1],
+        attended_channels == attended.shape[1],
         lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",
     )
-    return empty_in_order_of(x, (x.shape[0], proj_weight.shape[0], *x.shape[2:]))
+    return empty_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))
 
 
 if _library.error is None:

@@ -1,95 +1,212 @@
-// The schedule: heads in parallel, from x to the output of the attention; then rows of the last projection.
+// The schedule: heads in parallel, from x to the output of the attention; then channels of the last
+// projection.
 #include "lite_mla.h"
 
+#include "channels_last.h"
 #include "multi_scale_worker.h"
 
 namespace effattn::cpu {
 namespace {
 
-constexpr int64_t kRowsOfOut = 16;    // channels of out that a thread takes at once
-constexpr int64_t kChannelsOfX = 32;  // channels of x that a thread converts at once
+constexpr int64_t kChannelsOfOut = 32;  // that a thread takes at once
+constexpr int64_t kChannelsOfX = 32;    // that a thread converts at once
+constexpr int kParts = 3;               // q, k and v
 
-// One head as a problem of its own: its channels of qkv stand in `qkv`, its output in a part of `out`.
-MultiScale one_head(const MultiScale& p, int64_t head, const Plane<float>& qkv, const Plane<float>& out) {
-  MultiScale one = p;
-  one.dtype = DType::kFloat32;
-  one.batch = one.heads = 1;
-  one.out_heads = p.heads;
-  for (int s = 0; s < p.scales; ++s) {
-    one.weights[s] = of_group(p.weights[s], p.kernels[s], p.head_dim, 3 * head);
-  }
-  one.qkv = {qkv.data, 0, qkv.stride, 1};
-  one.out = {out.data + head * p.head_dim * out.stride, 0, out.stride, 1};
-  return one;
+Features features(const Image& image, int64_t batch) {
+  return {static_cast<const float*>(image.data) + batch * image.batch_stride, image.token_stride,
+          image.channel_stride};
 }
+
+// A bias of `count` channels in front of zeros; all zeros if there is none.
+void copy_bias(const float* bias, int64_t count, int64_t floats, float* to) {
+  clear(to, floats);
+  if (bias != nullptr) copy(to, bias, count);
+}
+
+// A thread at work on one head after the other.
+struct Head {
+  const LiteMLA& problem;
+  const MultiScale& p;
+  const ChannelsLastPasses& passes;
+  const Call& call;
+  const int64_t d, tokens, stride;  // of a part, and of a row of parts
+  Rows<float> qkv_weight;
+  float *qkv_bias, *sums, *attention_memory;
+  float *taps[MultiScale::kMaxScales][kParts], *mix[MultiScale::kMaxScales][kParts];
+  float *tap_bias[MultiScale::kMaxScales][kParts], *mix_bias[MultiScale::kMaxScales][kParts];
+  Rows<float> slots[1 + MultiScale::kMaxScales];  // tokens of q, k and v: of qkv itself and of every scale
+  Rows<float> mixed;
+  PaddedImage padded;
+
+  Head(const LiteMLA& whole, const Call& of_call, Carver& memory)
+      : problem(whole),
+        p(whole.attention),
+        passes(channels_last_passes(active_isa())),
+        call(of_call),
+        d(round_up(p.head_dim, kWholeVectors)),
+        tokens(p.tokens()),
+        stride(kParts * d) {
+    qkv_weight = {memory.floats(whole.in_channels * stride), stride};
+    qkv_bias = memory.floats(stride);
+    sums = memory.floats(call.sums_size());
+    attention_memory = memory.floats(call.attention_floats());
+    for (int s = 0; s <= p.scales; ++s) slots[s] = {memory.floats(tokens * stride), stride};
+    for (int s = 0; s < p.scales; ++s) {
+      for (int part = 0; part < kParts; ++part) {
+        taps[s][part] = memory.floats(p.kernels[s] * p.kernels[s] * d);
+        mix[s][part] = memory.floats(p.head_dim * d);
+        tap_bias[s][part] = memory.floats(d);
+        mix_bias[s][part] = memory.floats(d);
+      }
+    }
+    mixed = {memory.floats(tokens * d), d};
+    padded = {nullptr, p.height, p.width, d, largest_border(p)};
+    padded.data = memory.floats(padded.floats());
+  }
+
+  // What the constructor takes.
+  static int64_t floats(const LiteMLA& whole, const Call& call) {
+    const MultiScale& p = whole.attention;
+    const int64_t d = round_up(p.head_dim, kWholeVectors), border = largest_border(p);
+    int64_t floats = (whole.in_channels + 1 + (1 + p.scales) * p.tokens()) * kParts * d + p.tokens() * d +
+                     round_up(call.sums_size(), kWholeVectors) + call.attention_floats() +
+                     PaddedImage{nullptr, p.height, p.width, d, border}.floats();
+    for (int s = 0; s < p.scales; ++s) floats += kParts * (p.kernels[s] * p.kernels[s] + p.head_dim + 2) * d;
+    return floats;
+  }
+
+  // Before the first head.
+  void clear_border() const { clear(padded.data, padded.floats()); }
+
+  void take_weights(int64_t head) const {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t group = kParts * head + part, channel = group * p.head_dim;
+      passes.transpose(problem.qkv_weight + channel * problem.in_channels, p.head_dim, problem.in_channels,
+                       {qkv_weight.data + part * d, stride});
+      copy_bias(problem.qkv_bias == nullptr ? nullptr : problem.qkv_bias + channel, p.head_dim, d,
+                qkv_bias + part * d);
+      for (int s = 0; s < p.scales; ++s) {
+        const auto scale = of_group(p.weights[s], p.kernels[s], p.head_dim, group);
+        const int64_t size = p.kernels[s] * p.kernels[s];
+        passes.transpose(scale.depthwise, p.head_dim, size, {taps[s][part], d});
+        passes.transpose(scale.pointwise, p.head_dim, p.head_dim, {mix[s][part], d});
+        copy_bias(scale.depthwise_bias, p.head_dim, d, tap_bias[s][part]);
+        copy_bias(scale.pointwise_bias, p.head_dim, d, mix_bias[s][part]);
+      }
+    }
+  }
+
+  // What take_weights reads first.
+  Coming weights_of(int64_t head) const {
+    const int64_t floats = kParts * p.head_dim * problem.in_channels;
+    return {problem.qkv_weight + head * floats, head < p.heads ? floats : 0};
+  }
+
+  void project(const Features& x, const Coming& next) const {
+    passes.project(tokens, problem.in_channels, stride, x, {qkv_weight.data, stride}, qkv_bias, slots[0],
+                   next);
+  }
+
+  void aggregate() const {
+    for (int part = 0; part < kParts && p.scales > 0; ++part) {
+      passes.fill({slots[0].data + part * d, stride}, padded);
+      for (int s = 0; s < p.scales; ++s) {
+        passes.depthwise(p.kernels[s], padded, taps[s][part], tap_bias[s][part], mixed);
+        passes.project(tokens, p.head_dim, d, {mixed.data, d, 1}, {mix[s][part], d}, mix_bias[s][part],
+                       {slots[1 + s].data + part * d, stride}, {});
+      }
+    }
+  }
+
+  // out: the tokens of all heads.
+  void attend(int64_t head, const Rows<float>& out) const {
+    for (int s = 0; s <= p.scales; ++s) {
+      ReluLinearAttention group = call.heads_of(tokens);
+      float* const of_part = slots[s].data;
+      group.q = {of_part, nullptr, stride, 1};
+      group.k = {of_part + d, nullptr, stride, 1};
+      group.v = {of_part + 2 * d, nullptr, stride, 1};
+      group.out = {out.data + (s * p.heads + head) * p.head_dim, nullptr, out.stride, 1};
+      call.attention.sum_keys(group, {0, 0, tokens}, call.tile, sums, attention_memory);
+      call.attention.apply_queries(group, {0, 0, tokens}, call.tile, sums, attention_memory);
+    }
+  }
+};
 
 }  // namespace
 
 void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
   const MultiScale& p = problem.attention;
-  const int64_t tokens = p.tokens(), d = p.head_dim, attended = p.all_heads() * d;
+  const int64_t tokens = p.tokens(), attended = p.all_heads() * p.head_dim;
   if (p.batch * tokens * problem.out_channels == 0) return;
-  const MultiScalePasses& passes = multi_scale_passes(active_isa());
-  const int64_t stride = row_stride(tokens);
+  const Call call(p);
+  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const auto work = [&](int64_t outputs, int64_t inputs) { return larger(1, outputs * inputs * tokens); };
   const auto grain = [&](int64_t unit_work) { return larger(1, kMinWorkPerThread / unit_work); };
 
-  const bool in_place = is_plane(p, problem.x) && tokens >= passes.lanes;
-  const int64_t x_floats = in_place ? 0 : p.batch * problem.in_channels * stride;
-  const int64_t floats = x_floats + p.batch * attended * stride;
+  const bool in_place =
+      p.dtype == DType::kFloat32 && (problem.x.token_stride == 1 || problem.x.channel_stride == 1);
+  const int64_t x_stride = row_stride(tokens), x_floats = in_place ? 0 : problem.in_channels * x_stride;
+  const int64_t stride = round_up(attended, kWholeVectors) + kWholeVectors;  // rows in different cache sets
+  const int64_t floats = p.batch * (x_floats + tokens * stride);
   const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
   float* const memory = large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats);
-  float* const own_x = memory;
   const auto attended_of = [&](int64_t batch) {
-    return Plane<float>{memory + x_floats + batch * attended * stride, stride};
+    return Rows<float>{memory + p.batch * x_floats + batch * tokens * stride, stride};
+  };
+  const auto x_of = [&](int64_t batch) {
+    return in_place ? features(problem.x, batch) : Features{memory + batch * x_floats, 1, x_stride};
   };
   if (!in_place) {
     const int64_t blocks = ceil_div(problem.in_channels, kChannelsOfX);
     parallel(p.batch * blocks, grain(work(kChannelsOfX, 4)), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t batch = unit / blocks, first = unit % blocks * kChannelsOfX;
-        passes.load(p.dtype, channels_from(p, problem.x, batch, first), 0, tokens,
-                    smaller(kChannelsOfX, problem.in_channels - first),
-                    {own_x + (batch * problem.in_channels + first) * stride, stride});
+        call.passes.load(p.dtype, channels_from(p, problem.x, batch, first), 0, tokens,
+                         smaller(kChannelsOfX, problem.in_channels - first),
+                         {memory + batch * x_floats + first * x_stride, x_stride});
       }
     });
   }
 
-  const int64_t head_work = work(3 * d, problem.in_channels) + aggregation_work(p, 3 * d);
-  parallel(p.batch * p.heads, grain(head_work), [&](int64_t begin, int64_t end) {
-    const Plane<float> qkv{thread_scratch<Purpose::kProjection>(3 * d * stride), stride};
+  const int64_t head_work =
+      work(kParts * p.head_dim, problem.in_channels) + aggregation_work(p, kParts * p.head_dim);
+  const int64_t head_floats = Head::floats(problem, call);
+  parallel(p.heads * p.batch, grain(head_work), [&](int64_t begin, int64_t end) {
+    Carver carver{thread_scratch(head_floats)};
+    const Head worker(problem, call, carver);
+    worker.clear_border();
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t batch = unit / p.heads, head = unit % p.heads;
-      const int64_t row = 3 * head * d;
-      const Image image = channels_from(p, problem.x, batch, 0);
-      const Plane<const float> x =
-          in_place ? Plane<const float>{static_cast<const float*>(image.data), image.channel_stride}
-                   : Plane<const float>{own_x + batch * problem.in_channels * stride, stride};
-      passes.project(problem.qkv_weight + row * problem.in_channels,
-                     problem.qkv_bias == nullptr ? nullptr : problem.qkv_bias + row, 3 * d,
-                     problem.in_channels, tokens, x, !in_place, qkv);
-      const Plane<float> out = attended_of(batch);
-      for (int64_t s = 0; s <= p.scales; ++s) {
-        for (int64_t c = 0; c < d; ++c) {
-          float* const end_of_row = out.data + ((s * p.heads + head) * d + c) * stride + tokens;
-          clear(end_of_row, kPadding / 2);  // the last projection takes whole vectors
-        }
-      }
-      attend(one_head(p, head, qkv, out), nullptr, {1, nullptr});
+      const int64_t head = unit / p.batch, batch = unit % p.batch;
+      if (unit == begin || batch == 0) worker.take_weights(head);
+      worker.project(x_of(batch), unit + 1 < end ? worker.weights_of(head + 1) : Coming{});
+      worker.aggregate();
+      worker.attend(head, attended_of(batch));
     }
   });
 
-  const int64_t blocks = ceil_div(problem.out_channels, kRowsOfOut);
-  parallel(p.batch * blocks, grain(work(kRowsOfOut, attended)), [&](int64_t begin, int64_t end) {
-    const Plane<float> tile{thread_scratch(kRowsOfOut * stride), stride};
+  const int64_t blocks = ceil_div(problem.out_channels, kChannelsOfOut);
+  parallel(blocks * p.batch, grain(work(kChannelsOfOut, attended)), [&](int64_t begin, int64_t end) {
+    Carver carver{thread_scratch((attended + tokens + 1) * kChannelsOfOut)};
+    const Rows<float> weight{carver.floats(attended * kChannelsOfOut), kChannelsOfOut};
+    const Rows<float> tile{carver.floats(tokens * kChannelsOfOut), kChannelsOfOut};
+    float* const bias = carver.floats(kChannelsOfOut);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t batch = unit / blocks, row = unit % blocks * kRowsOfOut;
-      const int64_t rows = smaller(kRowsOfOut, problem.out_channels - row);
-      const Plane<float> in = attended_of(batch);
-      passes.project(problem.proj_weight + row * attended,
-                     problem.proj_bias == nullptr ? nullptr : problem.proj_bias + row, rows, attended, tokens,
-                     {in.data, in.stride}, true, tile);
-      passes.store(p.dtype, channels_from(p, problem.out, batch, row), 0, tokens, rows, tile);
+      const int64_t first = unit / p.batch * kChannelsOfOut, batch = unit % p.batch;
+      const int64_t channels = smaller(kChannelsOfOut, problem.out_channels - first);
+      if (unit == begin || batch == 0) {
+        passes.transpose(problem.proj_weight + first * attended, channels, attended, weight);
+        copy_bias(problem.proj_bias == nullptr ? nullptr : problem.proj_bias + first, channels,
+                  kChannelsOfOut, bias);
+      }
+      const Rows<float> in = attended_of(batch);
+      const int64_t next = smaller(first + kChannelsOfOut, problem.out_channels);
+      const Coming coming{
+          problem.proj_weight + next * attended,
+          unit + 1 < end ? smaller(kChannelsOfOut, problem.out_channels - next) * attended : 0};
+      passes.project(tokens, attended, channels, {in.data, in.stride, 1}, {weight.data, weight.stride}, bias,
+                     tile, coming);
+      passes.store(p.dtype, channels_from(p, problem.out, batch, first), tokens, channels, tile);
     }
   });
 }

@@ -241,7 +241,7 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
         }
         const int scale = static_cast<int>(slot / p.heads) - 1;
         const int64_t batch = r.group / p.all_heads();
-        const Image to = channels_from(p, p.out, batch, ((1 + scale) * p.heads_of_out() + head) * p.head_dim);
+        const Image to = channels_from(p, p.out, batch, ((1 + scale) * p.heads + head) * p.head_dim);
         const Plane<float> q{memory.floats(call.tile_floats()), call.strip_stride};
         const Plane<float> out{memory.floats(call.tile_floats()), call.strip_stride};
         for_strips(call, r.begin, r.end, [&](int64_t first, int64_t rows) {

@@ -11,17 +11,11 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "image.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace effattn::cpu {
-
-// A tensor (batch, channels, height * width); strides count elements.
-struct Image {
-  void* data;
-  int64_t batch_stride, channel_stride, token_stride;
-};
 
 // One scale. Contiguous floats; biases may be null.
 template <class Float>
@@ -45,11 +39,9 @@ struct MultiScale {
   Image grad_out, grad_qkv;                   // backward; grad_out is read only
   ScaleWeights<float> gradients[kMaxScales];  // backward
   float eps;                                  // of the attention
-  int64_t out_heads;                          // of a scale, in out, if it is a part of more; or 0
 
   int64_t tokens() const { return height * width; }
   int64_t all_heads() const { return (1 + scales) * heads; }
-  int64_t heads_of_out() const { return out_heads > 0 ? out_heads : heads; }
 };
 
 struct MultiScalePlan {
@@ -82,11 +74,6 @@ struct Plane {
 
 // All work in one thread, in `scratch`; from depthwise on, on the `head_dim` channels of one group.
 struct MultiScalePasses {
-  int64_t lanes;
-  // A 1x1 convolution: out = weights * in + bias, bias or null. Rows of `in` are read up to a whole vector if
-  // it is padded, and have one at least if not.
-  void (*project)(const float* weights, const float* bias, int64_t outputs, int64_t inputs, int64_t tokens,
-                  const Plane<const float>& in, bool padded, const Plane<float>& out);
   int64_t (*scratch_floats)(const MultiScale&, int64_t rows);
   // `channels` of an image from `token` on, to and from float.
   void (*load)(DType, const Image&, int64_t token, int64_t tokens, int64_t channels, const Plane<float>& to);

@@ -1,5 +1,6 @@
 // The passes of multi-scale aggregation over one group of channels; compiled once per instruction set.
 #include "depthwise.h"
+#include "image_tile.h"
 #include "multi_scale.h"
 #include "product.h"
 #include "scratch.h"
@@ -36,37 +37,14 @@ Scratch scratch_of(const MultiScale& p, int64_t rows, float* memory) {
 
 // --- in and out ---------------------------------------------------------------------------------------
 
-template <class T>
-Place<T> place(const Image& image, int64_t token) {
-  return {static_cast<T*>(image.data) + token * image.token_stride, image.token_stride, image.channel_stride};
-}
-
-template <class F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-    default:
-      return f(float{});
-  }
-}
-
 void load_plane(DType dtype, const Image& image, int64_t token, int64_t tokens, int64_t channels,
                 const Out& to) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    load_tile<false>(Tile{to.data, to.stride, true}, place<const T>(image, token), tokens, channels);
-  });
+  load_image(dtype, image, token, tokens, channels, Tile{to.data, to.stride, true});
 }
 
 void store_plane(DType dtype, const Image& image, int64_t token, int64_t tokens, int64_t channels,
                  const Out& from) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    store_tile(Tile{from.data, from.stride, true}, place<T>(image, token), tokens, channels);
-  });
+  store_image(dtype, image, token, tokens, channels, Tile{from.data, from.stride, true});
 }
 
 // --- forward --------------------------------------------------------------------------------------------
@@ -126,22 +104,6 @@ void with_edge(float* out, int64_t row_stride, const float* biases, const F& f) 
     f(WriteTo{out, row_stride});
   } else {
     f(WriteToWithBias{out, row_stride, biases});
-  }
-}
-
-void project(const float* weights, const float* bias, int64_t outputs, int64_t inputs, int64_t tokens,
-             const In& in, bool padded, const Out& out) {
-  const auto columns = [&](int64_t offset, int64_t count) {
-    with_edge(out.data + offset, out.stride, bias, [&](const auto& edge) {
-      Fetch fetch;
-      product(outputs, count, StepsAdjacent<true>{weights, inputs}, Vectors<>{in.data + offset, in.stride},
-              inputs, edge, fetch);
-    });
-  };
-  if (padded) {
-    columns(0, tokens);
-  } else {
-    in_whole_vectors(tokens, columns);
   }
 }
 
@@ -278,9 +240,8 @@ void depthwise_backward(const MultiScale& p, int64_t kernel, int64_t rows_at_onc
   }
 }
 
-constexpr MultiScalePasses kPasses = {
-    kLanes,         project,        scratch_floats,     load_plane,        store_plane,
-    depthwise_pass, pointwise_pass, pointwise_backward, depthwise_backward};
+constexpr MultiScalePasses kPasses = {scratch_floats, load_plane,         store_plane,       depthwise_pass,
+                                      pointwise_pass, pointwise_backward, depthwise_backward};
 
 }  // namespace
 

@@ -37,9 +37,7 @@ inline ScaleWeights<Float> of_group(const ScaleWeights<Float>& w, int64_t kernel
 }
 
 inline Image channels_from(const MultiScale& p, const Image& image, int64_t batch, int64_t channel) {
-  const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t offset = batch * image.batch_stride + channel * image.channel_stride;
-  return {static_cast<char*>(image.data) + offset * size, 0, image.channel_stride, image.token_stride};
+  return channels_from(p.dtype, image, batch, channel);
 }
 
 inline bool is_plane(const MultiScale& p, const Image& image) {

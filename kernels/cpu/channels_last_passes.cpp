@@ -1,0 +1,155 @@
+// The passes over images with their channels in the lanes; compiled once per instruction set.
+#include "channels_last.h"
+#include "image_tile.h"
+#include "product.h"
+
+namespace effattn::cpu::EFFATTN_ISA {
+namespace {
+
+void transpose_pass(const float* weights, int64_t outputs, int64_t inputs, const Rows<float>& to) {
+  load_tile<false>(Tile{to.data, to.stride, false}, Place<const float>{weights, 1, inputs}, inputs, outputs);
+}
+
+// Writes the product, which starts at a row of biases.
+struct WriteOnBias {
+  float* data;
+  int64_t row_stride;
+  const float* bias;
+
+  struct Row : RowPointer<float> {
+    const float* bias;
+    EFFATTN_INLINE Vec start(int v) const { return load(bias + v * kLanes); }
+    template <bool>
+    EFFATTN_INLINE void finish(int v, Vec acc) const {
+      store(this->at + v * kLanes, acc);
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
+    return {{data + row * row_stride + col, row_stride}, bias + col};
+  }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+};
+
+void project(int64_t tokens, int64_t inputs, int64_t outputs, const Features& in,
+             const Rows<const float>& weights, const float* bias, const Rows<float>& out,
+             const Coming& next) {
+  const Vectors<> vectors{weights.data, weights.stride};
+  const WriteOnBias edge{out.data, out.stride, bias};
+  Fetch fetch;
+  fetch.add(Place<const float>{next.data, 1, next.floats}, next.floats, 1);
+  if (in.token_stride == 1) {
+    product(tokens, outputs, RowsAdjacent{in.data, in.channel_stride}, vectors, inputs, edge, fetch);
+  } else if (inputs >= 64) {
+    product(tokens, outputs, StepsAdjacent<true>{in.data, in.token_stride}, vectors, inputs, edge, fetch);
+  } else {
+    product(tokens, outputs, StepsAdjacent<false>{in.data, in.token_stride}, vectors, inputs, edge, fetch);
+  }
+}
+
+void fill(const Rows<const float>& in, const PaddedImage& to) {
+  const float* row = in.data;
+  for (int64_t y = 0; y < to.height; ++y) {
+    float* pixel = to.at(y, 0);
+    for (int64_t x = 0; x < to.width; ++x, row += in.stride, pixel += to.channels) {
+      for (int64_t c = 0; c < to.channels; c += kLanes) store(pixel + c, load(row + c));
+    }
+  }
+}
+
+// P neighbours in a row of the image, a vector of channels. A pixel that is loaded serves all the results
+// that it has a part in.
+template <int K, int P>
+__attribute__((noinline)) void depthwise_pixels(float* out, int64_t out_stride, const float* in,
+                                                int64_t row_floats, int64_t channels, const float* taps,
+                                                const float* bias) {
+  Vec acc[P];
+  EFFATTN_UNROLL
+  for (int p = 0; p < P; ++p) acc[p] = load(bias);
+  for (int i = 0; i < K; ++i, in += row_floats) {
+    Vec weights[K];
+    EFFATTN_UNROLL
+    for (int j = 0; j < K; ++j, taps += channels) weights[j] = load(taps);
+    const float* at = in;
+    EFFATTN_UNROLL
+    for (int x = 0; x < P + K - 1; ++x, at += channels) {
+      const Vec pixel = in_register(load(at));
+      EFFATTN_UNROLL
+      for (int j = 0; j < K; ++j) {
+        if (const int p = x - j; p >= 0 && p < P) acc[p] += weights[j] * pixel;
+      }
+    }
+  }
+  EFFATTN_UNROLL
+  for (int p = 0; p < P; ++p, out += out_stride) store(out, acc[p]);
+}
+
+template <int K, int P>
+inline void depthwise_row(int64_t x, int64_t y, const PaddedImage& in, const float* taps, const float* bias,
+                          const Rows<float>& out) {
+  for (; x + P <= in.width; x += P) {
+    for (int64_t c = 0; c < in.channels; c += kLanes) {
+      depthwise_pixels<K, P>(out.data + (y * in.width + x) * out.stride + c, out.stride,
+                             in.at(y - K / 2, x - K / 2) + c, in.row_floats(), in.channels, taps + c,
+                             bias + c);
+    }
+  }
+  if constexpr (P > 1) depthwise_row<K, P / 2>(x, y, in, taps, bias, out);
+}
+
+// Enough sums under way to hide the latency of an addition; widths of the networks are multiples of 7 and 8.
+template <int K>
+void depthwise_image(const PaddedImage& in, const float* taps, const float* bias, const Rows<float>& out) {
+  for (int64_t y = 0; y < in.height; ++y) {
+    if (in.width % 7 == 0) {
+      depthwise_row<K, 7>(0, y, in, taps, bias, out);
+    } else {
+      depthwise_row<K, 8>(0, y, in, taps, bias, out);
+    }
+  }
+}
+
+// Kernels of any other size: a result at a time.
+void depthwise_any(int64_t kernel, const PaddedImage& in, const float* taps, const float* bias,
+                   const Rows<float>& out) {
+  const int64_t border = kernel / 2;
+  for (int64_t y = 0; y < in.height; ++y) {
+    for (int64_t x = 0; x < in.width; ++x) {
+      for (int64_t c = 0; c < in.channels; c += kLanes) {
+        Vec acc = load(bias + c);
+        for (int64_t i = 0; i < kernel; ++i) {
+          for (int64_t j = 0; j < kernel; ++j) {
+            acc += load(taps + (i * kernel + j) * in.channels + c) *
+                   load(in.at(y + i - border, x + j - border) + c);
+          }
+        }
+        store(out.data + (y * in.width + x) * out.stride + c, acc);
+      }
+    }
+  }
+}
+
+void depthwise(int64_t kernel, const PaddedImage& in, const float* taps, const float* bias,
+               const Rows<float>& out) {
+  switch (kernel) {
+    case 3:
+      return depthwise_image<3>(in, taps, bias, out);
+    case 5:
+      return depthwise_image<5>(in, taps, bias, out);
+    case 7:
+      return depthwise_image<7>(in, taps, bias, out);
+    default:
+      depthwise_any(kernel, in, taps, bias, out);
+  }
+}
+
+void store_pass(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& from) {
+  store_image(dtype, image, 0, tokens, channels, Tile{from.data, from.stride, false});
+}
+
+constexpr ChannelsLastPasses kPasses = {transpose_pass, project, fill, depthwise, store_pass};
+
+}  // namespace
+
+const ChannelsLastPasses& channels_last_passes() { return kPasses; }
+
+}  // namespace effattn::cpu::EFFATTN_ISA

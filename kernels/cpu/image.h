@@ -1,0 +1,22 @@
+// Images as kernels see them.
+#pragma once
+
+#include "dtype.h"
+#include "sizes.h"
+
+namespace effattn::cpu {
+
+// A tensor (batch, channels, height * width); strides count elements.
+struct Image {
+  void* data;
+  int64_t batch_stride, channel_stride, token_stride;
+};
+
+// One image of the batch, from a channel on.
+inline Image channels_from(DType dtype, const Image& image, int64_t batch, int64_t channel) {
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t offset = batch * image.batch_stride + channel * image.channel_stride;
+  return {static_cast<char*>(image.data) + offset * size, 0, image.channel_stride, image.token_stride};
+}
+
+}  // namespace effattn::cpu
