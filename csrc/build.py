@@ -48,6 +48,7 @@ PER_ISA = (
     "kernels/cpu/relu_linear_attention_passes.cpp",
     "kernels/cpu/multi_scale_passes.cpp",
     "kernels/cpu/channels_last_passes.cpp",
+    "kernels/cpu/softmax_attention_passes.cpp",
 )
 ONCE = (
     "kernels/cpu/isa.cpp",
@@ -55,10 +56,15 @@ ONCE = (
     "kernels/cpu/multi_scale.cpp",
     "kernels/cpu/channels_last.cpp",
     "kernels/cpu/lite_mla.cpp",
+    "kernels/cpu/softmax_attention.cpp",
+    "kernels/cpu/biased_attention.cpp",
+    "kernels/cpu/cascaded_group_attention.cpp",
     "csrc/library.cpp",
     "csrc/cpu/relu_linear_attention.cpp",
     "csrc/cpu/multi_scale.cpp",
     "csrc/cpu/lite_mla.cpp",
+    "csrc/cpu/biased_attention.cpp",
+    "csrc/cpu/cascaded_group_attention.cpp",
 )
 PYTHON = ("csrc/python.cpp",)
 

@@ -33,4 +33,31 @@ STABLE_TORCH_LIBRARY(effattn, m) {
         "Tensor proj_weight, Tensor? proj_bias, int head_dim, float eps) -> Tensor");
 #undef EFFATTN_WEIGHTS
 #undef EFFATTN_GRADIENTS
+
+  // Talking heads: no tensor, or the weights and biases of the two 1x1 convolutions over the heads, float32
+  // like the bias. The backward recomputes everything.
+#define EFFATTN_ATTENTION "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor[] talking_heads, float scale"
+  m.def("biased_attention(" EFFATTN_ATTENTION ") -> Tensor");
+  m.def("biased_attention_forward(" EFFATTN_ATTENTION ") -> Tensor");
+  m.def("biased_attention_backward(Tensor grad_out, " EFFATTN_ATTENTION
+        ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias, Tensor[] grad_talking_heads)");
+#undef EFFATTN_ATTENTION
+
+  // A tensor a head in each list; lists of biases are empty where there are none.
+#define EFFATTN_CASCADE                                                                                \
+  "Tensor x, Tensor[] qkv_weights, Tensor[] qkv_biases, Tensor[] q_dw_weights, Tensor[] q_dw_biases, " \
+  "Tensor "                                                                                            \
+  "attention_bias, "
+#define EFFATTN_WINDOW "float scale, int window_height, int window_width"
+  m.def("cascaded_group_attention(" EFFATTN_CASCADE EFFATTN_WINDOW ") -> Tensor");
+  m.def("cascaded_group_attention_forward(" EFFATTN_CASCADE EFFATTN_WINDOW ") -> Tensor");
+  m.def(
+      "cascaded_group_attention_backward(Tensor grad_out, " EFFATTN_CASCADE EFFATTN_WINDOW
+      ") -> (Tensor grad_x, Tensor[] grad_qkv_weights, Tensor[] grad_qkv_biases, Tensor[] grad_q_dw_weights,"
+      " Tensor[] grad_q_dw_biases, Tensor grad_attention_bias)");
+  // Inference of a module: the attention, relu, 1x1 convolution.
+  m.def("cascaded_group_attention_projected(" EFFATTN_CASCADE
+        "Tensor proj_weight, Tensor? proj_bias, " EFFATTN_WINDOW ") -> Tensor");
+#undef EFFATTN_CASCADE
+#undef EFFATTN_WINDOW
 }

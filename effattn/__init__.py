@@ -7,7 +7,13 @@ effattn.accelerate(model)
 import warnings as _warnings
 
 from effattn import _library, nn
-from effattn.functional import multi_scale_aggregation, multi_scale_linear_attention, relu_linear_attention
+from effattn.functional import (
+    biased_attention,
+    cascaded_group_attention,
+    multi_scale_aggregation,
+    multi_scale_linear_attention,
+    relu_linear_attention,
+)
 from effattn.integrations import Report, accelerate, restore
 from effattn.registry import backends, use_backend
 
@@ -17,6 +23,8 @@ __all__ = [
     "Report",
     "accelerate",
     "backends",
+    "biased_attention",
+    "cascaded_group_attention",
     "multi_scale_aggregation",
     "multi_scale_linear_attention",
     "nn",

@@ -8,6 +8,8 @@ from numbers import Real
 
 import torch
 
+from effattn.ops import biased_attention as _biased_attention
+from effattn.ops import cascaded_group_attention as _cascaded_group_attention
 from effattn.ops import multi_scale as _multi_scale
 from effattn.ops import relu_linear_attention as _relu_linear_attention
 
@@ -141,6 +143,117 @@ def multi_scale_linear_attention(
         raise
 
 
+def biased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    scale: float | None = None,
+    talking_heads: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    r"""Softmax attention with a learned bias on every pair of tokens, with or without talking heads.
+
+    .. math:: out = softmax(scale \cdot q k^T + bias) v
+
+    EfficientFormer (arXiv 2206.01191), and with talking heads EfficientFormerV2 (arXiv 2212.08059): a 1x1 convolution
+    over the heads before and one behind the softmax,
+
+    .. math:: P = softmax(W_1 (scale \cdot q k^T + bias) + b_1), \qquad out = (W_2 P + b_2) v
+
+    Made for the tens to hundreds of tokens at the end of these networks: all logits of a block of queries are in cache
+    at once, in float32. Any strides are taken. Deterministic and differentiable to any order like
+    :func:`relu_linear_attention`.
+
+    Args:
+        q: queries, (B, heads, N, D), float16, bfloat16, float32 or float64.
+        k: keys, (B, heads, M, D), of q's dtype and device.
+        v: values, (B, heads, M, Dv).
+        bias: (heads, N, M), of q's dtype or float32.
+        scale: of the logits, finite; by default ``D ** -0.5``.
+        talking_heads: (W_1, b_1, W_2, b_2), matrices (heads, heads) and vectors (heads,), of q's dtype or float32; or
+            None.
+
+    Returns:
+        (B, heads, N, Dv), of q's dtype and in q's memory order.
+
+    Raises:
+        TypeError: for anything but dense floating-point tensors of fitting dtypes.
+        ValueError: for sizes that do not fit, different devices, or a scale that is not finite.
+    """
+    if torch.compiler.is_compiling():
+        q, k, v = _promoted_by_autocast(q, k, v)
+        _raise_if(_wrong_biased_attention(q, k, v, bias, scale, talking_heads))
+    try:
+        if not (q.dtype == k.dtype == v.dtype):
+            q, k, v = _promoted_by_autocast(q, k, v)
+        used = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+        return _biased_attention.biased_attention(q, k, v, bias, talking_heads or (), used)
+    except Exception:
+        _raise_if(_wrong_biased_attention(q, k, v, bias, scale, talking_heads))
+        raise
+
+
+def cascaded_group_attention(
+    x: torch.Tensor,
+    qkv_weights: Sequence[torch.Tensor],
+    qkv_biases: Sequence[torch.Tensor] | None,
+    q_dw_weights: Sequence[torch.Tensor],
+    q_dw_biases: Sequence[torch.Tensor] | None,
+    attention_bias: torch.Tensor,
+    *,
+    scale: float | None = None,
+    window_size: int | tuple[int, int] | None = None,
+) -> torch.Tensor:
+    r"""Cascaded group attention: every head attends to its group of channels and hands its output to the next.
+
+    .. math::
+
+        feat_i &= x_i + out_{i-1}, \qquad [q, k, v] = qkv_i * feat_i, \qquad q' = dw_i * q
+
+        out_i &= softmax(scale \cdot q' k^T + bias_i) v
+
+    EfficientViT of Microsoft (arXiv 2305.07027), section 3.2, up to the relu and the projection behind it. A window
+    stays in one thread's cache from its input to its output; partition, padding and reversal are index arithmetic.
+    Deterministic and differentiable to any order like :func:`relu_linear_attention`.
+
+    Args:
+        x: (B, C, H, W), NCHW or channels_last, float16, bfloat16, float32 or float64. Any H and W.
+        qkv_weights: a tensor (2 * key_dim + C / heads, C / heads, 1, 1) a head: the weights of a 1x1
+            :class:`torch.nn.Conv2d`, in the order q, k, v; of x's dtype or float32. Their number is that of the heads.
+        qkv_biases: a tensor (2 * key_dim + C / heads,) a head, or None.
+        q_dw_weights: a tensor (key_dim, 1, k, k) a head, of a depthwise convolution of q; k odd, and may differ from
+            head to head.
+        q_dw_biases: a tensor (key_dim,) a head, or None.
+        attention_bias: (heads, N, N), N the tokens of a window.
+        scale: of the logits, finite; by default ``key_dim ** -0.5``.
+        window_size: attends in windows of this height and width, with zeros below and right of the image, which take
+            part as in the published models; None: one window as large as the image.
+
+    Returns:
+        (B, C, H, W), of x's dtype and memory format: the heads' outputs, one behind the other.
+
+    Raises:
+        TypeError: for anything but dense floating-point tensors of fitting dtypes.
+        ValueError: for sizes that do not fit, different devices, a window without tokens, or an infinite scale.
+    """
+    arguments = (x, qkv_weights, qkv_biases, q_dw_weights, q_dw_biases, attention_bias, scale, window_size)
+    if torch.compiler.is_compiling():
+        _raise_if(_wrong_cascade(*arguments))
+    try:
+        if window_size is None:
+            height, width = max(x.shape[2], 1), max(x.shape[3], 1)
+        else:
+            height, width = (window_size, window_size) if isinstance(window_size, int) else window_size
+        used = max(q_dw_weights[0].shape[0], 1) ** -0.5 if scale is None else scale
+        return _cascaded_group_attention.cascaded_group_attention(
+            x, qkv_weights, qkv_biases or (), q_dw_weights, q_dw_biases or (), attention_bias, used, height, width
+        )
+    except Exception:
+        _raise_if(_wrong_cascade(*arguments))
+        raise
+
+
 def _raise_if(error: Exception | None) -> None:
     if error is not None:
         raise error from None
@@ -197,6 +310,142 @@ def _wrong_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: flo
     return _wrong_eps(eps)
 
 
+def _wrong_biased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float | None,
+    talking_heads: Sequence[torch.Tensor] | None,
+) -> Exception | None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        wrong = _wrong_tensor(name, tensor)
+        if wrong is not None:
+            return wrong
+        if tensor.dim() != 4:
+            return ValueError(f"{name}: expected 4 dimensions (B, heads, tokens, channels), got shape {_shape(tensor)}")
+    wrong = _wrong_arguments(q, k, v, 0.0)
+    if wrong is not None:
+        return wrong
+    heads = q.shape[1]
+    expected: dict[str, tuple[object, tuple[int, ...]]] = {"bias": (bias, (heads, q.shape[2], k.shape[2]))}
+    if talking_heads is not None and not (isinstance(talking_heads, Sequence) and len(talking_heads) == 0):
+        if not isinstance(talking_heads, Sequence) or isinstance(talking_heads, str):
+            return TypeError(f"talking_heads: expected a sequence of tensors, got {type(talking_heads).__name__}")
+        if len(talking_heads) != 4:
+            return ValueError(f"talking_heads: expected two matrices, each with its bias, got {len(talking_heads)}")
+        for i, tensor in enumerate(talking_heads):
+            expected[f"talking_heads[{i}]"] = (tensor, (heads,) if i % 2 else (heads, heads))
+    for name, (tensor, shape) in expected.items():
+        wrong = _wrong_parameter(name, tensor, shape, "q", q)
+        if wrong is not None:
+            return wrong
+    return _wrong_scale(scale)
+
+
+def _wrong_cascade(
+    x: torch.Tensor,
+    qkv_weights: Sequence[torch.Tensor],
+    qkv_biases: Sequence[torch.Tensor] | None,
+    q_dw_weights: Sequence[torch.Tensor],
+    q_dw_biases: Sequence[torch.Tensor] | None,
+    attention_bias: torch.Tensor,
+    scale: float | None,
+    window_size: int | tuple[int, int] | None,
+) -> Exception | None:
+    wrong = _wrong_tensor("x", x)
+    if wrong is not None:
+        return wrong
+    if x.dim() != 4:
+        return ValueError(f"x: expected 4 dimensions (B, C, H, W), got shape {_shape(x)}")
+    lists = {
+        "qkv_weights": qkv_weights,
+        "qkv_biases": qkv_biases,
+        "q_dw_weights": q_dw_weights,
+        "q_dw_biases": q_dw_biases,
+    }
+    for name, tensors in lists.items():
+        if name.endswith("biases") and (tensors is None or (isinstance(tensors, Sequence) and len(tensors) == 0)):
+            continue
+        if not isinstance(tensors, Sequence):
+            return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
+        if len(tensors) != len(qkv_weights):
+            return ValueError(
+                f"{name}: expected a tensor a head like qkv_weights, {len(qkv_weights)}, got {len(tensors)}"
+            )
+    heads = len(qkv_weights)
+    if heads == 0:
+        return ValueError("qkv_weights: expected a tensor a head, got none")
+    if x.shape[1] % heads != 0:
+        return ValueError(f"x: expected a multiple of {heads} channels, one group a head, got shape {_shape(x)}")
+    for i, weight in enumerate(q_dw_weights):
+        wrong = _wrong_tensor(f"q_dw_weights[{i}]", weight, at_least=4)
+        if wrong is not None:
+            return wrong
+        if weight.shape[-1] % 2 == 0:
+            return ValueError(f"q_dw_weights[{i}]: expected an odd kernel size, got shape {_shape(weight)}")
+    value_dim, key_dim = x.shape[1] // heads, q_dw_weights[0].shape[0]
+    if key_dim == 0:
+        return ValueError(f"q_dw_weights[0]: expected a positive key_dim, got shape {_shape(q_dw_weights[0])}")
+    sizes = {
+        "qkv_weights": (2 * key_dim + value_dim, value_dim, 1, 1),
+        "qkv_biases": (2 * key_dim + value_dim,),
+        "q_dw_biases": (key_dim,),
+    }
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors or ()):
+            shape = sizes.get(name, (key_dim, 1, tensor.shape[-1], tensor.shape[-1]))
+            wrong = _wrong_parameter(f"{name}[{i}]", tensor, shape, "x", x)
+            if wrong is not None:
+                return wrong
+    wrong = _wrong_window(window_size)
+    if wrong is not None:
+        return wrong
+    window = tuple(x.shape[2:]) if window_size is None else window_size
+    height, width = (window, window) if isinstance(window, int) else window
+    tokens = max(height, 1) * max(width, 1)
+    wrong = _wrong_parameter("attention_bias", attention_bias, (heads, tokens, tokens), "x", x)
+    return wrong if wrong is not None else _wrong_scale(scale)
+
+
+def _wrong_window(window_size: object) -> Exception | None:
+    if window_size is None:
+        return None
+    sizes = window_size if isinstance(window_size, tuple) else (window_size, window_size)
+    if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) for size in sizes):
+        return TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
+    if min(sizes) < 1:
+        return ValueError(f"window_size: expected positive numbers, got {window_size}")
+    return None
+
+
+def _wrong_scale(scale: object) -> Exception | None:
+    if scale is None:
+        return None
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        return TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    if not math.isfinite(float(scale)):
+        return ValueError(f"scale: expected a finite number, got {scale}")
+    return None
+
+
+def _wrong_parameter(
+    name: str, tensor: object, shape: tuple[int, ...], of: str, image: torch.Tensor
+) -> Exception | None:
+    """A weight or a bias that goes with the tensor ``image`` named ``of``."""
+    wrong = _wrong_tensor(name, tensor, at_least=len(shape))
+    if wrong is not None:
+        return wrong
+    assert isinstance(tensor, torch.Tensor)
+    if tensor.dtype not in (image.dtype, torch.float32):
+        return TypeError(f"{name}: expected the dtype of {of}, {image.dtype}, or float32, got {tensor.dtype}")
+    if tensor.device != image.device:
+        return ValueError(f"{name}: expected the device of {of}, {image.device}, got {tensor.device}")
+    if _shape(tensor) != shape:
+        return ValueError(f"{name}: expected shape {shape}, got {_shape(tensor)}")
+    return None
+
+
 def _wrong_eps(eps: object) -> Exception | None:
     if not isinstance(eps, Real) or isinstance(eps, bool):
         return TypeError(f"eps: expected a number, got {type(eps).__name__}")
@@ -248,22 +497,16 @@ def _wrong_multi_scale(
 def _wrong_weight(name: str, tensor: torch.Tensor, qkv: torch.Tensor, head_dim: int) -> Exception | None:
     """A weight or a bias, by its name, against qkv."""
     channels = qkv.shape[1]
-    wrong = _wrong_tensor(name, tensor, at_least=1 if "biases" in name else 4)
-    if wrong is not None:
-        return wrong
-    if tensor.dtype not in (qkv.dtype, torch.float32):
-        return TypeError(f"{name}: expected the dtype of qkv, {qkv.dtype}, or float32, got {tensor.dtype}")
-    if tensor.device != qkv.device:
-        return ValueError(f"{name}: expected the device of qkv, {qkv.device}, got {tensor.device}")
     if name.startswith("dw_weights"):
+        wrong = _wrong_tensor(name, tensor, at_least=4)
+        if wrong is not None:
+            return wrong
         kernel = tensor.shape[-1]
         if kernel % 2 == 0:
             return ValueError(f"{name}: expected an odd kernel size, got shape {_shape(tensor)}")
-        expected: tuple[int, ...] = (channels, 1, kernel, kernel)
+        shape: tuple[int, ...] = (channels, 1, kernel, kernel)
     elif name.startswith("pw_weights"):
-        expected = (channels, head_dim, 1, 1)
+        shape = (channels, head_dim, 1, 1)
     else:
-        expected = (channels,)
-    if _shape(tensor) != expected:
-        return ValueError(f"{name}: expected shape {expected}, got {_shape(tensor)}")
-    return None
+        shape = (channels,)
+    return _wrong_parameter(name, tensor, shape, "qkv", qkv)

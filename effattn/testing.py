@@ -41,6 +41,26 @@ def make_tensor(
     raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}")
 
 
+def make_image(
+    batch: int, channels: int, height: int, width: int, memory_format: str = "nchw", scale: float = 1.0, seed: int = 1
+) -> torch.Tensor:
+    """A reproducible normal tensor (B, C, H, W): "nchw", "channels_last", a "channel slice" or a "crop" of more."""
+    shape = {
+        "channel slice": (batch, 2 * channels, height, width),
+        "crop": (batch, channels, height + 1, width + 2),
+    }.get(memory_format, (batch, channels, height, width))
+    image = make_tensor(*shape, seed=seed) * scale
+    if memory_format == "channels_last":
+        return image.to(memory_format=torch.channels_last)
+    if memory_format == "channel slice":
+        return image[:, :channels]
+    if memory_format == "crop":
+        return image[:, :, 1:, 1:-1]
+    if memory_format == "nchw":
+        return image
+    raise ValueError(f"memory_format: unknown, got {memory_format!r}")
+
+
 # --- relu_linear_attention ------------------------------------------------------------------------------
 
 
@@ -154,26 +174,17 @@ class MultiScaleCase:
     biases: bool = False
     scale: float = 1.0
 
+    images = ("qkv",)
+
     @property
     def channels(self) -> int:
         return 3 * self.heads * self.head_dim
 
     def inputs(self, dtype: torch.dtype = torch.float32, memory_format: str = "nchw", seed: int = 0) -> dict[str, Any]:
         """Arguments of both functions; weights in float32, of a size that keeps activations where they are."""
-        sizes = self.batch, self.channels, self.height, self.width
-        shape = {
-            "channel slice": (sizes[0], 2 * sizes[1], *sizes[2:]),
-            "crop": (*sizes[:2], sizes[2] + 1, sizes[3] + 2),
-        }
-        qkv = (make_tensor(*shape.get(memory_format, sizes), seed=1 + 1000 * seed) * self.scale).to(dtype)
-        if memory_format == "channels_last":
-            qkv = qkv.to(memory_format=torch.channels_last)
-        elif memory_format == "channel slice":
-            qkv = qkv[:, : self.channels]
-        elif memory_format == "crop":
-            qkv = qkv[:, :, 1:, 1:-1]
-        elif memory_format != "nchw":
-            raise ValueError(f"memory_format: unknown, got {memory_format!r}")
+        qkv = make_image(
+            self.batch, self.channels, self.height, self.width, memory_format, self.scale, 1 + 1000 * seed
+        ).to(dtype)
         biases = [make_tensor(1, self.channels, seed=4 + i)[0] * self.scale for i in range(2 * len(self.kernels))]
         return {
             "qkv": qkv,
@@ -199,10 +210,6 @@ class MultiScaleCase:
                 return inputs
         raise RuntimeError(f"no inputs of {self} are away from zero")
 
-    def grad_out(self, qkv: torch.Tensor, channels: int) -> torch.Tensor:
-        """A gradient of an output of so many channels, in qkv's dtype."""
-        return make_tensor(self.batch, channels, self.height, self.width, seed=9).to(qkv.dtype)
-
     def call(self, function: Callable[..., torch.Tensor], inputs: dict[str, Any], **options: Any) -> torch.Tensor:
         return function(*inputs.values(), head_dim=self.head_dim, **options)
 
@@ -220,8 +227,8 @@ def multi_scale_cancelled_terms(case: MultiScaleCase, inputs: dict[str, Any], ep
     wide = in_float64(inputs)
     aggregated = case.call(reference.multi_scale_aggregation, wide)
     heads = aggregated.reshape(case.batch, -1, 3 * case.head_dim, case.height * case.width).mT
-    grad_out = case.grad_out(inputs["qkv"], aggregated.shape[1] // 3)
-    grad_out = grad_out.reshape(case.batch, -1, case.head_dim, case.height * case.width).mT
+    grad_out = make_tensor(case.batch, aggregated.shape[1] // 3, case.height, case.width, seed=9)
+    grad_out = grad_out.to(inputs["qkv"].dtype).reshape(case.batch, -1, case.head_dim, case.height * case.width).mT
     q, k, v = heads.chunk(3, dim=-1)
     grad_q, grad_k = cancelled_gradients(q, k, v, grad_out, eps)
     noise = torch.cat([grad_q, grad_k, torch.zeros_like(grad_q)], dim=-1).mT.reshape(aggregated.shape)
@@ -234,33 +241,56 @@ def multi_scale_cancelled_terms(case: MultiScaleCase, inputs: dict[str, Any], ep
 
 
 def gradients_by_name(leaves: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors under the names that their gradients have in :func:`multi_scale_with_gradients`."""
+    """The tensors under the names that their gradients have in :func:`with_gradients`."""
     return {f"grad {name}" + (f" {i}" if i else ""): t for name, ts in leaves.items() for i, t in enumerate(ts)}
 
 
-def multi_scale_with_gradients(
+def with_gradients(
     function: Callable[..., torch.Tensor],
     backend: str,
-    case: MultiScaleCase,
+    case: Any,
     inputs: dict[str, Any],
     dtype: torch.dtype,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Output and all gradients of one of the functions, by name; qkv in ``dtype``, weights as wide or as they are."""
+    """Output and all gradients of a function, by name; a case's images in ``dtype``, weights as wide or as they are."""
     leaves = {
         name: [
-            t.detach().to(dtype if t is value else torch.promote_types(dtype, t.dtype)).requires_grad_()
+            t.detach().to(dtype if name in case.images else torch.promote_types(dtype, t.dtype)).requires_grad_()
             for t in ([value] if isinstance(value, torch.Tensor) else value)
         ]
         for name, value in inputs.items()
     }
-    arguments = {name: tensors[0] if name == "qkv" else tensors for name, tensors in leaves.items()}
+    arguments = {
+        name: leaves[name][0] if isinstance(value, torch.Tensor) else leaves[name] for name, value in inputs.items()
+    }
     with use_backend(backend):
         out = case.call(function, arguments, **options)
-    grad_out = case.grad_out(inputs["qkv"], out.shape[1]).to(dtype)
     flat = gradients_by_name(leaves)
+    grad_out = make_tensor(*out.shape, seed=9).to(inputs[case.images[0]].dtype).to(dtype)
     grads = torch.autograd.grad(out, list(flat.values()), grad_out)
     return {"out": out.detach(), **dict(zip(flat, grads, strict=True))}
+
+
+def rounding_noise(function: Callable[..., torch.Tensor], case: Any, inputs: dict[str, Any]) -> dict[str, float]:
+    """How far each result moves, in float64, if every input is off by as much as float32 may round it, by name.
+
+    What no formulation in float32 can be asked to be better than, for functions in which much cancels: four times the
+    largest of three draws, since the norm of a handful of numbers may fall short of its expectation by that.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def off(t: torch.Tensor) -> torch.Tensor:
+        return t * (1 + 2.0**-24 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+
+    wide = in_float64(inputs)
+    truth = with_gradients(function, "reference", case, wide, torch.float64)
+    noise = dict.fromkeys(truth, 0.0)
+    for _ in range(3):
+        moved = {k: off(v) if isinstance(v, torch.Tensor) else [off(t) for t in v] for k, v in wide.items()}
+        for name, result in with_gradients(function, "reference", case, moved, torch.float64).items():
+            noise[name] = max(noise[name], 4 * error(result, truth[name]))
+    return noise
 
 
 def official_multi_scale_attention(case: MultiScaleCase, inputs: dict[str, Any], upcast: bool) -> torch.Tensor:
@@ -282,6 +312,113 @@ def official_multi_scale_attention(case: MultiScaleCase, inputs: dict[str, Any],
         weights = k.mT @ q
         out = v @ (weights / (weights.sum(dim=2, keepdim=True) + 1e-15))
     return out.reshape(case.batch, -1, case.height, case.width).to(qkv.dtype)
+
+
+# --- biased_attention, cascaded_group_attention ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BiasedCase:
+    """Sizes of a biased_attention; ``scale`` multiplies q, so that logits grow with it."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    talking: bool = False
+    scale: float = 1.0
+
+    images = ("q", "k", "v")
+
+    def inputs(self, dtype: torch.dtype = torch.float32, layout: str = "token_major") -> dict[str, Any]:
+        """Arguments by name; the bias and the mixing of heads in float32. Layouts as of :func:`make_tensor`."""
+        lead, h = (self.batch, self.heads), self.heads
+        mixing = [make_tensor(h, h, seed=5) / h**0.5, make_tensor(1, h, seed=6)[0]]
+        mixing += [make_tensor(h, h, seed=7) / h**0.5, make_tensor(1, h, seed=8)[0] / max(self.keys, 1)]
+        return {
+            "q": make_tensor(*lead, self.queries, self.head_dim, layout=layout, scale=self.scale, seed=1, dtype=dtype),
+            "k": make_tensor(*lead, self.keys, self.head_dim, layout=layout, seed=2, dtype=dtype),
+            "v": make_tensor(*lead, self.keys, self.value_dim, layout=layout, seed=3, dtype=dtype),
+            "bias": make_tensor(h, self.queries, self.keys, seed=4),
+            "talking_heads": mixing if self.talking else [],
+        }
+
+    def call(self, function: Callable[..., torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+        talking_heads = inputs["talking_heads"] or None
+        return function(*(inputs[name] for name in ("q", "k", "v", "bias")), talking_heads=talking_heads)
+
+
+def softmax_cancelled_terms(case: BiasedCase, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """``cancelled`` of :func:`allowed_error` for biased_attention's gradients through the softmax, by name.
+
+    The gradient of a softmax's input is a difference: weights (grad - sum of weights grad). Where one weight is nearly
+    1, nothing is left of it; and that of a bias on all keys vanishes identically.
+    """
+    wide = in_float64(inputs)
+    q, k, scale = wide["q"], wide["k"], case.head_dim**-0.5
+    logits = scale * q @ k.mT + wide["bias"]
+    grad = make_tensor(case.batch, case.heads, case.queries, case.value_dim, seed=9).to(inputs["q"].dtype).double()
+    grad = grad @ wide["v"].mT
+    terms = logits
+    if case.talking:
+        matrix, bias, back, _ = wide["talking_heads"]
+        terms = torch.einsum("gh,bhnm->bgnm", matrix, logits) + bias.reshape(-1, 1, 1)
+        grad = torch.einsum("gh,bgnm->bhnm", back, grad)
+    weights = terms.softmax(dim=-1)
+    terms = weights * (grad.abs() + (weights * grad).sum(dim=-1, keepdim=True).abs())
+    cancelled = {}
+    if case.talking:
+        cancelled["grad talking_heads"] = torch.einsum("bgnm,bhnm->gh", terms, logits.abs())
+        cancelled["grad talking_heads 1"] = terms.sum(dim=(0, 2, 3))
+        terms = torch.einsum("gh,bgnm->bhnm", matrix.abs(), terms)
+    return {
+        "grad q": scale * terms @ k.abs(),
+        "grad k": scale * terms.mT @ q.abs(),
+        "grad bias": terms.sum(dim=0),
+        **cancelled,
+    }
+
+
+@dataclass(frozen=True)
+class CascadeCase:
+    """Sizes of a cascaded_group_attention; ``kernels`` has one for each head; ``scale`` multiplies x."""
+
+    batch: int
+    channels: int
+    key_dim: int
+    height: int
+    width: int
+    window: int | tuple[int, int] | None = None
+    kernels: tuple[int, ...] = (5, 5, 5, 5)
+    biases: bool = True
+    scale: float = 1.0
+
+    images = ("x",)
+
+    def inputs(self, dtype: torch.dtype = torch.float32, memory_format: str = "nchw") -> dict[str, Any]:
+        """Arguments by name; weights in float32, of a size that keeps activations where they are."""
+        heads = len(self.kernels)
+        value_dim = self.channels // heads
+        outputs = 2 * self.key_dim + value_dim
+        height, width = (
+            (max(self.height, 1), max(self.width, 1))
+            if self.window is None
+            else ((self.window, self.window) if isinstance(self.window, int) else self.window)
+        )
+        per_head = range(heads)
+        return {
+            "x": make_image(self.batch, self.channels, self.height, self.width, memory_format, self.scale).to(dtype),
+            "qkv_weights": [make_tensor(outputs, value_dim, 1, 1, seed=20 + i) / value_dim**0.5 for i in per_head],
+            "qkv_biases": [make_tensor(1, outputs, seed=30 + i)[0] / 4 for i in per_head] if self.biases else [],
+            "q_dw_weights": [make_tensor(self.key_dim, 1, k, k, seed=40 + i) / k for i, k in enumerate(self.kernels)],
+            "q_dw_biases": [make_tensor(1, self.key_dim, seed=50 + i)[0] / 4 for i in per_head] if self.biases else [],
+            "attention_bias": make_tensor(heads, height * width, height * width, seed=60),
+        }
+
+    def call(self, function: Callable[..., torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
+        return function(*inputs.values(), window_size=self.window)
 
 
 # --- models ---------------------------------------------------------------------------------------------

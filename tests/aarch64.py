@@ -30,13 +30,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "tests/test_multi_scale_numerics.py"]
-DEFAULT_TESTS += ["tests/test_lite_mla.py"]
+DEFAULT_TESTS += ["tests/test_lite_mla.py", "tests/test_softmax_attention_numerics.py"]
 DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 # What the schedule over threads does is not the business of an instruction set, and takes minutes here.
-# Of multi-scale, those that meet every remainder of vectors, rows and kernels; all of it takes as long again. Give
-# the file's name to run everything.
+# Of multi-scale and of softmax attention, those that meet every remainder of vectors, rows and kernels; all of it takes
+# as long again. Give a file's name to run everything.
 MULTI_SCALE = "every_width or qkv_itself or without_scales or memory_format or smaller_than"
-DEFAULT_TESTS += ["-k", f"not four_python_threads and (not multi_scale or {MULTI_SCALE})"]
+SOFTMAX = "every_number or every_window or equal_logits or float16 or minus_infinity"
+DEFAULT_TESTS += ["-k", f"not four_python_threads and (not multi_scale or {MULTI_SCALE}) and (not softmax or {SOFTMAX})"]
 
 TRIPLET = "aarch64-linux-gnu"
 COMPILER = f"{TRIPLET}-g++"

@@ -17,8 +17,8 @@ from effattn.testing import (
     error,
     in_float64,
     multi_scale_cancelled_terms,
-    multi_scale_with_gradients,
     official_multi_scale_attention,
+    with_gradients,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
@@ -40,9 +40,9 @@ def check(function, case, dtype=torch.float32, memory_format="nchw", eps=EPS):
     options, cancelled = {}, {}
     if function is multi_scale_linear_attention:
         options, cancelled = {"eps": eps}, multi_scale_cancelled_terms(case, inputs, eps)
-    truth = multi_scale_with_gradients(function, "reference", case, inputs, torch.float64, **options)
-    plain = multi_scale_with_gradients(function, "reference", case, inputs, dtype, **options)
-    results = multi_scale_with_gradients(function, "cpu", case, inputs, dtype, **options)
+    truth = with_gradients(function, "reference", case, inputs, torch.float64, **options)
+    plain = with_gradients(function, "reference", case, inputs, dtype, **options)
+    results = with_gradients(function, "cpu", case, inputs, dtype, **options)
     with torch.no_grad():
         assert torch.equal(case.call(function, inputs, **options), results["out"]), "inference differs from training"
     for name, expected in truth.items():
@@ -126,7 +126,7 @@ def test_images_smaller_than_the_kernel(isa, function, height, width, dtype):
 def test_empty(isa, function, size):
     batch, heads, height, width = size
     case = MultiScaleCase(batch, heads, 8, height, width, biases=True)
-    results = multi_scale_with_gradients(function, "cpu", case, case.inputs(), torch.float32)
+    results = with_gradients(function, "cpu", case, case.inputs(), torch.float32)
     for name, result in results.items():
         assert torch.equal(result, torch.zeros_like(result)), name
 
@@ -153,7 +153,7 @@ def test_without_scales_it_is_relu_linear_attention(isa):
 @pytest.mark.parametrize("memory_format", FORMATS[:2])
 def test_memory_format_is_kept(isa, function, memory_format):
     case = MultiScaleCase(2, 2, 8, 9, 11)
-    results = multi_scale_with_gradients(function, "cpu", case, case.inputs(memory_format=memory_format), torch.float32)
+    results = with_gradients(function, "cpu", case, case.inputs(memory_format=memory_format), torch.float32)
     expected = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
     assert results["out"].is_contiguous(memory_format=expected)
     assert results["grad qkv"].is_contiguous(memory_format=expected)
@@ -177,8 +177,8 @@ def test_weights_of_the_narrow_type(isa):
     inputs = case.inputs(torch.bfloat16)
     for name in ("dw_weights", "pw_weights", "dw_biases", "pw_biases"):
         inputs[name] = [w.bfloat16() for w in inputs[name]]
-    results = multi_scale_with_gradients(multi_scale_linear_attention, "cpu", case, inputs, torch.bfloat16)
-    truth = multi_scale_with_gradients(multi_scale_linear_attention, "reference", case, inputs, torch.float64)
+    results = with_gradients(multi_scale_linear_attention, "cpu", case, inputs, torch.bfloat16)
+    truth = with_gradients(multi_scale_linear_attention, "reference", case, inputs, torch.float64)
     for name, result in results.items():
         assert result.dtype == torch.bfloat16, name
         # Rounded once from float32: half a unit in the last place of each element, and what float32 itself is off.
@@ -192,8 +192,8 @@ def test_nan_and_inf_come_out_as_in_the_reference(isa, function, value, memory_f
     case = MultiScaleCase(2, 2, 16, 12, 20)
     inputs = case.inputs(memory_format=memory_format)
     inputs["qkv"][0, 5, 6, 19] = value
-    expected = multi_scale_with_gradients(function, "reference", case, inputs, torch.float32)
-    results = multi_scale_with_gradients(function, "cpu", case, inputs, torch.float32)
+    expected = with_gradients(function, "reference", case, inputs, torch.float32)
+    results = with_gradients(function, "cpu", case, inputs, torch.float32)
     for name in ("out", "grad qkv"):
         assert torch.equal(results[name].isfinite(), expected[name].isfinite()), name
     assert torch.equal(results["out"].isnan(), expected["out"].isnan())
@@ -206,7 +206,7 @@ def test_same_bits_every_run_and_every_thread_count(isa, function, memory_format
         inputs = case.inputs(memory_format=memory_format)
 
         def everything(case=case, inputs=inputs):
-            return multi_scale_with_gradients(function, "cpu", case, inputs, torch.float32)
+            return with_gradients(function, "cpu", case, inputs, torch.float32)
 
         expected = everything()
         for count in (1, 2, 3, 7):

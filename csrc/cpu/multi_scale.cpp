@@ -17,10 +17,7 @@ Gradients new_gradients(Problem& problem, const Tensor& qkv, const Weights& weig
       new_image(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, problem.sizes.grad_qkv);
   const auto allocate = [&](const Tensors& like, Tensors& into, float* cpu::ScaleWeights<float>::* member) {
     for (size_t s = 0; s < like.size(); ++s) {
-      const auto sizes = like[s].sizes();
-      const std::vector<int64_t> shape(sizes.begin(), sizes.end());
-      into.push_back(empty_strided(shape, contiguous_strides(shape), ScalarType::Float));
-      problem.sizes.gradients[s].*member = static_cast<float*>(into.back().mutable_data_ptr());
+      into.push_back(new_floats(like[s], problem.sizes.gradients[s].*member));
     }
   };
   using W = cpu::ScaleWeights<float>;

@@ -8,36 +8,14 @@
 
 #include "../../kernels/cpu/multi_scale.h"
 #include "../../kernels/cpu/relu_linear_attention.h"
-#include "../tensor.h"
+#include "images.h"
+#include "weights.h"
 
 namespace effattn {
-
-using Tensors = std::vector<Tensor>;
-
-// Tokens must be one dimension of one stride; a view that is none, such as a crop, is copied.
-inline Tensor with_mergeable_rows(const Tensor& t) {
-  const bool mergeable = t.size(2) <= 1 || t.size(3) <= 1 || t.stride(2) == t.size(3) * t.stride(3);
-  return mergeable ? t : torch::stable::contiguous(t);
-}
-
-inline cpu::Image image(const Tensor& t) {
-  const int64_t token_stride = t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1;
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.size(1) == 1 ? 1 : t.stride(1), token_stride};
-}
 
 struct Weights {
   const Tensors &depthwise, &pointwise, &depthwise_biases, &pointwise_biases;
 };
-
-// A contiguous tensor of float32 on the CPU, kept alive by `alive`.
-inline const float* floats(const char* op, const std::string& argument, const Tensor& t,
-                           const std::vector<int64_t>& shape, Tensors& alive) {
-  EFFATTN_REQUIRE(t.is_cpu() && t.scalar_type() == ScalarType::Float, op, ": ", argument,
-                  " must be float32 on the CPU");
-  require_shape(op, argument.c_str(), t, shape);
-  alive.push_back(torch::stable::contiguous(t));
-  return static_cast<const float*>(alive.back().const_data_ptr());
-}
 
 // The problem without its results, and the tensors that it points into.
 struct Problem {
@@ -110,11 +88,5 @@ struct Problem {
     sizes.eps = static_cast<float>(eps);
   }
 };
-
-inline Tensor new_image(const Tensor& like, const std::vector<int64_t>& shape, cpu::Image& into) {
-  Tensor t = empty_in_order_of(like, shape);
-  into = image(t);
-  return t;
-}
 
 }  // namespace effattn

@@ -15,7 +15,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
     if _library.error is not None:
         return {}
-    differentiable = ("relu_linear_attention", "multi_scale_aggregation", "multi_scale_linear_attention")
+    differentiable = (
+        "relu_linear_attention",
+        "multi_scale_aggregation",
+        "multi_scale_linear_attention",
+        "biased_attention",
+        "cascaded_group_attention",
+    )
+    inference = ("lite_mla", "cascaded_group_attention_projected")
     return {
         **{
             name: Fused(
@@ -24,7 +31,7 @@ def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
             )
             for name in differentiable
         },
-        "lite_mla": torch.ops.effattn.lite_mla.default,
+        **{name: getattr(torch.ops.effattn, name).default for name in inference},
     }
 
 

@@ -91,16 +91,108 @@ def lite_mla(
     """EfficientViT's module around :func:`multi_scale_linear_attention`, in evaluation with BatchNorm folded in."""
     at_least = torch.promote_types(x.dtype, torch.float32)
 
-    def project(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        linear = functional.linear(
-            image.movedim(1, -1), weight.to(at_least), None if bias is None else bias.to(at_least)
-        )
-        return linear.movedim(-1, 1)
+    qkv = _project(x.to(at_least), qkv_weight, qkv_bias)
+    out = multi_scale_linear_attention(qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
+    return _project(out, proj_weight, proj_bias).to(x.dtype)
 
+
+def biased_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    talking_heads: Sequence[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """EfficientFormer (arXiv 2206.01191) and, with talking heads, EfficientFormerV2 (arXiv 2212.08059)."""
+    with without_autocast(q.device):
+        at_least = torch.promote_types(q.dtype, torch.float32)
+        logits = scale * (q.to(at_least) @ k.to(at_least).mT) + bias.to(at_least)
+        weights = _mix_heads(logits, talking_heads[:2]).softmax(dim=-1)
+        return (_mix_heads(weights, talking_heads[2:]) @ v.to(at_least)).to(q.dtype)
+
+
+def _mix_heads(x: torch.Tensor, matrix_and_bias: Sequence[torch.Tensor]) -> torch.Tensor:
+    if not matrix_and_bias:
+        return x
+    matrix, bias = (t.to(x.dtype) for t in matrix_and_bias)
+    return torch.einsum("gh,bhnm->bgnm", matrix, x) + bias.reshape(-1, 1, 1)
+
+
+def cascaded_group_attention(
+    x: torch.Tensor,
+    qkv_weights: Sequence[torch.Tensor],
+    qkv_biases: Sequence[torch.Tensor],
+    q_dw_weights: Sequence[torch.Tensor],
+    q_dw_biases: Sequence[torch.Tensor],
+    attention_bias: torch.Tensor,
+    scale: float,
+    window_height: int,
+    window_width: int,
+) -> torch.Tensor:
+    """EfficientViT (arXiv 2305.07027), section 3.2, in windows with zeros behind the image's last row and column."""
+    at_least = torch.promote_types(x.dtype, torch.float32)
+    batch, channels, height, width = x.shape
+    down, across = -(-height // window_height), -(-width // window_width)
+    heads, key_dim = len(qkv_weights), q_dw_weights[0].shape[0]
+    value_dim = channels // heads
+    if x.numel() == 0:  # convolutions take no empty images
+        return x * 1
     with without_autocast(x.device):
-        qkv = project(x.to(at_least), qkv_weight, qkv_bias)
-        out = multi_scale_linear_attention(qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
-        return project(out, proj_weight, proj_bias).to(x.dtype)
+        padded = functional.pad(x.to(at_least), (0, across * window_width - width, 0, down * window_height - height))
+        windows = padded.reshape(batch, channels, down, window_height, across, window_width)
+        groups = windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, window_height, window_width).chunk(heads, 1)
+        outs: list[torch.Tensor] = []
+        for i, group in enumerate(groups):
+            qkv_bias, dw_bias = (biases[i].to(at_least) if biases else None for biases in (qkv_biases, q_dw_biases))
+            feat = group if i == 0 else group + outs[-1]
+            q, k, v = functional.conv2d(feat, qkv_weights[i].to(at_least), qkv_bias).split(
+                [key_dim, key_dim, value_dim], dim=1
+            )
+            dw = q_dw_weights[i].to(at_least)
+            q = functional.conv2d(q, dw, dw_bias, padding=dw.shape[-1] // 2, groups=key_dim)
+            logits = scale * (q.flatten(2).mT @ k.flatten(2)) + attention_bias[i].to(at_least)
+            out = v.flatten(2) @ logits.softmax(dim=-1).mT
+            outs.append(out.reshape(-1, value_dim, window_height, window_width))
+        windows = torch.cat(outs, dim=1).reshape(batch, down, across, channels, window_height, window_width)
+        image = windows.permute(0, 3, 1, 4, 2, 5).reshape(padded.shape)
+        return image[:, :, :height, :width].to(x.dtype)
+
+
+def cascaded_group_attention_projected(
+    x: torch.Tensor,
+    qkv_weights: Sequence[torch.Tensor],
+    qkv_biases: Sequence[torch.Tensor],
+    q_dw_weights: Sequence[torch.Tensor],
+    q_dw_biases: Sequence[torch.Tensor],
+    attention_bias: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    scale: float,
+    window_height: int,
+    window_width: int,
+) -> torch.Tensor:
+    """:func:`cascaded_group_attention`, relu and the 1x1 convolution behind it, in evaluation."""
+    at_least = torch.promote_types(x.dtype, torch.float32)
+    out = cascaded_group_attention(
+        x.to(at_least),
+        qkv_weights,
+        qkv_biases,
+        q_dw_weights,
+        q_dw_biases,
+        attention_bias,
+        scale,
+        window_height,
+        window_width,
+    )
+    return _project(out.relu(), proj_weight, proj_bias).to(x.dtype)
+
+
+def _project(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A 1x1 convolution, for images that may be empty."""
+    with without_autocast(image.device):
+        bias = None if bias is None else bias.to(image.dtype)
+        return functional.linear(image.movedim(1, -1), weight.to(image.dtype), bias).movedim(-1, 1)
 
 
 def _unavailable() -> str | None:
@@ -121,6 +213,9 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "multi_scale_aggregation": multi_scale_aggregation,
     "multi_scale_linear_attention": multi_scale_linear_attention,
     "lite_mla": lite_mla,
+    "biased_attention": biased_attention,
+    "cascaded_group_attention": cascaded_group_attention,
+    "cascaded_group_attention_projected": cascaded_group_attention_projected,
 }
 
 BACKEND = Backend("reference", _unavailable, _reasons, FUNCTIONS)

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from effattn import _library, registry
 from effattn.backends import Backend, Fused, reference
 from effattn.ops._memory import empty_in_order_of
-from effattn.ops.multi_scale import fake_attention
+from effattn.ops.multi_scale import multi_scale_linear_attention
 
 Tensors = Sequence[torch.Tensor]
 NAME = "lite_mla"
@@ -63,7 +63,9 @@ def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     (channels, inputs), (out_channels, attended_channels) = (weight.shape for weight in matrices)
     torch._check(inputs == x.shape[1], lambda: "qkv_weight must have shape (outputs, C)")
     qkv = x.new_empty((x.shape[0], channels, *x.shape[2:]))
-    attended = fake_attention(qkv, weights.dw, weights.pw, weights.dw_biases, weights.pw_biases, head_dim, eps)
+    scales = weights.dw, weights.pw, weights.dw_biases, weights.pw_biases
+    multi_scale_linear_attention.check(qkv, *scales, head_dim, eps)
+    attended = multi_scale_linear_attention.fake(qkv, *scales, head_dim, eps)
     torch._check(
         attended_channels == attended.shape[1],
         lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",

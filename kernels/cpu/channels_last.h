@@ -57,6 +57,19 @@ struct ChannelsLastPasses {
   // out = bias + a depthwise convolution; taps: (kernel * kernel, channels), contiguous.
   void (*depthwise)(int64_t kernel, const PaddedImage& in, const float* taps, const float* bias,
                     const Rows<float>& out);
+  // taps += the gradient of a depthwise convolution's taps, bias += that of its bias.
+  void (*depthwise_backward)(int64_t kernel, const PaddedImage& in, const Rows<const float>& grad_out,
+                             float* taps, float* bias);
+  // out += in, or = in with negative numbers as zeros.
+  void (*add)(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out);
+  void (*relu)(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out);
+  // The gradients of project: grad_in += grad_out weights^T, weights += in^T grad_out (a row an output), bias
+  // += the sum of grad_out.
+  void (*project_backward)(int64_t tokens, int64_t inputs, int64_t outputs, const Rows<const float>& in,
+                           const Rows<const float>& grad_out, const Rows<const float>& weights,
+                           const Rows<float>& grad_in, const Rows<float>& grad_weights, float* grad_bias);
+  // To and from float.
+  void (*load)(DType, const Image&, int64_t tokens, int64_t channels, const Rows<float>& to);
   void (*store)(DType, const Image&, int64_t tokens, int64_t channels, const Rows<float>& from);
 };
 

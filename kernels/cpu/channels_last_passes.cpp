@@ -142,11 +142,114 @@ void depthwise(int64_t kernel, const PaddedImage& in, const float* taps, const f
   }
 }
 
+// --- backward -------------------------------------------------------------------------------------------
+
+// A row of K taps at a time: the pixels under them follow each other.
+template <int K>
+void depthwise_taps(const PaddedImage& in, const Rows<const float>& grad_out, float* taps) {
+  for (int64_t c = 0; c < in.channels; c += kLanes) {
+    for (int i = 0; i < K; ++i) {
+      Vec acc[K] = {};
+      const float* grad = grad_out.data + c;
+      for (int64_t y = 0; y < in.height; ++y) {
+        const float* at = in.at(y + i - K / 2, -(K / 2)) + c;
+        for (int64_t x = 0; x < in.width; ++x, at += in.channels, grad += grad_out.stride) {
+          const Vec g = load(grad);
+          EFFATTN_UNROLL
+          for (int j = 0; j < K; ++j) acc[j] += g * load(at + j * in.channels);
+        }
+      }
+      EFFATTN_UNROLL
+      for (int j = 0; j < K; ++j) {
+        float* const to = taps + (i * K + j) * in.channels + c;
+        store(to, load(to) + acc[j]);
+      }
+    }
+  }
+}
+
+void depthwise_taps_any(int64_t kernel, const PaddedImage& in, const Rows<const float>& grad_out,
+                        float* taps) {
+  for (int64_t c = 0; c < in.channels; c += kLanes) {
+    for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+      Vec acc = {};
+      for (int64_t y = 0; y < in.height; ++y) {
+        const float* at = in.at(y + tap / kernel - kernel / 2, tap % kernel - kernel / 2) + c;
+        const float* grad = grad_out.data + y * in.width * grad_out.stride + c;
+        for (int64_t x = 0; x < in.width; ++x, at += in.channels, grad += grad_out.stride) {
+          acc += load(grad) * load(at);
+        }
+      }
+      store(taps + tap * in.channels + c, load(taps + tap * in.channels + c) + acc);
+    }
+  }
+}
+
+void add_columns(int64_t tokens, int64_t channels, const Rows<const float>& rows, float* to) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    constexpr int kChains = 4;  // hide the latency of an addition
+    Vec totals[kChains] = {};
+    for (int64_t t = 0; t < tokens; ++t) totals[t % kChains] += load(rows.data + t * rows.stride + c);
+    store(to + c, load(to + c) + ((totals[0] + totals[1]) + (totals[2] + totals[3])));
+  }
+}
+
+void depthwise_backward(int64_t kernel, const PaddedImage& in, const Rows<const float>& grad_out, float* taps,
+                        float* bias) {
+  add_columns(in.height * in.width, in.channels, grad_out, bias);
+  switch (kernel) {
+    case 3:
+      return depthwise_taps<3>(in, grad_out, taps);
+    case 5:
+      return depthwise_taps<5>(in, grad_out, taps);
+    case 7:
+      return depthwise_taps<7>(in, grad_out, taps);
+    default:
+      depthwise_taps_any(kernel, in, grad_out, taps);
+  }
+}
+
+void project_backward(int64_t tokens, int64_t inputs, int64_t outputs, const Rows<const float>& in,
+                      const Rows<const float>& grad_out, const Rows<const float>& weights,
+                      const Rows<float>& grad_in, const Rows<float>& grad_weights, float* grad_bias) {
+  Fetch fetch;
+  product(tokens, inputs, StepsAdjacent<true>{grad_out.data, grad_out.stride},
+          Vectors<>{weights.data, weights.stride}, outputs, AddTo{grad_in.data, grad_in.stride}, fetch);
+  product(outputs, inputs, RowsAdjacent{grad_out.data, grad_out.stride}, Vectors<>{in.data, in.stride},
+          tokens, AddTo{grad_weights.data, grad_weights.stride}, fetch);
+  add_columns(tokens, outputs, grad_out, grad_bias);
+}
+
+// --- rows -----------------------------------------------------------------------------------------------
+
+void add_pass(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* const to = out.data + t * out.stride;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      store(to + c, load(to + c) + load(in.data + t * in.stride + c));
+    }
+  }
+}
+
+void relu_pass(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      store(out.data + t * out.stride + c, relu(load(in.data + t * in.stride + c)));
+    }
+  }
+}
+
+void load_pass(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& to) {
+  load_image(dtype, image, 0, tokens, channels, Tile{to.data, to.stride, false});
+}
+
 void store_pass(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& from) {
   store_image(dtype, image, 0, tokens, channels, Tile{from.data, from.stride, false});
 }
 
-constexpr ChannelsLastPasses kPasses = {transpose_pass, project, fill, depthwise, store_pass};
+constexpr ChannelsLastPasses kPasses = {transpose_pass,     project,   fill,      depthwise,
+                                        depthwise_backward, add_pass,  relu_pass, project_backward,
+                                        load_pass,          store_pass};
 
 }  // namespace
 

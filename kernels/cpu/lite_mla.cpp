@@ -4,23 +4,17 @@
 
 #include "channels_last.h"
 #include "multi_scale_worker.h"
+#include "project_tokens.h"
 
 namespace effattn::cpu {
 namespace {
 
-constexpr int64_t kChannelsOfOut = 32;  // that a thread takes at once
-constexpr int64_t kChannelsOfX = 32;    // that a thread converts at once
-constexpr int kParts = 3;               // q, k and v
+constexpr int64_t kChannelsOfX = 32;  // that a thread converts at once
+constexpr int kParts = 3;             // q, k and v
 
 Features features(const Image& image, int64_t batch) {
   return {static_cast<const float*>(image.data) + batch * image.batch_stride, image.token_stride,
           image.channel_stride};
-}
-
-// A bias of `count` channels in front of zeros; all zeros if there is none.
-void copy_bias(const float* bias, int64_t count, int64_t floats, float* to) {
-  clear(to, floats);
-  if (bias != nullptr) copy(to, bias, count);
 }
 
 // A thread at work on one head after the other.
@@ -140,7 +134,6 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
   const int64_t tokens = p.tokens(), attended = p.all_heads() * p.head_dim;
   if (p.batch * tokens * problem.out_channels == 0) return;
   const Call call(p);
-  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const auto work = [&](int64_t outputs, int64_t inputs) { return larger(1, outputs * inputs * tokens); };
   const auto grain = [&](int64_t unit_work) { return larger(1, kMinWorkPerThread / unit_work); };
 
@@ -185,30 +178,8 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
     }
   });
 
-  const int64_t blocks = ceil_div(problem.out_channels, kChannelsOfOut);
-  parallel(blocks * p.batch, grain(work(kChannelsOfOut, attended)), [&](int64_t begin, int64_t end) {
-    Carver carver{thread_scratch((attended + tokens + 1) * kChannelsOfOut)};
-    const Rows<float> weight{carver.floats(attended * kChannelsOfOut), kChannelsOfOut};
-    const Rows<float> tile{carver.floats(tokens * kChannelsOfOut), kChannelsOfOut};
-    float* const bias = carver.floats(kChannelsOfOut);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit / p.batch * kChannelsOfOut, batch = unit % p.batch;
-      const int64_t channels = smaller(kChannelsOfOut, problem.out_channels - first);
-      if (unit == begin || batch == 0) {
-        passes.transpose(problem.proj_weight + first * attended, channels, attended, weight);
-        copy_bias(problem.proj_bias == nullptr ? nullptr : problem.proj_bias + first, channels,
-                  kChannelsOfOut, bias);
-      }
-      const Rows<float> in = attended_of(batch);
-      const int64_t next = smaller(first + kChannelsOfOut, problem.out_channels);
-      const Coming coming{
-          problem.proj_weight + next * attended,
-          unit + 1 < end ? smaller(kChannelsOfOut, problem.out_channels - next) * attended : 0};
-      passes.project(tokens, attended, channels, {in.data, in.stride, 1}, {weight.data, weight.stride}, bias,
-                     tile, coming);
-      passes.store(p.dtype, channels_from(p, problem.out, batch, first), tokens, channels, tile);
-    }
-  });
+  project_tokens(p.dtype, p.batch, tokens, attended, problem.out_channels, problem.proj_weight,
+                 problem.proj_bias, attended_of, problem.out, parallel);
 }
 
 }  // namespace effattn::cpu

@@ -1,5 +1,6 @@
 // The passes of multi-scale aggregation over one group of channels; compiled once per instruction set.
 #include "depthwise.h"
+#include "dots.h"
 #include "image_tile.h"
 #include "multi_scale.h"
 #include "product.h"
@@ -73,30 +74,6 @@ void depthwise_pass(const MultiScale& p, int64_t kernel, const Weights& scale, i
   }
 }
 
-// Writes the product, which starts at a bias for each row.
-struct WriteToWithBias {
-  float* data;
-  int64_t row_stride;
-  const float* biases;
-
-  struct Row : RowPointer<float> {
-    const float* bias;
-    EFFATTN_INLINE Vec start(int) const { return broadcast(*bias); }
-    template <bool>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, acc);
-    }
-    EFFATTN_INLINE void next_row() {
-      RowPointer<float>::next_row();
-      ++bias;
-    }
-  };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, biases + row};
-  }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
-};
-
 // Calls f with where a product goes, at a bias for each row or at zero.
 template <class F>
 void with_edge(float* out, int64_t row_stride, const float* biases, const F& f) {
@@ -123,84 +100,13 @@ void pointwise_pass(const MultiScale& p, const Weights& scale, int64_t tokens, c
 
 // --- backward -------------------------------------------------------------------------------------------
 
-float sum_of_lanes(Vec x) {
-  float lanes[kLanes], total = 0.0f;
-  store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) total += lanes[i];
-  return total;
-}
-
-float sum_of_row(const float* row, int64_t count) {
-  constexpr int kChains = 4;
-  Vec totals[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= count; i += kChains * kLanes) {
-    EFFATTN_UNROLL
-    for (int c = 0; c < kChains; ++c) totals[c] += load(row + i + c * kLanes);
-  }
-  for (; i < count; i += kLanes) totals[0] += load_first(row + i, count - i);
-  return sum_of_lanes((totals[0] + totals[1]) + (totals[2] + totals[3]));
-}
-
-// out(r, c) += sum_t a(r, t) b(c, t) for R rows of a and C of b. Tokens are in the lanes, so that neither has
-// to be transposed.
-template <int R, int C>
-__attribute__((noinline)) void dot_block(float* out, int64_t out_stride, const In& a, const In& b,
-                                         int64_t tokens) {
-  Vec acc[R][C] = {};
-  const auto step = [&](int64_t t, const auto& read) {
-    Vec columns[C];
-    EFFATTN_UNROLL
-    for (int c = 0; c < C; ++c) columns[c] = read(b.data + c * b.stride + t);
-    EFFATTN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const Vec row = read(a.data + r * a.stride + t);
-      EFFATTN_UNROLL
-      for (int c = 0; c < C; ++c) acc[r][c] += row * columns[c];
-    }
-  };
-  int64_t t = 0;
-  for (; t + kLanes <= tokens; t += kLanes) {
-    step(t, [](const float* from) __attribute__((always_inline)) { return load(from); });
-  }
-  if (t < tokens) {
-    step(t, [&](const float* from) __attribute__((always_inline)) { return load_first(from, tokens - t); });
-  }
-  EFFATTN_UNROLL
-  for (int r = 0; r < R; ++r) {
-    EFFATTN_UNROLL
-    for (int c = 0; c < C; ++c) out[r * out_stride + c] += sum_of_lanes(acc[r][c]);
-  }
-}
-
-constexpr int kDotRows = kRows / 2, kDotColumns = kRows / 2;  // and as many vectors to read
-
-template <int R, int C>
-void dot_columns(float* out, int64_t out_stride, const In& a, const In& b, int64_t column, int64_t columns,
-                 int64_t tokens) {
-  for (; column + C <= columns; column += C) {
-    dot_block<R, C>(out + column, out_stride, a, {b.data + column * b.stride, b.stride}, tokens);
-  }
-  if constexpr (C > 1) dot_columns<R, C / 2>(out, out_stride, a, b, column, columns, tokens);
-}
-
-template <int R>
-void dot_rows(float* out, int64_t out_stride, const In& a, const In& b, int64_t row, int64_t rows,
-              int64_t columns, int64_t tokens) {
-  for (; row + R <= rows; row += R) {
-    dot_columns<R, kDotColumns>(out + row * out_stride, out_stride, {a.data + row * a.stride, a.stride}, b, 0,
-                                columns, tokens);
-  }
-  if constexpr (R > 1) dot_rows<R / 2>(out, out_stride, a, b, row, rows, columns, tokens);
-}
-
 void pointwise_backward(const MultiScale& p, const Weights& scale, const Gradients& gradients, int64_t tokens,
                         const In& mixed, const In& grad_out, const Out& grad_mixed, float*) {
   const int64_t d = p.head_dim;
   Fetch fetch;
   product(d, tokens, RowsAdjacent{scale.pointwise, d}, Vectors<>{grad_out.data, grad_out.stride}, d,
           WriteTo{grad_mixed.data, grad_mixed.stride}, fetch);
-  dot_rows<kDotRows>(gradients.pointwise, d, grad_out, mixed, 0, d, d, tokens);
+  dot_rows(gradients.pointwise, d, grad_out, mixed, d, d, tokens);
   if (gradients.pointwise_bias != nullptr) {
     for (int64_t c = 0; c < d; ++c) {
       gradients.pointwise_bias[c] += sum_of_row(grad_out.data + c * grad_out.stride, tokens);

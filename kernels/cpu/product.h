@@ -171,4 +171,28 @@ struct IntoMatrix {
 using AddTo = IntoMatrix<true>;
 using WriteTo = IntoMatrix<false>;
 
+// Writes the product, which starts at a bias for each row.
+struct WriteToWithBias {
+  float* data;
+  int64_t row_stride;
+  const float* biases;
+
+  struct Row : RowPointer<float> {
+    const float* bias;
+    EFFATTN_INLINE Vec start(int) const { return broadcast(*bias); }
+    template <bool>
+    EFFATTN_INLINE void finish(int v, Vec acc) const {
+      store(this->at + v * kLanes, acc);
+    }
+    EFFATTN_INLINE void next_row() {
+      RowPointer<float>::next_row();
+      ++bias;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
+    return {{data + row * row_stride + col, row_stride}, biases + row};
+  }
+  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+};
+
 }  // namespace effattn::cpu::EFFATTN_ISA

@@ -85,6 +85,33 @@ EFFATTN_INLINE Vec relu(Vec x) {
 // a product, so that an infinite gradient of a dead unit is dropped.
 EFFATTN_INLINE Vec relu_gate(Vec relu_x, Vec grad) { return relu_x <= 0.0f ? Vec{} : grad; }
 
+// e^x for x <= 0, within two units of rounding; NaN stays NaN, below -87 it is 0. With n = round(x / ln 2)
+// and r = x - n ln 2, which lies in -0.35 to 0.35, e^x = 2^n e^r, and the series of e^r ends where float
+// does.
+EFFATTN_INLINE Vec exp_of_negative(Vec x) {
+  constexpr float kLowest = -87.0f;    // 2^n is a normal number down to here
+  constexpr float kMagic = 0x1.8p23f;  // added, it leaves the nearest integer in the lowest bits
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the high part times n is exact
+  constexpr float kSeries[] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};
+  const Vec clamped = x < kLowest ? broadcast(kLowest) : x;
+  const Vec shifted = clamped * 1.44269504f + kMagic;
+  const Vec n = shifted - kMagic;
+  const Vec r = (clamped - n * kLn2High) - n * kLn2Low;
+  Vec series = broadcast(1.0f / 5040.0f);
+  EFFATTN_UNROLL
+  for (const float coefficient : kSeries) series = series * r + coefficient;
+  const Vec power = (Vec)(((VecI)shifted + 127) << 23);  // 2^n: only the exponent's bits stay
+  return x < kLowest ? Vec{} : series * power;
+}
+
+// The number of each lane.
+EFFATTN_INLINE Vec lane_numbers() {
+  Vec numbers;
+  EFFATTN_UNROLL
+  for (int i = 0; i < kLanes; ++i) numbers[i] = static_cast<float>(i);
+  return numbers;
+}
+
 // --- storage types -------------------------------------------------------------------------------
 
 EFFATTN_INLINE Vec half_to_float(VecH h) {

@@ -1,0 +1,32 @@
+// Weights of operators: float32 whatever the images are, contiguous while a call runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../tensor.h"
+
+namespace effattn {
+
+using Tensors = std::vector<Tensor>;
+
+// A contiguous tensor of float32 on the CPU, kept alive by `alive`.
+inline const float* floats(const char* op, const std::string& argument, const Tensor& t,
+                           const std::vector<int64_t>& shape, Tensors& alive) {
+  EFFATTN_REQUIRE(t.is_cpu() && t.scalar_type() == ScalarType::Float, op, ": ", argument,
+                  " must be float32 on the CPU");
+  require_shape(op, argument.c_str(), t, shape);
+  alive.push_back(torch::stable::contiguous(t));
+  return static_cast<const float*>(alive.back().const_data_ptr());
+}
+
+// A new tensor of float32 with the shape of `like`: a gradient of weights.
+inline Tensor new_floats(const Tensor& like, float*& into) {
+  const auto sizes = like.sizes();
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  Tensor t = empty_strided(shape, contiguous_strides(shape), ScalarType::Float);
+  into = static_cast<float*>(t.mutable_data_ptr());
+  return t;
+}
+
+}  // namespace effattn

@@ -1,0 +1,134 @@
+"""What operators share whose arguments are images, then weights (tensors or lists of them), then options.
+
+For inference there is ``effattn::<name>``; ``effattn::<name>_forward`` computes the same, may return what the backward
+needs beside the output, and carries the autograd formula, because one in Python triples the cost of a call that needs
+none. Operators take weights in float32 only, whatever the images are: they are small, and under autocast they are
+float32 already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from effattn import _library, registry
+from effattn.backends import Fused, reference
+from effattn.ops._memory import empty_in_order_of
+
+#: A tensor, or a list of them.
+Argument = Any
+
+
+class Operator(NamedTuple):
+    """An operator by its name, and how torch is to see it."""
+
+    name: str
+    #: Leading arguments that are images: of one dtype, which is the output's.
+    images: int
+    #: All arguments before the options.
+    arguments: int
+    #: Raises RuntimeError for arguments that the compiled operator refuses.
+    check: Callable[..., None]
+    #: The output for fake arguments.
+    fake: Callable[..., torch.Tensor]
+    #: What ``_forward`` returns beside the output, for fake arguments; None if nothing.
+    fake_kept: Callable[..., torch.Tensor] | None = None
+
+    def __call__(self, *arguments_and_options: Any) -> torch.Tensor:
+        """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
+        image = arguments_and_options[0]
+        compiling = torch.compiler.is_compiling()
+        backend = (registry.find if compiling else registry.choose)(self.name, image.device, image.dtype)
+        function = backend.functions[self.name]
+        if not isinstance(function, Fused):
+            self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
+            return function(*arguments_and_options)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            # torch.func and forward mode differentiate through plain operations, never through a kernel.
+            return reference.FUNCTIONS[self.name](*arguments_and_options)
+        arguments, options = arguments_and_options[: self.arguments], arguments_and_options[self.arguments :]
+        if image.dtype != torch.float32:
+            weights = (
+                _mapped(lambda t: t.float() if t.dtype == image.dtype else t, a) for a in arguments[self.images :]
+            )
+            arguments = (*arguments[: self.images], *weights)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments)):
+            out = function.forward(*arguments, *options)
+            return out if isinstance(out, torch.Tensor) else out[0]
+        return function.inference(*arguments, *options)
+
+    def register(self) -> None:
+        """Tells torch of the fake kernels and the autograd formula."""
+        if _library.error is not None:
+            return
+        torch.library.register_fake(f"effattn::{self.name}", self._fake)
+        torch.library.register_fake(f"effattn::{self.name}_forward", self._fake_forward)
+        torch.library.register_fake(f"effattn::{self.name}_backward", self._fake_backward)
+        torch.library.register_autograd(
+            f"effattn::{self.name}_forward", self._backward, setup_context=self._setup_context
+        )
+
+    def _fake(self, *arguments: Any) -> torch.Tensor:
+        self.check(*arguments)
+        return self.fake(*arguments)
+
+    def _fake_forward(self, *arguments: Any) -> Any:
+        out = self._fake(*arguments)
+        return out if self.fake_kept is None else (out, self.fake_kept(*arguments))
+
+    def _fake_backward(self, grad_out: torch.Tensor, *arguments: Any) -> tuple[Argument, ...]:
+        images = (empty_in_order_of(t, t.shape) for t in arguments[: self.images])
+        weights = arguments[self.images : self.arguments]
+        return *images, *(_mapped(lambda t: t.new_empty(t.shape), a) for a in weights)
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        arguments, ctx.options = inputs[: self.arguments], inputs[self.arguments :]
+        # A list by its length, a tensor by None.
+        ctx.lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
+        kept: tuple[torch.Tensor, ...] = ()
+        if self.fake_kept is not None:
+            kept = output[1:]
+            ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*_flat(arguments), *kept)
+
+    def _backward(self, ctx: Any, grad_out: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+        no_options = (None for _ in ctx.options)
+        if grad_out is None:
+            return *(None if n is None else [None] * n for n in ctx.lengths), *no_options
+        arguments, kept = _grouped(ctx.saved_tensors, ctx.lengths)
+        if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this again
+            return *self._differentiable_backward(grad_out, arguments, ctx.options), *no_options
+        backward = getattr(torch.ops.effattn, f"{self.name}_backward")
+        return *backward(grad_out, *arguments, *kept, *ctx.options), *no_options
+
+    def _differentiable_backward(
+        self, grad_out: torch.Tensor, arguments: list[Argument], options: tuple[Any, ...]
+    ) -> list[Argument]:
+        """The gradients by way of the reference, which has derivatives of every order."""
+        tensors = list(_flat(arguments))
+        out = reference.FUNCTIONS[self.name](*arguments, *options)
+        wanted = [t for t in tensors if t.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
+        return _grouped([next(grads) if t.requires_grad else None for t in tensors], lengths)[0]
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], argument: Argument) -> Argument:
+    return function(argument) if isinstance(argument, torch.Tensor) else [function(t) for t in argument]
+
+
+def _flat(arguments: Iterable[Argument]) -> list[torch.Tensor]:
+    return [t for a in arguments for t in ((a,) if isinstance(a, torch.Tensor) else a)]
+
+
+def _grouped(tensors: Sequence[Any], lengths: Sequence[int | None]) -> tuple[list[Argument], list[Any]]:
+    """Tensors as the arguments that they were, and what is left of them."""
+    rest, groups = list(tensors), []
+    for n in lengths:
+        groups.append(rest[0] if n is None else rest[:n])
+        rest = rest[1 if n is None else n :]
+    return groups, rest
