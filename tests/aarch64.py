@@ -37,7 +37,8 @@ DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 # as long again. Give a file's name to run everything.
 MULTI_SCALE = "every_width or qkv_itself or without_scales or memory_format or smaller_than"
 SOFTMAX = "every_number or every_window or equal_logits or float16 or minus_infinity"
-DEFAULT_TESTS += ["-k", f"not four_python_threads and (not multi_scale or {MULTI_SCALE}) and (not softmax or {SOFTMAX})"]
+WANTED = f"not four_python_threads and (not multi_scale or {MULTI_SCALE}) and (not softmax or {SOFTMAX})"
+DEFAULT_TESTS += ["-k", WANTED]
 
 TRIPLET = "aarch64-linux-gnu"
 COMPILER = f"{TRIPLET}-g++"
