@@ -364,15 +364,9 @@ def _wrong_cascade(
         "q_dw_weights": q_dw_weights,
         "q_dw_biases": q_dw_biases,
     }
-    for name, tensors in lists.items():
-        if name.endswith("biases") and (tensors is None or (isinstance(tensors, Sequence) and len(tensors) == 0)):
-            continue
-        if not isinstance(tensors, Sequence):
-            return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
-        if len(tensors) != len(qkv_weights):
-            return ValueError(
-                f"{name}: expected a tensor a head like qkv_weights, {len(qkv_weights)}, got {len(tensors)}"
-            )
+    wrong = _wrong_lists(lists, "head")
+    if wrong is not None:
+        return wrong
     heads = len(qkv_weights)
     if heads == 0:
         return ValueError("qkv_weights: expected a tensor a head, got none")
@@ -394,7 +388,7 @@ def _wrong_cascade(
     }
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors or ()):
-            shape = sizes.get(name, (key_dim, 1, tensor.shape[-1], tensor.shape[-1]))
+            shape = sizes[name] if name in sizes else (key_dim, 1, tensor.shape[-1], tensor.shape[-1])
             wrong = _wrong_parameter(f"{name}[{i}]", tensor, shape, "x", x)
             if wrong is not None:
                 return wrong
@@ -406,6 +400,20 @@ def _wrong_cascade(
     tokens = max(height, 1) * max(width, 1)
     wrong = _wrong_parameter("attention_bias", attention_bias, (heads, tokens, tokens), "x", x)
     return wrong if wrong is not None else _wrong_scale(scale)
+
+
+def _wrong_lists(lists: dict[str, Sequence[torch.Tensor] | None], unit: str) -> Exception | None:
+    """Lists of weights with a tensor for each ``unit``, as many as the first has; biases may be missing."""
+    first, *_ = lists
+    for name, tensors in lists.items():
+        if name.endswith("biases") and (tensors is None or (isinstance(tensors, Sequence) and len(tensors) == 0)):
+            continue
+        if not isinstance(tensors, Sequence):
+            return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
+        expected = len(lists[first] or ())
+        if len(tensors) != expected:
+            return ValueError(f"{name}: expected a tensor a {unit} like {first}, {expected}, got {len(tensors)}")
+    return None
 
 
 def _wrong_window(window_size: object) -> Exception | None:
@@ -478,16 +486,11 @@ def _wrong_multi_scale(
             f"qkv: expected a multiple of 3 * head_dim = {3 * head_dim} channels, got shape {_shape(qkv)}"
         )
     lists = {"dw_weights": dw_weights, "pw_weights": pw_weights, "dw_biases": dw_biases, "pw_biases": pw_biases}
+    wrong = _wrong_lists(lists, "scale")
+    if wrong is not None:
+        return wrong
     for name, tensors in lists.items():
-        if name.endswith("biases") and (tensors is None or (isinstance(tensors, Sequence) and len(tensors) == 0)):
-            continue
-        if not isinstance(tensors, Sequence):
-            return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
-        if len(tensors) != len(dw_weights):
-            return ValueError(
-                f"{name}: expected a tensor a scale like dw_weights, {len(dw_weights)}, got {len(tensors)}"
-            )
-        for i, tensor in enumerate(tensors):
+        for i, tensor in enumerate(tensors or ()):
             wrong = _wrong_weight(f"{name}[{i}]", tensor, qkv, head_dim)
             if wrong is not None:
                 return wrong

@@ -76,6 +76,8 @@ BAD_CASCADE = {
     "x other channels": (("x", X[:, :6]), {}, ValueError, r"qkv_weights\[0\]: expected shape \(11, 3, 1, 1\)"),
     "no heads": (("qkv_weights", []), {}, ValueError, "q.*: expected a tensor a head"),
     "one tensor": (("qkv_weights", X), {}, TypeError, "qkv_weights: expected a sequence of tensors, got Tensor"),
+    "qkv None": (("qkv_weights", None, 1), {}, TypeError, r"qkv_weights\[1\]: expected a torch.Tensor, got NoneType"),
+    "kernel None": (("q_dw_weights", None, 1), {}, TypeError, r"q_dw_weights\[1\]: expected a torch.Tensor, got None"),
     "kernels": (("q_dw_weights", [torch.ones(4, 1, 3, 3)]), {}, ValueError, "q_dw_weights: .* 2, got 1"),
     "biases": (
         ("qkv_biases", [torch.ones(12)] * 3),
@@ -147,7 +149,15 @@ def test_cascaded_group_attention(name, backend):
         cascaded_group_attention(*inputs.values(), **{"window_size": 3, **options})
 
 
-NOT_TENSORS = ("q list", "bias None", "mixing tensor", "x None", "one tensor")  # no operator is called with these
+NOT_TENSORS = (
+    "q list",
+    "bias None",
+    "mixing tensor",
+    "x None",
+    "one tensor",
+    "qkv None",
+    "kernel None",
+)  # no operator is called with these
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_BIASED if name not in NOT_TENSORS])

@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from effattn import _library, registry
-from effattn.backends import Fused, reference
+from effattn.backends import Backend, Fused, reference
 from effattn.ops._memory import empty_in_order_of
 
 #: A tensor, or a list of them.
@@ -115,6 +115,32 @@ class Operator(NamedTuple):
         grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
         lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
         return _grouped([next(grads) if t.requires_grad else None for t in tensors], lengths)[0]
+
+
+class InferenceOperator(NamedTuple):
+    """An operator ``effattn::<name>`` of a module's inference: it has no autograd formula."""
+
+    name: str
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one."""
+        return self._backend(x) is not reference.BACKEND and not torch._C._are_functorch_transforms_active()
+
+    def __call__(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """Calls the chosen backend."""
+        backend = reference.BACKEND if forward_ad._current_level >= 0 else self._backend(x)
+        function = backend.functions[self.name]
+        assert not isinstance(function, Fused)
+        return function(x, *arguments)
+
+    def register(self, fake: Callable[..., torch.Tensor]) -> None:
+        """Tells torch of the fake kernel."""
+        if _library.error is None:
+            torch.library.register_fake(f"effattn::{self.name}", fake)
+
+    def _backend(self, x: torch.Tensor) -> Backend:
+        find = registry.find if torch.compiler.is_compiling() else registry.choose
+        return find(self.name, x.device, x.dtype)
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], argument: Argument) -> Argument:

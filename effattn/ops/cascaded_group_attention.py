@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
-from effattn import _library, registry
-from effattn.backends import Backend, Fused, reference
 from effattn.ops._memory import empty_in_order_of
-from effattn.ops._operator import Operator
+from effattn.ops._operator import InferenceOperator, Operator
 
 Tensors = Sequence[torch.Tensor]
 
@@ -71,7 +68,8 @@ cascaded_group_attention.register()
 
 # --- with relu and the projection behind it, for inference ---------------------------------------------------
 
-PROJECTED = "cascaded_group_attention_projected"
+_PROJECTED = InferenceOperator("cascaded_group_attention_projected")
+serves = _PROJECTED.serves
 
 
 class Weights(NamedTuple):
@@ -91,21 +89,9 @@ class Weights(NamedTuple):
     proj_bias: torch.Tensor | None
 
 
-def serves(x: torch.Tensor) -> bool:
-    """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one."""
-    return _backend(x) is not reference.BACKEND and not torch._C._are_functorch_transforms_active()
-
-
-def _backend(x: torch.Tensor) -> Backend:
-    return (registry.find if torch.compiler.is_compiling() else registry.choose)(PROJECTED, x.device, x.dtype)
-
-
 def projected(x: torch.Tensor, weights: Weights, scale: float, window_height: int, window_width: int) -> torch.Tensor:
     """(B, C, H, W) -> (B, outputs, H, W): cascaded_group_attention, relu, 1x1 convolution."""
-    backend = reference.BACKEND if forward_ad._current_level >= 0 else _backend(x)
-    function = backend.functions[PROJECTED]
-    assert not isinstance(function, Fused)
-    return function(x, *weights, scale, window_height, window_width)
+    return _PROJECTED(x, *weights, scale, window_height, window_width)
 
 
 def _fake_projected(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -119,5 +105,4 @@ def _fake_projected(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return empty_in_order_of(x, (x.shape[0], outputs, *x.shape[2:]))
 
 
-if _library.error is None:
-    torch.library.register_fake(f"effattn::{PROJECTED}", _fake_projected)
+_PROJECTED.register(_fake_projected)

@@ -6,24 +6,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
-from effattn import _library, registry
-from effattn.backends import Backend, Fused, reference
 from effattn.ops._memory import empty_in_order_of
+from effattn.ops._operator import InferenceOperator
 from effattn.ops.multi_scale import multi_scale_linear_attention
 
 Tensors = Sequence[torch.Tensor]
-NAME = "lite_mla"
-
-
-def serves(x: torch.Tensor) -> bool:
-    """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one."""
-    return _backend(x) is not reference.BACKEND and not torch._C._are_functorch_transforms_active()
-
-
-def _backend(x: torch.Tensor) -> Backend:
-    return (registry.find if torch.compiler.is_compiling() else registry.choose)(NAME, x.device, x.dtype)
+_OPERATOR = InferenceOperator("lite_mla")
+serves = _OPERATOR.serves
 
 
 class Weights(NamedTuple):
@@ -47,10 +37,7 @@ class Weights(NamedTuple):
 
 def lite_mla(x: torch.Tensor, weights: Weights, head_dim: int, eps: float) -> torch.Tensor:
     """(B, C, H, W) -> (B, C_out, H, W): 1x1 convolution, multi_scale_linear_attention, 1x1 convolution."""
-    backend = reference.BACKEND if forward_ad._current_level >= 0 else _backend(x)
-    function = backend.functions[NAME]
-    assert not isinstance(function, Fused)
-    return function(x, *weights, head_dim, eps)
+    return _OPERATOR(x, *weights, head_dim, eps)
 
 
 def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -73,5 +60,4 @@ def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return empty_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))
 
 
-if _library.error is None:
-    torch.library.register_fake(f"effattn::{NAME}", _fake)
+_OPERATOR.register(_fake)

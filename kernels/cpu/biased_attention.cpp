@@ -16,8 +16,7 @@ class Worker {
       : p_(problem),
         of_tiles_(channels_last_passes(active_isa())),
         passes_(softmax_passes(active_isa())),
-        group_(heads_of(problem, 0)),
-        backward_(backward) {
+        group_(heads_of(problem, 0)) {
     const int64_t d = round_up(group_.head_dim, kWholeVectors),
                   dv = round_up(group_.value_dim, kWholeVectors);
     rows_ = group_.heads * (group_.queries + group_.keys) * (d + dv) * (backward ? 2 : 1);
@@ -115,7 +114,6 @@ class Worker {
   const ChannelsLastPasses& of_tiles_;
   const SoftmaxPasses& passes_;
   const SoftmaxHeads group_;
-  const bool backward_;
   int64_t rows_, scratch_;
   float* next_;
 };
