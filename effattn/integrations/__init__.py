@@ -12,15 +12,36 @@ from typing import Any
 
 from torch import nn
 
-from effattn.integrations import lite_mla, sana
-from effattn.nn import LiteMLA
+from effattn import nn as ours
+from effattn.integrations import efficientformer, efficientvit_msra, lite_mla, sana
 from effattn.nn.projection import forget_derived
 
-# Class name of the original -> (why this one cannot be replaced or None, the class that replaces it).
-_KNOWN: dict[str, tuple[Callable[[Any], str | None], type]] = {
-    "LiteMLA": (lite_mla.why_not, LiteMLA),
-    "SanaMultiscaleLinearAttention": (sana.why_not_multiscale, sana.SanaMultiscaleLinearAttention),
-    "SanaLinearAttnProcessor2_0": (sana.why_not_processor, sana.SanaLinearAttnProcessor),
+
+@dataclass(frozen=True)
+class _Known:
+    """What an original of a certain class name becomes; ``resembles`` where others use that name for other things."""
+
+    why_not: Callable[[Any], str | None]
+    replacement: type
+    resembles: Callable[[Any], bool] = lambda module: True
+
+
+_WINDOWS = _Known(efficientvit_msra.why_not_windows, ours.LocalWindowAttention)
+_V2 = _Known(efficientformer.why_not_v2, ours.EfficientFormerV2Attention)
+_V2_DOWNSAMPLE = _Known(efficientformer.why_not_v2_downsample, ours.EfficientFormerV2AttentionDownsample)
+
+# By the class name of the original.
+_KNOWN = {
+    "LiteMLA": _Known(lite_mla.why_not, ours.LiteMLA),
+    "SanaMultiscaleLinearAttention": _Known(sana.why_not_multiscale, sana.SanaMultiscaleLinearAttention),
+    "SanaLinearAttnProcessor2_0": _Known(sana.why_not_processor, sana.SanaLinearAttnProcessor),
+    "CascadedGroupAttention": _Known(efficientvit_msra.why_not_cascade, ours.CascadedGroupAttention),
+    "LocalWindowAttention": _WINDOWS,
+    "Attention": _Known(efficientformer.why_not, ours.EfficientFormerAttention, efficientformer.resembles),
+    "Attention2d": _V2,
+    "Attention4D": _V2,
+    "Attention2dDownsample": _V2_DOWNSAMPLE,
+    "Attention4DDownsample": _V2_DOWNSAMPLE,
 }
 
 # Where a replaced module or processor keeps its original class.
@@ -79,11 +100,13 @@ def _why_not_this_class(module: Any) -> str | None:
 def accelerate(model: nn.Module) -> Report:
     """Replaces, in place, every module of ``model`` that effattn knows.
 
-    Known are the ``LiteMLA`` of timm (efficientvit_b*, efficientvit_l*) and of the official EfficientViT
-    repository, which become :class:`effattn.nn.LiteMLA`, and of diffusers the ``SanaMultiscaleLinearAttention``
-    of DC-AE and the ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Works in training and in evaluation,
-    before or after loading weights. Hooks of a replaced module run as before. Its parts are not called any more,
-    unless they are given hooks; a module whose parts have hooks already is left alone. :func:`restore` undoes it.
+    Known are, of timm and of the official repositories, the attention of EfficientViT (MIT: ``LiteMLA``), EfficientViT
+    (Microsoft: ``CascadedGroupAttention``, ``LocalWindowAttention``), EfficientFormer (``Attention``) and
+    EfficientFormerV2 (``Attention2d``, ``Attention2dDownsample``; officially ``Attention4D``), which become modules of
+    :mod:`effattn.nn`; and of diffusers the ``SanaMultiscaleLinearAttention`` of DC-AE and the
+    ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Works in training and in evaluation, before or after loading
+    weights. Hooks of a replaced module run as before. Its parts are not called any more, unless they are given hooks; a
+    module whose parts have hooks already is left alone. :func:`restore` undoes it.
 
     Args:
         model: any module; it may itself be one of the known ones.
@@ -104,15 +127,17 @@ def accelerate(model: nn.Module) -> Report:
         seen.add(id(module))
         if _ORIGINAL in module.__dict__:
             report.left_alone.append(Entry(name, _path(module.__dict__[_ORIGINAL]), "accelerated already"))
-        elif cls.__name__ in _KNOWN:
-            why_not, replacement = _KNOWN[cls.__name__]
-            reason = "effattn's own" if cls is replacement else _why_not_this_class(module) or why_not(module)
-            if reason is not None:
-                report.left_alone.append(Entry(name, _path(cls), reason))
-                continue
-            module.__dict__[_ORIGINAL] = cls
-            module.__class__ = replacement
-            report.replaced.append(Entry(name, _path(cls), _path(replacement)))
+            continue
+        known = _KNOWN.get(cls.__name__)
+        if known is None or not known.resembles(module):
+            continue
+        reason = "effattn's own" if cls is known.replacement else _why_not_this_class(module) or known.why_not(module)
+        if reason is not None:
+            report.left_alone.append(Entry(name, _path(cls), reason))
+            continue
+        module.__dict__[_ORIGINAL] = cls
+        module.__class__ = known.replacement
+        report.replaced.append(Entry(name, _path(cls), _path(known.replacement)))
     return report
 
 
@@ -131,9 +156,19 @@ def restore(model: nn.Module) -> int:
         original = module.__dict__.pop(_ORIGINAL, None)
         if original is not None:
             module.__class__ = original
-            forget_derived(module)
+            if isinstance(module, nn.Module):
+                forget_derived(module)
+                _forget_what_it_kept(module)
             count += 1
     return count
+
+
+def _forget_what_it_kept(module: nn.Module) -> None:
+    """The originals keep gathered biases until their mode changes, and some make them then."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(module.training)
+    for part, training in modes:
+        part.training = training
 
 
 __all__ = ["Entry", "Report", "accelerate", "restore"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from effattn.nn.projection import is_overridden
+from effattn.integrations.structure import is_depthwise, why_not_its_parts, why_not_named
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why this module, of a class named LiteMLA, cannot be replaced; None if it can."""
-    missing = [name for name in ("qkv", "aggreg", "proj", "kernel_func", "dim", "eps") if not hasattr(module, name)]
-    if missing:
-        return f"it has no {', '.join(missing)}"
+    reason = why_not_named(module, ("qkv", "aggreg", "proj", "kernel_func", "dim", "eps"))
+    if reason is not None:
+        return reason
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
     if type(module.kernel_func) is not nn.ReLU:
@@ -30,18 +30,10 @@ def why_not_a_scale(depthwise: nn.Module, pointwise: nn.Module, head_dim: int) -
     """Why two modules are not the aggregation of a scale; None if they are."""
     if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
         return f"expected two convolutions, got {type(depthwise).__name__} and {type(pointwise).__name__}"
-    channels, kernel = depthwise.in_channels, depthwise.kernel_size[0]
+    channels = depthwise.in_channels
     if channels % (3 * head_dim) != 0:
         return f"{channels} channels, not a multiple of 3 * {head_dim}"
-    fits = (
-        depthwise.out_channels == depthwise.groups == channels
-        and depthwise.kernel_size == (kernel, kernel)
-        and kernel % 2 == 1
-        and depthwise.padding in ((kernel // 2, kernel // 2), "same")
-        and depthwise.padding_mode == "zeros"
-        and depthwise.stride == depthwise.dilation == (1, 1)
-    )
-    if not fits:
+    if not is_depthwise(depthwise, channels):
         return "the first is not a depthwise convolution of an odd kernel that keeps the size"
     fits = (
         pointwise.in_channels == pointwise.out_channels == channels
@@ -50,9 +42,3 @@ def why_not_a_scale(depthwise: nn.Module, pointwise: nn.Module, head_dim: int) -
         and pointwise.padding in ((0, 0), "same", "valid")
     )
     return None if fits else f"the second is not a 1x1 convolution in groups of {head_dim} channels"
-
-
-def why_not_its_parts(module: nn.Module) -> str | None:
-    """Where something listens to the parts of a module they are called one by one, and nothing would be gained."""
-    hooked = [name for name, part in module.named_modules() if name and is_overridden(part)]
-    return f"its parts have hooks or forwards of their own: {', '.join(hooked)}" if hooked else None

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from effattn.functional import relu_linear_attention
-from effattn.integrations.lite_mla import why_not_a_scale, why_not_its_parts
+from effattn.integrations.lite_mla import why_not_a_scale
+from effattn.integrations.structure import why_not_its_parts
 from effattn.nn.lite_mla import attend
 from effattn.nn.projection import KeepsDerived, can_fold, is_plain, pointwise_convolution
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
+from effattn.nn.arguments import require_positive
 from effattn.nn.projection import (
     KeepsDerived,
     can_fold,
@@ -70,14 +71,7 @@ class LiteMLA(KeepsDerived):
     ) -> None:
         super().__init__()
         heads = heads or int(in_channels // dim * heads_ratio)
-        for name, value in (
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("dim", dim),
-            ("heads", heads),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        require_positive(in_channels=in_channels, out_channels=out_channels, dim=dim, heads=heads)
         for scale in scales:
             if scale < 1 or scale % 2 == 0:
                 raise ValueError(f"scales: expected odd kernel sizes, got {tuple(scales)}")

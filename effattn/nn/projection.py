@@ -6,17 +6,85 @@ And what is computed from parameters alone is kept for the next call, for as lon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+#: What something is derived from: a module with all its parts, or named tensors.
+Part: TypeAlias = nn.Module | dict[str, Any] | None
+
+
+class _Watch:
+    """Parts of a module as they were: whether everything that torch counts is as it was.
+
+    Dictionaries of modules are looked at directly: at 7x7 tokens the searches of nn.Module show. A module that keeps
+    this hands over its parameters and its parts, not itself, or only the garbage collector could free it.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._modules: list[tuple[dict[str, Any], nn.Module, type, bool, Any, int]] = []
+        self._hooks: list[Any] = []
+        self._children: list[tuple[dict[str, Any], str, nn.Module | None]] = []
+        self._tensors: list[tuple[dict[str, Any], str, torch.Tensor | None, int, int]] = []
+        # The tensors' memory is held on to, so that nothing that follows them can come to lie in it.
+        self._held: list[torch.Tensor] = []
+        for part in parts:
+            if isinstance(part, nn.Module):
+                self._add_module(part)
+            elif part is not None:
+                self._add_tensors(part)
+
+    def _add_module(self, module: nn.Module) -> None:
+        own, parts = module.__dict__, module._modules
+        self._modules.append((own, module, module.__class__, own["training"], own.get("eps"), len(parts)))
+        self._hooks += (own[name] for name in _HOOKS)
+        self._add_tensors(module._parameters)
+        # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
+        self._add_tensors(module._buffers)
+        for name, part in parts.items():
+            self._children.append((parts, name, part))
+            if part is not None:
+                self._add_module(part)
+
+    def _add_tensors(self, tensors: dict[str, Any]) -> None:
+        for name, t in tensors.items():
+            if t is None:
+                self._tensors.append((tensors, name, None, 0, 0))
+            else:
+                self._tensors.append((tensors, name, t, t.data_ptr(), t._version))
+                self._held.append(t.detach())
+
+    def holds(self) -> bool:
+        """Whether nothing has changed, and nothing listens."""
+        if any(self._hooks):
+            return False
+        for children, name, part in self._children:
+            if children.get(name) is not part:
+                return False
+        for own, module, cls, training, eps, parts in self._modules:
+            if (
+                module.__class__ is not cls
+                or own["training"] is not training
+                or own.get("eps") != eps
+                or "forward" in own
+                or len(own["_modules"]) != parts
+            ):
+                return False
+        for tensors, name, t, address, version in self._tensors:
+            now = tensors.get(name)
+            if now is not t or (t is not None and (t.data_ptr() != address or t._version != version)):
+                return False
+        return True
+
 
 class _Kept(NamedTuple):
-    state: list[Any]
-    held: list[torch.Tensor]
+    watch: _Watch
     derived: Any
 
 
@@ -28,8 +96,12 @@ class KeepsDerived(nn.Module):
     gradients, since torch's fused optimisers do not count; only writing to ``.data`` in evaluation mode goes unseen.
     """
 
-    def _derived(self, name: str, parts: Iterable[nn.Module | None], make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, from the last call if the parts that it depends on are the same."""
+    def _derived(self, name: str, parts: Iterable[Part], make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, from the last call if what it depends on is the same.
+
+        Args:
+            parts: modules, and dictionaries of parameters of this one.
+        """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return make()
         if torch.is_grad_enabled():
@@ -37,20 +109,18 @@ class KeepsDerived(nn.Module):
             return make()
         if forward_ad._current_level >= 0:  # a dual number has its primal's address
             return make()
-        kept: dict[str, _Kept] = self.__dict__.setdefault("_effattn_derived", {})
-        present = [part for part in parts if part is not None]
-        state: list[Any] = []
+        all_kept: dict[str, _Kept] = self.__dict__.setdefault("_effattn_derived", {})
+        kept = all_kept.get(name)
+        if kept is not None and kept.watch.holds():
+            return kept.derived
         try:
-            for part in present:
-                _add_state(part, state)
+            watch = _Watch(parts)
         except RuntimeError:  # inference tensors count no versions
-            kept.pop(name, None)
+            all_kept.pop(name, None)
             return make()
-        if name not in kept or kept[name].state != state:
-            # The sources' memory is held on to, so that no tensor that follows them can come to lie in it.
-            held = [t.detach() for part in present for t in (*part.parameters(), *part.buffers())]
-            kept[name] = _Kept(state, held, make())
-        return kept[name].derived
+        derived = make()
+        all_kept[name] = _Kept(watch, derived)
+        return derived
 
     def _folded(self, name: str, projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, ...]:
         """:func:`fold_batch_norm`, kept."""
@@ -76,31 +146,10 @@ def forget_derived(module: nn.Module) -> None:
     module.__dict__.pop("_effattn_derived", None)
 
 
-def _add_state(module: nn.Module, state: list[Any]) -> None:
-    own = module.__dict__  # looked up directly: at 14x14 tokens the searches of nn.Module show
-    state.append((module, module.__class__, own["training"], own.get("eps"), is_overridden(module)))
-    # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
-    for tensors in own["_parameters"], own["_buffers"]:
-        if tensors:
-            for t in tensors.values():
-                state.append(None if t is None else t.data_ptr())
-                state.append(None if t is None else t._version)
-    if own["_modules"]:
-        for part in own["_modules"].values():
-            if part is not None:
-                _add_state(part, state)
-
-
 def is_overridden(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
     own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    return any(own[name] for name in _HOOKS) or "forward" in own
 
 
 def is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
@@ -110,17 +159,39 @@ def is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
 
 def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
     """Whether the norm is an affine map of numbers that do not depend on the input, and nobody needs gradients."""
+    return not torch.is_grad_enabled() and _is_affine(norm)
+
+
+def _is_affine(norm: nn.Module | None) -> bool:
     return (
         isinstance(norm, nn.BatchNorm2d)
         and is_plain(norm, nn.BatchNorm2d)
         and not norm.training
         and norm.running_mean is not None
-        and not torch.is_grad_enabled()
     )
 
 
-def fold_batch_norm(projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the one projection that does what both do in evaluation; differentiable."""
+def folded_pair(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The convolution at the end of a part and the BatchNorm behind it, or None where they cannot be folded.
+
+    What stands in front of them (an activation) must still be called. With gradients, :func:`fold_batch_norm` is one
+    more differentiable step.
+    """
+    if part is None or is_overridden(part):
+        return None
+    parts: list[Any] = list(part._modules.values())
+    if len(parts) < 2 or not is_plain(parts[-2], nn.Conv2d) or not _is_affine(parts[-1]):
+        return None
+    return parts[-2], parts[-1]
+
+
+def fold_batch_norm(
+    projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d, *, rounded: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the one projection that does what both do in evaluation; differentiable.
+
+    Of the projection's dtype; if not ``rounded``, of float32 at least.
+    """
     assert norm.running_mean is not None and norm.running_var is not None
     at_least = torch.promote_types(projection.weight.dtype, torch.float32)
     scale = (norm.running_var.to(at_least) + norm.eps).rsqrt()
@@ -132,7 +203,8 @@ def fold_batch_norm(projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d) -> 
     if norm.bias is not None:
         shift = shift + norm.bias.to(at_least)
     weight = projection.weight.to(at_least) * scale.reshape(-1, *(1 for _ in projection.weight.shape[1:]))
-    return weight.to(projection.weight.dtype), shift.to(projection.weight.dtype)
+    dtype = projection.weight.dtype if rounded else at_least
+    return weight.to(dtype), shift.to(dtype)
 
 
 def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -163,4 +235,4 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
         out = torch.matmul(matrix, tokens)
         if bias is not None:
             out = out + bias.unsqueeze(-1) if grad else out.add_(bias.unsqueeze(-1))
-    return out.reshape(batch, len(weight), height, width)
+    return out.reshape(batch, weight.shape[0], height, width)

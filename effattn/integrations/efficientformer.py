@@ -1,0 +1,74 @@
+"""What makes the attention modules of EfficientFormer and EfficientFormerV2 replaceable: timm's, and Snap's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from effattn.integrations.structure import (
+    convolution_and_norm,
+    is_pointwise,
+    why_not_its_own,
+    why_not_its_parts,
+    why_not_named,
+)
+
+
+def resembles(module: nn.Module) -> bool:
+    """Whether a module of the common name Attention is EfficientFormer's at all. TinyViT's has a norm in front."""
+    names = ("attention_biases", "attention_bias_idxs", "num_heads", "key_dim", "scale", "qkv", "proj")
+    return why_not_named(module, names) is None and why_not_its_own(module, {"qkv", "proj"}) is None
+
+
+def why_not(module: Any) -> str | None:
+    """Why this EfficientFormer Attention cannot be replaced; None if it can."""
+    qkv, proj, heads, key_dim = module.qkv, module.proj, module.num_heads, module.key_dim
+    if type(qkv) is not nn.Linear or type(proj) is not nn.Linear:
+        return f"qkv and proj are {type(qkv).__name__} and {type(proj).__name__}, not Linear"
+    if qkv.out_features != 2 * heads * key_dim + proj.in_features or proj.in_features % heads != 0:
+        return "qkv does not make q, k and v of its heads"
+    if module.attention_biases.shape[0] != heads:
+        return f"attention_biases of shape {tuple(module.attention_biases.shape)} for {heads} heads"
+    return why_not_its_parts(module)
+
+
+def why_not_v2(module: Any) -> str | None:
+    """Why this attention of EfficientFormerV2, at the image's own resolution or below, cannot be replaced."""
+    names = ("q", "talking_head1", "talking_head2", "stride_conv", "upsample")
+    reason = why_not_named(module, names) or _why_not_what_both_have(module)
+    if reason is not None:
+        return reason
+    if not is_pointwise(convolution_and_norm(module.q)):
+        return "q is not a 1x1 convolution with a BatchNorm"
+    if module.stride_conv is not None and convolution_and_norm(module.stride_conv) is None:
+        return "stride_conv is not a convolution with a BatchNorm"
+    for name in ("talking_head1", "talking_head2"):
+        conv = getattr(module, name)
+        if type(conv) is not nn.Conv2d or not is_pointwise(conv):
+            return f"{name} is not a 1x1 convolution"
+    return why_not_its_parts(module)
+
+
+def why_not_v2_downsample(module: Any) -> str | None:
+    """Why this attention of EfficientFormerV2 that halves the resolution cannot be replaced; None if it can."""
+    return why_not_named(module, ("q",)) or _why_not_what_both_have(module) or why_not_its_parts(module)
+
+
+def _why_not_what_both_have(module: Any) -> str | None:
+    names = ("k", "v", "v_local", "proj", "attention_biases", "num_heads", "key_dim", "scale", "resolution")
+    known = {*names, "q", "act", "talking_head1", "talking_head2", "stride_conv", "upsample"}
+    reason = why_not_named(module, names) or why_not_its_own(module, known)
+    if reason is not None:
+        return reason
+    resolution, table = module.resolution, module.attention_biases
+    tokens = math.prod(resolution) if isinstance(resolution, tuple) else resolution**2
+    if tuple(table.shape) != (module.num_heads, tokens):
+        return f"attention_biases of shape {tuple(table.shape)} for a resolution of {resolution}"
+    for name in ("k", "v", "proj"):
+        if not is_pointwise(convolution_and_norm(getattr(module, name))):
+            return f"{name} is not a 1x1 convolution with a BatchNorm"
+    if convolution_and_norm(module.v_local) is None:
+        return "v_local is not a convolution with a BatchNorm"
+    return None

@@ -1,0 +1,44 @@
+"""Biases on pairs of tokens, from a table over their distances."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+Size = tuple[int, int]
+
+
+def gather_attention_bias(table: torch.Tensor, resolution: Size, size: Size, stride: int = 1) -> torch.Tensor:
+    """A bias for every query and key of an image: the table's entry at their distances down and across.
+
+    Args:
+        table: (heads, rh * rw), row by row, for distances (0, 0) to (rh - 1, rw - 1).
+        resolution: (rh, rw).
+        size: (H, W) of the image. A table of another resolution is resized.
+        stride: every so manieth row and column has a query; keys are all tokens.
+
+    Returns:
+        (heads, queries, H * W), differentiable in the table.
+    """
+    table = resize_attention_biases(table, resolution, size)
+    return table[:, attention_bias_index(size, stride, table.device)]
+
+
+def attention_bias_index(size: Size, stride: int = 1, device: torch.device | None = None) -> torch.Tensor:
+    """(queries, H * W): where in a table of ``size`` the bias of a pair stands."""
+    y, x = (torch.arange(n, device=device) for n in size)
+    down = (y[::stride, None] - y).abs()  # (rows of queries, H)
+    across = (x[::stride, None] - x).abs()
+    index = down[:, None, :, None] * size[1] + across[None, :, None, :]
+    return index.reshape(-1, size[0] * size[1])
+
+
+def resize_attention_biases(
+    table: torch.Tensor, resolution: Size, size: Size, *, antialias: bool = False
+) -> torch.Tensor:
+    """(heads, rh * rw) -> (heads, H * W), bicubically, as the authors of EfficientViT do for detection."""
+    if resolution == size:
+        return table
+    image = table.unflatten(1, resolution).unsqueeze(0)
+    wide = image.to(torch.promote_types(table.dtype, torch.float32))  # narrow types are resized in float32
+    return functional.interpolate(wide, size=size, mode="bicubic", antialias=antialias).to(table.dtype)[0].flatten(1)

@@ -1,0 +1,233 @@
+"""The attention modules of EfficientViT (Microsoft)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from effattn.functional import biased_attention, cascaded_group_attention
+from effattn.nn.arguments import require_positive
+from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
+from effattn.nn.projection import (
+    KeepsDerived,
+    fold_batch_norm,
+    folded_pair,
+    forget_derived,
+    is_overridden,
+    is_plain,
+    pointwise_convolution,
+)
+from effattn.ops import cascaded_group_attention as _operator
+
+
+class CascadedGroupAttention(KeepsDerived):
+    """Cascaded group attention with its projection, EfficientViT (arXiv 2305.07027), section 3.2.
+
+    Names of parts are those of timm's ``efficientvit_msra.CascadedGroupAttention``; state dicts of timm and of the
+    official repository load. Arguments are timm's. In evaluation, BatchNorm is folded into the convolutions and the
+    whole cascade is one operator: with the projection where no gradients are asked for. In training, BatchNorm's
+    statistics need every head's outputs before the next head, so that only the attention is one.
+
+    Args:
+        dim: channels, a multiple of ``num_heads``.
+        key_dim: channels of q and k.
+        num_heads: heads of the cascade.
+        attn_ratio: channels of v over ``key_dim``; ``dim == num_heads * attn_ratio * key_dim``.
+        resolution: rows and columns of the image, or of a window; images of other sizes are taken too, with the bias
+            resized bicubically.
+        kernels: size of the depthwise convolution of q, a head each, odd.
+
+    Raises:
+        ValueError: for sizes that do not fit, even kernels, or fewer kernels than heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        key_dim: int,
+        num_heads: int = 8,
+        attn_ratio: float = 4,
+        resolution: int = 14,
+        kernels: Sequence[int] = (5, 5, 5, 5),
+    ) -> None:
+        super().__init__()
+        require_positive(dim=dim, key_dim=key_dim, num_heads=num_heads, resolution=resolution)
+        self.num_heads, self.key_dim, self.attn_ratio = num_heads, key_dim, attn_ratio
+        self.val_dim = int(attn_ratio * key_dim)
+        self.scale = key_dim**-0.5
+        if dim != num_heads * self.val_dim:
+            raise ValueError(f"dim: expected num_heads * attn_ratio * key_dim = {num_heads * self.val_dim}, got {dim}")
+        if len(kernels) < num_heads:
+            raise ValueError(f"kernels: expected a size for each of {num_heads} heads, got {tuple(kernels)}")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+            raise ValueError(f"kernels: expected odd sizes, got {tuple(kernels)}")
+        self.qkvs = nn.ModuleList(_ConvNorm(self.val_dim, 2 * key_dim + self.val_dim) for _ in range(num_heads))
+        self.dws = nn.ModuleList(_ConvNorm(key_dim, key_dim, kernel, key_dim) for kernel in kernels[:num_heads])
+        self.proj = nn.Sequential(nn.ReLU(), _ConvNorm(dim, dim))
+        nn.init.zeros_(self.proj[1].bn.weight)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution * resolution))
+        self.register_load_state_dict_pre_hook(_rename)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, dim, H, W), of x's memory format; the image is one window."""
+        return self.attend(x, None)
+
+    def attend(self, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
+        """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
+        size = (x.shape[2], x.shape[3]) if window is None else window
+        parts = (*self._modules.values(), self._parameters)
+        found = self._derived(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
+        if found is None:
+            return self._layer_by_layer(x, size)
+        weights: _operator.Weights = found
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        is_float = weights.proj_weight.dtype == torch.float32
+        if is_float and not autocast and not torch.is_grad_enabled() and _operator.serves(x):
+            return _operator.projected(x, weights, self.scale, *size)
+        if autocast:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
+        weight, bias = (t.to(x.dtype) for t in (weights.proj_weight, weights.proj_bias) if t is not None)
+        return pointwise_convolution(out.relu(), weight, bias)
+
+    def _all_weights(self, size: tuple[int, int]) -> _operator.Weights | None:
+        """With BatchNorm folded in; None if that cannot be, or something listens to a part."""
+        parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
+        pairs = [folded_pair(part) for part in parts]
+        relu, last = self.proj._modules.values()
+        proj = folded_pair(last)
+        if proj is None or not all(pairs) or not is_plain(relu, nn.ReLU) or is_overridden(self.proj):
+            return None
+        heads = self.num_heads
+        folded = (fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None)
+        weights, biases = zip(*folded, strict=True)
+        proj_weight, proj_bias = fold_batch_norm(*proj, rounded=False)
+        return _operator.Weights(
+            weights[:heads],
+            biases[:heads],
+            weights[heads:],
+            biases[heads:],
+            self._bias(size).to(proj_weight.dtype),
+            proj_weight.flatten(1),
+            proj_bias,
+        )
+
+    @property
+    def resolution(self) -> int:
+        """Rows and columns that the biases were made for."""
+        return math.isqrt(self.attention_biases.shape[1])
+
+    def set_resolution(self, resolution: int) -> None:
+        """Resizes the table of biases for good, as timm does; images of any size are taken without."""
+        require_positive(resolution=resolution)
+        if resolution == self.resolution:
+            return
+        forget_derived(self)
+        side, size = self.resolution, (resolution, resolution)
+        table = resize_attention_biases(self.attention_biases.detach(), (side, side), size, antialias=True)
+        self.attention_biases = nn.Parameter(table.contiguous(), self.attention_biases.requires_grad)
+        if "attention_bias_idxs" in self._buffers:  # what the class that accelerate() exchanged goes by
+            self._buffers["attention_bias_idxs"] = attention_bias_index(size, device=table.device)
+            self.__dict__["resolution"] = resolution
+
+    def _bias(self, size: tuple[int, int]) -> torch.Tensor:
+        return gather_attention_bias(self.attention_biases, (self.resolution, self.resolution), size)
+
+    def _layer_by_layer(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """As the authors have it, each part called."""
+        windows = _partition(x, size)
+        bias, tokens = self._bias(size), size[0] * size[1]
+        outs: list[torch.Tensor] = []
+        for i, (group, qkv, dw) in enumerate(zip(windows.chunk(self.num_heads, 1), self.qkvs, self.dws, strict=True)):
+            feat = qkv(group if i == 0 else group + outs[-1])
+            q, k, v = feat.split([self.key_dim, self.key_dim, group.shape[1]], dim=1)
+            q, k, v = (t.reshape(len(t), 1, t.shape[1], tokens).mT for t in (dw(q), k, v))
+            out = biased_attention(q, k, v, bias[i : i + 1], scale=self.scale)
+            outs.append(out.mT.reshape(group.shape[0], -1, *size))
+        projected: torch.Tensor = self.proj(torch.cat(outs, dim=1))
+        return _reverse(projected, x.shape, size)
+
+
+class LocalWindowAttention(nn.Module):
+    """:class:`CascadedGroupAttention` in windows, as timm's ``efficientvit_msra.LocalWindowAttention``.
+
+    Args:
+        dim, key_dim, num_heads, attn_ratio, kernels: as there.
+        resolution: rows and columns of the image; others are taken too.
+        window_resolution: rows and columns of a window, or of the image if that is smaller.
+
+    Raises:
+        ValueError: as :class:`CascadedGroupAttention`, and for a window without tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        key_dim: int,
+        num_heads: int = 8,
+        attn_ratio: float = 4,
+        resolution: int = 14,
+        window_resolution: int = 7,
+        kernels: Sequence[int] = (5, 5, 5, 5),
+    ) -> None:
+        super().__init__()
+        if window_resolution < 1:
+            raise ValueError(f"window_resolution: expected a positive number, got {window_resolution}")
+        self.dim, self.num_heads = dim, num_heads
+        self.resolution, self.window_resolution = resolution, window_resolution
+        self.attn = CascadedGroupAttention(
+            dim, key_dim, num_heads, attn_ratio, min(window_resolution, resolution), kernels
+        )
+
+    def set_input_size(self, resolution: int) -> None:
+        """As timm's: the image's rows and columns, where they are smaller than a window."""
+        require_positive(resolution=resolution)
+        self.resolution = resolution
+        self.attn.set_resolution(min(self.window_resolution, resolution))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, dim, H, W), of x's memory format."""
+        attn = self.attn
+        side = math.isqrt(attn.attention_biases.shape[1])
+        if isinstance(attn, CascadedGroupAttention) and not is_overridden(attn):
+            return attn.attend(x, (side, side))
+        out: torch.Tensor = attn(_partition(x, (side, side)))
+        return _reverse(out, x.shape, (side, side))
+
+
+class _ConvNorm(nn.Sequential):
+    """Convolution and BatchNorm, under timm's names."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+
+def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The official repository says ``c`` for ``conv``, and stores the indices that a bias is gathered by."""
+    state_dict.pop(f"{prefix}attention_bias_idxs", None)
+    for name in [name for name in state_dict if name.startswith(prefix) and ".c." in name.removeprefix(prefix)]:
+        state_dict[prefix + name.removeprefix(prefix).replace(".c.", ".conv.")] = state_dict.pop(name)
+
+
+def _partition(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, C, H, W) -> (windows, C, *size), with zeros below and right of the image."""
+    (height, width), (rows, cols) = x.shape[2:], size
+    down, across = -(-height // rows), -(-width // cols)
+    padded = functional.pad(x, (0, across * cols - width, 0, down * rows - height))
+    windows = padded.unflatten(3, (across, cols)).unflatten(2, (down, rows))
+    return windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1], rows, cols)
+
+
+def _reverse(windows: torch.Tensor, shape: torch.Size, size: tuple[int, int]) -> torch.Tensor:
+    """(windows, C, *size) -> (B, C, H, W) with the batch and image size of ``shape``."""
+    (batch, _, height, width), (rows, cols) = shape, size
+    down, across = -(-height // rows), -(-width // cols)
+    tiles = windows.reshape(batch, down, across, windows.shape[1], rows, cols).permute(0, 3, 1, 4, 2, 5)
+    return tiles.reshape(batch, windows.shape[1], down * rows, across * cols)[:, :, :height, :width]

@@ -1,0 +1,332 @@
+"""The attention modules of EfficientFormer and EfficientFormerV2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from effattn.functional import biased_attention
+from effattn.nn.arguments import pair, require_positive
+from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias
+from effattn.nn.projection import KeepsDerived, fold_batch_norm, folded_pair, is_plain, pointwise_convolution
+
+
+class EfficientFormerAttention(KeepsDerived):
+    """Attention with a learned bias over distances, EfficientFormer (arXiv 2206.01191).
+
+    Names of parts are those of timm's ``efficientformer.Attention`` and of the official ``Attention``, so that either's
+    state dict loads. Arguments are timm's.
+
+    Args:
+        dim: channels of a token.
+        key_dim: channels of a head's q and k.
+        num_heads: heads.
+        attn_ratio: channels of v over ``key_dim``.
+        resolution: rows and columns of the tokens.
+
+    Raises:
+        ValueError: for sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        dim: int = 384,
+        key_dim: int = 32,
+        num_heads: int = 8,
+        attn_ratio: float = 4,
+        resolution: int | tuple[int, int] = 7,
+    ) -> None:
+        super().__init__()
+        require_positive(dim=dim, key_dim=key_dim, num_heads=num_heads, resolution=min(pair(resolution)))
+        self.num_heads, self.key_dim, self.attn_ratio = num_heads, key_dim, attn_ratio
+        self.scale = key_dim**-0.5
+        self.key_attn_dim = key_dim * num_heads
+        self.val_dim = int(attn_ratio * key_dim)
+        self.val_attn_dim = self.val_dim * num_heads
+        self.qkv = nn.Linear(dim, 2 * self.key_attn_dim + self.val_attn_dim)
+        self.proj = nn.Linear(self.val_attn_dim, dim)
+        size = pair(resolution)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, size[0] * size[1]))
+        self.register_buffer("attention_bias_idxs", attention_bias_index(size))
+
+    def forward(self, x: torch.Tensor, size: Size | None = None) -> torch.Tensor:
+        """(B, H * W, C) -> (B, H * W, C), tokens row by row.
+
+        Args:
+            size: (H, W); by default those of the resolution, or of a square of as many tokens as come.
+
+        Raises:
+            ValueError: for a number of tokens that is none of these.
+        """
+        batch, tokens, _ = x.shape
+        bias = self._derived(f"bias {tokens} {size}", (self._parameters,), lambda: self._bias(tokens, size))
+        heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        q, k, v = heads.split([self.key_dim, self.key_dim, heads.shape[3] - 2 * self.key_dim], dim=3)
+        out = biased_attention(q, k, v, bias, scale=self.scale)
+        projected: torch.Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def _bias(self, tokens: int, size: Size | None) -> torch.Tensor:
+        table, index = self.attention_biases, self.attention_bias_idxs
+        assert isinstance(index, torch.Tensor)
+        if tokens == len(index) and size is None:  # of a resolution that nothing else records
+            return table[:, index]
+        own, side = _square(len(index)), _square(tokens)
+        size = size or side
+        if own is None or size is None or size[0] * size[1] != tokens:
+            expected = "a square of" if size is None else f"{size[0]} x {size[1]}"
+            raise ValueError(f"x: expected {len(index)} or {expected} tokens, got shape (B, {tokens}, C)")
+        return gather_attention_bias(table, own, size)
+
+
+def _square(tokens: int) -> Size | None:
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else None
+
+
+class _ConvNorm(nn.Module):
+    """Convolution and BatchNorm, under timm's names."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+
+class _V2(KeepsDerived):
+    """What EfficientFormerV2's two attentions share: values that also go through a depthwise convolution of their own,
+    parts with BatchNorm folded in where it can be, biases of any resolution.
+
+    Parts are known by their order, since timm and the official repository name them differently.
+    """
+
+    num_heads: int
+    key_dim: int
+    scale: float
+    resolution: int | Size
+    attention_biases: torch.Tensor
+    proj: nn.Module
+
+    def _projected(self, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
+        """1x1 convolutions of x by the names of their parts: one product, if all can be."""
+        parts = [self._modules[name] for name in names]
+        folded = self._derived(" ".join(names), parts, lambda: _folded_together(parts))
+        if folded is None:
+            return [part(x) for part in parts if part is not None]
+        sizes, weight, bias = folded
+        return list(pointwise_convolution(x, weight, bias).split(sizes, dim=1))
+
+    def _convolved(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        part: Any = self._modules[name]
+        folded = self._derived(name, (part,), lambda: _folded_together([part]))
+        if folded is None:
+            out: torch.Tensor = part(x)
+            return out
+        conv, _ = part._modules.values()
+        return functional.conv2d(x, *folded[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
+        act = self._modules.get("act")
+        if act is not None:
+            x = act(x)
+        elif folded_pair(self.proj) is not None:  # the official repository has it in front of the convolution
+            act, *_ = self.proj._modules.values()
+            x = act(x)
+        (projected,) = self._projected(x, "proj")
+        return projected
+
+    def _heads(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, heads * channels, H, W) -> (B, heads, H * W, channels)"""
+        batch, channels, height, width = image.shape
+        return image.reshape(batch, self.num_heads, channels // self.num_heads, height * width).mT
+
+    def _bias(self, image: torch.Tensor, stride: int = 1) -> torch.Tensor:
+        size = (image.shape[2], image.shape[3])
+        bias: torch.Tensor = self._derived(
+            f"bias {size[0]}x{size[1]}",
+            (self._parameters,),
+            lambda: gather_attention_bias(self.attention_biases, pair(self.resolution), size, stride),
+        )
+        return bias
+
+
+def _folded_together(parts: list[Any]) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
+    """Outputs, weights and biases of convolutions of one input; None where a part must be called.
+
+    So it is in float16 too, or folded weights would be rounded once more than their parts are.
+    """
+    pairs = [folded_pair(part) for part in parts]
+    if not all(pairs):
+        return None
+    weights, biases = zip(*(fold_batch_norm(*pair) for pair in pairs if pair is not None), strict=True)
+    if weights[0].dtype.itemsize < 4:
+        return None
+    return [len(bias) for bias in biases], torch.cat(weights), torch.cat(biases)
+
+
+class EfficientFormerV2Attention(_V2):
+    """Attention with talking heads and a local path of the values, EfficientFormerV2 (arXiv 2212.08059).
+
+    Names of parts are those of timm's ``efficientformer_v2.Attention2d``; state dicts of timm and of the official
+    ``Attention4D`` load. Arguments are timm's.
+
+    Args:
+        dim: channels.
+        key_dim: channels of a head's q and k.
+        num_heads: heads.
+        attn_ratio: channels of v over ``key_dim``.
+        resolution: rows and columns of the image; others are taken too, with the bias resized bicubically.
+        act_layer: before the projection.
+        stride: attends at a resolution so many times smaller, then enlarges bilinearly; None for the image's own.
+
+    Raises:
+        ValueError: for sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        dim: int = 384,
+        key_dim: int = 32,
+        num_heads: int = 8,
+        attn_ratio: float = 4,
+        resolution: int | tuple[int, int] = 7,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        stride: int | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = pair(resolution)
+        require_positive(dim=dim, key_dim=key_dim, num_heads=num_heads, resolution=min(height, width))
+        require_positive(stride=1 if stride is None else stride)
+        self.num_heads, self.key_dim, self.attn_ratio, self.scale = num_heads, key_dim, attn_ratio, key_dim**-0.5
+        self.stride_conv: nn.Module | None = None
+        self.upsample: nn.Module | None = None
+        if stride is not None:
+            height, width = -(-height // stride), -(-width // stride)
+            self.stride_conv = _ConvNorm(dim, dim, 3, stride, groups=dim)
+            self.upsample = nn.Upsample(scale_factor=stride, mode="bilinear")
+        self.resolution = (height, width)
+        self.N = height * width
+        self.d = int(attn_ratio * key_dim)
+        self.dh = self.d * num_heads
+        self.q = _ConvNorm(dim, key_dim * num_heads)
+        self.k = _ConvNorm(dim, key_dim * num_heads)
+        self.v = _ConvNorm(dim, self.dh)
+        self.v_local = _ConvNorm(self.dh, self.dh, 3, groups=self.dh)
+        self.talking_head1 = nn.Conv2d(num_heads, num_heads, 1)
+        self.talking_head2 = nn.Conv2d(num_heads, num_heads, 1)
+        self.act = act_layer()
+        self.proj = _ConvNorm(self.dh, dim)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, self.N))
+        self.register_load_state_dict_pre_hook(_rename)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, dim, H, W)"""
+        size = x.shape[2:]
+        if self.stride_conv is not None:
+            x = self._convolved("stride_conv", x)
+        q, k, v = self._projected(x, "q", "k", "v")
+        local = self._convolved("v_local", v)
+        q, k, v = (self._heads(t) for t in (q, k, v))
+        out = self._attend(q, k, v, self._bias(x))
+        out = out.mT.reshape(local.shape) + local
+        if self.upsample is not None:
+            enlarged: torch.Tensor = self.upsample(out)
+            # At a size that the stride does not divide it would come out larger than it went in.
+            if enlarged.shape[2:] != size:
+                enlarged = functional.interpolate(out, size=size, mode="bilinear")
+            out = enlarged
+        return self._activated_and_projected(out)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        first, second = self.talking_head1, self.talking_head2
+        if not (is_plain(first, nn.Conv2d) and is_plain(second, nn.Conv2d)):
+            weights = second(first(self.scale * (q @ k.mT) + bias).softmax(dim=-1))
+            return weights @ v
+        no_bias = bias.new_zeros(self.num_heads)
+        talking_heads = [
+            first.weight.flatten(1),
+            no_bias if first.bias is None else first.bias,
+            second.weight.flatten(1),
+            no_bias if second.bias is None else second.bias,
+        ]
+        return biased_attention(q, k, v, bias, scale=self.scale, talking_heads=talking_heads)
+
+
+class EfficientFormerV2AttentionDownsample(_V2):
+    """The attention that halves the resolution, EfficientFormerV2 (arXiv 2212.08059): every other row and column asks.
+
+    Names of parts are those of timm's ``efficientformer_v2.Attention2dDownsample``. Arguments are timm's, as of
+    :class:`EfficientFormerV2Attention`; ``out_dim``: channels of the output, by default ``dim``.
+
+    Raises:
+        ValueError: for sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        dim: int = 384,
+        key_dim: int = 16,
+        num_heads: int = 8,
+        attn_ratio: float = 4,
+        resolution: int | tuple[int, int] = 7,
+        out_dim: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:
+        super().__init__()
+        height, width = pair(resolution)
+        out_dim = dim if out_dim is None else out_dim
+        require_positive(dim=dim, key_dim=key_dim, num_heads=num_heads, resolution=min(height, width), out_dim=out_dim)
+        self.num_heads, self.key_dim, self.attn_ratio, self.scale = num_heads, key_dim, attn_ratio, key_dim**-0.5
+        self.resolution, self.out_dim = (height, width), out_dim
+        self.d = int(attn_ratio * key_dim)
+        self.dh = self.d * num_heads
+        self.q = _LocalGlobalQuery(dim, key_dim * num_heads)
+        self.k = _ConvNorm(dim, key_dim * num_heads)
+        self.v = _ConvNorm(dim, self.dh)
+        self.v_local = _ConvNorm(self.dh, self.dh, 3, 2, groups=self.dh)
+        self.act = act_layer()
+        self.proj = _ConvNorm(self.dh, out_dim)
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, height * width))
+        self.register_load_state_dict_pre_hook(_rename)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))"""
+        k, v = self._projected(x, "k", "v")
+        local = self._convolved("v_local", v)
+        q, k, v = (self._heads(t) for t in (self.q(x), k, v))
+        out = biased_attention(q, k, v, self._bias(x, 2), scale=self.scale)
+        return self._activated_and_projected(out.mT.reshape(local.shape) + local)
+
+
+class _LocalGlobalQuery(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(1, 2, 0)
+        self.local = nn.Conv2d(in_dim, in_dim, 3, 2, 1, groups=in_dim)
+        self.proj = _ConvNorm(in_dim, out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.local(x) + self.pool(x))
+
+
+def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The official repository counts a part's modules, has the activation in ``proj``, and stores indices."""
+    state_dict.pop(f"{prefix}attention_bias_idxs", None)
+    parts = [f"{prefix}{name}" for name in ("q", "k", "v", "v_local", "stride_conv", "proj", "q.proj")]
+    for part in parts:
+        first = 1 if f"{part}.2.weight" in state_dict else 0  # behind the activation
+        for offset, name in enumerate(("conv", "bn")):
+            old = f"{part}.{first + offset}."
+            for key in [key for key in state_dict if key.startswith(old)]:
+                state_dict[f"{part}.{name}.{key.removeprefix(old)}"] = state_dict.pop(key)
+    local = f"{prefix}q.local."
+    for key in [key for key in state_dict if key.startswith(f"{local}0.")]:
+        state_dict[local + key.removeprefix(f"{local}0.")] = state_dict.pop(key)
