@@ -15,8 +15,8 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
-def compiled(function: Callable[..., Any], *, training: bool = False) -> Callable[..., Any]:
-    """torch.compile for one set of shapes; for inference with freezing."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a function for one set of shapes."""
     # Dynamo keeps what it compiled with the code object: a copy of it makes every candidate its own first
     # entry, with no guards of others to fail before and no limit on recompilations to share.
     own = types.FunctionType(
@@ -27,7 +27,22 @@ def compiled(function: Callable[..., Any], *, training: bool = False) -> Callabl
         function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False, options=None if training else {"freezing": True})
+    return torch.compile(own, fullgraph=True, dynamic=False)
+
+
+def compiled_module(module: torch.nn.Module, x: torch.Tensor) -> Any:
+    """torch.compile for one set of shapes; for inference (without gradients) with frozen weights.
+
+    Freezing is decided while the graph is recorded, by the global setting: as an option of torch.compile it comes too
+    late and does nothing, as of torch 2.13. Hence the first call is made here.
+    """
+    import torch._inductor.config as inductor
+
+    made = torch.compile(module, fullgraph=True, dynamic=False)
+    if not torch.is_grad_enabled():
+        with inductor.patch(freezing=True):
+            made(x)
+    return made
 
 
 def onnxruntime_call(model: Any, inputs: Tensors, outputs: Tensors) -> Callable[[], Tensors]:

@@ -187,7 +187,7 @@ def torch_call(function: Callable[..., torch.Tensor], layout: str, data: Inputs)
 
 
 def _compiled_call(function: Callable[..., torch.Tensor], layout: str, data: Inputs) -> Call:
-    return torch_call(peers.compiled(function, training=data.training), layout, data)
+    return torch_call(peers.compiled(function), layout, data)
 
 
 def _runtime_call(run: Callable[..., Callable[[], peers.Tensors]], layout: str, data: Inputs) -> Call:

@@ -191,6 +191,9 @@ README_SUITES = {
     "lite-mla": "LiteMLA, inference",
     "lite-mla-training": "LiteMLA, training step",
     "efficientvit": "whole model, inference",
+    "softmax": "softmax attention, inference",
+    "softmax-training": "softmax attention, training step",
+    "softmax-models": "whole model, inference",
 }
 
 

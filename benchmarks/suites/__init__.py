@@ -8,6 +8,7 @@ from benchmarks.suites.call import CALL
 from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA, LITE_MLA_TRAINING
 from benchmarks.suites.processes import ALLOCATOR, MEMORY
 from benchmarks.suites.scaling import SCALING
+from benchmarks.suites.softmax_attention import SOFTMAX, SOFTMAX_MODELS, SOFTMAX_TRAINING
 from benchmarks.suites.training import NARROW_TRAINING, TRAINING
 
 __all__ = ["SUITES", "Settings", "Suite", "TimedSuite"]
@@ -20,6 +21,9 @@ _IN_ORDER: tuple[Suite, ...] = (
     LITE_MLA,
     LITE_MLA_TRAINING,
     EFFICIENTVIT,
+    SOFTMAX,
+    SOFTMAX_TRAINING,
+    SOFTMAX_MODELS,
     SCALING,
     CALL,
     MEMORY,

@@ -44,7 +44,7 @@ def _addition_gate(data: Inputs, result: Any) -> Accuracy:
 
 
 def _compiled(data: Inputs) -> Any:
-    return rla.torch_call(peers.compiled(relu_linear_attention, training=False), LAYOUTS[0], data)
+    return rla.torch_call(peers.compiled(relu_linear_attention), LAYOUTS[0], data)
 
 
 def _cases(short: bool) -> list[Case]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.lite_mla import DCAEBlockCase, LiteMLACase, ModelCase, make_case
+from benchmarks.lite_mla import DCAEBlockCase, LiteMLACase
+from benchmarks.modules import ModelCase, make_case
 from benchmarks.runner import Case
 from benchmarks.suites.base import TimedSuite
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks import child, environment, lite_mla
+from benchmarks import child, environment, modules
 from benchmarks import relu_linear_attention as rla
 from benchmarks.child import Job
 from benchmarks.floor import Rates
@@ -17,7 +17,7 @@ from benchmarks.suites.lite_mla import LITE_MLA_TRAINING
 CANDIDATES = {
     attention.ATTENTION.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
     training.TRAINING.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
-    LITE_MLA_TRAINING.name: ((lite_mla.STOCK, "stock compiled", f"{lite_mla.OURS} eager"), "NCHW"),
+    LITE_MLA_TRAINING.name: ((modules.STOCK, "stock compiled", f"{modules.OURS} eager"), "NCHW"),
 }
 #: Steps of progress for one job: about what it takes in time.
 STEPS = 50

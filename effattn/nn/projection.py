@@ -6,6 +6,7 @@ And what is computed from parameters alone is kept for the next call, for as lon
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
@@ -23,64 +24,76 @@ Part: TypeAlias = nn.Module | dict[str, Any] | None
 class _Watch:
     """Parts of a module as they were: whether everything that torch counts is as it was.
 
-    Dictionaries of modules are looked at directly: at 7x7 tokens the searches of nn.Module show. A module that keeps
-    this hands over its parameters and its parts, not itself, or only the garbage collector could free it.
+    A cascade has some thirty modules and sixty tensors, and may take less time than a walk over them: what is compared
+    lies in flat lists, and map() compares it without a line of Python for each. A module that keeps this hands over its
+    parameters and its parts, not itself, or only the garbage collector could free it.
     """
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        self._modules: list[tuple[dict[str, Any], nn.Module, type, bool, Any, int]] = []
         self._hooks: list[Any] = []
-        self._children: list[tuple[dict[str, Any], str, nn.Module | None]] = []
-        self._tensors: list[tuple[dict[str, Any], str, torch.Tensor | None, int, int]] = []
-        # The tensors' memory is held on to, so that nothing that follows them can come to lie in it.
-        self._held: list[torch.Tensor] = []
+        # Looked up by name in a dictionary, and what was found there.
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._found: list[Any] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._modules: list[nn.Module] = []
+        self._tensors: list[torch.Tensor] = []
         for part in parts:
             if isinstance(part, nn.Module):
                 self._add_module(part)
             elif part is not None:
                 self._add_tensors(part)
+        self._classes = [module.__class__ for module in self._modules]
+        self._own = [module.__dict__ for module in self._modules]
+        self._settings = list(map(_settings, self._own))
+        self._versions = list(map(_version, self._tensors))
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        # The tensors' memory is held on to, so that nothing that follows them can come to lie in it.
+        self._held = [t.detach() for t in self._tensors]
 
     def _add_module(self, module: nn.Module) -> None:
         own, parts = module.__dict__, module._modules
-        self._modules.append((own, module, module.__class__, own["training"], own.get("eps"), len(parts)))
+        self._modules.append(module)
         self._hooks += (own[name] for name in _HOOKS)
         self._add_tensors(module._parameters)
         # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
         self._add_tensors(module._buffers)
+        self._sizes.append((parts, len(parts)))
         for name, part in parts.items():
-            self._children.append((parts, name, part))
+            self._look_up(parts, name, part)
             if part is not None:
                 self._add_module(part)
 
     def _add_tensors(self, tensors: dict[str, Any]) -> None:
         for name, t in tensors.items():
-            if t is None:
-                self._tensors.append((tensors, name, None, 0, 0))
-            else:
-                self._tensors.append((tensors, name, t, t.data_ptr(), t._version))
-                self._held.append(t.detach())
+            self._look_up(tensors, name, t)
+            if t is not None:
+                self._tensors.append(t)
+
+    def _look_up(self, owner: dict[str, Any], name: str, found: Any) -> None:
+        self._owners.append(owner)
+        self._names.append(name)
+        self._found.append(found)
 
     def holds(self) -> bool:
         """Whether nothing has changed, and nothing listens."""
-        if any(self._hooks):
-            return False
-        for children, name, part in self._children:
-            if children.get(name) is not part:
-                return False
-        for own, module, cls, training, eps, parts in self._modules:
-            if (
-                module.__class__ is not cls
-                or own["training"] is not training
-                or own.get("eps") != eps
-                or "forward" in own
-                or len(own["_modules"]) != parts
-            ):
-                return False
-        for tensors, name, t, address, version in self._tensors:
-            now = tensors.get(name)
-            if now is not t or (t is not None and (t.data_ptr() != address or t._version != version)):
-                return False
-        return True
+        return (
+            not any(self._hooks)
+            and all(map(is_, map(dict.get, self._owners, self._names), self._found))
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(type, self._modules)) == self._classes
+            and list(map(_settings, self._own)) == self._settings
+            and all(len(parts) == size for parts, size in self._sizes)
+        )
+
+
+_version = attrgetter("_version")
+
+
+def _settings(own: dict[str, Any]) -> tuple[Any, ...]:
+    """Of a module by its attributes: what folding reads beside tensors."""
+    return own["training"], own.get("eps"), "forward" in own
 
 
 class _Kept(NamedTuple):
