@@ -57,6 +57,7 @@ ONCE = (
     "kernels/cpu/channels_last.cpp",
     "kernels/cpu/lite_mla.cpp",
     "kernels/cpu/softmax_attention.cpp",
+    "kernels/cpu/projected_attention.cpp",
     "kernels/cpu/biased_attention.cpp",
     "kernels/cpu/cascaded_group_attention.cpp",
     "csrc/library.cpp",
@@ -64,6 +65,7 @@ ONCE = (
     "csrc/cpu/multi_scale.cpp",
     "csrc/cpu/lite_mla.cpp",
     "csrc/cpu/biased_attention.cpp",
+    "csrc/cpu/projected_attention.cpp",
     "csrc/cpu/cascaded_group_attention.cpp",
 )
 PYTHON = ("csrc/python.cpp",)

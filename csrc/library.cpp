@@ -55,9 +55,18 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       "cascaded_group_attention_backward(Tensor grad_out, " EFFATTN_CASCADE EFFATTN_WINDOW
       ") -> (Tensor grad_x, Tensor[] grad_qkv_weights, Tensor[] grad_qkv_biases, Tensor[] grad_q_dw_weights,"
       " Tensor[] grad_q_dw_biases, Tensor grad_attention_bias)");
-  // Inference of a module: the attention, relu, 1x1 convolution.
-  m.def("cascaded_group_attention_projected(" EFFATTN_CASCADE
-        "Tensor proj_weight, Tensor? proj_bias, " EFFATTN_WINDOW ") -> Tensor");
+  // Inference of modules, with packed weights (effattn/backends/packed.py): the cascade, relu, 1x1 convolution;
+  // and 1x1 convolution, attention, the values' depthwise convolution, 1x1 convolution.
+  m.def(
+      "cascaded_group_attention_projected(Tensor x, Tensor qkv, Tensor qkv_bias, Tensor taps, Tensor "
+      "tap_bias, "
+      "Tensor attention_bias, Tensor proj, Tensor proj_bias, int[] kernels, int key_dim, " EFFATTN_WINDOW
+      ") -> Tensor");
+  m.def(
+      "projected_attention(Tensor x, Tensor qkv, Tensor qkv_bias, Tensor bias, Tensor[] talking_heads, "
+      "Tensor? taps, "
+      "Tensor? tap_bias, Tensor? proj, Tensor? proj_bias, int key_dim, int value_dim, float scale) -> "
+      "Tensor");
 #undef EFFATTN_CASCADE
 #undef EFFATTN_WINDOW
 }

@@ -6,12 +6,12 @@
 #include <cmath>
 #include <tuple>
 
+#include "talking_heads.h"
 #include "weights.h"
 
 namespace effattn {
 namespace {
 
-constexpr size_t kTalkingHeads = 4;  // two matrices, each with its bias
 
 cpu::HeadsOperand operand(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
@@ -36,18 +36,11 @@ struct Problem {
     require_shape(op, "k", k, {batch, heads, keys, q.size(3)});
     require_shape(op, "v", v, {batch, heads, keys, v.size(3)});
     EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
-    EFFATTN_REQUIRE(talking_heads.empty() || talking_heads.size() == kTalkingHeads, op,
-                    ": talking_heads must have no tensors or ", kTalkingHeads, ", got ",
-                    talking_heads.size());
     p.batch = batch;
-    p.heads = {heads, queries, keys, q.size(3), v.size(3), static_cast<float>(scale), nullptr, {}};
+    p.heads = {heads,   queries,        keys, q.size(3), v.size(3), static_cast<float>(scale),
+               nullptr, queries * keys, {}};
     p.heads.bias = floats(op, "bias", bias, {heads, queries, keys}, alive);
-    if (!talking_heads.empty()) {
-      p.heads.mix = {floats(op, "talking_heads[0]", talking_heads[0], {heads, heads}, alive),
-                     floats(op, "talking_heads[1]", talking_heads[1], {heads}, alive),
-                     floats(op, "talking_heads[2]", talking_heads[2], {heads, heads}, alive),
-                     floats(op, "talking_heads[3]", talking_heads[3], {heads}, alive)};
-    }
+    p.heads.mix = talking_heads_of(op, talking_heads, heads, alive);
     p.q = operand(q);
     p.k = operand(k);
     p.v = operand(v);

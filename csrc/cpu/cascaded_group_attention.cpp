@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <optional>
 #include <string>
 #include <tuple>
 
@@ -14,49 +13,46 @@
 namespace effattn {
 namespace {
 
+constexpr int64_t kMostKernel = 1 << 15;  // its square is far from overflowing
+
 struct Weights {
   const Tensors &qkv, &qkv_biases, &depthwise, &depthwise_biases;
 };
 
-// The problem without its results, and what it points into.
+// The problem without its results and weights, and what it points into.
 struct Problem {
   cpu::CascadedGroupAttention p{};
   std::vector<int64_t> kernels;
   std::vector<cpu::HeadWeights<const float>> weights;
   Tensors alive;
 
-  Problem(const char* op, const Tensor& x, const Weights& from, const Tensor& bias, double scale,
+  Problem(const char* op, const Tensor& x, int64_t heads, int64_t key_dim, const Tensor& bias, double scale,
           int64_t window_height, int64_t window_width) {
     p.dtype = kernel_dtype(op, "x", x);
     EFFATTN_REQUIRE(x.dim() == 4, op, ": x must have 4 dimensions (B, C, H, W), got shape ", shape_text(x));
     EFFATTN_REQUIRE(window_height > 0 && window_width > 0, op, ": window_size must be positive, got ",
                     window_height, " x ", window_width);
     EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
-    const int64_t heads = static_cast<int64_t>(from.qkv.size());
-    EFFATTN_REQUIRE(heads > 0, op, ": qkv_weights must have a tensor a head, got none");
     EFFATTN_REQUIRE(x.size(1) % heads == 0, op, ": x must have a multiple of ", heads,
                     " channels, one group a head, got ", x.size(1));
-    for (const auto& [name, list] :
-         {std::pair{"qkv_biases", &from.qkv_biases}, std::pair{"q_dw_weights", &from.depthwise},
-          std::pair{"q_dw_biases", &from.depthwise_biases}}) {
-      const bool may_be_empty = list != &from.depthwise;
-      EFFATTN_REQUIRE((may_be_empty && list->empty()) || static_cast<int64_t>(list->size()) == heads, op,
-                      ": ", name, " must have ", heads, " tensors, one a head, got ", list->size());
-    }
     p.batch = x.size(0);
     p.heads = heads;
+    p.key_dim = key_dim;
     p.value_dim = x.size(1) / heads;
     p.height = x.size(2);
     p.width = x.size(3);
     p.window_height = window_height;
     p.window_width = window_width;
     p.scale = static_cast<float>(scale);
-    const Tensor& first = from.depthwise[0];
-    EFFATTN_REQUIRE(first.dim() == 4 && first.size(0) > 0, op,
-                    ": q_dw_weights[0] must have shape (key_dim, 1, k, k), got ", shape_text(first));
-    p.key_dim = first.size(0);
+    const int64_t tokens = p.window_tokens();
+    p.bias = floats(op, "attention_bias", bias, {heads, tokens, tokens}, alive);
+    alive.push_back(with_mergeable_rows(x));
+    p.x = image(alive.back());
+  }
+
+  void take(const char* op, const Weights& from) {
     const int64_t outputs = 2 * p.key_dim + p.value_dim;
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < p.heads; ++h) {
       const std::string at = "[" + std::to_string(h) + "]";
       const Tensor& dw = from.depthwise[h];
       EFFATTN_REQUIRE(dw.dim() == 4 && dw.size(2) % 2 == 1, op, ": q_dw_weights", at,
@@ -74,12 +70,27 @@ struct Problem {
     }
     p.kernels = kernels.data();
     p.weights = weights.data();
-    const int64_t tokens = p.window_tokens();
-    p.bias = floats(op, "attention_bias", bias, {heads, tokens, tokens}, alive);
-    alive.push_back(with_mergeable_rows(x));
-    p.x = image(alive.back());
   }
 };
+
+Problem problem_of(const char* op, const Tensor& x, const Weights& from, const Tensor& bias, double scale,
+                   int64_t window_height, int64_t window_width) {
+  const int64_t heads = static_cast<int64_t>(from.qkv.size());
+  EFFATTN_REQUIRE(heads > 0, op, ": qkv_weights must have a tensor a head, got none");
+  for (const auto& [name, list] :
+       {std::pair{"qkv_biases", &from.qkv_biases}, std::pair{"q_dw_weights", &from.depthwise},
+        std::pair{"q_dw_biases", &from.depthwise_biases}}) {
+    const bool may_be_empty = list != &from.depthwise;
+    EFFATTN_REQUIRE((may_be_empty && list->empty()) || static_cast<int64_t>(list->size()) == heads, op, ": ",
+                    name, " must have ", heads, " tensors, one a head, got ", list->size());
+  }
+  const Tensor& first = from.depthwise[0];
+  EFFATTN_REQUIRE(first.dim() == 4 && first.size(0) > 0, op,
+                  ": q_dw_weights[0] must have shape (key_dim, 1, k, k), got ", shape_text(first));
+  Problem problem(op, x, heads, first.size(0), bias, scale, window_height, window_width);
+  problem.take(op, from);
+  return problem;
+}
 
 std::vector<int64_t> shape_of(const Tensor& x, int64_t channels) {
   return {x.size(0), channels, x.size(2), x.size(3)};
@@ -87,28 +98,44 @@ std::vector<int64_t> shape_of(const Tensor& x, int64_t channels) {
 
 Tensor forward(const Tensor& x, Tensors qkv, Tensors qkv_biases, Tensors dw, Tensors dw_biases,
                const Tensor& bias, double scale, int64_t window_height, int64_t window_width) {
-  Problem problem("cascaded_group_attention", x, {qkv, qkv_biases, dw, dw_biases}, bias, scale, window_height,
-                  window_width);
-  Tensor out = new_image(x, shape_of(x, x.size(1)), problem.p.out);
-  cpu::cascaded_group_attention(problem.p, nullptr, torch_threads());
+  const Problem problem = problem_of("cascaded_group_attention", x, {qkv, qkv_biases, dw, dw_biases}, bias,
+                                     scale, window_height, window_width);
+  cpu::CascadedGroupAttention p = problem.p;
+  Tensor out = new_image(x, shape_of(x, x.size(1)), p.out);
+  cpu::cascaded_group_attention(p, nullptr, torch_threads());
   return out;
 }
 
-Tensor projected(const Tensor& x, Tensors qkv, Tensors qkv_biases, Tensors dw, Tensors dw_biases,
-                 const Tensor& bias, const Tensor& proj_weight, std::optional<Tensor> proj_bias, double scale,
-                 int64_t window_height, int64_t window_width) {
+Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, const Tensor& taps,
+                 const Tensor& tap_bias, const Tensor& bias, const Tensor& proj, const Tensor& proj_bias,
+                 std::vector<int64_t> kernels, int64_t key_dim, double scale, int64_t window_height,
+                 int64_t window_width) {
   const char* const op = "cascaded_group_attention_projected";
-  Problem problem(op, x, {qkv, qkv_biases, dw, dw_biases}, bias, scale, window_height, window_width);
-  EFFATTN_REQUIRE(proj_weight.dim() == 2, op, ": proj_weight must have 2 dimensions (outputs, C), got shape ",
-                  shape_text(proj_weight));
-  cpu::Projection projection{};
-  projection.outputs = proj_weight.size(0);
-  projection.weight = floats(op, "proj_weight", proj_weight, {projection.outputs, x.size(1)}, problem.alive);
-  if (proj_bias) {
-    projection.bias = floats(op, "proj_bias", *proj_bias, {projection.outputs}, problem.alive);
+  const int64_t heads = static_cast<int64_t>(kernels.size());
+  EFFATTN_REQUIRE(heads > 0 && key_dim > 0, op,
+                  ": kernels must have a size a head and key_dim be positive, got ", heads, " and ", key_dim);
+  int64_t all_taps = 0;
+  for (const int64_t kernel : kernels) {
+    EFFATTN_REQUIRE(kernel > 0 && kernel % 2 == 1 && kernel < kMostKernel, op, ": kernels must be odd, got ",
+                    kernel);
+    all_taps += kernel * kernel;
   }
-  Tensor out = new_image(x, shape_of(x, projection.outputs), problem.p.out);
-  cpu::cascaded_group_attention(problem.p, &projection, torch_threads());
+  Problem problem(op, x, heads, key_dim, bias, scale, window_height, window_width);
+  cpu::CascadedGroupAttention& p = problem.p;
+  Tensors& alive = problem.alive;
+  const int64_t keys = cpu::round_up(key_dim, cpu::kWholeVectors);
+  const int64_t stride = 2 * keys + cpu::round_up(p.value_dim, cpu::kWholeVectors);
+  p.kernels = kernels.data();
+  p.packed = {floats(op, "qkv", qkv, {heads, p.value_dim, stride}, alive),
+              floats(op, "qkv_bias", qkv_bias, {heads, stride}, alive),
+              floats(op, "taps", taps, {all_taps, keys}, alive),
+              floats(op, "tap_bias", tap_bias, {heads, keys}, alive)};
+  EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias must have 1 dimension (outputs), got shape ",
+                  shape_text(proj_bias));
+  const cpu::ProjectionWeights projection =
+      packed_projection(op, "proj", proj, &proj_bias, x.size(1), proj_bias.size(0), alive);
+  Tensor out = new_image(x, shape_of(x, projection.outputs), p.out);
+  cpu::cascaded_group_attention(p, &projection, torch_threads());
   return out;
 }
 
@@ -116,7 +143,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
     const Tensor& grad_out, const Tensor& x, Tensors qkv, Tensors qkv_biases, Tensors dw, Tensors dw_biases,
     const Tensor& bias, double scale, int64_t window_height, int64_t window_width) {
   const char* const op = "cascaded_group_attention_backward";
-  Problem problem(op, x, {qkv, qkv_biases, dw, dw_biases}, bias, scale, window_height, window_width);
+  Problem problem =
+      problem_of(op, x, {qkv, qkv_biases, dw, dw_biases}, bias, scale, window_height, window_width);
   cpu::CascadedGroupAttention& p = problem.p;
   require_like(op, "grad_out", grad_out, x, "x");
   require_shape(op, "grad_out", grad_out, shape_of(x, x.size(1)));

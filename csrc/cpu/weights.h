@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../../kernels/cpu/project_tokens.h"
 #include "../tensor.h"
 
 namespace effattn {
@@ -18,6 +19,16 @@ inline const float* floats(const char* op, const std::string& argument, const Te
   require_shape(op, argument.c_str(), t, shape);
   alive.push_back(torch::stable::contiguous(t));
   return static_cast<const float*>(alive.back().const_data_ptr());
+}
+
+// A 1x1 convolution, packed; `bias` may be null.
+inline cpu::ProjectionWeights packed_projection(const char* op, const std::string& argument, const Tensor& t,
+                                                const Tensor* bias, int64_t inputs, int64_t outputs,
+                                                Tensors& alive) {
+  constexpr int64_t width = cpu::kPackedOutputs;
+  const float* const data = floats(op, argument, t, {cpu::ceil_div(outputs, width), inputs, width}, alive);
+  return {inputs, outputs, data,
+          bias == nullptr ? nullptr : floats(op, argument + "_bias", *bias, {outputs}, alive), true};
 }
 
 // A new tensor of float32 with the shape of `like`: a gradient of weights.

@@ -22,7 +22,7 @@ def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
         "biased_attention",
         "cascaded_group_attention",
     )
-    inference = ("lite_mla", "cascaded_group_attention_projected")
+    inference = ("lite_mla", "cascaded_group_attention_projected", "projected_attention")
     return {
         **{
             name: Fused(

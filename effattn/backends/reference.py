@@ -6,6 +6,7 @@ Everything is made of differentiable torch operations, so higher derivatives, fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from effattn.backends._base import Backend
+from effattn.backends.packed import OUTPUTS, of_heads, rounded, unpack_projection
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,31 +163,79 @@ def cascaded_group_attention(
 
 def cascaded_group_attention_projected(
     x: torch.Tensor,
-    qkv_weights: Sequence[torch.Tensor],
-    qkv_biases: Sequence[torch.Tensor],
-    q_dw_weights: Sequence[torch.Tensor],
-    q_dw_biases: Sequence[torch.Tensor],
+    qkv: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    taps: torch.Tensor,
+    tap_bias: torch.Tensor,
     attention_bias: torch.Tensor,
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor | None,
+    proj: torch.Tensor,
+    proj_bias: torch.Tensor,
+    kernels: Sequence[int],
+    key_dim: int,
     scale: float,
     window_height: int,
     window_width: int,
 ) -> torch.Tensor:
-    """:func:`cascaded_group_attention`, relu and the 1x1 convolution behind it, in evaluation."""
+    """:func:`cascaded_group_attention`, relu and the 1x1 convolution behind it, in evaluation; weights packed."""
     at_least = torch.promote_types(x.dtype, torch.float32)
+    sizes = [taps.shape[1], taps.shape[1], qkv.shape[2] - 2 * taps.shape[1]]
+    dims = [key_dim, key_dim, x.shape[1] // len(kernels)]
+
+    def parts(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part[:dim] for part, dim in zip(t.split(sizes), dims, strict=True)])
+
+    taps_of_heads = zip(taps.split([k * k for k in kernels]), kernels, strict=True)
     out = cascaded_group_attention(
         x.to(at_least),
-        qkv_weights,
-        qkv_biases,
-        q_dw_weights,
-        q_dw_biases,
+        [parts(weight.mT).unsqueeze(-1).unsqueeze(-1) for weight in qkv],
+        [parts(bias) for bias in qkv_bias],
+        [t.mT[:key_dim].reshape(key_dim, 1, k, k) for t, k in taps_of_heads],
+        [bias[:key_dim] for bias in tap_bias],
         attention_bias,
         scale,
         window_height,
         window_width,
     )
-    return _project(out.relu(), proj_weight, proj_bias).to(x.dtype)
+    return _project(out.relu(), unpack_projection(proj, len(proj_bias)), proj_bias).to(x.dtype)
+
+
+def projected_attention(
+    x: torch.Tensor,
+    qkv: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    bias: torch.Tensor,
+    talking_heads: Sequence[torch.Tensor],
+    taps: torch.Tensor | None,
+    tap_bias: torch.Tensor | None,
+    proj: torch.Tensor | None,
+    proj_bias: torch.Tensor | None,
+    key_dim: int,
+    value_dim: int,
+    scale: float,
+) -> torch.Tensor:
+    """EfficientFormer's attention with its projections, in evaluation; weights packed."""
+    at_least = torch.promote_types(x.dtype, torch.float32)
+    heads = len(bias)
+    keys, values = heads * rounded(key_dim), heads * rounded(value_dim)
+    sizes = [keys, rounded(2 * keys, OUTPUTS) - keys, values]
+    weights, biases = (t.split(sizes) for t in (unpack_projection(qkv, sum(sizes)), qkv_bias))
+    images = [
+        _project(x.to(at_least), of_heads(weight, heads, dim), of_heads(b, heads, dim))
+        for weight, b, dim in zip(weights, biases, (key_dim, key_dim, value_dim), strict=True)
+    ]
+    q, k, v = (t.reshape(len(x), heads, t.shape[1] // heads, x.shape[2] * x.shape[3]).mT for t in images)
+    out = biased_attention(q, k, v, bias, talking_heads, scale).mT.reshape(images[2].shape)
+    if taps is not None and tap_bias is not None and x.numel() > 0:
+        side = math.isqrt(taps.shape[1])
+        with without_autocast(x.device):
+            weight = of_heads(unpack_projection(taps, values), heads, value_dim).to(at_least)
+            local_bias = of_heads(tap_bias, heads, value_dim).to(at_least)
+            weight = weight.reshape(-1, 1, side, side)
+            out = out + functional.conv2d(images[2], weight, local_bias, padding=side // 2, groups=out.shape[1])
+    if proj is not None and proj_bias is not None:
+        matrix = of_heads(unpack_projection(proj, len(proj_bias)).mT, heads, value_dim).mT
+        out = _project(out, matrix, proj_bias)
+    return out.to(x.dtype)
 
 
 def _project(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -216,6 +266,7 @@ FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "biased_attention": biased_attention,
     "cascaded_group_attention": cascaded_group_attention,
     "cascaded_group_attention_projected": cascaded_group_attention_projected,
+    "projected_attention": projected_attention,
 }
 
 BACKEND = Backend("reference", _unavailable, _reasons, FUNCTIONS)

@@ -18,6 +18,7 @@ from effattn.nn.projection import (
     fold_batch_norm,
     folded_pair,
     forget_derived,
+    is_autocast,
     is_overridden,
     is_plain,
     pointwise_convolution,
@@ -81,19 +82,22 @@ class CascadedGroupAttention(KeepsDerived):
         """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
         size = (x.shape[2], x.shape[3]) if window is None else window
         parts = (*self._modules.values(), self._parameters)
-        found = self._derived(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
-        if found is None:
-            return self._layer_by_layer(x, size)
-        weights: _operator.Weights = found
-        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        is_float = weights.proj_weight.dtype == torch.float32
-        if is_float and not autocast and not torch.is_grad_enabled() and _operator.serves(x):
-            return _operator.projected(x, weights, self.scale, *size)
-        if autocast:
+        if is_autocast(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif not torch.is_grad_enabled() and x.dtype != torch.float64 and _operator.serves(x):
+            packed = self._derived(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
+            return (
+                self._layer_by_layer(x, size) if packed is None else _operator.projected(x, packed, self.scale, *size)
+            )
+        weights = self._derived(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
+        if weights is None:
+            return self._layer_by_layer(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
-        weight, bias = (t.to(x.dtype) for t in (weights.proj_weight, weights.proj_bias) if t is not None)
-        return pointwise_convolution(out.relu(), weight, bias)
+        return pointwise_convolution(out.relu(), weights.proj_weight.to(x.dtype), weights.proj_bias.to(x.dtype))
+
+    def _packed(self, size: tuple[int, int]) -> _operator.Packed | None:
+        weights = self._all_weights(size)
+        return None if weights is None else _operator.pack(weights)
 
     def _all_weights(self, size: tuple[int, int]) -> _operator.Weights | None:
         """With BatchNorm folded in; None if that cannot be, or something listens to a part."""

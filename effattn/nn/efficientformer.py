@@ -13,7 +13,18 @@ from torch.nn import functional
 from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias
-from effattn.nn.projection import KeepsDerived, fold_batch_norm, folded_pair, is_plain, pointwise_convolution
+from effattn.nn.projection import (
+    KeepsDerived,
+    fold_batch_norm,
+    folded_pair,
+    is_autocast,
+    is_plain,
+    pointwise_convolution,
+)
+from effattn.ops import projected_attention as _operator
+
+# Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache.
+_TOKENS_AT_ONCE = 400
 
 
 class EfficientFormerAttention(KeepsDerived):
@@ -64,12 +75,31 @@ class EfficientFormerAttention(KeepsDerived):
             ValueError: for a number of tokens that is none of these.
         """
         batch, tokens, _ = x.shape
+        if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
+            parts = (*self._modules.values(), self._parameters)
+            packed = self._derived(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
+            if packed is not None:
+                out = _operator.projected_attention(x.mT.unsqueeze(-1), packed, self.scale)
+                return out.squeeze(-1).mT
         bias = self._derived(f"bias {tokens} {size}", (self._parameters,), lambda: self._bias(tokens, size))
         heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = heads.split([self.key_dim, self.key_dim, heads.shape[3] - 2 * self.key_dim], dim=3)
         out = biased_attention(q, k, v, bias, scale=self.scale)
         projected: torch.Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
+
+    def _packed(self, tokens: int, size: Size | None) -> _operator.Packed | None:
+        """All weights of the one operator; None if the projections must be called."""
+        qkv, proj = self.qkv, self.proj
+        if not is_plain(qkv, nn.Linear) or not is_plain(proj, nn.Linear) or qkv.weight.dtype != torch.float32:
+            return None
+        value_dim = proj.in_features // self.num_heads
+        by_head = [t.unflatten(0, (self.num_heads, -1)) for t in (qkv.weight, _bias_of(qkv))]
+        weights, biases = (
+            [part.flatten(0, 1) for part in t.split([self.key_dim, self.key_dim, value_dim], dim=1)] for t in by_head
+        )
+        q, k, v = zip(weights, biases, strict=True)
+        return _operator.pack(q, k, v, self._bias(tokens, size), proj=(proj.weight, _bias_of(proj)))
 
     def _bias(self, tokens: int, size: Size | None) -> torch.Tensor:
         table, index = self.attention_biases, self.attention_bias_idxs
@@ -82,6 +112,10 @@ class EfficientFormerAttention(KeepsDerived):
             expected = "a square of" if size is None else f"{size[0]} x {size[1]}"
             raise ValueError(f"x: expected {len(index)} or {expected} tokens, got shape (B, {tokens}, C)")
         return gather_attention_bias(table, own, size)
+
+
+def _bias_of(layer: nn.Linear) -> torch.Tensor:
+    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
 def _square(tokens: int) -> Size | None:
@@ -232,11 +266,7 @@ class EfficientFormerV2Attention(_V2):
         size = x.shape[2:]
         if self.stride_conv is not None:
             x = self._convolved("stride_conv", x)
-        q, k, v = self._projected(x, "q", "k", "v")
-        local = self._convolved("v_local", v)
-        q, k, v = (self._heads(t) for t in (q, k, v))
-        out = self._attend(q, k, v, self._bias(x))
-        out = out.mT.reshape(local.shape) + local
+        out = self._attended(x)
         if self.upsample is not None:
             enlarged: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
@@ -245,19 +275,45 @@ class EfficientFormerV2Attention(_V2):
             out = enlarged
         return self._activated_and_projected(out)
 
+    def _attended(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, dim, H, W) -> (B, dh, H, W): what the heads make of x, and the values' local path."""
+        tokens = x.shape[2] * x.shape[3]
+        if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
+            names = ("q", "k", "v", "v_local", "talking_head1", "talking_head2")
+            parts = (*(self._modules[name] for name in names), self._parameters)
+            packed = self._derived(f"packed {x.shape[2]}x{x.shape[3]}", parts, lambda: self._packed(x))
+            if packed is not None:
+                return _operator.projected_attention(x, packed, self.scale)
+        q, k, v = self._projected(x, "q", "k", "v")
+        local = self._convolved("v_local", v)
+        q, k, v = (self._heads(t) for t in (q, k, v))
+        out = self._attend(q, k, v, self._bias(x))
+        return out.mT.reshape(local.shape) + local
+
+    def _packed(self, x: torch.Tensor) -> _operator.Packed | None:
+        """All weights of the one operator; None if a part must be called."""
+        pairs = [folded_pair(self._modules[name]) for name in ("q", "k", "v", "v_local")]
+        mixing = self._mixing()
+        if mixing is None or not all(pairs) or mixing[0].dtype != torch.float32:
+            return None
+        q, k, v, local = (fold_batch_norm(*pair) for pair in pairs if pair is not None)
+        q, k, v = ((weight.flatten(1), bias) for weight, bias in (q, k, v))
+        return _operator.pack(q, k, v, self._bias(x), talking_heads=mixing, local=local)
+
+    def _mixing(self) -> list[torch.Tensor] | None:
+        """The convolutions over the heads as matrices and biases; None if one of them must be called."""
+        convolutions = (self.talking_head1, self.talking_head2)
+        if not all(is_plain(conv, nn.Conv2d) for conv in convolutions):
+            return None
+        none = self.attention_biases.new_zeros(self.num_heads)
+        return [t for conv in convolutions for t in (conv.weight.flatten(1), none if conv.bias is None else conv.bias)]
+
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        first, second = self.talking_head1, self.talking_head2
-        if not (is_plain(first, nn.Conv2d) and is_plain(second, nn.Conv2d)):
-            weights = second(first(self.scale * (q @ k.mT) + bias).softmax(dim=-1))
+        mixing = self._mixing()
+        if mixing is None:
+            weights = self.talking_head2(self.talking_head1(self.scale * (q @ k.mT) + bias).softmax(dim=-1))
             return weights @ v
-        no_bias = bias.new_zeros(self.num_heads)
-        talking_heads = [
-            first.weight.flatten(1),
-            no_bias if first.bias is None else first.bias,
-            second.weight.flatten(1),
-            no_bias if second.bias is None else second.bias,
-        ]
-        return biased_attention(q, k, v, bias, scale=self.scale, talking_heads=talking_heads)
+        return biased_attention(q, k, v, bias, scale=self.scale, talking_heads=mixing)
 
 
 class EfficientFormerV2AttentionDownsample(_V2):

@@ -15,6 +15,7 @@ from effattn.nn.projection import (
     can_fold,
     fold_batch_norm,
     forget_derived,
+    is_autocast,
     is_overridden,
     is_plain,
     pointwise_convolution,
@@ -104,7 +105,7 @@ class LiteMLA(KeepsDerived):
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
         parts = self._modules
         found = self._derived("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
-        if found is None or not _lite_mla.serves(x) or torch.is_autocast_enabled(x.device.type):
+        if found is None or not _lite_mla.serves(x) or is_autocast(x):
             return None
         weights, act = found
         out = _lite_mla.lite_mla(x, weights, self.dim, self.eps)

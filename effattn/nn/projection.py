@@ -159,6 +159,11 @@ def forget_derived(module: nn.Module) -> None:
     module.__dict__.pop("_effattn_derived", None)
 
 
+def is_autocast(x: torch.Tensor) -> bool:
+    """The meta device knows no autocast and refuses to be asked."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def is_overridden(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
     own = module.__dict__

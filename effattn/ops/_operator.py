@@ -124,12 +124,12 @@ class InferenceOperator(NamedTuple):
 
     def serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one."""
-        return self._backend(x) is not reference.BACKEND and not torch._C._are_functorch_transforms_active()
+        plain = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return not plain and self._backend(x) is not reference.BACKEND
 
     def __call__(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Calls the chosen backend."""
-        backend = reference.BACKEND if forward_ad._current_level >= 0 else self._backend(x)
-        function = backend.functions[self.name]
+        function = self._backend(x).functions[self.name]
         assert not isinstance(function, Fused)
         return function(x, *arguments)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effattn.backends.packed import OUTPUTS, joined, pack_projection, padded, rounded
 from effattn.ops._memory import empty_in_order_of
 from effattn.ops._operator import InferenceOperator, Operator
 
@@ -73,11 +74,12 @@ serves = _PROJECTED.serves
 
 
 class Weights(NamedTuple):
-    """Of the module, float32.
+    """Of the module.
 
     Args:
         qkv, qkv_biases, dw, dw_biases, bias: as in cascaded_group_attention.
-        proj_weight: (outputs, C); proj_bias of as many outputs, or None.
+        proj_weight: (outputs, C).
+        proj_bias: (outputs,).
     """
 
     qkv: Tensors
@@ -86,22 +88,76 @@ class Weights(NamedTuple):
     dw_biases: Tensors
     bias: torch.Tensor
     proj_weight: torch.Tensor
-    proj_bias: torch.Tensor | None
+    proj_bias: torch.Tensor
 
 
-def projected(x: torch.Tensor, weights: Weights, scale: float, window_height: int, window_width: int) -> torch.Tensor:
+class Packed(NamedTuple):
+    """Weights in float32 as the operator takes them.
+
+    Args:
+        qkv: (heads, C / heads, q | k | v), each of q, k and v a multiple of CHANNELS; qkv_bias (heads, q | k | v).
+        taps: (all heads' k * k, rounded(key_dim)); tap_bias (heads, rounded(key_dim)).
+        bias: (heads, N, N).
+        proj: (blocks, C, OUTPUTS); proj_bias (outputs,).
+        kernels: k of each head.
+    """
+
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor
+    taps: torch.Tensor
+    tap_bias: torch.Tensor
+    bias: torch.Tensor
+    proj: torch.Tensor
+    proj_bias: torch.Tensor
+    kernels: list[int]
+    key_dim: int
+
+
+def pack(weights: Weights) -> Packed:
+    """Lays weights out once for many calls."""
+    key_dim, keys = weights.dw[0].shape[0], rounded(weights.dw[0].shape[0])
+    value_dim = weights.qkv[0].shape[1]
+    dims, sizes = [key_dim, key_dim, value_dim], [keys, keys, rounded(value_dim)]
+    return Packed(
+        torch.stack([joined(weight.flatten(1).split(dims), sizes).mT for weight in weights.qkv]).contiguous(),
+        torch.stack([joined(bias.split(dims), sizes) for bias in weights.qkv_biases]),
+        torch.cat([padded(taps.flatten(1), 0, keys).mT for taps in weights.dw]).contiguous(),
+        torch.stack([padded(bias, 0, keys) for bias in weights.dw_biases]),
+        weights.bias.contiguous(),
+        pack_projection(weights.proj_weight),
+        weights.proj_bias,
+        [taps.shape[-1] for taps in weights.dw],
+        key_dim,
+    )
+
+
+def projected(x: torch.Tensor, packed: Packed, scale: float, window_height: int, window_width: int) -> torch.Tensor:
     """(B, C, H, W) -> (B, outputs, H, W): cascaded_group_attention, relu, 1x1 convolution."""
-    return _PROJECTED(x, *weights, scale, window_height, window_width)
+    return _PROJECTED(x, *packed, scale, window_height, window_width)
 
 
 def _fake_projected(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    weights, options = Weights(*arguments[:-3]), arguments[-3:]
-    _check(x, *weights[:5], *options)
-    torch._check(weights.proj_weight.dim() == 2, lambda: "proj_weight must have 2 dimensions (outputs, C)")
-    outputs, inputs = weights.proj_weight.shape
-    torch._check(inputs == x.shape[1], lambda: "proj_weight must have shape (outputs, C)")
-    bias = weights.proj_bias
-    torch._check(bias is None or bias.shape == (outputs,), lambda: "proj_bias must have shape (outputs,)")
+    packed, (scale, window_height, window_width) = Packed(*arguments[:-3]), arguments[-3:]
+    torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
+    heads, key_dim, tokens = len(packed.kernels), packed.key_dim, window_height * window_width
+    torch._check(heads > 0 and key_dim > 0, lambda: "kernels must have a size a head and key_dim be positive")
+    torch._check(x.shape[1] % heads == 0, lambda: "x must have a multiple of the heads' number of channels")
+    torch._check(window_height > 0 and window_width > 0, lambda: "window_size must be positive")
+    torch._check(math.isfinite(scale), lambda: "scale must be finite")
+    value_dim, taps = x.shape[1] // heads, sum(k * k for k in packed.kernels)
+    stride = 2 * rounded(key_dim) + rounded(value_dim)
+    torch._check(packed.proj_bias.dim() == 1, lambda: "proj_bias must have 1 dimension (outputs)")
+    outputs = packed.proj_bias.shape[0]
+    shapes = (
+        (heads, value_dim, stride),
+        (heads, stride),
+        (taps, rounded(key_dim)),
+        (heads, rounded(key_dim)),
+        (heads, tokens, tokens),
+        (rounded(outputs, OUTPUTS) // OUTPUTS, x.shape[1], OUTPUTS),
+    )
+    for name, shape in zip(Packed._fields, shapes, strict=False):
+        torch._check(getattr(packed, name).shape == shape, lambda name=name, shape=shape: f"{name} must be {shape}")
     return empty_in_order_of(x, (x.shape[0], outputs, *x.shape[2:]))
 
 

@@ -42,7 +42,9 @@ struct Layout {
   PaddedImage padded(float* memory) const { return {memory, p.window_height, p.window_width, dk, border}; }
 
   SoftmaxHeads softmax(int64_t head) const {
-    return {1, tokens, tokens, p.key_dim, p.value_dim, p.scale, p.bias + head * tokens * tokens, {}};
+    return {
+        1, tokens, tokens, p.key_dim, p.value_dim, p.scale, p.bias + head * tokens * tokens, tokens * tokens,
+        {}};
   }
 };
 
@@ -62,11 +64,27 @@ class Pieces {
   int64_t taken_ = 0;
 };
 
-// The weights of a head as the passes read them. Laid out once a call, for all threads.
+// The weights of a head as the passes read them.
 struct Weights {
+  const float *qkv, *bias, *taps, *tap_bias;
+};
+
+std::vector<Weights> packed_weights(const Layout& of) {
+  std::vector<Weights> all;
+  const PackedHeads& from = of.p.packed;
+  int64_t tap = 0;
+  for (int64_t h = 0; h < of.p.heads; tap += of.taps(h++)) {
+    all.push_back({from.qkv + h * of.p.value_dim * of.stride, from.qkv_bias + h * of.stride,
+                   from.taps + tap * of.dk, from.tap_bias + h * of.dk});
+  }
+  return all;
+}
+
+// The same, laid out once a call for all threads.
+struct LaidOut {
   float *qkv, *bias, *taps, *tap_bias;
 
-  Weights(const Layout& of, int64_t head, Pieces& memory)
+  LaidOut(const Layout& of, int64_t head, Pieces& memory)
       : qkv(memory.floats(of.p.value_dim * of.stride)),
         bias(memory.floats(of.stride)),
         taps(memory.floats(of.taps(head) * of.dk)),
@@ -88,8 +106,9 @@ struct Weights {
   }
 };
 
-std::vector<Weights> all_weights(const Layout& of, Pieces& memory) {
-  std::vector<Weights> all;
+// Of all heads; without memory it counts.
+std::vector<LaidOut> lay_out(const Layout& of, Pieces& memory) {
+  std::vector<LaidOut> all;
   for (int64_t h = 0; h < of.p.heads; ++h) all.emplace_back(of, h, memory);
   return all;
 }
@@ -196,25 +215,33 @@ int64_t work_of_a_window(const Layout& of) {
   return larger(1, work * of.tokens);
 }
 
-// A head's weights are few; what is gained by several threads must be worth their waking.
-template <class F>
-void take_weights(const Layout& of, const Parallel& parallel, const F& take) {
+// Fills what was laid out, in parallel. A head's weights are few; what is gained must be worth waking threads
+// for.
+std::vector<Weights> taken(const Layout& of, const std::vector<LaidOut>& laid_out, const Parallel& parallel) {
+  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const int64_t work = 4 * of.p.value_dim * of.outputs();  // a shuffle a float or so
   parallel(of.p.heads, larger(1, kMinWorkPerThread / larger(1, work)), [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) take(h);
+    for (int64_t h = begin; h < end; ++h) laid_out[h].take(of, h, passes);
   });
+  std::vector<Weights> all;
+  for (const LaidOut& head : laid_out) all.push_back({head.qkv, head.bias, head.taps, head.tap_bias});
+  return all;
 }
 
 }  // namespace
 
-void cascaded_group_attention(const Problem& p, const Projection* projection, const Parallel& parallel) {
+void cascaded_group_attention(const Problem& p, const ProjectionWeights* projection,
+                              const Parallel& parallel) {
   const int64_t outputs = projection == nullptr ? p.channels() : projection->outputs;
   if (p.batch * p.height * p.width * outputs == 0) return;
   const Layout of(p);
   const int64_t tokens = p.height * p.width, windows = p.windows();
   const int64_t row_floats = round_up(p.channels(), kWholeVectors) + kWholeVectors;
   const int64_t attended = projection == nullptr ? 0 : p.batch * tokens * row_floats;
-  const auto lay_out_weights = [&](Pieces& memory) { return all_weights(of, memory); };
+  const bool packed = p.weights == nullptr;
+  const auto lay_out_weights = [&](Pieces& memory) {
+    return packed ? std::vector<LaidOut>() : lay_out(of, memory);
+  };
   const auto lay_out_work = [&](Pieces& memory) { return Forward(of, memory); };
   const int64_t floats = attended + floats_of(lay_out_weights), own_floats = floats_of(lay_out_work);
   const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
@@ -224,8 +251,8 @@ void cascaded_group_attention(const Problem& p, const Projection* projection, co
   };
   const Worker worker(of);
   Pieces shared(between + attended);
-  const std::vector<Weights> weights = lay_out_weights(shared);
-  take_weights(of, parallel, [&](int64_t h) { weights[h].take(of, h, worker.passes); });
+  const std::vector<Weights> weights =
+      packed ? packed_weights(of) : taken(of, lay_out_weights(shared), parallel);
 
   parallel(p.batch * windows, larger(1, kMinWorkPerThread / work_of_a_window(of)),
            [&](int64_t begin, int64_t end) {
@@ -251,8 +278,7 @@ void cascaded_group_attention(const Problem& p, const Projection* projection, co
              }
            });
   if (projection == nullptr) return;
-  project_tokens(p.dtype, p.batch, tokens, p.channels(), outputs, projection->weight, projection->bias,
-                 rows_of, p.out, parallel);
+  project_tokens(p.dtype, p.batch, tokens, *projection, rows_of, p.out, parallel);
 }
 
 namespace {
@@ -392,18 +418,16 @@ void cascaded_group_attention_backward(const Problem& p, const Parallel& paralle
   clear(memory.get(), parts * floats);
   if (units > 0) {
     const auto lay_out_weights = [&](Pieces& pieces) {
-      return std::pair{all_weights(of, pieces), all_backward_weights(of, pieces)};
+      return std::pair{lay_out(of, pieces), all_backward_weights(of, pieces)};
     };
     const auto lay_out_work = [&](Pieces& pieces) { return Backward(of, pieces); };
     const int64_t own_floats = floats_of(lay_out_work);
     const Floats between = aligned_floats(floats_of(lay_out_weights));
     Pieces shared(between.get());
-    const auto weights = lay_out_weights(shared);
+    const auto [laid_out, backward_weights] = lay_out_weights(shared);
+    const std::vector<Weights> weights = taken(of, laid_out, parallel);
+    for (int64_t h = 0; h < p.heads; ++h) backward_weights[h].take(of, h, weights[h]);
     const Worker worker(of);
-    take_weights(of, parallel, [&](int64_t h) {
-      weights.first[h].take(of, h, worker.passes);
-      weights.second[h].take(of, h, weights.first[h]);
-    });
     parallel(parts, 1, [&](int64_t begin, int64_t end) {
       Pieces pieces(thread_scratch(own_floats));
       const Backward own = lay_out_work(pieces);
@@ -413,8 +437,7 @@ void cascaded_group_attention_backward(const Problem& p, const Parallel& paralle
         Pieces of_part(memory.get() + part * floats);
         const Sums sums = lay_out_sums(of_part);
         for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
-          backward_of_window(worker, weights.first, weights.second, own, sums, unit / windows,
-                             unit % windows);
+          backward_of_window(worker, weights, backward_weights, own, sums, unit / windows, unit % windows);
         }
       }
     });

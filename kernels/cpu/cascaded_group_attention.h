@@ -10,6 +10,7 @@
 #pragma once
 
 #include "parallel.h"
+#include "project_tokens.h"
 #include "softmax_attention.h"
 
 namespace effattn::cpu {
@@ -23,13 +24,21 @@ struct HeadWeights {
   Float* depthwise_bias;  // (key_dim)
 };
 
+// Of all heads, as the passes read them: a row an input or a tap, and each of q, k and v a whole number of
+// vectors.
+struct PackedHeads {
+  const float *qkv, *qkv_bias;   // (heads, value_dim, q | k | v), (heads, q | k | v)
+  const float *taps, *tap_bias;  // (taps of all heads, q), (heads, q)
+};
+
 struct CascadedGroupAttention {
   DType dtype;
   int64_t batch, heads, key_dim, value_dim, height, width, window_height, window_width;
   float scale;
   const int64_t* kernels;                   // a head each, odd
-  const HeadWeights<const float>* weights;  // a head each
-  const float* bias;                        // (heads, window tokens, window tokens)
+  const HeadWeights<const float>* weights;  // a head each; null if they are packed, forward only
+  PackedHeads packed;
+  const float* bias;  // (heads, window tokens, window tokens)
   Image x;
   Image out;               // forward
   Image grad_out, grad_x;  // backward; grad_out is read only
@@ -43,15 +52,9 @@ struct CascadedGroupAttention {
   int64_t windows() const { return windows_down() * windows_across(); }
 };
 
-// What follows the attention in the networks: relu and a 1x1 convolution. Contiguous floats, bias may be
-// null.
-struct Projection {
-  int64_t outputs;
-  const float *weight, *bias;  // (outputs, channels), (outputs)
-};
-
-// `projection`: or null, and out has the channels of x.
-void cascaded_group_attention(const CascadedGroupAttention& problem, const Projection* projection,
+// `projection`: what follows in the networks, relu and a 1x1 convolution; or null, and out has the channels
+// of x.
+void cascaded_group_attention(const CascadedGroupAttention& problem, const ProjectionWeights* projection,
                               const Parallel& parallel);
 void cascaded_group_attention_backward(const CascadedGroupAttention& problem, const Parallel& parallel);
 

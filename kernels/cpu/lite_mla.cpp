@@ -3,19 +3,14 @@
 #include "lite_mla.h"
 
 #include "channels_last.h"
+#include "features.h"
 #include "multi_scale_worker.h"
 #include "project_tokens.h"
 
 namespace effattn::cpu {
 namespace {
 
-constexpr int64_t kChannelsOfX = 32;  // that a thread converts at once
-constexpr int kParts = 3;             // q, k and v
-
-Features features(const Image& image, int64_t batch) {
-  return {static_cast<const float*>(image.data) + batch * image.batch_stride, image.token_stride,
-          image.channel_stride};
-}
+constexpr int kParts = 3;  // q, k and v
 
 // A thread at work on one head after the other.
 struct Head {
@@ -137,30 +132,15 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
   const auto work = [&](int64_t outputs, int64_t inputs) { return larger(1, outputs * inputs * tokens); };
   const auto grain = [&](int64_t unit_work) { return larger(1, kMinWorkPerThread / unit_work); };
 
-  const bool in_place =
-      p.dtype == DType::kFloat32 && (problem.x.token_stride == 1 || problem.x.channel_stride == 1);
-  const int64_t x_stride = row_stride(tokens), x_floats = in_place ? 0 : problem.in_channels * x_stride;
+  const FeaturesOf x(p.dtype, problem.x, p.batch, problem.in_channels, tokens);
   const int64_t stride = round_up(attended, kWholeVectors) + kWholeVectors;  // rows in different cache sets
-  const int64_t floats = p.batch * (x_floats + tokens * stride);
+  const int64_t floats = x.floats() + p.batch * tokens * stride;
   const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
   float* const memory = large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats);
   const auto attended_of = [&](int64_t batch) {
-    return Rows<float>{memory + p.batch * x_floats + batch * tokens * stride, stride};
+    return Rows<float>{memory + x.floats() + batch * tokens * stride, stride};
   };
-  const auto x_of = [&](int64_t batch) {
-    return in_place ? features(problem.x, batch) : Features{memory + batch * x_floats, 1, x_stride};
-  };
-  if (!in_place) {
-    const int64_t blocks = ceil_div(problem.in_channels, kChannelsOfX);
-    parallel(p.batch * blocks, grain(work(kChannelsOfX, 4)), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t batch = unit / blocks, first = unit % blocks * kChannelsOfX;
-        call.passes.load(p.dtype, channels_from(p, problem.x, batch, first), 0, tokens,
-                         smaller(kChannelsOfX, problem.in_channels - first),
-                         {memory + batch * x_floats + first * x_stride, x_stride});
-      }
-    });
-  }
+  x.load(memory, parallel);
 
   const int64_t head_work =
       work(kParts * p.head_dim, problem.in_channels) + aggregation_work(p, kParts * p.head_dim);
@@ -172,14 +152,14 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / p.batch, batch = unit % p.batch;
       if (unit == begin || batch == 0) worker.take_weights(head);
-      worker.project(x_of(batch), unit + 1 < end ? worker.weights_of(head + 1) : Coming{});
+      worker.project(x.of(memory, batch), unit + 1 < end ? worker.weights_of(head + 1) : Coming{});
       worker.aggregate();
       worker.attend(head, attended_of(batch));
     }
   });
 
-  project_tokens(p.dtype, p.batch, tokens, attended, problem.out_channels, problem.proj_weight,
-                 problem.proj_bias, attended_of, problem.out, parallel);
+  const ProjectionWeights last{attended, problem.out_channels, problem.proj_weight, problem.proj_bias, false};
+  project_tokens(p.dtype, p.batch, tokens, last, attended_of, problem.out, parallel);
 }
 
 }  // namespace effattn::cpu

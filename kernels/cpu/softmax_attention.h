@@ -35,7 +35,8 @@ struct TalkingHeads {
 struct SoftmaxHeads {
   int64_t heads, queries, keys, head_dim, value_dim;
   float scale;
-  const float* bias;  // (heads, queries, keys)
+  const float* bias;    // (queries, keys) contiguous, for every head
+  int64_t bias_stride;  // from head to head: more than queries * keys where these are some of more queries
   TalkingHeads<const float> mix;
 
   bool talk() const { return mix.logits != nullptr; }

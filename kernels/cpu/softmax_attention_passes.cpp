@@ -265,7 +265,7 @@ void logits(const SoftmaxHeads& p, const In& q, const Pairs& keys, int64_t first
     Fetch fetch;
     product(rows, p.keys, StepsAdjacent<false>{of_head.data + first * of_head.stride, of_head.stride},
             Vectors<>{keys.of(h), keys.stride}, p.head_dim,
-            WriteLogits{to.of(h), to.stride, p.bias + (h * p.queries + first) * p.keys, p.keys, p.scale},
+            WriteLogits{to.of(h), to.stride, p.bias + h * p.bias_stride + first * p.keys, p.keys, p.scale},
             fetch);
     // Up to a whole number of this instruction set's vectors the product has written.
     for (int64_t r = 0; r < rows && padded(p.keys) < to.stride; ++r) {
