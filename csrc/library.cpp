@@ -55,18 +55,19 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       "cascaded_group_attention_backward(Tensor grad_out, " EFFATTN_CASCADE EFFATTN_WINDOW
       ") -> (Tensor grad_x, Tensor[] grad_qkv_weights, Tensor[] grad_qkv_biases, Tensor[] grad_q_dw_weights,"
       " Tensor[] grad_q_dw_biases, Tensor grad_attention_bias)");
-  // Inference of modules, with packed weights (effattn/backends/packed.py): the cascade, relu, 1x1 convolution;
-  // and 1x1 convolution, attention, the values' depthwise convolution, 1x1 convolution.
+  // Inference of modules, with packed weights (effattn/backends/packed.py): the cascade, relu, 1x1
+  // convolution; and 1x1 convolution, attention, the values' depthwise convolution, 1x1 convolution.
   m.def(
       "cascaded_group_attention_projected(Tensor x, Tensor qkv, Tensor qkv_bias, Tensor taps, Tensor "
       "tap_bias, "
       "Tensor attention_bias, Tensor proj, Tensor proj_bias, int[] kernels, int key_dim, " EFFATTN_WINDOW
       ") -> Tensor");
   m.def(
-      "projected_attention(Tensor x, Tensor qkv, Tensor qkv_bias, Tensor bias, Tensor[] talking_heads, "
-      "Tensor? taps, "
-      "Tensor? tap_bias, Tensor? proj, Tensor? proj_bias, int key_dim, int value_dim, float scale) -> "
-      "Tensor");
+      "projected_attention(Tensor x, Tensor? q_image, Tensor? q, Tensor? q_bias, Tensor qkv, Tensor "
+      "qkv_bias, "
+      "Tensor bias, Tensor[] talking_heads, Tensor? taps, Tensor? tap_bias, Tensor proj, Tensor proj_bias, "
+      "int key_dim, "
+      "int value_dim, float scale, int activation, int out_height, int out_width) -> Tensor");
 #undef EFFATTN_CASCADE
 #undef EFFATTN_WINDOW
 }

@@ -221,6 +221,12 @@ def by_conversion(module):
         module.proj.conv.weight.mul_(2.0)
 
 
+def by_a_part_replaced(module):
+    module.proj = copy.deepcopy(module.proj)
+    with torch.no_grad():
+        module.proj.conv.weight.mul_(2.0)
+
+
 CHANGES = [
     by_state_dict,
     by_assignment,
@@ -233,6 +239,7 @@ CHANGES = [
     by_a_new_parameter,
     by_eps,
     by_conversion,
+    by_a_part_replaced,
 ]
 
 

@@ -262,6 +262,17 @@ def by_a_part_replaced(case, module):
     setattr(module.get_submodule(parent), name, twin)
 
 
+def by_all_parts_replaced(case, module):
+    for part in list(module.modules()):
+        if part.__dict__.get("_effattn_derived"):
+            for name, child in part.named_children():
+                twin = copy.deepcopy(child)
+                with torch.no_grad():
+                    for p in twin.parameters():
+                        p.mul_(1.5)
+                setattr(part, name, twin)
+
+
 CHANGES = [
     by_state_dict,
     by_assignment,
@@ -271,6 +282,7 @@ CHANGES = [
     by_a_new_parameter,
     by_a_change_of_mode,
     by_a_part_replaced,
+    by_all_parts_replaced,
 ]
 
 

@@ -12,7 +12,6 @@
 namespace effattn {
 namespace {
 
-
 cpu::HeadsOperand operand(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
           t.size(3) == 1 ? 1 : t.stride(3)};

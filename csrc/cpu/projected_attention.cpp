@@ -20,32 +20,52 @@ int64_t side_of(int64_t square) {
   return k * k == square ? k : 0;
 }
 
-Tensor projected_attention(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, const Tensor& bias,
-                           Tensors talking_heads, std::optional<Tensor> taps, std::optional<Tensor> tap_bias,
-                           std::optional<Tensor> proj, std::optional<Tensor> proj_bias, int64_t key_dim,
-                           int64_t value_dim, double scale) {
+Tensor projected_attention(const Tensor& x, std::optional<Tensor> q_image, std::optional<Tensor> q,
+                           std::optional<Tensor> q_bias, const Tensor& qkv, const Tensor& qkv_bias,
+                           const Tensor& bias, Tensors talking_heads, std::optional<Tensor> taps,
+                           std::optional<Tensor> tap_bias, const Tensor& proj, const Tensor& proj_bias,
+                           int64_t key_dim, int64_t value_dim, double scale, int64_t activation,
+                           int64_t out_height, int64_t out_width) {
   const char* const op = "projected_attention";
   cpu::ProjectedAttention p{};
   p.dtype = kernel_dtype(op, "x", x);
   EFFATTN_REQUIRE(x.dim() == 4, op, ": x must have 4 dimensions (B, C, H, W), got shape ", shape_text(x));
   EFFATTN_REQUIRE(bias.dim() == 3 && bias.size(0) > 0, op,
-                  ": bias must have shape (heads, H * W, H * W), got ", shape_text(bias));
+                  ": bias must have shape (heads, queries, keys), got ", shape_text(bias));
   EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0, op, ": key_dim and value_dim must be positive, got ", key_dim,
                   " and ", value_dim);
   EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
-  EFFATTN_REQUIRE(taps.has_value() == tap_bias.has_value() && proj.has_value() == proj_bias.has_value(), op,
-                  ": taps and proj come with their biases, or both are None");
+  EFFATTN_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kGelu), op,
+                  ": activation must be 0 (none), 1 (relu) or 2 (gelu), got ", activation);
+  EFFATTN_REQUIRE(q_image.has_value() == q.has_value() && q.has_value() == q_bias.has_value(), op,
+                  ": q_image, q and q_bias must all be given or all be None");
+  EFFATTN_REQUIRE(taps.has_value() == tap_bias.has_value(), op,
+                  ": taps and tap_bias must both be given or both be None");
   Tensors alive;
-  const int64_t heads = bias.size(0), tokens = x.size(2) * x.size(3);
+  const int64_t heads = bias.size(0);
   p.batch = x.size(0);
-  p.height = x.size(2);
-  p.width = x.size(3);
-  p.heads = {heads,   tokens,          tokens, key_dim, value_dim, static_cast<float>(scale),
-             nullptr, tokens * tokens, {}};
-  p.heads.bias = floats(op, "bias", bias, {heads, tokens, tokens}, alive);
+  p.size = p.query_size = {x.size(2), x.size(3)};
+  if (q_image) {
+    require_like(op, "q_image", *q_image, x, "x");
+    p.query_size = {cpu::ceil_div(x.size(2), 2), cpu::ceil_div(x.size(3), 2)};
+    require_shape(op, "q_image", *q_image, {x.size(0), x.size(1), p.query_size.height, p.query_size.width});
+  }
+  p.out_size = {out_height, out_width};
+  EFFATTN_REQUIRE(out_height >= p.query_size.height && out_width >= p.query_size.width, op,
+                  ": out_height and out_width must be at least the queries', ", p.query_size.height, " x ",
+                  p.query_size.width, ", got ", out_height, " x ", out_width);
+  const int64_t queries = p.query_size.tokens(), keys = p.size.tokens();
+  p.heads = {heads,   queries,        keys, key_dim, value_dim, static_cast<float>(scale),
+             nullptr, queries * keys, {}};
+  p.heads.bias = floats(op, "bias", bias, {heads, queries, keys}, alive);
   p.heads.mix = talking_heads_of(op, talking_heads, heads, alive);
-  const int64_t values = p.values(), first = p.first_value();
-  p.qkv = packed_projection(op, "qkv", qkv, &qkv_bias, x.size(1), first + values, alive);
+  cpu::ProjectionWeights of_q{};
+  if (q) {
+    of_q = packed_projection(op, "q", *q, &*q_bias, x.size(1), p.keys(), alive);
+    p.q = &of_q;
+  }
+  const int64_t values = p.values();
+  p.qkv = packed_projection(op, "qkv", qkv, &qkv_bias, x.size(1), p.first_value() + values, alive);
   if (taps) {
     constexpr int64_t width = cpu::kPackedOutputs;
     EFFATTN_REQUIRE(taps->dim() == 3 && side_of(taps->size(1)) > 0, op,
@@ -56,19 +76,18 @@ Tensor projected_attention(const Tensor& x, const Tensor& qkv, const Tensor& qkv
     p.taps = floats(op, "taps", *taps, {blocks, p.kernel * p.kernel, width}, alive);
     p.tap_bias = floats(op, "tap_bias", *tap_bias, {blocks * width}, alive);
   }
-  cpu::ProjectionWeights last{};
-  int64_t outputs = heads * value_dim;
-  if (proj) {
-    EFFATTN_REQUIRE(proj_bias->dim() == 1, op, ": proj_bias must have 1 dimension (outputs), got shape ",
-                    shape_text(*proj_bias));
-    outputs = proj_bias->size(0);
-    last = packed_projection(op, "proj", *proj, &*proj_bias, values, outputs, alive);
-    p.proj = &last;
-  }
+  p.activation = static_cast<cpu::Activation>(activation);
+  EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias must have 1 dimension (outputs), got shape ",
+                  shape_text(proj_bias));
+  p.proj = packed_projection(op, "proj", proj, &proj_bias, values, proj_bias.size(0), alive);
   alive.push_back(with_mergeable_rows(x));
   p.x = image(alive.back());
-  Tensor out = new_image(x, {x.size(0), outputs, x.size(2), x.size(3)}, p.out);
-  if (out.numel() > 0) cpu::projected_attention(p, torch_threads());
+  if (q_image) {
+    alive.push_back(with_mergeable_rows(*q_image));
+    p.q_image = image(alive.back());
+  }
+  Tensor out = new_image(x, {x.size(0), p.proj.outputs, out_height, out_width}, p.out);
+  cpu::projected_attention(p, torch_threads());
   return out;
 }
 

@@ -201,41 +201,54 @@ def cascaded_group_attention_projected(
 
 def projected_attention(
     x: torch.Tensor,
+    q_image: torch.Tensor | None,
+    q: torch.Tensor | None,
+    q_bias: torch.Tensor | None,
     qkv: torch.Tensor,
     qkv_bias: torch.Tensor,
     bias: torch.Tensor,
     talking_heads: Sequence[torch.Tensor],
     taps: torch.Tensor | None,
     tap_bias: torch.Tensor | None,
-    proj: torch.Tensor | None,
-    proj_bias: torch.Tensor | None,
+    proj: torch.Tensor,
+    proj_bias: torch.Tensor,
     key_dim: int,
     value_dim: int,
     scale: float,
+    activation: int,
+    out_height: int,
+    out_width: int,
 ) -> torch.Tensor:
     """EfficientFormer's attention with its projections, in evaluation; weights packed."""
-    at_least = torch.promote_types(x.dtype, torch.float32)
+    image = x.to(torch.promote_types(x.dtype, torch.float32))
     heads = len(bias)
     keys, values = heads * rounded(key_dim), heads * rounded(value_dim)
-    sizes = [keys, rounded(2 * keys, OUTPUTS) - keys, values]
-    weights, biases = (t.split(sizes) for t in (unpack_projection(qkv, sum(sizes)), qkv_bias))
-    images = [
-        _project(x.to(at_least), of_heads(weight, heads, dim), of_heads(b, heads, dim))
-        for weight, b, dim in zip(weights, biases, (key_dim, key_dim, value_dim), strict=True)
+    before_v = rounded(keys if q_image is not None else 2 * keys, OUTPUTS)
+    weights, biases = unpack_projection(qkv, before_v + values), qkv_bias
+    if q_image is not None and q is not None and q_bias is not None:
+        weights, biases = torch.cat([unpack_projection(q, keys), weights]), torch.cat([q_bias, biases])
+        before_v += keys
+    firsts = [(0, key_dim, image if q_image is None else q_image.to(image.dtype)), (keys, key_dim, image)]
+    projected = [
+        _project(of, of_heads(weights[first:], heads, dim), of_heads(biases[first:], heads, dim))
+        for first, dim, of in (*firsts, (before_v, value_dim, image))
     ]
-    q, k, v = (t.reshape(len(x), heads, t.shape[1] // heads, x.shape[2] * x.shape[3]).mT for t in images)
-    out = biased_attention(q, k, v, bias, talking_heads, scale).mT.reshape(images[2].shape)
-    if taps is not None and tap_bias is not None and x.numel() > 0:
-        side = math.isqrt(taps.shape[1])
-        with without_autocast(x.device):
-            weight = of_heads(unpack_projection(taps, values), heads, value_dim).to(at_least)
-            local_bias = of_heads(tap_bias, heads, value_dim).to(at_least)
-            weight = weight.reshape(-1, 1, side, side)
-            out = out + functional.conv2d(images[2], weight, local_bias, padding=side // 2, groups=out.shape[1])
-    if proj is not None and proj_bias is not None:
-        matrix = of_heads(unpack_projection(proj, len(proj_bias)).mT, heads, value_dim).mT
-        out = _project(out, matrix, proj_bias)
-    return out.to(x.dtype)
+    q_heads, k, v = (t.flatten(2).reshape(len(x), heads, t.shape[1] // heads, -1).mT for t in projected)
+    size = projected[0].shape[2:]
+    out = biased_attention(q_heads, k, v, bias, talking_heads, scale).mT.reshape(len(x), heads * value_dim, *size)
+    with without_autocast(x.device):
+        if taps is not None and tap_bias is not None:
+            side = math.isqrt(taps.shape[1])
+            taps = of_heads(unpack_projection(taps, values), heads, value_dim).reshape(-1, 1, side, side)
+            local_bias, stride = of_heads(tap_bias, heads, value_dim), 1 if q_image is None else 2
+            out = out + functional.conv2d(
+                projected[2], taps.to(out.dtype), local_bias.to(out.dtype), stride, side // 2, groups=out.shape[1]
+            )
+        if size != (out_height, out_width):
+            out = functional.interpolate(out, size=(out_height, out_width), mode="bilinear")
+        out = (out, out.relu(), functional.gelu(out))[activation]
+    matrix = of_heads(unpack_projection(proj, len(proj_bias)).mT, heads, value_dim).mT
+    return _project(out, matrix, proj_bias).to(x.dtype)
 
 
 def _project(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from effattn.integrations.structure import (
     convolution_and_norm,
+    is_depthwise,
     is_pointwise,
     why_not_its_own,
     why_not_its_parts,
@@ -37,7 +38,7 @@ def why_not(module: Any) -> str | None:
 def why_not_v2(module: Any) -> str | None:
     """Why this attention of EfficientFormerV2, at the image's own resolution or below, cannot be replaced."""
     names = ("q", "talking_head1", "talking_head2", "stride_conv", "upsample")
-    reason = why_not_named(module, names) or _why_not_what_both_have(module)
+    reason = why_not_named(module, names) or _why_not_what_both_have(module, 1)
     if reason is not None:
         return reason
     if not is_pointwise(convolution_and_norm(module.q)):
@@ -53,10 +54,31 @@ def why_not_v2(module: Any) -> str | None:
 
 def why_not_v2_downsample(module: Any) -> str | None:
     """Why this attention of EfficientFormerV2 that halves the resolution cannot be replaced; None if it can."""
-    return why_not_named(module, ("q",)) or _why_not_what_both_have(module) or why_not_its_parts(module)
+    return (
+        why_not_named(module, ("q",))
+        or _why_not_what_both_have(module, 2)
+        or _why_not_its_query(module.q)
+        or why_not_its_parts(module)
+    )
 
 
-def _why_not_what_both_have(module: Any) -> str | None:
+def _why_not_its_query(query: Any) -> str | None:
+    reason = why_not_named(query, ("pool", "local", "proj"))
+    if reason is not None:
+        return f"q: {reason}"
+    pool, (local, *others) = query.pool, [m for m in query.local.modules() if not isinstance(m, nn.Sequential)]
+    if type(pool) is not nn.AvgPool2d or (pool.kernel_size, pool.stride, pool.padding) != (1, 2, 0):
+        return "q.pool does not take every other pixel"
+    if others or type(local) is not nn.Conv2d or not is_depthwise(local, local.in_channels, 2):
+        return "q.local is not a depthwise convolution of stride 2"
+    if local.kernel_size != (3, 3):
+        return "q.local has no kernel of 3x3"
+    return (
+        None if is_pointwise(convolution_and_norm(query.proj)) else "q.proj is not a 1x1 convolution with a BatchNorm"
+    )
+
+
+def _why_not_what_both_have(module: Any, stride: int) -> str | None:
     names = ("k", "v", "v_local", "proj", "attention_biases", "num_heads", "key_dim", "scale", "resolution")
     known = {*names, "q", "act", "talking_head1", "talking_head2", "stride_conv", "upsample"}
     reason = why_not_named(module, names) or why_not_its_own(module, known)
@@ -69,6 +91,7 @@ def _why_not_what_both_have(module: Any) -> str | None:
     for name in ("k", "v", "proj"):
         if not is_pointwise(convolution_and_norm(getattr(module, name))):
             return f"{name} is not a 1x1 convolution with a BatchNorm"
-    if convolution_and_norm(module.v_local) is None:
-        return "v_local is not a convolution with a BatchNorm"
+    values = convolution_and_norm(module.v)
+    if values is None or not is_depthwise(convolution_and_norm(module.v_local), values.out_channels, stride):
+        return f"v_local is not a depthwise convolution of stride {stride} with a BatchNorm"
     return None

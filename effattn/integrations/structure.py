@@ -45,8 +45,8 @@ def is_pointwise(conv: nn.Conv2d | None) -> bool:
     )
 
 
-def is_depthwise(conv: nn.Conv2d | None, channels: int) -> bool:
-    """Whether a convolution takes every channel alone, with an odd square kernel that keeps the size."""
+def is_depthwise(conv: nn.Conv2d | None, channels: int, stride: int = 1) -> bool:
+    """Whether a convolution takes every channel alone, with an odd square kernel that keeps the size, or divides it."""
     if conv is None:
         return False
     kernel = conv.kernel_size[0]
@@ -54,7 +54,8 @@ def is_depthwise(conv: nn.Conv2d | None, channels: int) -> bool:
         conv.groups == conv.in_channels == conv.out_channels == channels
         and conv.kernel_size == (kernel, kernel)
         and kernel % 2 == 1
-        and conv.stride == conv.dilation == (1, 1)
+        and conv.stride == (stride, stride)
+        and conv.dilation == (1, 1)
         and conv.padding in ((kernel // 2, kernel // 2), "same")
         and conv.padding_mode == "zeros"
     )

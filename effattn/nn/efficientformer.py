@@ -18,6 +18,7 @@ from effattn.nn.projection import (
     fold_batch_norm,
     folded_pair,
     is_autocast,
+    is_overridden,
     is_plain,
     pointwise_convolution,
 )
@@ -79,8 +80,7 @@ class EfficientFormerAttention(KeepsDerived):
             parts = (*self._modules.values(), self._parameters)
             packed = self._derived(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
             if packed is not None:
-                out = _operator.projected_attention(x.mT.unsqueeze(-1), packed, self.scale)
-                return out.squeeze(-1).mT
+                return _operator.projected_attention(x.mT.unsqueeze(-1), packed, self.scale).squeeze(-1).mT
         bias = self._derived(f"bias {tokens} {size}", (self._parameters,), lambda: self._bias(tokens, size))
         heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = heads.split([self.key_dim, self.key_dim, heads.shape[3] - 2 * self.key_dim], dim=3)
@@ -91,7 +91,7 @@ class EfficientFormerAttention(KeepsDerived):
     def _packed(self, tokens: int, size: Size | None) -> _operator.Packed | None:
         """All weights of the one operator; None if the projections must be called."""
         qkv, proj = self.qkv, self.proj
-        if not is_plain(qkv, nn.Linear) or not is_plain(proj, nn.Linear) or qkv.weight.dtype != torch.float32:
+        if not is_plain(qkv, nn.Linear) or not is_plain(proj, nn.Linear) or qkv.weight.dtype == torch.float64:
             return None
         value_dim = proj.in_features // self.num_heads
         by_head = [t.unflatten(0, (self.num_heads, -1)) for t in (qkv.weight, _bias_of(qkv))]
@@ -99,7 +99,7 @@ class EfficientFormerAttention(KeepsDerived):
             [part.flatten(0, 1) for part in t.split([self.key_dim, self.key_dim, value_dim], dim=1)] for t in by_head
         )
         q, k, v = zip(weights, biases, strict=True)
-        return _operator.pack(q, k, v, self._bias(tokens, size), proj=(proj.weight, _bias_of(proj)))
+        return _operator.pack(q, k, v, self._bias(tokens, size), (proj.weight, _bias_of(proj)))
 
     def _bias(self, tokens: int, size: Size | None) -> torch.Tensor:
         table, index = self.attention_biases, self.attention_bias_idxs
@@ -166,6 +166,34 @@ class _V2(KeepsDerived):
             return out
         conv, _ = part._modules.values()
         return functional.conv2d(x, *folded[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def _folded_parts(self, *names: str) -> list[_operator.Pair] | None:
+        """Weights and biases of convolutions, matrices where they are 1x1; None if a part must be called."""
+        pairs = [folded_pair(self._modules[name]) for name in names]
+        if not all(pairs):
+            return None
+        folded = [fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None]
+        return [(weight.flatten(1) if weight.shape[2:].numel() == 1 else weight, bias) for weight, bias in folded]
+
+    def _activation(self) -> str | None:
+        """What stands in front of the last convolution, if the operator knows it."""
+        act = self._modules.get("act")
+        if act is None:
+            act, *others = self.proj._modules.values()
+            if len(others) != 2:
+                return None
+        known = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "none"}
+        if is_overridden(act) or getattr(act, "approximate", "none") != "none":
+            return None
+        return known.get(type(act))
+
+    def _packed_if_served(self, x: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept; None where no kernel serves, or gradients are asked for."""
+        size = (x.shape[2], x.shape[3])
+        if torch.is_grad_enabled() or size[0] * size[1] > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
+            return None
+        parts = (*self._modules.values(), self._parameters)
+        return self._derived(f"packed {size[0]}x{size[1]}", parts, make)
 
     def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
         act = self._modules.get("act")
@@ -263,10 +291,17 @@ class EfficientFormerV2Attention(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)"""
-        size = x.shape[2:]
+        size = (x.shape[2], x.shape[3])
         if self.stride_conv is not None:
             x = self._convolved("stride_conv", x)
-        out = self._attended(x)
+        packed = self._packed_if_served(x, lambda: self._packed(x))
+        if packed is not None:
+            weights, activation = packed
+            return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
+        q, k, v = self._projected(x, "q", "k", "v")
+        local = self._convolved("v_local", v)
+        q, k, v = (self._heads(t) for t in (q, k, v))
+        out = self._attend(q, k, v, self._bias(x)).mT.reshape(local.shape) + local
         if self.upsample is not None:
             enlarged: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
@@ -275,30 +310,18 @@ class EfficientFormerV2Attention(_V2):
             out = enlarged
         return self._activated_and_projected(out)
 
-    def _attended(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, dim, H, W) -> (B, dh, H, W): what the heads make of x, and the values' local path."""
-        tokens = x.shape[2] * x.shape[3]
-        if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
-            names = ("q", "k", "v", "v_local", "talking_head1", "talking_head2")
-            parts = (*(self._modules[name] for name in names), self._parameters)
-            packed = self._derived(f"packed {x.shape[2]}x{x.shape[3]}", parts, lambda: self._packed(x))
-            if packed is not None:
-                return _operator.projected_attention(x, packed, self.scale)
-        q, k, v = self._projected(x, "q", "k", "v")
-        local = self._convolved("v_local", v)
-        q, k, v = (self._heads(t) for t in (q, k, v))
-        out = self._attend(q, k, v, self._bias(x))
-        return out.mT.reshape(local.shape) + local
-
-    def _packed(self, x: torch.Tensor) -> _operator.Packed | None:
-        """All weights of the one operator; None if a part must be called."""
-        pairs = [folded_pair(self._modules[name]) for name in ("q", "k", "v", "v_local")]
-        mixing = self._mixing()
-        if mixing is None or not all(pairs) or mixing[0].dtype != torch.float32:
+    def _packed(self, x: torch.Tensor) -> tuple[_operator.Packed, str] | None:
+        """All weights of the one operator, and its activation; None if a part must be called."""
+        folded, mixing, activation = (
+            self._folded_parts("q", "k", "v", "v_local", "proj"),
+            self._mixing(),
+            self._activation(),
+        )
+        upsample = self.upsample is None or (is_plain(self.upsample, nn.Upsample) and self.upsample.mode == "bilinear")
+        if folded is None or mixing is None or activation is None or not upsample:
             return None
-        q, k, v, local = (fold_batch_norm(*pair) for pair in pairs if pair is not None)
-        q, k, v = ((weight.flatten(1), bias) for weight, bias in (q, k, v))
-        return _operator.pack(q, k, v, self._bias(x), talking_heads=mixing, local=local)
+        q, k, v, local, proj = folded
+        return _operator.pack(q, k, v, self._bias(x), proj, talking_heads=mixing, local=local), activation
 
     def _mixing(self) -> list[torch.Tensor] | None:
         """The convolutions over the heads as matrices and biases; None if one of them must be called."""
@@ -355,11 +378,39 @@ class EfficientFormerV2AttentionDownsample(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))"""
+        packed = self._packed_if_served(x, lambda: self._packed(x))
+        if packed is not None:
+            weights, activation, local = packed
+            q_image = functional.conv2d(x, *local, 2, 1, groups=x.shape[1])
+            return _operator.projected_attention(x, weights, self.scale, activation=activation, q_image=q_image)
         k, v = self._projected(x, "k", "v")
         local = self._convolved("v_local", v)
         q, k, v = (self._heads(t) for t in (self.q(x), k, v))
         out = biased_attention(q, k, v, self._bias(x, 2), scale=self.scale)
         return self._activated_and_projected(out.mT.reshape(local.shape) + local)
+
+    def _packed(self, x: torch.Tensor) -> tuple[_operator.Packed, str, _operator.Pair] | None:
+        """All weights of the one operator, its activation, and the convolution in front of q; None if a part must be
+        called."""
+        query: Any = self.q
+        folded, activation, q = (
+            self._folded_parts("k", "v", "v_local", "proj"),
+            self._activation(),
+            folded_pair(query.proj),
+        )
+        local = query.local
+        if isinstance(local, nn.Sequential) and len(local) == 1 and not is_overridden(local):  # the official one's
+            (local,) = local._modules.values()
+        plain = is_plain(local, nn.Conv2d) and is_plain(query.pool, nn.AvgPool2d) and not is_overridden(query)
+        if folded is None or activation is None or q is None or not plain:
+            return None
+        k, v, v_local, proj = folded
+        weight, bias = fold_batch_norm(*q, rounded=False)
+        packed = _operator.pack((weight.flatten(1), bias), k, v, self._bias(x, 2), proj, own_image=True, local=v_local)
+        # Pooling takes every other pixel as it is: one more at the centre of the convolution.
+        centre = torch.zeros_like(local.weight)
+        centre[:, :, 1, 1] = 1
+        return packed, activation, ((local.weight + centre).to(x.dtype), local.bias)
 
 
 class _LocalGlobalQuery(nn.Module):

@@ -5,7 +5,7 @@ And what is computed from parameters alone is kept for the next call, for as lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -29,7 +29,8 @@ class _Watch:
     parameters and its parts, not itself, or only the garbage collector could free it.
     """
 
-    def __init__(self, parts: Iterable[Part]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
         self._hooks: list[Any] = []
         # Looked up by name in a dictionary, and what was found there.
         self._owners: list[dict[str, Any]] = []
@@ -75,10 +76,12 @@ class _Watch:
         self._names.append(name)
         self._found.append(found)
 
-    def holds(self) -> bool:
-        """Whether nothing has changed, and nothing listens."""
+    def holds(self, parts: Sequence[Part]) -> bool:
+        """Whether these are the same parts, nothing of them has changed, and nothing listens."""
         return (
-            not any(self._hooks)
+            len(parts) == len(self._parts)
+            and all(map(is_, parts, self._parts))
+            and not any(self._hooks)
             and all(map(is_, map(dict.get, self._owners, self._names), self._found))
             and list(map(_version, self._tensors)) == self._versions
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
@@ -109,7 +112,7 @@ class KeepsDerived(nn.Module):
     gradients, since torch's fused optimisers do not count; only writing to ``.data`` in evaluation mode goes unseen.
     """
 
-    def _derived(self, name: str, parts: Iterable[Part], make: Callable[[], Any]) -> Any:
+    def _derived(self, name: str, parts: Sequence[Part], make: Callable[[], Any]) -> Any:
         """What ``make`` returns, from the last call if what it depends on is the same.
 
         Args:
@@ -124,7 +127,7 @@ class KeepsDerived(nn.Module):
             return make()
         all_kept: dict[str, _Kept] = self.__dict__.setdefault("_effattn_derived", {})
         kept = all_kept.get(name)
-        if kept is not None and kept.watch.holds():
+        if kept is not None and kept.watch.holds(parts):
             return kept.derived
         try:
             watch = _Watch(parts)

@@ -21,22 +21,25 @@ class Packed(NamedTuple):
     """Weights in float32 as the operator takes them.
 
     Args:
-        qkv: (blocks, C, OUTPUTS): all heads' q, their k, then from a whole block on their v, channels of a head a
-            multiple of CHANNELS; qkv_bias: (outputs of these,).
-        bias: (heads, H * W, H * W).
+        q: of the queries' own image, or None: (blocks, C, OUTPUTS), q_bias (heads * rounded(key_dim),).
+        qkv: (blocks, C, OUTPUTS): all heads' q (unless ``q`` has them), their k, then from a whole block on their v,
+            channels of a head a multiple of CHANNELS; qkv_bias: (outputs of these,).
+        bias: (heads, queries, keys).
         talking_heads: as of biased_attention, or empty.
         taps: of the values' depthwise convolution, (blocks, k * k, OUTPUTS); tap_bias (blocks * OUTPUTS,); or None.
-        proj: of the last 1x1 convolution, (blocks, rounded(value_dim) * heads, OUTPUTS); proj_bias (outputs,); or None.
+        proj: of the last 1x1 convolution, (blocks, heads * rounded(value_dim), OUTPUTS); proj_bias (outputs,).
     """
 
+    q: torch.Tensor | None
+    q_bias: torch.Tensor | None
     qkv: torch.Tensor
     qkv_bias: torch.Tensor
     bias: torch.Tensor
     talking_heads: Sequence[torch.Tensor]
     taps: torch.Tensor | None
     tap_bias: torch.Tensor | None
-    proj: torch.Tensor | None
-    proj_bias: torch.Tensor | None
+    proj: torch.Tensor
+    proj_bias: torch.Tensor
     key_dim: int
     value_dim: int
 
@@ -46,75 +49,115 @@ def pack(
     k: Pair,
     v: Pair,
     bias: torch.Tensor,
+    proj: Pair,
     *,
+    own_image: bool = False,
     talking_heads: Sequence[torch.Tensor] = (),
     local: Pair | None = None,
-    proj: Pair | None = None,
 ) -> Packed:
-    """Lays weights out once for many calls.
+    """Lays weights of any dtype out once for many calls.
 
     Args:
         q, k, v: weight (heads * channels, C) and bias (heads * channels,) of 1x1 convolutions.
-        bias: (heads, N, N).
+        bias: (heads, queries, keys).
+        proj: weight (outputs, heads * value_dim) and bias of the last 1x1 convolution.
+        own_image: whether q is made from an image of its own.
         talking_heads: as of biased_attention.
         local: weight (heads * value_dim, 1, k, k) and bias of a depthwise convolution of v, added to the output.
-        proj: weight (outputs, heads * value_dim) and bias of the last 1x1 convolution.
     """
+    q, k, v, proj = ((weight.float(), of.float()) for weight, of in (q, k, v, proj))
     heads = bias.shape[0]
     key_dim, value_dim = len(k[1]) // heads, len(v[1]) // heads
     keys, values = heads * rounded(key_dim), heads * rounded(value_dim)
-    sizes = [keys, rounded(2 * keys, OUTPUTS) - keys, values]
-    weight, qkv_bias = (joined([of_whole_heads(part[i], heads) for part in (q, k, v)], sizes) for i in (0, 1))
-    taps = tap_bias = matrix = proj_bias = None
+    first = [k] if own_image else [q, k]
+    before_v = rounded(len(first) * keys, OUTPUTS) - (len(first) - 1) * keys
+    sizes = [*[keys] * (len(first) - 1), before_v, values]
+    weight, qkv_bias = (joined([of_whole_heads(part[i], heads) for part in (*first, v)], sizes) for i in (0, 1))
+    taps = tap_bias = None
     if local is not None:
-        taps = pack_projection(of_whole_heads(local[0].flatten(1), heads))
-        tap_bias = padded(of_whole_heads(local[1], heads), 0, rounded(values, OUTPUTS))
-    if proj is not None:
-        matrix, proj_bias = pack_projection(of_whole_heads(proj[0].mT, heads).mT), proj[1]
+        taps = pack_projection(of_whole_heads(local[0].float().flatten(1), heads))
+        tap_bias = padded(of_whole_heads(local[1].float(), heads), 0, rounded(values, OUTPUTS))
     return Packed(
+        pack_projection(of_whole_heads(q[0], heads)) if own_image else None,
+        of_whole_heads(q[1], heads) if own_image else None,
         pack_projection(weight),
         qkv_bias,
-        bias.contiguous(),
-        list(talking_heads),
+        bias.float().contiguous(),
+        [t.float() for t in talking_heads],
         taps,
         tap_bias,
-        matrix,
-        proj_bias,
+        pack_projection(of_whole_heads(proj[0].mT, heads).mT),
+        proj[1],
         key_dim,
         value_dim,
     )
 
 
-def projected_attention(x: torch.Tensor, packed: Packed, scale: float) -> torch.Tensor:
-    """(B, C, H, W) -> (B, outputs, H, W): 1x1 convolution, biased_attention, depthwise convolution, 1x1 convolution."""
-    return _OPERATOR(x, *packed, scale)
+#: Activations in front of the last 1x1 convolution, by the operator's numbers.
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 
 
-def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    packed, scale = Packed(*arguments[:-1]), arguments[-1]
+def projected_attention(
+    x: torch.Tensor,
+    packed: Packed,
+    scale: float,
+    *,
+    activation: str = "none",
+    q_image: torch.Tensor | None = None,
+    out_size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """1x1 convolution, biased_attention, the values' depthwise convolution, enlargement, activation, 1x1 convolution.
+
+    Args:
+        x: (B, C, H, W).
+        packed: the weights, with ``q`` if and only if there is a ``q_image``.
+        scale: of the logits.
+        activation: one of ACTIVATIONS.
+        q_image: (B, C, ceil(H / 2), ceil(W / 2)); what the queries are made from, and the size of the output. The
+            depthwise convolution then has a stride of two.
+        out_size: enlarges the image bilinearly.
+
+    Returns:
+        (B, outputs, *out_size)
+    """
+    size = out_size or (x if q_image is None else q_image).shape[2:]
+    return _OPERATOR(x, q_image, *packed, scale, ACTIVATIONS[activation], *size)
+
+
+def _fake(x: torch.Tensor, q_image: torch.Tensor | None, *arguments: Any) -> torch.Tensor:
+    packed, (scale, activation, *out_size) = Packed(*arguments[:-4]), arguments[-4:]
     torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
-    torch._check(packed.bias.dim() == 3, lambda: "bias must have shape (heads, H * W, H * W)")
+    torch._check(packed.bias.dim() == 3, lambda: "bias must have shape (heads, queries, keys)")
     torch._check(math.isfinite(scale), lambda: "scale must be finite")
-    heads, tokens = packed.bias.shape[0], x.shape[2] * x.shape[3]
-    torch._check(packed.bias.shape[1:] == (tokens, tokens), lambda: "bias must have shape (heads, H * W, H * W)")
+    torch._check(activation in ACTIVATIONS.values(), lambda: "activation must be 0 (none), 1 (relu) or 2 (gelu)")
     torch._check(packed.key_dim > 0 and packed.value_dim > 0, lambda: "key_dim and value_dim must be positive")
-    keys, values = heads * rounded(packed.key_dim), heads * rounded(packed.value_dim)
-    outputs = rounded(2 * keys, OUTPUTS) + values
+    torch._check((q_image is None) == (packed.q is None), lambda: "q_image, q and q_bias must all be given or be None")
+    heads, keys = packed.bias.shape[0], packed.bias.shape[0] * rounded(packed.key_dim)
+    values, query_size = heads * rounded(packed.value_dim), x.shape[2:]
+    before_v = rounded(2 * keys, OUTPUTS)
+    if q_image is not None:
+        query_size = torch.Size(-(-n // 2) for n in x.shape[2:])
+        torch._check(
+            q_image.shape == (*x.shape[:2], *query_size),
+            lambda: "q_image must have shape (B, C, ceil(H / 2), ceil(W / 2))",
+        )
+        before_v = rounded(keys, OUTPUTS)
     torch._check(
-        packed.qkv.shape == (rounded(outputs, OUTPUTS) // OUTPUTS, x.shape[1], OUTPUTS),
+        packed.bias.shape[1:] == (query_size.numel(), x.shape[2] * x.shape[3]),
+        lambda: "bias must have shape (heads, queries, keys)",
+    )
+    torch._check(
+        packed.qkv.shape == (rounded(before_v + values, OUTPUTS) // OUTPUTS, x.shape[1], OUTPUTS),
         lambda: "qkv must have shape (blocks, C, OUTPUTS)",
     )
-    torch._check(packed.qkv_bias.shape == (outputs,), lambda: "qkv_bias must have a number for each output")
+    torch._check(packed.qkv_bias.shape == (before_v + values,), lambda: "qkv_bias must have a number for each output")
     torch._check(len(packed.talking_heads) in (0, 4), lambda: "talking_heads must have no tensors or 4")
-    out_channels = heads * packed.value_dim
-    if packed.proj is not None:
-        assert packed.proj_bias is not None
-        out_channels = packed.proj_bias.shape[0]
-        torch._check(
-            packed.proj.shape == (rounded(out_channels, OUTPUTS) // OUTPUTS, values, OUTPUTS),
-            lambda: "proj must have shape (blocks, heads * rounded(value_dim), OUTPUTS)",
-        )
-    return empty_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))
+    outputs = packed.proj_bias.shape[0]
+    torch._check(
+        packed.proj.shape == (rounded(outputs, OUTPUTS) // OUTPUTS, values, OUTPUTS),
+        lambda: "proj must have shape (blocks, heads * rounded(value_dim), OUTPUTS)",
+    )
+    return empty_in_order_of(x, (x.shape[0], outputs, *out_size))
 
 
 _OPERATOR.register(_fake)

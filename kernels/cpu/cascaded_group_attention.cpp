@@ -271,8 +271,9 @@ void cascaded_group_attention(const Problem& p, const ProjectionWeights* project
                  }
                  const Rows<float> rows = rows_of(batch);
                  worker.for_runs(window, [&](int64_t token, int64_t of_image, int64_t count) {
-                   worker.passes.relu(count, p.value_dim, {own.out + token * of.d, of.d},
-                                      {rows.data + of_image * rows.stride + h * p.value_dim, rows.stride});
+                   worker.passes.activate(
+                       Activation::kRelu, count, p.value_dim, {own.out + token * of.d, of.d},
+                       {rows.data + of_image * rows.stride + h * p.value_dim, rows.stride});
                  });
                }
              }

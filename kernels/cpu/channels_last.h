@@ -44,6 +44,8 @@ struct PaddedImage {
   }
 };
 
+enum class Activation : int64_t { kNone, kRelu, kGelu };
+
 // All work in one thread.
 struct ChannelsLastPasses {
   // to(i, o) = weights(o, i): of a projection, or of a depthwise convolution with a row for each of its taps.
@@ -60,9 +62,14 @@ struct ChannelsLastPasses {
   // taps += the gradient of a depthwise convolution's taps, bias += that of its bias.
   void (*depthwise_backward)(int64_t kernel, const PaddedImage& in, const Rows<const float>& grad_out,
                              float* taps, float* bias);
-  // out += in, or = in with negative numbers as zeros.
-  void (*add)(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out);
-  void (*relu)(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out);
+  void (*add)(int64_t tokens, int64_t channels, const Rows<const float>& in,
+              const Rows<float>& out);  // out += in
+  void (*activate)(Activation, int64_t tokens, int64_t channels, const Rows<const float>& in,
+                   const Rows<float>& out);
+  // Row y of an image of out_height x out_width, enlarged bilinearly from one of height x width; pixels are
+  // squares, not points (align_corners=False).
+  void (*enlarge)(int64_t channels, const Rows<const float>& in, int64_t height, int64_t width, int64_t y,
+                  int64_t out_height, int64_t out_width, const Rows<float>& out);
   // The gradients of project: grad_in += grad_out weights^T, weights += in^T grad_out (a row an output), bias
   // += the sum of grad_out.
   void (*project_backward)(int64_t tokens, int64_t inputs, int64_t outputs, const Rows<const float>& in,

@@ -37,6 +37,10 @@ void project(int64_t tokens, int64_t inputs, int64_t outputs, const Features& in
   const WriteOnBias edge{out.data, out.stride, bias};
   Fetch fetch;
   fetch.add(Place<const float>{next.data, 1, next.floats}, next.floats, 1);
+  if (kRows == 8 && tokens % 8 != 0 && tokens % 7 == 0 && in.token_stride != 1) {  // windows of 7x7
+    return product<7>(tokens, outputs, StepsAdjacent<true>{in.data, in.token_stride}, vectors, inputs, edge,
+                      fetch);
+  }
   if (in.token_stride == 1) {
     product(tokens, outputs, RowsAdjacent{in.data, in.channel_stride}, vectors, inputs, edge, fetch);
   } else if (inputs >= 64) {
@@ -231,10 +235,57 @@ void add_pass(int64_t tokens, int64_t channels, const Rows<const float>& in, con
   }
 }
 
-void relu_pass(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out) {
+template <class F>
+void each_vector(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out,
+                 const F& f) {
   for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < channels; c += kLanes)
+      store(out.data + t * out.stride + c, f(load(in.data + t * in.stride + c)));
+  }
+}
+
+void activate(Activation activation, int64_t tokens, int64_t channels, const Rows<const float>& in,
+              const Rows<float>& out) {
+  switch (activation) {
+    case Activation::kNone:
+      return each_vector(tokens, channels, in, out, [](Vec x) { return x; });
+    case Activation::kRelu:
+      return each_vector(tokens, channels, in, out, [](Vec x) { return relu(x); });
+    case Activation::kGelu:
+      return each_vector(tokens, channels, in, out, [](Vec x) { return gelu(x); });
+  }
+}
+
+// Where a pixel of the larger image lies between two of the smaller.
+struct Between {
+  int64_t first, second;
+  float weight;  // of the second
+
+  Between(int64_t at, int64_t size, int64_t out_size) {
+    const float exact =
+        (static_cast<float>(at) + 0.5f) * static_cast<float>(size) / static_cast<float>(out_size) - 0.5f;
+    const float inside = exact > 0.0f ? exact : 0.0f;
+    first = smaller(static_cast<int64_t>(inside), size - 1);
+    second = smaller(first + 1, size - 1);
+    weight = inside - static_cast<float>(first);
+  }
+};
+
+void enlarge(int64_t channels, const Rows<const float>& in, int64_t height, int64_t width, int64_t y,
+             int64_t out_height, int64_t out_width, const Rows<float>& out) {
+  const Between down(y, height, out_height);
+  for (int64_t x = 0; x < out_width; ++x) {
+    const Between across(x, width, out_width);
+    const float* const corners[] = {in.data + (down.first * width + across.first) * in.stride,
+                                    in.data + (down.first * width + across.second) * in.stride,
+                                    in.data + (down.second * width + across.first) * in.stride,
+                                    in.data + (down.second * width + across.second) * in.stride};
+    const Vec right = broadcast(across.weight), left = broadcast(1.0f - across.weight);
+    const Vec bottom = broadcast(down.weight), top = broadcast(1.0f - down.weight);
+    float* const to = out.data + x * out.stride;
     for (int64_t c = 0; c < channels; c += kLanes) {
-      store(out.data + t * out.stride + c, relu(load(in.data + t * in.stride + c)));
+      store(to + c, top * (left * load(corners[0] + c) + right * load(corners[1] + c)) +
+                        bottom * (left * load(corners[2] + c) + right * load(corners[3] + c)));
     }
   }
 }
@@ -248,8 +299,8 @@ void store_pass(DType dtype, const Image& image, int64_t tokens, int64_t channel
 }
 
 constexpr ChannelsLastPasses kPasses = {transpose_pass,     project,   fill,      depthwise,
-                                        depthwise_backward, add_pass,  relu_pass, project_backward,
-                                        load_pass,          store_pass};
+                                        depthwise_backward, add_pass,  activate,  enlarge,
+                                        project_backward,   load_pass, store_pass};
 
 }  // namespace
 

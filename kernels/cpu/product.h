@@ -111,7 +111,7 @@ EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors<T
 // from col on, finish<Whole>(v, acc) takes the result. `edge.whole(end)` tells whether columns up to `end`
 // may be written as whole vectors. `cols` counts floats and is rounded up to whole vectors. `fetch` is drawn
 // from along the way.
-template <class Scalars, class T, bool Relu, class Edge>
+template <int Rows = kRows, class Scalars, class T, bool Relu, class Edge>
 inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, int64_t depth,
                     const Edge& edge, Fetch& fetch) {
   for (int64_t col = 0, width; col < cols; col += width * kLanes) {
@@ -119,9 +119,9 @@ inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, i
     // Four are two and two: a single vector has too few sums under way to hide the latency of an addition.
     width = vectors == 4 ? 2 : smaller(vectors, 3);
     if (width == 3) {
-      product_rows<kRows, 3>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<Rows, 3>(0, rows, a, b, depth, col, edge, fetch);
     } else if (width == 2) {
-      product_rows<kRows, 2>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<Rows, 2>(0, rows, a, b, depth, col, edge, fetch);
     } else {
       product_rows<Scalars::kMostRows, 1>(0, rows, a, b, depth, col, edge, fetch);
     }

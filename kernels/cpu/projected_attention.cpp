@@ -1,5 +1,6 @@
 // The schedule: blocks of the first projection in parallel, those of v with the convolution behind them;
-// heads, or where they talk to each other blocks of queries; blocks of the last projection.
+// heads, or where they talk to each other blocks of queries; rows of an enlarged image; blocks of the last
+// projection.
 #include "projected_attention.h"
 
 #include "features.h"
@@ -9,103 +10,172 @@ namespace {
 
 constexpr int64_t kQueries = 24;  // at least so many are worth laying out the keys for
 
-struct Part {
-  int64_t head, heads, query, queries;
+int64_t grain(int64_t work) { return larger(1, kMinWorkPerThread / larger(1, work)); }
+
+// Rows of every image of the batch, each row in other cache sets than the one before.
+struct Batch {
+  float* data;
+  int64_t tokens, stride;
+
+  Batch(int64_t channels, int64_t of_tokens)
+      : data(nullptr), tokens(of_tokens), stride(round_up(channels, kPackedOutputs) + kWholeVectors) {}
+  int64_t floats(int64_t batch) const { return batch * tokens * stride; }
+  Rows<float> of(int64_t batch, int64_t channel = 0) const {
+    return {data + batch * tokens * stride + channel, stride};
+  }
 };
 
 // What one thread attends to at a time.
-Part part_of(const SoftmaxHeads& all, int64_t parts, int64_t part) {
-  if (!all.talk()) return {part, 1, 0, all.queries};
-  const int64_t first = part * all.queries / parts, end = (part + 1) * all.queries / parts;
-  return {0, all.heads, first, end - first};
-}
+struct Part {
+  int64_t head, heads, query, queries;
+
+  Part(const SoftmaxHeads& all, int64_t parts, int64_t part)
+      : head(part), heads(1), query(0), queries(all.queries) {
+    if (!all.talk()) return;
+    head = 0;
+    heads = all.heads;
+    query = part * all.queries / parts;
+    queries = (part + 1) * all.queries / parts - query;
+  }
+};
+
+// A call's memory between its phases.
+struct Call {
+  const ProjectedAttention& p;
+  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
+  const SoftmaxPasses& softmax = softmax_passes(active_isa());
+  const FeaturesOf x, q_image;
+  Batch qkv, q, attended, enlarged;
+  float *x_memory, *q_memory;
+
+  explicit Call(const ProjectedAttention& problem)
+      : p(problem),
+        x(p.dtype, p.x, p.batch, p.qkv.inputs, p.size.tokens()),
+        q_image(p.dtype, p.q_image, p.q == nullptr ? 0 : p.batch, p.qkv.inputs, p.query_size.tokens()),
+        qkv(p.qkv.outputs, p.size.tokens()),
+        q(p.keys(), p.q == nullptr ? 0 : p.query_size.tokens()),
+        attended(p.values(), p.query_size.tokens()),
+        enlarged(p.values(), p.out_size == p.query_size ? 0 : p.out_size.tokens()) {}
+
+  int64_t floats() const {
+    return x.floats() + q_image.floats() + qkv.floats(p.batch) + q.floats(p.batch) +
+           attended.floats(p.batch) + enlarged.floats(p.batch);
+  }
+  void lie_in(float* memory) {
+    x_memory = memory;
+    q_memory = x_memory + x.floats();
+    qkv.data = q_memory + q_image.floats();
+    q.data = qkv.data + qkv.floats(p.batch);
+    attended.data = q.data + q.floats(p.batch);
+    enlarged.data = attended.data + attended.floats(p.batch);
+  }
+
+  // A block of v through the depthwise convolution.
+  void convolve(int64_t batch, int64_t first, const Rows<float>& projected) const {
+    const int64_t channel = first - p.first_value();
+    if (p.kernel == 0 || channel < 0) return;
+    const bool halved = !(p.size == p.query_size);
+    PaddedImage padded{nullptr, p.size.height, p.size.width, kPackedOutputs, p.kernel / 2};
+    const int64_t whole_floats = halved ? p.size.tokens() * kPackedOutputs : 0;
+    float* const whole = thread_scratch(whole_floats + padded.floats());
+    padded.data = whole + whole_floats;
+    clear(padded.data, padded.floats());
+    passes.fill({projected.data, projected.stride}, padded);
+    const Rows<float> to = attended.of(batch, channel);
+    const Rows<float> all = halved ? Rows<float>{whole, kPackedOutputs} : to;
+    passes.depthwise(p.kernel, padded, p.taps + channel * p.kernel * p.kernel, p.tap_bias + channel, all);
+    for (int64_t y = 0; y < p.query_size.height && halved; ++y) {
+      for (int64_t x = 0; x < p.query_size.width; ++x) {
+        copy(to.data + (y * p.query_size.width + x) * to.stride,
+             whole + (2 * y * p.size.width + 2 * x) * kPackedOutputs, kPackedOutputs);
+      }
+    }
+  }
+
+  void project(const Parallel& parallel) const {
+    const auto nothing = [](int64_t, int64_t, int64_t, const Rows<float>&) {};
+    if (p.q != nullptr) {
+      project_blocks(
+          p.batch, p.query_size.tokens(), *p.q, [&](int64_t b) { return q_image.of(q_memory, b); }, parallel,
+          [&](int64_t b, int64_t first, const Rows<float>&) { return q.of(b, first); }, nothing);
+    }
+    project_blocks(
+        p.batch, p.size.tokens(), p.qkv, [&](int64_t b) { return x.of(x_memory, b); }, parallel,
+        [&](int64_t b, int64_t first, const Rows<float>&) { return qkv.of(b, first); },
+        [&](int64_t b, int64_t first, int64_t, const Rows<float>& rows) { convolve(b, first, rows); });
+  }
+
+  void attend(int64_t batch, const Part& part) const {
+    SoftmaxHeads heads = p.heads;
+    heads.heads = part.heads;
+    heads.queries = part.queries;
+    heads.bias += part.head * heads.bias_stride + part.query * heads.keys;
+    const int64_t dk = p.key_stride(), dv = p.value_stride();
+    const int64_t own_floats = part.heads * part.queries * dv;
+    float* const own = thread_scratch(own_floats + softmax.scratch_floats(heads));
+    const Rows<float> queries = p.q == nullptr ? qkv.of(batch, part.head * dk) : q.of(batch, part.head * dk);
+    const Rows<float> keys = qkv.of(batch, p.first_key() + part.head * dk);
+    const Rows<float> values = qkv.of(batch, p.first_value() + part.head * dv);
+    const Rows<float> all = attended.of(batch, part.head * dv);
+    const HeadRows<float> to{all.data + part.query * all.stride, dv, all.stride};
+    const HeadRows<float> written = p.kernel == 0 ? to : HeadRows<float>{own, part.queries * dv, dv};
+    softmax.forward(heads, {queries.data + part.query * queries.stride, dk, queries.stride},
+                    {keys.data, dk, keys.stride}, {values.data, dv, values.stride}, written,
+                    own + own_floats);
+    for (int64_t h = 0; h < part.heads; ++h) {
+      const Rows<float> rows = to.of(h);
+      if (p.kernel != 0) passes.add(part.queries, dv, {written.of(h).data, written.stride}, rows);
+      // An enlarged image is activated afterwards.
+      if (p.activation != Activation::kNone && enlarged.tokens == 0) {
+        passes.activate(p.activation, part.queries, dv, {rows.data, rows.stride}, rows);
+      }
+    }
+  }
+
+  void attend(const Parallel& parallel) const {
+    const SoftmaxHeads& all = p.heads;
+    const int64_t parts = all.talk() ? larger(1, all.queries / kQueries) : all.heads;
+    const int64_t channels = all.head_dim + all.value_dim + 20 + (all.talk() ? 2 * all.heads : 0);
+    const int64_t work = all.heads * all.queries * all.keys * channels / parts;
+    parallel(p.batch * parts, grain(work), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) attend(unit / parts, Part(all, parts, unit % parts));
+    });
+  }
+
+  void enlarge(const Parallel& parallel) const {
+    if (enlarged.tokens == 0) return;
+    const int64_t height = p.out_size.height, width = p.out_size.width;
+    parallel(p.batch * height, grain(12 * width * p.values()), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t b = unit / height, y = unit % height;
+        const Rows<float> in = attended.of(b), image = enlarged.of(b);
+        const Rows<float> row{image.data + y * width * image.stride, image.stride};
+        passes.enlarge(p.values(), {in.data, in.stride}, p.query_size.height, p.query_size.width, y, height,
+                       width, row);
+        if (p.activation != Activation::kNone) {
+          passes.activate(p.activation, width, p.values(), {row.data, row.stride}, row);
+        }
+      }
+    });
+  }
+};
 
 }  // namespace
 
 void projected_attention(const ProjectedAttention& p, const Parallel& parallel) {
-  const SoftmaxHeads& all = p.heads;
-  const int64_t tokens = all.queries;
-  if (p.batch * tokens == 0) return;
-  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
-  const SoftmaxPasses& softmax = softmax_passes(active_isa());
-  const auto grain = [](int64_t work) { return larger(1, kMinWorkPerThread / larger(1, work)); };
-
-  const FeaturesOf x(p.dtype, p.x, p.batch, p.qkv.inputs, tokens);
-  // Rows of whole blocks, each in other cache sets than the one before.
-  const int64_t row = round_up(p.qkv.outputs, kPackedOutputs) + kWholeVectors;
-  const int64_t out_row = round_up(p.values(), kPackedOutputs) + kWholeVectors;
-  const int64_t floats = x.floats() + p.batch * tokens * (row + out_row);
+  if (p.batch * p.size.tokens() * p.out_size.tokens() * p.proj.outputs == 0) return;
+  Call call(p);
+  const int64_t floats = call.floats();
   const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
-  float* const memory = large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats);
-  const auto qkv_of = [&](int64_t batch) {
-    return Rows<float>{memory + x.floats() + batch * tokens * row, row};
-  };
-  const auto out_of = [&](int64_t batch) {
-    return Rows<float>{memory + x.floats() + p.batch * tokens * row + batch * tokens * out_row, out_row};
-  };
-  x.load(memory, parallel);
-
-  const PaddedImage shape{nullptr, p.height, p.width, kPackedOutputs, p.kernel / 2};
-  project_blocks(
-      p.batch, tokens, p.qkv, [&](int64_t b) { return x.of(memory, b); }, parallel,
-      [&](int64_t b, int64_t first, const Rows<float>&) {
-        const Rows<float> rows = qkv_of(b);
-        return Rows<float>{rows.data + first, rows.stride};
-      },
-      [&](int64_t b, int64_t first, int64_t, const Rows<float>& projected) {
-        const int64_t channel = first - p.first_value();
-        if (p.kernel == 0 || channel < 0) return;
-        PaddedImage padded = shape;
-        padded.data = thread_scratch(padded.floats());
-        clear(padded.data, padded.floats());
-        passes.fill({projected.data, projected.stride}, padded);
-        const Rows<float> out = out_of(b);
-        passes.depthwise(p.kernel, padded, p.taps + channel * p.kernel * p.kernel, p.tap_bias + channel,
-                         {out.data + channel, out.stride});
-      });
-
-  const int64_t parts = all.talk() ? larger(1, tokens / kQueries) : all.heads;
-  const int64_t pairs = all.heads * tokens * tokens;
-  const int64_t talk = all.talk() ? 2 * all.heads : 0;
-  const int64_t work = pairs * (all.head_dim + all.value_dim + 20 + talk) / larger(1, parts);
-  parallel(p.batch * parts, grain(work), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / parts;
-      const Part part = part_of(all, parts, unit % parts);
-      SoftmaxHeads heads = all;
-      heads.heads = part.heads;
-      heads.queries = part.queries;
-      heads.bias += part.head * all.bias_stride + part.query * tokens;
-      const int64_t own_floats = part.heads * part.queries * p.value_stride();
-      float* const own = thread_scratch(own_floats + softmax.scratch_floats(heads));
-      const Rows<float> qkv = qkv_of(b), out = out_of(b);
-      const float* const q = qkv.data + part.query * qkv.stride + part.head * p.key_stride();
-      const float* const k = qkv.data + (all.heads + part.head) * p.key_stride();
-      const float* const v = qkv.data + p.first_value() + part.head * p.value_stride();
-      const Rows<float> to{out.data + part.query * out.stride + part.head * p.value_stride(), out.stride};
-      const HeadRows<float> written =
-          p.kernel == 0 ? HeadRows<float>{to.data, p.value_stride(), to.stride}
-                        : HeadRows<float>{own, part.queries * p.value_stride(), p.value_stride()};
-      softmax.forward(heads, {q, p.key_stride(), qkv.stride}, {k, p.key_stride(), qkv.stride},
-                      {v, p.value_stride(), qkv.stride}, written, own + own_floats);
-      for (int64_t h = 0; h < part.heads && p.kernel != 0; ++h) {
-        passes.add(part.queries, p.value_stride(), {written.of(h).data, written.stride},
-                   {to.data + h * p.value_stride(), to.stride});
-      }
-    }
-  });
-
-  if (p.proj != nullptr) {
-    return project_tokens(p.dtype, p.batch, tokens, *p.proj, out_of, p.out, parallel);
-  }
-  parallel(p.batch * all.heads, grain(tokens * all.value_dim), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / all.heads, head = unit % all.heads;
-      const Rows<float> rows = out_of(b);
-      passes.store(p.dtype, channels_from(p.dtype, p.out, b, head * all.value_dim), tokens, all.value_dim,
-                   {rows.data + head * p.value_stride(), rows.stride});
-    }
-  });
+  call.lie_in(large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats));
+  call.x.load(call.x_memory, parallel);
+  if (p.q != nullptr) call.q_image.load(call.q_memory, parallel);
+  call.project(parallel);
+  call.attend(parallel);
+  call.enlarge(parallel);
+  const Batch& last = call.enlarged.tokens == 0 ? call.attended : call.enlarged;
+  project_tokens(
+      p.dtype, p.batch, last.tokens, p.proj, [&](int64_t b) { return last.of(b); }, p.out, parallel);
 }
 
 }  // namespace effattn::cpu

@@ -2,8 +2,9 @@
 //
 //   [q | k | v] = 1x1(x)    out = softmax attention (softmax_attention.h)
 //
-// then, of EfficientFormerV2, a depthwise convolution of v is added to out; then, of EfficientFormer, a 1x1
-// convolution.
+// then, of EfficientFormerV2, a depthwise convolution of v is added to out, which is enlarged bilinearly and
+// goes through an activation; then a 1x1 convolution. Where the image is halved, q comes from a smaller image
+// of its own, and the depthwise convolution has a stride of two.
 #pragma once
 
 #include "parallel.h"
@@ -12,22 +13,35 @@
 
 namespace effattn::cpu {
 
+struct ImageSize {
+  int64_t height, width;
+  int64_t tokens() const { return height * width; }
+  bool operator==(const ImageSize& other) const { return height == other.height && width == other.width; }
+};
+
 struct ProjectedAttention {
   DType dtype;
-  int64_t batch, height, width;
-  SoftmaxHeads heads;  // all; queries and keys are the tokens
-  // Outputs of q for all heads, then of k, each head's a whole number of vectors; from the next whole block
-  // on those of v, in the same way.
+  int64_t batch;
+  // Of x, which has the keys; of the queries, as large as x or half, rounded up; of out, as the queries' or
+  // larger.
+  ImageSize size, query_size, out_size;
+  SoftmaxHeads heads;  // all
+  // Outputs of q for all heads (unless `q` has them), then of k, each head's a whole number of vectors; from
+  // the next whole block on those of v, in the same way.
   ProjectionWeights qkv;
-  int64_t kernel;                 // of the depthwise convolution, odd; 0: there is none
-  const float *taps, *tap_bias;   // (blocks of v, kernel * kernel, kPackedOutputs), (outputs of v)
-  const ProjectionWeights* proj;  // of the heads' outputs, each a whole number of vectors; or null
-  Image x, out;
+  const ProjectionWeights* q;    // of q_image; or null, and q is x's
+  int64_t kernel;                // of the depthwise convolution, odd; 0: there is none
+  const float *taps, *tap_bias;  // (blocks of v, kernel * kernel, kPackedOutputs), (outputs of v)
+  Activation activation;
+  ProjectionWeights proj;  // of the heads' outputs, each a whole number of vectors
+  Image x, q_image, out;
 
   int64_t key_stride() const { return round_up(heads.head_dim, kWholeVectors); }
   int64_t value_stride() const { return round_up(heads.value_dim, kWholeVectors); }
-  int64_t first_value() const { return round_up(2 * heads.heads * key_stride(), kPackedOutputs); }
+  int64_t keys() const { return heads.heads * key_stride(); }
   int64_t values() const { return heads.heads * value_stride(); }
+  int64_t first_key() const { return q == nullptr ? keys() : 0; }
+  int64_t first_value() const { return round_up(first_key() + keys(), kPackedOutputs); }
 };
 
 void projected_attention(const ProjectedAttention& problem, const Parallel& parallel);
