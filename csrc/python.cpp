@@ -91,6 +91,42 @@ py::dict multi_scale_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_
   return out;
 }
 
+// --- whether what weights were derived from is as it was
+// ------------------------------------------------------- Objects and attributes only. In Python the walk
+// over a module's sixty tensors takes half as long as the kernels whose weights it guards.
+
+// Whether every dictionary still has what was found in it under its name.
+bool same_items(const py::list& dictionaries, const py::list& names, const py::list& found) {
+  for (size_t i = 0; i < dictionaries.size(); ++i) {
+    PyObject* const now =
+        PyDict_GetItemWithError(PyList_GET_ITEM(dictionaries.ptr(), i), PyList_GET_ITEM(names.ptr(), i));
+    if (now == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if (now != PyList_GET_ITEM(found.ptr(), i)) return false;
+  }
+  return true;
+}
+
+// Whether every tensor has the version that it had, and lies where it lay.
+bool same_tensors(const py::list& tensors, const py::list& versions, const py::list& addresses) {
+  static PyObject* const version_name = PyUnicode_InternFromString("_version");
+  static PyObject* const address_name = PyUnicode_InternFromString("data_ptr");
+  const auto same = [](PyObject* now, PyObject* before) {
+    const auto owned = py::reinterpret_steal<py::object>(now);
+    if (now == nullptr) throw py::error_already_set();
+    const int equal = PyObject_RichCompareBool(now, before, Py_EQ);
+    if (equal < 0) throw py::error_already_set();
+    return equal == 1;
+  };
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!same(PyObject_GetAttr(tensor, version_name), PyList_GET_ITEM(versions.ptr(), i)) ||
+        !same(PyObject_CallMethodNoArgs(tensor, address_name), PyList_GET_ITEM(addresses.ptr(), i))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -101,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets compiled in, from narrow to wide.");
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));
+  m.def("same_items", &same_items,
+        "Whether dictionaries still have what was found in them under these names.");
+  m.def("same_tensors", &same_tensors, "Whether tensors have these versions and data_ptr()s.");
   m.def("relu_linear_attention_plan", &relu_linear_attention_plan, py::kw_only(), py::arg("groups"),
         py::arg("queries"), py::arg("keys"), py::arg("head_dim"), py::arg("value_dim"), py::arg("dtype"));
   m.def("multi_scale_plan", &multi_scale_plan, py::kw_only(), py::arg("batch"), py::arg("heads"),

@@ -30,7 +30,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "tests/test_multi_scale_numerics.py"]
-DEFAULT_TESTS += ["tests/test_lite_mla.py", "tests/test_softmax_attention_numerics.py"]
+DEFAULT_TESTS += [
+    "tests/test_lite_mla.py",
+    "tests/test_softmax_attention_numerics.py",
+    "tests/test_projected_attention.py",
+]
 DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 # What the schedule over threads does is not the business of an instruction set, and takes minutes here.
 # Of multi-scale and of softmax attention, those that meet every remainder of vectors, rows and kernels; all of it takes

@@ -36,6 +36,7 @@ DEFAULT = [
     "tests/test_lite_mla.py",
     "tests/test_softmax_attention_numerics.py",
     "tests/test_softmax_attention_errors.py",
+    "tests/test_projected_attention.py",
     "-m=not slow",
     "-k=not ((multi_scale or softmax) and bfloat16)",  # converted by the same code as float16
 ]

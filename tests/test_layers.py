@@ -24,7 +24,7 @@ ALLOWED = {
     "registry": {"backends"},
     "ops": {"registry", "backends", "_library"},
     "functional": {"ops"},
-    "nn": {"functional", "ops"},
+    "nn": {"functional", "ops", "_library"},
     "integrations": {"functional", "nn"},
     "testing": {"backends", "registry"},
     "__main__": {"registry", "_library", "__init__"},

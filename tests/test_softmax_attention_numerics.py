@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from effattn import biased_attention, cascaded_group_attention, use_backend
-from effattn.ops import cascaded_group_attention as cascade_op
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
@@ -21,7 +20,6 @@ from effattn.testing import (
     allowed_error,
     error,
     in_float64,
-    make_tensor,
     rounding_noise,
     softmax_cancelled_terms,
     with_gradients,
@@ -114,34 +112,6 @@ def test_every_window_and_key_dim(isa):
         check(CascadeCase(1, 8, key_dim, 4, 4, None, (3, 5)))
     for value_dim in (*range(1, 18), 96, 112):
         check(CascadeCase(1, 2 * value_dim, 4, 4, 4, None, (3, 5)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("memory_format", FORMATS[:2])
-@pytest.mark.parametrize("case", CASCADES, ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_projected_cascade(isa, case, memory_format, dtype, bias):
-    """The module's inference: the attention, relu, and a projection to a number of channels of its own."""
-    inputs = case.inputs(dtype, memory_format)
-    x, *weights = inputs.values()
-    projection = make_tensor(37, case.channels, seed=70) / case.channels**0.5, make_tensor(1, 37, seed=71)[0]
-    height, width = (case.height, case.width) if case.window is None else (case.window,) * 2
-    if isinstance(case.window, tuple):
-        height, width = case.window
-
-    def call(backend, dtype):
-        def convert(t):
-            return [convert(part) for part in t] if isinstance(t, list) else t.to(torch.promote_types(t.dtype, dtype))
-
-        arguments = cascade_op.Weights(
-            *map(convert, weights), convert(projection[0]), convert(projection[1]) if bias else None
-        )
-        with use_backend(backend):
-            return cascade_op.projected(x.to(dtype), arguments, 0.25, height, width)
-
-    truth, plain, out = call("reference", torch.float64), call("reference", dtype), call("cpu", dtype)
-    assert out.dtype == dtype and out.shape == (case.batch, 37, case.height, case.width)
-    assert error(out, truth) <= allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
 
 
 @pytest.mark.parametrize(

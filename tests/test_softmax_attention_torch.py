@@ -59,16 +59,6 @@ def test_opcheck(name):
     torch.library.opcheck(forward, (*leaves, *options))
 
 
-@pytest.mark.parametrize("memory_format", ["nchw", "channels_last"])
-def test_opcheck_of_the_projected_cascade(memory_format):
-    case = CASES["cascade"][0]
-    inputs = list(case.inputs(memory_format=memory_format).values())
-    for bias in (None, torch.randn(5)):
-        torch.library.opcheck(
-            OPS.cascaded_group_attention_projected.default, (*inputs, torch.randn(5, case.channels), bias, 0.5, 3, 4)
-        )
-
-
 @all_cases
 def test_gradcheck(name):
     """Through the reference; the kernels' gradients are compared with it elsewhere."""

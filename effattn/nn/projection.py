@@ -6,13 +6,16 @@ And what is computed from parameters alone is kept for the next call, for as lon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+
+from effattn._library import _C
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -24,8 +27,8 @@ Part: TypeAlias = nn.Module | dict[str, Any] | None
 class _Watch:
     """Parts of a module as they were: whether everything that torch counts is as it was.
 
-    A cascade has some thirty modules and sixty tensors, and may take less time than a walk over them: what is compared
-    lies in flat lists, and map() compares it without a line of Python for each. A module that keeps this hands over its
+    A cascade has some thirty modules and sixty tensors, and may take less time than a walk over them in Python: what is
+    compared lies in flat lists, over which compiled code walks. A module that keeps this hands over its
     parameters and its parts, not itself, or only the garbage collector could free it.
     """
 
@@ -36,7 +39,7 @@ class _Watch:
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._found: list[Any] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._children: list[dict[str, Any]] = []
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
         for part in parts:
@@ -46,9 +49,9 @@ class _Watch:
                 self._add_tensors(part)
         self._classes = [module.__class__ for module in self._modules]
         self._own = [module.__dict__ for module in self._modules]
-        self._settings = list(map(_settings, self._own))
-        self._versions = list(map(_version, self._tensors))
-        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._sizes = list(map(len, self._children))
+        self._versions = [t._version for t in self._tensors]
+        self._addresses = [t.data_ptr() for t in self._tensors]
         # The tensors' memory is held on to, so that nothing that follows them can come to lie in it.
         self._held = [t.detach() for t in self._tensors]
 
@@ -59,7 +62,10 @@ class _Watch:
         self._add_tensors(module._parameters)
         # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
         self._add_tensors(module._buffers)
-        self._sizes.append((parts, len(parts)))
+        self._children.append(parts)
+        for name in ("training", "eps"):  # what folding reads beside tensors
+            if name in own:
+                self._look_up(own, name, own[name])
         for name, part in parts.items():
             self._look_up(parts, name, part)
             if part is not None:
@@ -78,25 +84,17 @@ class _Watch:
 
     def holds(self, parts: Sequence[Part]) -> bool:
         """Whether these are the same parts, nothing of them has changed, and nothing listens."""
+        assert _C is not None
         return (
             len(parts) == len(self._parts)
             and all(map(is_, parts, self._parts))
             and not any(self._hooks)
-            and all(map(is_, map(dict.get, self._owners, self._names), self._found))
-            and list(map(_version, self._tensors)) == self._versions
-            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and _C.same_items(self._owners, self._names, self._found)
+            and _C.same_tensors(self._tensors, self._versions, self._addresses)
             and list(map(type, self._modules)) == self._classes
-            and list(map(_settings, self._own)) == self._settings
-            and all(len(parts) == size for parts, size in self._sizes)
+            and not any(map(contains, self._own, repeat("forward")))
+            and list(map(len, self._children)) == self._sizes
         )
-
-
-_version = attrgetter("_version")
-
-
-def _settings(own: dict[str, Any]) -> tuple[Any, ...]:
-    """Of a module by its attributes: what folding reads beside tensors."""
-    return own["training"], own.get("eps"), "forward" in own
 
 
 class _Kept(NamedTuple):
@@ -118,7 +116,7 @@ class KeepsDerived(nn.Module):
         Args:
             parts: modules, and dictionaries of parameters of this one.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _C is None:
             return make()
         if torch.is_grad_enabled():
             forget_derived(self)

@@ -115,8 +115,9 @@ EFFATTN_INLINE Vec gelu(Vec x) {
   Vec series = broadcast(1.061405429f);
   EFFATTN_UNROLL
   for (const float coefficient : kSeries) series = series * t + coefficient;
-  const Vec left = 0.5f * x * series * t * exp_of_negative(-z * z);
-  return x < 0.0f ? left : x - left;
+  const Vec tail = series * t * exp_of_negative(-z * z);
+  const Vec left = 0.5f * x * tail;
+  return x < 0.0f ? left : tail > 0.0f ? x - left : x;  // infinity stays
 }
 
 // The number of each lane.

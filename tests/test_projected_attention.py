@@ -1,0 +1,317 @@
+"""The operators behind the inference of cascades and of EfficientFormer's attention, whose weights are packed.
+
+Against float64, on every instruction set; bad arguments. Also run under sanitizers and, cross-compiled, under
+emulation; so nothing here compiles or needs a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from effattn import use_backend
+from effattn.backends import packed
+from effattn.ops import cascaded_group_attention as cascade_op
+from effattn.ops import projected_attention as attention_op
+from effattn.testing import FLOAT32_FORWARD_TOLERANCE, CascadeCase, allowed_error, error, make_image, make_tensor
+
+OPS = torch.ops.effattn
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUT = 37  # no multiple of what a block takes
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Sizes of EfficientFormer's attentions; ``halved``: queries from an image of their own."""
+
+    batch: int
+    channels: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    height: int
+    width: int
+    kernel: int = 0
+    talking: bool = False
+    activation: str = "none"
+    halved: bool = False
+    out_size: tuple[int, int] | None = None
+
+    @property
+    def queries(self) -> tuple[int, int]:
+        return (-(-self.height // 2), -(-self.width // 2)) if self.halved else (self.height, self.width)
+
+    def weights(self) -> dict:
+        """Of a size that keeps activations where they are."""
+
+        def convolution(outputs, inputs, seed):
+            return make_tensor(outputs, inputs, seed=seed) / inputs**0.5, make_tensor(1, outputs, seed=seed + 1)[0] / 4
+
+        h, (rows, cols) = self.heads, self.queries
+        k = self.kernel
+        mixing = [make_tensor(h, h, seed=5) / h**0.5, make_tensor(1, h, seed=6)[0]]
+        mixing += [make_tensor(h, h, seed=7) / h**0.5, make_tensor(1, h, seed=8)[0] / 9]
+        local = make_tensor(h * self.value_dim, 1, k, k, seed=9) / k if k else None
+        return {
+            "q": convolution(h * self.key_dim, self.channels, 10),
+            "k": convolution(h * self.key_dim, self.channels, 20),
+            "v": convolution(h * self.value_dim, self.channels, 30),
+            "bias": make_tensor(h, rows * cols, self.height * self.width, seed=40),
+            "proj": convolution(OUT, h * self.value_dim, 50),
+            "talking_heads": mixing if self.talking else (),
+            "local": None if local is None else (local, make_tensor(1, h * self.value_dim, seed=41)[0]),
+        }
+
+    def images(self, dtype=torch.float32, memory_format="nchw"):
+        x = make_image(self.batch, self.channels, self.height, self.width, memory_format).to(dtype)
+        q_image = make_image(self.batch, self.channels, *self.queries, memory_format) / 2 if self.halved else None
+        return x, None if q_image is None else q_image.to(dtype)
+
+    def call(self, x, q_image):
+        weights = attention_op.pack(**self.weights(), own_image=self.halved)
+        if x.dtype == torch.float64:  # the reference alone takes it
+            weights = attention_op.Packed(*(in_float64(value) for value in weights))
+        options = {"activation": self.activation, "q_image": q_image, "out_size": self.out_size}
+        return attention_op.projected_attention(x, weights, 0.3, **options)
+
+
+def in_float64(value):
+    if isinstance(value, list):
+        return [in_float64(v) for v in value]
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+ATTENTION = {
+    "efficientformer": AttentionCase(2, 24, 3, 5, 10, 12, 1),
+    "whole vectors": AttentionCase(1, 64, 2, 16, 32, 7, 7),
+    "v2": AttentionCase(2, 24, 4, 5, 10, 7, 7, 3, True, "gelu"),
+    "v2, enlarged": AttentionCase(2, 24, 3, 8, 16, 4, 3, 3, True, "gelu", out_size=(7, 6)),
+    "v2, halved": AttentionCase(2, 24, 4, 5, 10, 7, 6, 3, False, "relu", True),
+    "5x5, halved, one row": AttentionCase(1, 20, 2, 16, 16, 1, 9, 5, False, "gelu", True),
+    "one token": AttentionCase(2, 8, 2, 4, 4, 1, 1, 3, True, "none"),
+    "many queries": AttentionCase(1, 16, 2, 4, 20, 13, 12, 0, True, "relu"),
+    "enlarged, no kernel": AttentionCase(1, 16, 2, 4, 20, 3, 3, 0, False, "relu", out_size=(5, 9)),
+}
+CASCADES = {
+    "windows": CascadeCase(2, 24, 6, 5, 7, 4, (7, 3)),
+    "one window": CascadeCase(1, 64, 16, 7, 7, None, (7, 5, 3, 3)),
+    "9x9": CascadeCase(1, 10, 4, 3, 4, (2, 5), (9,)),
+    "one token": CascadeCase(2, 8, 4, 3, 3, 1, (3, 5)),
+}
+
+
+def call_cascade(case, x):
+    _, *weights = case.inputs().values()
+    proj = make_tensor(OUT, case.channels, seed=70) / case.channels**0.5, make_tensor(1, OUT, seed=71)[0]
+    weights = cascade_op.pack(cascade_op.Weights(*weights, *proj))
+    if x.dtype == torch.float64:
+        weights = cascade_op.Packed(*(in_float64(value) for value in weights))
+    size = case.window or (case.height, case.width)
+    return cascade_op.projected(x, weights, 0.25, *((size, size) if isinstance(size, int) else size))
+
+
+def check(call, images, dtype):
+    with use_backend("reference"):
+        truth = call(*(None if t is None else t.double() for t in images))
+        plain = call(*images)
+    with use_backend("cpu"):
+        out = call(*images)
+    assert out.dtype == dtype and out.shape == truth.shape
+    assert error(out, truth) <= allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "crop"])
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.usefixtures("poisoned_allocations")
+def test_attention_against_float64(isa, name, memory_format, dtype):
+    case = ATTENTION[name]
+    out = check(case.call, case.images(dtype, memory_format), dtype)
+    assert out.shape == (case.batch, OUT, *(case.out_size or case.queries))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "crop"])
+@pytest.mark.parametrize("name", CASCADES)
+@pytest.mark.usefixtures("poisoned_allocations")
+def test_cascade_against_float64(isa, name, memory_format, dtype):
+    case = CASCADES[name]
+    x = case.inputs(dtype, memory_format)["x"]
+    check(lambda x: call_cascade(case, x), (x,), dtype)
+
+
+def test_the_reference_is_what_it_says():
+    """From the weights as they came, in float64: the truth of all the others."""
+    for name in ("v2, halved", "v2, enlarged"):
+        case = ATTENTION[name]
+        x, q_image = (None if t is None else t.double() for t in case.images())
+        w = {key: in_float64(list(t) if isinstance(t, tuple) else t) for key, t in case.weights().items()}
+        with use_backend("reference"):
+            out = case.call(x, q_image)
+
+        def conv(image, part, **options):
+            weight, bias = part
+            return functional.conv2d(image, weight if weight.dim() == 4 else weight[..., None, None], bias, **options)
+
+        v = conv(x, w["v"])
+        q, k = conv(x if q_image is None else q_image, w["q"]), conv(x, w["k"])
+        q, k, heads = (t.flatten(2).unflatten(1, (case.heads, -1)) for t in (q, k, v))
+        logits = 0.3 * q.mT @ k + w["bias"].double()
+        if case.talking:
+            logits = torch.einsum("gh,bhnm->bgnm", w["talking_heads"][0], logits)
+            logits = logits + w["talking_heads"][1][:, None, None]
+        p = logits.softmax(-1)
+        if case.talking:
+            p = torch.einsum("gh,bhnm->bgnm", w["talking_heads"][2], p) + w["talking_heads"][3][:, None, None]
+        expected = (heads @ p.mT).reshape(case.batch, -1, *case.queries)
+        local = conv(v, w["local"], padding=1, stride=2 if case.halved else 1, groups=v.shape[1])
+        expected = expected + local
+        if case.out_size:
+            expected = functional.interpolate(expected, size=case.out_size, mode="bilinear")
+        expected = conv(functional.gelu(expected) if case.activation == "gelu" else expected.relu(), w["proj"])
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_same_bits_for_every_thread_count(isa, threads):
+    for memory_format in ("nchw", "channels_last"):
+        images = {name: case.images(memory_format=memory_format) for name, case in ATTENTION.items()}
+        cascades = {name: case.inputs(memory_format=memory_format)["x"] for name, case in CASCADES.items()}
+        expected = {}
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            outs = {name: ATTENTION[name].call(*image) for name, image in images.items()}
+            outs |= {f"cascade {name}": call_cascade(CASCADES[name], x) for name, x in cascades.items()}
+            expected = expected or outs
+            assert all(torch.equal(outs[name], out) for name, out in expected.items())
+
+
+@pytest.mark.parametrize("size", [(0, 7, 7), (2, 0, 7), (2, 7, 0)], ids=str)
+def test_empty(isa, size):
+    batch, height, width = size
+    case = replace(ATTENTION["v2"], batch=batch, height=height, width=width)
+    assert case.call(*case.images()).shape == (batch, OUT, height, width)
+    cascade = CascadeCase(batch, 24, 6, height, width, 4, (7, 3))
+    assert call_cascade(cascade, cascade.inputs()["x"]).shape == (batch, OUT, height, width)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_stays_in_its_image(isa, value):
+    case = ATTENTION["v2"]
+    x, _ = case.images()
+    x[0, 3, 2, 2] = value
+    with use_backend("reference"):
+        expected = case.call(x, None)
+    out = case.call(x, None)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert not out[0].isfinite().any() and out[1].isfinite().all()
+
+
+def test_gelu_everywhere(isa):
+    """Through an attention that passes its only token on: near zero, far out, and where nothing is left."""
+    values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-20, -1e-20, 1e4, -1e4])])
+    one = torch.ones(1, 1), torch.zeros(1)
+    weights = attention_op.pack(one, one, one, torch.zeros(1, 1, 1), one)
+    out = attention_op.projected_attention(values.reshape(-1, 1, 1, 1), weights, 1.0, activation="gelu").flatten()
+    truth = functional.gelu(values.double())
+    assert (out - truth).abs().max() <= 1e-6 and ((out - truth).abs() <= 2e-7 * values.abs() + 1e-30).all()
+    assert out[-1] == 0 and out[-2] == 1e4
+
+
+def test_opcheck():
+    for name in ("v2", "v2, enlarged", "v2, halved", "efficientformer"):
+        case = ATTENTION[name]
+        x, q_image = case.images()
+        weights = attention_op.pack(**case.weights(), own_image=case.halved)
+        size = case.out_size or case.queries
+        number = attention_op.ACTIVATIONS[case.activation]
+        torch.library.opcheck(OPS.projected_attention.default, (x, q_image, *weights, 0.3, number, *size))
+    case = CASCADES["windows"]
+    x, *weights = case.inputs(memory_format="channels_last").values()
+    weights = cascade_op.pack(cascade_op.Weights(*weights, torch.randn(OUT, case.channels), torch.randn(OUT)))
+    torch.library.opcheck(OPS.cascaded_group_attention_projected.default, (x, *weights, 0.25, 4, 4))
+
+
+def test_packing_is_undone():
+    weight = torch.randn(3 * 5, 7)
+    whole = packed.of_whole_heads(weight, 3)
+    assert whole.shape == (48, 7) and torch.equal(packed.of_heads(whole, 3, 5), weight)
+    assert torch.equal(packed.unpack_projection(packed.pack_projection(weight), 15), weight)
+    assert packed.pack_projection(weight).shape == (1, 7, 32)
+
+
+# --- wrong arguments -------------------------------------------------------------------------------------------
+
+
+WRONG_ATTENTION = {
+    "x rank": ("x", torch.ones(2, 24, 7), "x must have 4 dimensions"),
+    "x integers": ("x", torch.ones(2, 24, 7, 7).long(), "x must be float32, bfloat16 or float16"),
+    "x channels": ("x", torch.ones(2, 25, 7, 7), "qkv must have shape"),
+    "x size": ("x", torch.ones(2, 24, 7, 6), "bias must have shape"),
+    "q alone": ("q", torch.ones(2, 24, 32), "q_image, q and q_bias must all be given"),
+    "qkv": ("qkv", torch.ones(5, 24, 16), "qkv must have shape"),
+    "qkv_bias": ("qkv_bias", torch.ones(3), "qkv_bias must have shape"),
+    "bias rank": ("bias", torch.ones(49, 49), r"bias must have shape \(heads, queries, keys\)"),
+    "bias dtype": ("bias", torch.ones(4, 49, 49).double(), "bias must be float32"),
+    "mixing": ("talking_heads", [torch.ones(4, 4)], "talking_heads must have no tensors or 4"),
+    "taps": ("taps", torch.ones(2, 8, 32), "taps must have shape"),
+    "tap_bias": ("tap_bias", None, "taps and tap_bias must both be given"),
+    "proj": ("proj", torch.ones(2, 60, 32), "proj must have shape"),
+    "proj_bias": ("proj_bias", torch.ones(2, 2), "proj_bias must have 1 dimension"),
+    "key_dim": ("key_dim", 0, "key_dim and value_dim must be positive"),
+    "scale": ("scale", float("nan"), "scale must be finite"),
+    "activation": ("activation", 3, r"activation must be 0 \(none\), 1 \(relu\) or 2 \(gelu\), got 3"),
+    "out_height": ("out_height", 6, "out_height and out_width must be at least the queries', 7 x 7, got 6 x 7"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ATTENTION)
+def test_wrong_arguments_of_attention(name):
+    case = ATTENTION["v2"]
+    weights = attention_op.pack(**case.weights())._asdict()
+    arguments = {"x": case.images()[0], "q_image": None, **weights, "scale": 0.3, "activation": 2}
+    arguments |= {"out_height": 7, "out_width": 7}
+    key, value, message = WRONG_ATTENTION[name]
+    arguments[key] = value
+    with pytest.raises(RuntimeError, match=message):
+        OPS.projected_attention(*arguments.values())
+
+
+def test_a_wrong_image_of_queries():
+    case = ATTENTION["v2, halved"]
+    x, q_image = case.images()
+    for wrong in (q_image[:, :, :-1], q_image.half(), q_image[:1]):
+        with pytest.raises(RuntimeError, match="q_image must"):
+            case.call(x, wrong)
+
+
+WRONG_CASCADE = {
+    "x rank": ("x", torch.ones(2, 24, 7), "x must have 4 dimensions"),
+    "x channels": ("x", torch.ones(2, 25, 5, 7), "multiple of 2 channels"),
+    "qkv": ("qkv", torch.ones(2, 12, 47), r"qkv must have shape \(2, 12, 48\)"),
+    "taps": ("taps", torch.ones(57, 16), r"taps must have shape \(58, 16\)"),
+    "tap_bias": ("tap_bias", torch.ones(2, 6), "tap_bias must have shape"),
+    "bias": ("bias", torch.ones(2, 16, 15), "attention_bias must have shape"),
+    "proj": ("proj", torch.ones(1, 24, 32), r"proj must have shape \(2, 24, 32\)"),
+    "proj_bias": ("proj_bias", torch.ones(1, 37), "proj_bias must have 1 dimension"),
+    "no heads": ("kernels", [], "kernels must have a size a head"),
+    "even kernel": ("kernels", [7, 4], "kernels must be odd, got 4"),
+    "huge kernel": ("kernels", [7, 2**62 + 1], "kernels must be odd"),
+    "key_dim": ("key_dim", 0, "key_dim be positive"),
+    "window": ("window_height", 0, "window_size must be positive, got 0 x 4"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CASCADE)
+def test_wrong_arguments_of_the_cascade(name):
+    case = CASCADES["windows"]
+    x, *weights = case.inputs().values()
+    weights = cascade_op.pack(cascade_op.Weights(*weights, torch.ones(OUT, 24), torch.ones(OUT)))
+    arguments = {"x": x, **weights._asdict(), "scale": 0.3, "window_height": 4, "window_width": 4}
+    key, value, message = WRONG_CASCADE[name]
+    arguments[key] = value
+    with pytest.raises(RuntimeError, match=message):
+        OPS.cascaded_group_attention_projected(*arguments.values())
