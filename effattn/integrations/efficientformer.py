@@ -79,7 +79,10 @@ def _why_not_its_query(query: Any) -> str | None:
 
 
 def _why_not_what_both_have(module: Any, stride: int) -> str | None:
-    names = ("k", "v", "v_local", "proj", "attention_biases", "num_heads", "key_dim", "scale", "resolution")
+    names = (
+        *("k", "v", "v_local", "proj", "attention_biases", "attention_bias_idxs"),
+        *("num_heads", "key_dim", "scale", "resolution"),
+    )
     known = {*names, "q", "act", "talking_head1", "talking_head2", "stride_conv", "upsample"}
     reason = why_not_named(module, names) or why_not_its_own(module, known)
     if reason is not None:

@@ -19,7 +19,7 @@ from effattn.integrations.structure import (
 
 def why_not_cascade(module: Any) -> str | None:
     """Why this CascadedGroupAttention cannot be replaced; None if it can."""
-    names = ("qkvs", "dws", "proj", "attention_biases", "num_heads", "key_dim", "scale")
+    names = ("qkvs", "dws", "proj", "attention_biases", "attention_bias_idxs", "num_heads", "key_dim", "scale")
     return (
         why_not_named(module, names)
         or why_not_its_own(module, {"qkvs", "dws", "proj"})

@@ -8,7 +8,9 @@ from torch.nn import functional
 Size = tuple[int, int]
 
 
-def gather_attention_bias(table: torch.Tensor, resolution: Size, size: Size, stride: int = 1) -> torch.Tensor:
+def gather_attention_bias(
+    table: torch.Tensor, resolution: Size, size: Size, stride: int = 1, index: torch.Tensor | None = None
+) -> torch.Tensor:
     """A bias for every query and key of an image: the table's entry at their distances down and across.
 
     Args:
@@ -16,12 +18,14 @@ def gather_attention_bias(table: torch.Tensor, resolution: Size, size: Size, str
         resolution: (rh, rw).
         size: (H, W) of the image. A table of another resolution is resized.
         stride: every so manieth row and column has a query; keys are all tokens.
+        index: what :func:`attention_bias_index` says for ``resolution``, if it is at hand: a constant to compilers.
 
     Returns:
         (heads, queries, H * W), differentiable in the table.
     """
-    table = resize_attention_biases(table, resolution, size)
-    return table[:, attention_bias_index(size, stride, table.device)]
+    if resolution == size and index is not None:
+        return table[:, index]
+    return resize_attention_biases(table, resolution, size)[:, attention_bias_index(size, stride, table.device)]
 
 
 def attention_bias_index(size: Size, stride: int = 1, device: torch.device | None = None) -> torch.Tensor:

@@ -72,6 +72,8 @@ class CascadedGroupAttention(KeepsDerived):
         self.proj = nn.Sequential(nn.ReLU(), _ConvNorm(dim, dim))
         nn.init.zeros_(self.proj[1].bn.weight)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution * resolution))
+        index = attention_bias_index((resolution, resolution))
+        self.register_buffer("attention_bias_idxs", index, persistent=False)
         self.register_load_state_dict_pre_hook(_rename)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,12 +137,13 @@ class CascadedGroupAttention(KeepsDerived):
         side, size = self.resolution, (resolution, resolution)
         table = resize_attention_biases(self.attention_biases.detach(), (side, side), size, antialias=True)
         self.attention_biases = nn.Parameter(table.contiguous(), self.attention_biases.requires_grad)
-        if "attention_bias_idxs" in self._buffers:  # what the class that accelerate() exchanged goes by
-            self._buffers["attention_bias_idxs"] = attention_bias_index(size, device=table.device)
+        self._buffers["attention_bias_idxs"] = attention_bias_index(size, device=table.device)
+        if "resolution" in self.__dict__:  # of the class that accelerate() exchanged
             self.__dict__["resolution"] = resolution
 
     def _bias(self, size: tuple[int, int]) -> torch.Tensor:
-        return gather_attention_bias(self.attention_biases, (self.resolution, self.resolution), size)
+        own = (self.resolution, self.resolution)
+        return gather_attention_bias(self.attention_biases, own, size, index=self._buffers["attention_bias_idxs"])
 
     def _layer_by_layer(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """As the authors have it, each part called."""

@@ -215,7 +215,9 @@ class _V2(KeepsDerived):
         bias: torch.Tensor = self._derived(
             f"bias {size[0]}x{size[1]}",
             (self._parameters,),
-            lambda: gather_attention_bias(self.attention_biases, pair(self.resolution), size, stride),
+            lambda: gather_attention_bias(
+                self.attention_biases, pair(self.resolution), size, stride, self._buffers["attention_bias_idxs"]
+            ),
         )
         return bias
 
@@ -287,6 +289,7 @@ class EfficientFormerV2Attention(_V2):
         self.act = act_layer()
         self.proj = _ConvNorm(self.dh, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, self.N))
+        self.register_buffer("attention_bias_idxs", attention_bias_index(self.resolution), persistent=False)
         self.register_load_state_dict_pre_hook(_rename)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -374,6 +377,7 @@ class EfficientFormerV2AttentionDownsample(_V2):
         self.act = act_layer()
         self.proj = _ConvNorm(self.dh, out_dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, height * width))
+        self.register_buffer("attention_bias_idxs", attention_bias_index(self.resolution, 2), persistent=False)
         self.register_load_state_dict_pre_hook(_rename)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
