@@ -1,4 +1,4 @@
-"""effattn on a photograph: timm's EfficientViT-B1, stock against accelerated, as a table and as a picture.
+"""effattn on a photograph: timm's models, stock against accelerated, as tables and as a picture.
 
     make demo
     python examples/demo.py --output demo.png
@@ -54,6 +54,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"The demo needs the package {(error.name or str(error)).split('.')[0]}: `make demo` installs it")
 
 MODEL = "efficientvit_b1"
+OTHERS = ("efficientvit_m4", "efficientformer_l1", "efficientformerv2_s1")  # at the smallest size, as a table alone
 ROUNDS = {(224, 224): 15, (1024, 2048): 5}  # (height, width) -> timed rounds
 QUICK_ROUNDS = {(224, 224): 1, (256, 512): 1}  # whether it works at all
 SECONDS = 25  # no further round of a size after these: a slow machine gets fewer of them
@@ -63,17 +64,18 @@ CANDIDATES: dict[str, Callable[[torch.nn.Module], object]] = {
     "accelerated": effattn.accelerate,
     "stock again": effattn.restore,
 }
-WHOLE, MODULES = PARTS = ("whole model", "LiteMLA modules")
+WHOLE, MODULES = PARTS = ("whole model", "attention modules")
 # Rounding differs between any two ways to sum in float32; more than this would be a bug.
 LARGEST_DIFFERENCE = 1e-5
 
+Size = tuple[int, int]
 Times = dict[str, dict[str, float]]  # candidate -> part -> milliseconds
 
 
 # --- the model and the photograph -----------------------------------------------------------------------
 
 
-def load_photograph(size: tuple[int, int]) -> Image.Image:
+def load_photograph(size: Size) -> Image.Image:
     """scikit-learn's photograph of the Summer Palace, cropped and resized to (height, width)."""
     height, width = size
     photograph = Image.fromarray(load_sample_image("china.jpg"))
@@ -102,11 +104,29 @@ def settle_batch_norm(model: torch.nn.Module, image: torch.Tensor) -> None:
     model.eval()
 
 
+def make_model(name: str, image: torch.Tensor) -> torch.nn.Module:
+    """timm's, in evaluation, with weights that let something of an image through."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    randomise_batch_norm(model)
+    settle_batch_norm(model, image)
+    return model
+
+
+def replaced_modules(model: torch.nn.Module) -> tuple[effattn.Report, list[torch.nn.Module]]:
+    """What accelerate() replaces, and the outermost of these modules."""
+    report = effattn.accelerate(model)
+    effattn.restore(model)
+    names = [entry.module for entry in report.replaced]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return report, [model.get_submodule(name) for name in outermost]
+
+
 # --- measuring ------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """Adds up the time that one call of the model spends in its LiteMLA modules.
+    """Adds up the time that one call of the model spends in its attention modules.
 
     Hooks stay with a module when effattn.accelerate() exchanges its class.
     """
@@ -185,7 +205,7 @@ def short(report: effattn.Report) -> str:
     return "\n".join(lines + [f"  {count} x {old}\n    -> {new}" for (old, new), count in kinds.items()])
 
 
-def answers_table(answers: dict[tuple[int, int], Answers]) -> Table:
+def answers_table(answers: dict[Size, Answers]) -> Table:
     table = Table(title="The answers, largest difference over largest value", title_justify="left")
     for column in ("image", "accelerated\nfrom stock", "stock\nfrom float64", "accelerated\nfrom float64", "top 5"):
         table.add_column(column, justify="left" if column == "image" else "right")
@@ -198,15 +218,16 @@ def answers_table(answers: dict[tuple[int, int], Answers]) -> Table:
     return table
 
 
-def times_table(times: dict[tuple[int, int], Times]) -> Table:
+def times_table(first: str, times: dict[str, Times]) -> Table:
+    """``first``: what the keys are."""
     table = Table(title="The times of one image, ms", title_justify="left")
-    for column in ("image", "part", "stock", "accelerated", "faster", "stock against\nitself"):
-        table.add_column(column, justify="left" if column in ("image", "part") else "right")
-    for size, by_candidate in times.items():
+    for column in (first, "part", "stock", "accelerated", "faster", "stock against\nitself"):
+        table.add_column(column, justify="left" if column in (first, "part") else "right")
+    for what, by_candidate in times.items():
         stock, accelerated, again = by_candidate.values()
         for part in PARTS:
             table.add_row(
-                name_of(size) if part == WHOLE else "",
+                what if part == WHOLE else "",
                 part,
                 f"{stock[part]:.2f}",
                 f"{accelerated[part]:.2f}",
@@ -265,7 +286,7 @@ def draw_times(figure: Figure, place: tuple[int, int], title: str, times: Times)
     figure.text(place[0] / WIDTH, 1 - (place[1] - 11) / HEIGHT, title, fontsize=TITLE["fontsize"], color=INK)
 
 
-def draw(path: Path, photograph: Image.Image, answers: Answers, times: dict[tuple[int, int], Times]) -> None:
+def draw(path: Path, photograph: Image.Image, answers: Answers, times: dict[Size, Times]) -> None:
     """The photograph, what the attention makes of it, stock and accelerated, and the times."""
     stock, accelerated = answers.attention
     mean, std = stock.mean((1, 2), keepdim=True), stock.std((1, 2), keepdim=True)
@@ -294,6 +315,24 @@ def draw(path: Path, photograph: Image.Image, answers: Answers, times: dict[tupl
         Image.open(buffer).convert("RGB").save(path, format="png", optimize=True)
 
 
+def measure_others(image: torch.Tensor, rounds: int) -> dict[str, tuple[str, Times]]:
+    """By model: what was replaced and how far the answers are apart, and the times."""
+    found = {}
+    for name in OTHERS:
+        model = make_model(name, image.expand(2, -1, -1, -1))
+        report, modules = replaced_modules(model)
+        with torch.inference_mode():
+            stock = model(image)
+            effattn.accelerate(model)
+            apart = difference(model(image), stock)
+            effattn.restore(model)
+            if apart > LARGEST_DIFFERENCE:
+                sys.exit(f"{name}: the answers differ by more than rounding ({apart:.1e}): no times are taken.")
+            times = measure(model, Stopwatch(modules), image, rounds)
+        found[name] = f"{len(report.replaced)}, {apart:.1e}", times
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
@@ -306,13 +345,10 @@ def main() -> None:
         parser.error(f"--output: there is no folder {output.parent}")
     console = Console(highlight=False)
 
-    torch.manual_seed(0)
-    model = timm.create_model(MODEL).eval()
-    normalisation = timm.data.resolve_model_data_config(model)
+    normalisation = timm.data.resolve_model_data_config(timm.create_model(MODEL))
     photographs = {size: load_photograph(size) for size in all_rounds}
     images = {size: preprocess(p, normalisation["mean"], normalisation["std"]) for size, p in photographs.items()}
-    randomise_batch_norm(model)
-    settle_batch_norm(model, torch.nn.functional.avg_pool2d(images[large], 2))
+    model = make_model(MODEL, torch.nn.functional.avg_pool2d(images[large], 2))
 
     backend = choose("multi_scale_linear_attention", torch.device("cpu"), torch.float32).name
     cpu = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -324,10 +360,8 @@ def main() -> None:
     if ALLOCATOR.items() <= os.environ.items():
         console.print("MALLOC_* set, so that glibc keeps its heap: no page faults in the times")
 
-    report = effattn.accelerate(model)
-    effattn.restore(model)
+    report, modules = replaced_modules(model)
     console.print(short(report), markup=False)
-    modules = [model.get_submodule(entry.module) for entry in report.replaced]
 
     with torch.inference_mode():
         answers = {size: Answers(model, modules[1], image) for size, image in images.items()}
@@ -336,8 +370,13 @@ def main() -> None:
             sys.exit("The answers differ by more than rounding: no times are taken.")
         stopwatch = Stopwatch(modules)
         times = {size: measure(model, stopwatch, images[size], rounds) for size, rounds in all_rounds.items()}
-    console.print(times_table(times))
-    off = max(abs(math.log(t["stock"][part] / t["stock again"][part])) for t in times.values() for part in PARTS)
+    console.print(times_table("image", {name_of(size): by_size for size, by_size in times.items()}))
+    others = measure_others(images[min(images)], all_rounds[min(all_rounds)])
+    console.print(f"Other models, {name_of(min(images))}; modules that effattn replaced, and the largest difference:")
+    console.print("\n".join(f"  {name}: {note}" for name, (note, _) in others.items()), markup=False)
+    console.print(times_table("model", {name: of_model for name, (_, of_model) in others.items()}))
+    all_times = [*times.values(), *(of_model for _, of_model in others.values())]
+    off = max(abs(math.log(t["stock"][part] / t["stock again"][part])) for t in all_times for part in PARTS)
     if off > 0.1:
         console.print(
             f"[yellow]Stock is up to {math.expm1(off):.0%} off itself (a busy machine?): trust no ratio beyond that."
