@@ -93,6 +93,7 @@ class Inputs:
         torch.manual_seed(0)
         module = self.case.module()
         testing.randomise_batch_norm(module)
+        testing.randomise_what_starts_at_zero(module)
         module.train(self.training)  # some of timm's return nothing
         return module
 

@@ -482,3 +482,12 @@ def randomise_batch_norm(model: torch.nn.Module, seed: int = 0) -> None:
                 ):
                     if tensor is not None:
                         tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+
+def randomise_what_starts_at_zero(model: torch.nn.Module, seed: int = 0) -> None:
+    """Tables of biases, scales of residual branches: untrained, they would hide an error in what they multiply."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attention_biases", "gamma")):
+            with torch.no_grad():
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.3)
