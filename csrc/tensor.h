@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -99,8 +101,11 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
 
 // Strides of a dense tensor of `sizes` whose dimensions lie in memory in the order of `like`'s: what
 // makes the reshape behind an attention free. Expanded dimensions (stride 0) come outermost.
-// effattn/ops/_memory.py does the same for fake tensors.
-inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
+// Of images (B, C, H, W), rows must follow each other: where those of `like` do not, as in a transposed one,
+// the order is that of the dimensions. effattn/ops/_memory.py does the same for fake tensors.
+enum class Kind { kAny, kImage };
+inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes,
+                                                Kind kind) {
   std::vector<int64_t> strides;
   for (const int64_t step : like.strides()) strides.push_back(step == 0 ? INT64_MAX : step);
   std::vector<int64_t> order(sizes.size());
@@ -108,6 +113,10 @@ inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::v
     size_t at = i;  // outermost first; insertion sort, stable
     for (; at > 0 && strides[order[at - 1]] < strides[i]; --at) order[at] = order[at - 1];
     order[at] = static_cast<int64_t>(i);
+  }
+  if (kind == Kind::kImage) {
+    const auto rows = std::find(order.begin(), order.end(), 2);
+    if (rows + 1 == order.end() || rows[1] != 3) std::iota(order.begin(), order.end(), 0);
   }
   std::vector<int64_t> dense(sizes.size());
   int64_t step = 1;
@@ -118,8 +127,9 @@ inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::v
   return dense;
 }
 
-inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty_strided(sizes, strides_in_order_of(like, sizes), like.scalar_type());
+inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes,
+                                Kind kind = Kind::kAny) {
+  return empty_strided(sizes, strides_in_order_of(like, sizes, kind), like.scalar_type());
 }
 
 inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {

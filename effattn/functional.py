@@ -244,7 +244,7 @@ def cascaded_group_attention(
         if window_size is None:
             height, width = max(x.shape[2], 1), max(x.shape[3], 1)
         else:
-            height, width = (window_size, window_size) if isinstance(window_size, int) else window_size
+            height, width = window_size if isinstance(window_size, tuple) else (window_size, window_size)
         used = max(q_dw_weights[0].shape[0], 1) ** -0.5 if scale is None else scale
         return _cascaded_group_attention.cascaded_group_attention(
             x, qkv_weights, qkv_biases or (), q_dw_weights, q_dw_biases or (), attention_bias, used, height, width
@@ -416,14 +416,17 @@ def _wrong_lists(lists: dict[str, Sequence[torch.Tensor] | None], unit: str) -> 
     return None
 
 
+_MOST_SIDE = 1 << 15  # of a window, as the compiled operators have it
+
+
 def _wrong_window(window_size: object) -> Exception | None:
     if window_size is None:
         return None
     sizes = window_size if isinstance(window_size, tuple) else (window_size, window_size)
     if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) for size in sizes):
         return TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
-    if min(sizes) < 1:
-        return ValueError(f"window_size: expected positive numbers, got {window_size}")
+    if min(sizes) < 1 or max(sizes) >= _MOST_SIDE:
+        return ValueError(f"window_size: expected positive numbers below {_MOST_SIDE}, got {window_size}")
     return None
 
 

@@ -44,10 +44,16 @@ def make_tensor(
 def make_image(
     batch: int, channels: int, height: int, width: int, memory_format: str = "nchw", scale: float = 1.0, seed: int = 1
 ) -> torch.Tensor:
-    """A reproducible normal tensor (B, C, H, W): "nchw", "channels_last", a "channel slice" or a "crop" of more."""
+    """A reproducible normal tensor (B, C, H, W): "nchw", "channels_last", a "channel slice" or a "crop" of more.
+
+    Or "transposed", with columns that follow each other, or with rows or columns that are all the same one.
+    """
     shape = {
         "channel slice": (batch, 2 * channels, height, width),
         "crop": (batch, channels, height + 1, width + 2),
+        "transposed": (batch, channels, width, height),
+        "equal rows": (batch, channels, 1, width),
+        "equal columns": (batch, channels, height, 1),
     }.get(memory_format, (batch, channels, height, width))
     image = make_tensor(*shape, seed=seed) * scale
     if memory_format == "channels_last":
@@ -56,8 +62,10 @@ def make_image(
         return image[:, :channels]
     if memory_format == "crop":
         return image[:, :, 1:, 1:-1]
-    if memory_format == "nchw":
-        return image
+    if memory_format == "transposed":
+        return image.mT
+    if memory_format in ("nchw", "equal rows", "equal columns"):
+        return image.expand(batch, channels, height, width)
     raise ValueError(f"memory_format: unknown, got {memory_format!r}")
 
 

@@ -243,6 +243,25 @@ def test_official_modules_equal_in_float64(name):
         assert without == (0 if training else 1)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_modules_in_narrow_types(name, dtype, grad):
+    module, x = official(name)
+    truth = copy.deepcopy(module).double()
+    truth.eval()
+    with torch.no_grad():
+        truth = truth(x.double())
+    module.to(dtype)
+    module.eval()
+    with torch.set_grad_enabled(grad):
+        stock = module(x.to(dtype))
+        effattn.accelerate(module)
+        out = module(x.to(dtype))
+    assert out.dtype == dtype
+    assert (out.double() - truth).norm() <= 1.3 * (stock.double() - truth).norm()
+
+
 OURS = {
     "cascade": lambda: effattn.nn.CascadedGroupAttention(32, 5, 2, 16 / 5, 7, (7, 3)),
     "windows": lambda: effattn.nn.LocalWindowAttention(32, 5, 2, 16 / 5, 10, 4, (5, 3)),
@@ -416,6 +435,21 @@ LEFT_ALONE = {
     "linear": ("efficientformer", set_attribute("", "qkv", nn.Sequential(nn.Linear(24, 60))), "not Linear"),
     "v2 table": ("v2", set_attribute("", "resolution", 6), r"of shape \(4, 25\) for a resolution of 6"),
     "v2 norm": ("v2", set_attribute("k", "1", nn.Identity()), "k is not a 1x1 convolution with a BatchNorm"),
+    "v2 activated key": ("v2", lambda m: m.k.insert(0, nn.ReLU()), "k is not a 1x1 convolution with a BatchNorm"),
+    "v2 no activation": ("v2", lambda m: m.proj.pop(0), "its activation is no module"),
+    "v2 corners": ("v2, stride", set_attribute("upsample", "align_corners", True), "upsample is not bilinear"),
+    "v2 factor": ("v2, stride", set_attribute("upsample", "scale_factor", 3.0), "upsample by 3.0 behind a stride of"),
+    "v2 no upsampling": (
+        "v2, stride",
+        set_attribute("", "upsample", None),
+        "stride_conv and upsample without the other",
+    ),
+    "v2 pool": (
+        "v2, downsampling",
+        set_attribute("q.pool", "kernel_size", 2),
+        "q.pool does not take every other pixel",
+    ),
+    "oblong": ("efficientformer", lambda m: m.attention_bias_idxs.zero_(), "not those of a square"),
     "v2 talking": ("v2", set_attribute("", "talking_head1", nn.Identity()), "talking_head1 is not a 1x1 convolution"),
 }
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import effattn
 from effattn import nn as ours
+from effattn.nn import projection
 from effattn.nn.attention_bias import gather_attention_bias
 from effattn.testing import import_timm, randomise_batch_norm
 
@@ -320,6 +321,39 @@ def test_what_is_derived_is_made_once(name):
         assert first and all(a is b for a, b in zip(first, derived(), strict=True))
 
 
+def test_images_of_many_sizes_do_not_fill_the_memory():
+    _, module = CASES["v2"].pair()
+    with torch.no_grad():
+        for size in range(1, 20):
+            module(torch.randn(1, 24, size, 3))
+    assert len(module.__dict__["_effattn_derived"]) <= projection._MOST_KEPT
+
+
+@pytest.mark.parametrize("name", ["windows", "v2", "v2, downsampling"])
+def test_made_on_the_meta_device_and_loaded(name):
+    case = CASES[name]
+    _, expected = case.pair()
+    with torch.device("meta"):
+        module = case.mine(**case.options).eval()
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if hasattr(part, "init_non_persistent_buffers"):  # as timm's own models are
+            part.init_non_persistent_buffers()
+    module.load_state_dict(expected.state_dict())
+    with torch.no_grad():
+        close(module(case.x()), expected(case.x()))
+
+
+@pytest.mark.parametrize("name", ["windows", "v2", "efficientformer"])
+def test_fake_tensors_leave_nothing_behind(name):
+    case = CASES[name]
+    _, module = case.pair()
+    with torch.no_grad():
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            module(mode.from_tensor(case.x()))
+        close(module(case.x()), case.pair()[1](case.x()))
+
+
 def test_pickles_and_copies_carry_nothing_derived():
     case = CASES["windows"]
     _, module = case.pair()
@@ -439,21 +473,21 @@ def test_set_input_size_as_timm():
 
 
 def test_efficientformer_on_other_sizes():
-    options = {"dim": 24, "key_dim": 5, "num_heads": 3, "attn_ratio": 2, "resolution": 4}
+    options = {"dim": 24, "key_dim": 5, "num_heads": 3, "attn_ratio": 2, "resolution": (2, 8)}
     module = ours.EfficientFormerAttention(**options).eval()
     nn.init.normal_(module.attention_biases)
-    for size, given in (((6, 6), None), ((3, 7), (3, 7)), ((2, 8), (2, 8))):
+    for size, given in (((6, 6), None), ((3, 7), (3, 7)), ((2, 8), (2, 8)), ((2, 8), None), ((4, 4), (4, 4))):
         x = torch.randn(2, size[0] * size[1], 24)
         stock = efficientformer.Attention(**{**options, "resolution": size})
         stock.load_state_dict({k: v for k, v in module.state_dict().items() if "attention" not in k}, strict=False)
         stock.eval()
-        bias = brute_force_bias(module.attention_biases, (4, 4), size, 1)
+        bias = brute_force_bias(module.attention_biases, (2, 8), size, 1)
         stock.get_attention_biases = lambda device, bias=bias: bias
         with torch.no_grad():
             close(module(x, given), stock(x))
-    with pytest.raises(ValueError, match=r"x: expected 16 or a square of tokens, got shape \(B, 15, C\)"):
+    with pytest.raises(ValueError, match=r"x: expected a square number of tokens, got shape \(B, 15, C\)"):
         module(torch.randn(1, 15, 24))
-    with pytest.raises(ValueError, match=r"x: expected 16 or 3 x 4 tokens, got shape \(B, 15, C\)"):
+    with pytest.raises(ValueError, match=r"x: expected 3 x 4 tokens, got shape \(B, 15, C\)"):
         module(torch.randn(1, 15, 24), (3, 4))
 
 
@@ -609,5 +643,8 @@ def test_wrong_arguments_of_efficientformer(cls, options, message):
 def test_images_of_other_channels_are_refused():
     for name in IMAGES:
         _, module = CASES[name].pair()
-        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
-            module(torch.randn(1, 47, 7, 7))
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError)):
+                module(torch.randn(1, 47, 7, 7))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x: expected 48 channels, got shape \(1, 45, 7, 7\)"):
+        CASES["cascade"].pair()[1](torch.randn(1, 45, 7, 7))

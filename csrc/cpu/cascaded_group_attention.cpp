@@ -13,7 +13,7 @@
 namespace effattn {
 namespace {
 
-constexpr int64_t kMostKernel = 1 << 15;  // its square is far from overflowing
+constexpr int64_t kMostSide = 1 << 15;  // of a window or a kernel: products of a few are far from overflowing
 
 struct Weights {
   const Tensors &qkv, &qkv_biases, &depthwise, &depthwise_biases;
@@ -30,8 +30,9 @@ struct Problem {
           int64_t window_height, int64_t window_width) {
     p.dtype = kernel_dtype(op, "x", x);
     EFFATTN_REQUIRE(x.dim() == 4, op, ": x must have 4 dimensions (B, C, H, W), got shape ", shape_text(x));
-    EFFATTN_REQUIRE(window_height > 0 && window_width > 0, op, ": window_size must be positive, got ",
-                    window_height, " x ", window_width);
+    EFFATTN_REQUIRE(
+        window_height > 0 && window_width > 0 && window_height < kMostSide && window_width < kMostSide, op,
+        ": window_size must be positive and below ", kMostSide, ", got ", window_height, " x ", window_width);
     EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
     EFFATTN_REQUIRE(x.size(1) % heads == 0, op, ": x must have a multiple of ", heads,
                     " channels, one group a head, got ", x.size(1));
@@ -112,11 +113,12 @@ Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, con
                  int64_t window_width) {
   const char* const op = "cascaded_group_attention_projected";
   const int64_t heads = static_cast<int64_t>(kernels.size());
-  EFFATTN_REQUIRE(heads > 0 && key_dim > 0, op,
-                  ": kernels must have a size a head and key_dim be positive, got ", heads, " and ", key_dim);
+  EFFATTN_REQUIRE(heads > 0 && key_dim > 0 && key_dim < kMostChannels, op,
+                  ": kernels must have a size a head and key_dim be positive, at most 65535, got ", heads,
+                  " and ", key_dim);
   int64_t all_taps = 0;
   for (const int64_t kernel : kernels) {
-    EFFATTN_REQUIRE(kernel > 0 && kernel % 2 == 1 && kernel < kMostKernel, op, ": kernels must be odd, got ",
+    EFFATTN_REQUIRE(kernel > 0 && kernel % 2 == 1 && kernel < kMostSide, op, ": kernels must be odd, got ",
                     kernel);
     all_taps += kernel * kernel;
   }

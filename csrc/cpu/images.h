@@ -20,7 +20,7 @@ inline cpu::Image image(const Tensor& t) {
 }
 
 inline Tensor new_image(const Tensor& like, const std::vector<int64_t>& shape, cpu::Image& into) {
-  Tensor t = empty_in_order_of(like, shape);
+  Tensor t = empty_in_order_of(like, shape, Kind::kImage);
   into = image(t);
   return t;
 }

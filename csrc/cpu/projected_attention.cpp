@@ -32,8 +32,9 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> q_image, std::
   EFFATTN_REQUIRE(x.dim() == 4, op, ": x must have 4 dimensions (B, C, H, W), got shape ", shape_text(x));
   EFFATTN_REQUIRE(bias.dim() == 3 && bias.size(0) > 0, op,
                   ": bias must have shape (heads, queries, keys), got ", shape_text(bias));
-  EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0, op, ": key_dim and value_dim must be positive, got ", key_dim,
-                  " and ", value_dim);
+  EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0 && key_dim < kMostChannels && value_dim < kMostChannels, op,
+                  ": key_dim and value_dim must be positive, at most 65535, got ", key_dim, " and ",
+                  value_dim);
   EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
   EFFATTN_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kGelu), op,
                   ": activation must be 0 (none), 1 (relu) or 2 (gelu), got ", activation);

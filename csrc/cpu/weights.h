@@ -11,6 +11,8 @@ namespace effattn {
 
 using Tensors = std::vector<Tensor>;
 
+constexpr int64_t kMostChannels = 1 << 16;  // of a head, where the caller says them beside the weights
+
 // A contiguous tensor of float32 on the CPU, kept alive by `alive`.
 inline const float* floats(const char* op, const std::string& argument, const Tensor& t,
                            const std::vector<int64_t>& shape, Tensors& alive) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from effattn.integrations.structure import (
@@ -15,6 +16,7 @@ from effattn.integrations.structure import (
     why_not_its_parts,
     why_not_named,
 )
+from effattn.nn.attention_bias import attention_bias_index
 
 
 def resembles(module: nn.Module) -> bool:
@@ -30,6 +32,10 @@ def why_not(module: Any) -> str | None:
         return f"qkv and proj are {type(qkv).__name__} and {type(proj).__name__}, not Linear"
     if qkv.out_features != 2 * heads * key_dim + proj.in_features or proj.in_features % heads != 0:
         return "qkv does not make q, k and v of its heads"
+    index = module.attention_bias_idxs
+    side = math.isqrt(len(index))
+    if not index.is_meta and not torch.equal(index, attention_bias_index((side, side), device=index.device)):
+        return "attention_bias_idxs are not those of a square"
     if module.attention_biases.shape[0] != heads:
         return f"attention_biases of shape {tuple(module.attention_biases.shape)} for {heads} heads"
     return why_not_its_parts(module)
@@ -43,13 +49,29 @@ def why_not_v2(module: Any) -> str | None:
         return reason
     if not is_pointwise(convolution_and_norm(module.q)):
         return "q is not a 1x1 convolution with a BatchNorm"
-    if module.stride_conv is not None and convolution_and_norm(module.stride_conv) is None:
-        return "stride_conv is not a convolution with a BatchNorm"
+    reason = _why_not_its_stride(module.stride_conv, module.upsample)
+    if reason is not None:
+        return reason
     for name in ("talking_head1", "talking_head2"):
         conv = getattr(module, name)
         if type(conv) is not nn.Conv2d or not is_pointwise(conv):
             return f"{name} is not a 1x1 convolution"
     return why_not_its_parts(module)
+
+
+def _why_not_its_stride(stride_conv: Any, upsample: Any) -> str | None:
+    if stride_conv is None and upsample is None:
+        return None
+    if stride_conv is None or upsample is None:
+        return "it has one of stride_conv and upsample without the other"
+    conv = convolution_and_norm(stride_conv)
+    if conv is None:
+        return "stride_conv is not a convolution with a BatchNorm"
+    factor = upsample.scale_factor
+    factors = factor if isinstance(factor, tuple) else (factor, factor)
+    if type(upsample) is not nn.Upsample or upsample.mode != "bilinear" or upsample.align_corners:
+        return "upsample is not bilinear with align_corners=False"
+    return None if tuple(factors) == conv.stride else f"upsample by {factor} behind a stride of {conv.stride}"
 
 
 def why_not_v2_downsample(module: Any) -> str | None:
@@ -91,8 +113,11 @@ def _why_not_what_both_have(module: Any, stride: int) -> str | None:
     tokens = math.prod(resolution) if isinstance(resolution, tuple) else resolution**2
     if tuple(table.shape) != (module.num_heads, tokens):
         return f"attention_biases of shape {tuple(table.shape)} for a resolution of {resolution}"
+    activated = "act" not in module._modules
+    if activated and (hasattr(module, "act") or len(list(module.proj.children())) != 3):
+        return "its activation is no module"
     for name in ("k", "v", "proj"):
-        if not is_pointwise(convolution_and_norm(getattr(module, name))):
+        if not is_pointwise(convolution_and_norm(getattr(module, name), activated=activated and name == "proj")):
             return f"{name} is not a 1x1 convolution with a BatchNorm"
     values = convolution_and_norm(module.v)
     if values is None or not is_depthwise(convolution_and_norm(module.v_local), values.out_channels, stride):

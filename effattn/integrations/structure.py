@@ -27,12 +27,14 @@ def why_not_its_parts(module: nn.Module) -> str | None:
     return f"its parts have hooks or forwards of their own: {', '.join(hooked)}" if hooked else None
 
 
-def convolution_and_norm(part: nn.Module | None) -> nn.Conv2d | None:
-    """The convolution of a part that is a convolution with a BatchNorm behind it, and at most an activation before."""
+def convolution_and_norm(part: nn.Module | None, *, activated: bool = False) -> nn.Conv2d | None:
+    """The convolution of a part that is one with a BatchNorm behind it; ``activated``: and an activation in front."""
     parts: list[Any] = [] if part is None else list(part.children())
-    if len(parts) not in (2, 3) or type(parts[-2]) is not nn.Conv2d or type(parts[-1]) is not nn.BatchNorm2d:
+    if len(parts) != (3 if activated else 2):
         return None
-    return parts[-2] if parts[-2].padding_mode == "zeros" else None
+    conv, norm = parts[-2:]
+    plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and conv.padding_mode == "zeros"
+    return conv if plain else None
 
 
 def is_pointwise(conv: nn.Conv2d | None) -> bool:

@@ -83,10 +83,10 @@ class CascadedGroupAttention(KeepsDerived):
     def attend(self, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
         """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
         size = (x.shape[2], x.shape[3]) if window is None else window
-        parts = (*self._modules.values(), self._parameters)
-        if is_autocast(x):
+        parts = (*self._modules.values(), self._parameters, self._buffers)
+        if is_autocast(x) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif not torch.is_grad_enabled() and x.dtype != torch.float64 and _operator.serves(x):
+        elif not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
             packed = self._derived(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
             return (
                 self._layer_by_layer(x, size) if packed is None else _operator.projected(x, packed, self.scale, *size)
@@ -128,6 +128,12 @@ class CascadedGroupAttention(KeepsDerived):
         """Rows and columns that the biases were made for."""
         return math.isqrt(self.attention_biases.shape[1])
 
+    def init_non_persistent_buffers(self) -> None:
+        """After to_empty(), as timm has it: the index is in no state dict."""
+        size = (self.resolution, self.resolution)
+        self.attention_bias_idxs = attention_bias_index(size, device=self.attention_biases.device)
+        forget_derived(self)
+
     def set_resolution(self, resolution: int) -> None:
         """Resizes the table of biases for good, as timm does; images of any size are taken without."""
         require_positive(resolution=resolution)
@@ -137,13 +143,13 @@ class CascadedGroupAttention(KeepsDerived):
         side, size = self.resolution, (resolution, resolution)
         table = resize_attention_biases(self.attention_biases.detach(), (side, side), size, antialias=True)
         self.attention_biases = nn.Parameter(table.contiguous(), self.attention_biases.requires_grad)
-        self._buffers["attention_bias_idxs"] = attention_bias_index(size, device=table.device)
+        self.init_non_persistent_buffers()
         if "resolution" in self.__dict__:  # of the class that accelerate() exchanged
             self.__dict__["resolution"] = resolution
 
     def _bias(self, size: tuple[int, int]) -> torch.Tensor:
         own = (self.resolution, self.resolution)
-        return gather_attention_bias(self.attention_biases, own, size, index=self._buffers["attention_bias_idxs"])
+        return gather_attention_bias(self.attention_biases, own, size, index=self.attention_bias_idxs)
 
     def _layer_by_layer(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """As the authors have it, each part called."""

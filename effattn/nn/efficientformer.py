@@ -17,7 +17,9 @@ from effattn.nn.projection import (
     KeepsDerived,
     fold_batch_norm,
     folded_pair,
+    forget_derived,
     is_autocast,
+    is_dense,
     is_overridden,
     is_plain,
     pointwise_convolution,
@@ -62,7 +64,7 @@ class EfficientFormerAttention(KeepsDerived):
         self.val_attn_dim = self.val_dim * num_heads
         self.qkv = nn.Linear(dim, 2 * self.key_attn_dim + self.val_attn_dim)
         self.proj = nn.Linear(self.val_attn_dim, dim)
-        size = pair(resolution)
+        self.resolution = size = pair(resolution)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, size[0] * size[1]))
         self.register_buffer("attention_bias_idxs", attention_bias_index(size))
 
@@ -70,18 +72,21 @@ class EfficientFormerAttention(KeepsDerived):
         """(B, H * W, C) -> (B, H * W, C), tokens row by row.
 
         Args:
-            size: (H, W); by default those of the resolution, or of a square of as many tokens as come.
+            size: (H, W); by default those of the resolution, or, of another number of tokens, those of a square: tokens
+                do not say what image they were.
 
         Raises:
             ValueError: for a number of tokens that is none of these.
         """
         batch, tokens, _ = x.shape
         if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
-            parts = (*self._modules.values(), self._parameters)
+            parts = (*self._modules.values(), self._parameters, self._buffers)
             packed = self._derived(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
             if packed is not None:
                 return _operator.projected_attention(x.mT.unsqueeze(-1), packed, self.scale).squeeze(-1).mT
-        bias = self._derived(f"bias {tokens} {size}", (self._parameters,), lambda: self._bias(tokens, size))
+        bias = self._derived(
+            f"bias {tokens} {size}", (self._parameters, self._buffers), lambda: self._bias(tokens, size)
+        )
         heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = heads.split([self.key_dim, self.key_dim, heads.shape[3] - 2 * self.key_dim], dim=3)
         out = biased_attention(q, k, v, bias, scale=self.scale)
@@ -91,7 +96,10 @@ class EfficientFormerAttention(KeepsDerived):
     def _packed(self, tokens: int, size: Size | None) -> _operator.Packed | None:
         """All weights of the one operator; None if the projections must be called."""
         qkv, proj = self.qkv, self.proj
-        if not is_plain(qkv, nn.Linear) or not is_plain(proj, nn.Linear) or qkv.weight.dtype == torch.float64:
+        layers = (qkv, proj)
+        if not all(is_plain(layer, nn.Linear) and is_dense(layer.weight) for layer in layers):
+            return None
+        if qkv.weight.dtype == torch.float64:
             return None
         value_dim = proj.in_features // self.num_heads
         by_head = [t.unflatten(0, (self.num_heads, -1)) for t in (qkv.weight, _bias_of(qkv))]
@@ -104,14 +112,14 @@ class EfficientFormerAttention(KeepsDerived):
     def _bias(self, tokens: int, size: Size | None) -> torch.Tensor:
         table, index = self.attention_biases, self.attention_bias_idxs
         assert isinstance(index, torch.Tensor)
-        if tokens == len(index) and size is None:  # of a resolution that nothing else records
-            return table[:, index]
-        own, side = _square(len(index)), _square(tokens)
-        size = size or side
-        if own is None or size is None or size[0] * size[1] != tokens:
-            expected = "a square of" if size is None else f"{size[0]} x {size[1]}"
-            raise ValueError(f"x: expected {len(index)} or {expected} tokens, got shape (B, {tokens}, C)")
-        return gather_attention_bias(table, own, size)
+        # Modules that accelerate() exchanged keep no resolution; it has looked at their index, which is of a square.
+        own: Size = self.__dict__.get("resolution") or (math.isqrt(len(index)),) * 2
+        if size is None:
+            size = own if tokens == len(index) else _square(tokens)
+        if size is None or size[0] * size[1] != tokens:
+            expected = "a square number of" if size is None else f"{size[0]} x {size[1]}"
+            raise ValueError(f"x: expected {expected} tokens, got shape (B, {tokens}, C)")
+        return gather_attention_bias(table, own, size, index=index)
 
 
 def _bias_of(layer: nn.Linear) -> torch.Tensor:
@@ -147,7 +155,15 @@ class _V2(KeepsDerived):
     scale: float
     resolution: int | Size
     attention_biases: torch.Tensor
+    attention_bias_idxs: torch.Tensor
     proj: nn.Module
+    queries_stride = 1
+
+    def init_non_persistent_buffers(self) -> None:
+        """After to_empty(), as timm has it: the index is in no state dict."""
+        index = attention_bias_index(pair(self.resolution), self.queries_stride, self.attention_bias_idxs.device)
+        self.attention_bias_idxs = index
+        forget_derived(self)
 
     def _projected(self, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
         """1x1 convolutions of x by the names of their parts: one product, if all can be."""
@@ -192,31 +208,34 @@ class _V2(KeepsDerived):
         size = (x.shape[2], x.shape[3])
         if torch.is_grad_enabled() or size[0] * size[1] > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
             return None
-        parts = (*self._modules.values(), self._parameters)
+        if self.attention_biases.dtype == torch.float64:
+            return None
+        parts = (*self._modules.values(), self._parameters, self._buffers)
         return self._derived(f"packed {size[0]}x{size[1]}", parts, make)
 
     def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
+        proj = self.proj
         act = self._modules.get("act")
-        if act is not None:
-            x = act(x)
-        elif folded_pair(self.proj) is not None:  # the official repository has it in front of the convolution
-            act, *_ = self.proj._modules.values()
-            x = act(x)
-        (projected,) = self._projected(x, "proj")
-        return projected
+        folded = self._derived("proj", (proj,), lambda: _folded_together([proj]))
+        if folded is None:
+            out: torch.Tensor = proj(x if act is None else act(x))
+            return out
+        if act is None and len(proj._modules) == 3:  # the official repository has it in front of the convolution
+            act, *_ = proj._modules.values()
+        return pointwise_convolution(x if act is None else act(x), *folded[1:])
 
     def _heads(self, image: torch.Tensor) -> torch.Tensor:
         """(B, heads * channels, H, W) -> (B, heads, H * W, channels)"""
         batch, channels, height, width = image.shape
         return image.reshape(batch, self.num_heads, channels // self.num_heads, height * width).mT
 
-    def _bias(self, image: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    def _bias(self, image: torch.Tensor) -> torch.Tensor:
         size = (image.shape[2], image.shape[3])
         bias: torch.Tensor = self._derived(
             f"bias {size[0]}x{size[1]}",
-            (self._parameters,),
+            (self._parameters, self._buffers),
             lambda: gather_attention_bias(
-                self.attention_biases, pair(self.resolution), size, stride, self._buffers["attention_bias_idxs"]
+                self.attention_biases, pair(self.resolution), size, self.queries_stride, self.attention_bias_idxs
             ),
         )
         return bias
@@ -352,6 +371,8 @@ class EfficientFormerV2AttentionDownsample(_V2):
         ValueError: for sizes that are not positive.
     """
 
+    queries_stride = 2
+
     def __init__(
         self,
         dim: int = 384,
@@ -390,7 +411,7 @@ class EfficientFormerV2AttentionDownsample(_V2):
         k, v = self._projected(x, "k", "v")
         local = self._convolved("v_local", v)
         q, k, v = (self._heads(t) for t in (self.q(x), k, v))
-        out = biased_attention(q, k, v, self._bias(x, 2), scale=self.scale)
+        out = biased_attention(q, k, v, self._bias(x), scale=self.scale)
         return self._activated_and_projected(out.mT.reshape(local.shape) + local)
 
     def _packed(self, x: torch.Tensor) -> tuple[_operator.Packed, str, _operator.Pair] | None:
@@ -410,11 +431,11 @@ class EfficientFormerV2AttentionDownsample(_V2):
             return None
         k, v, v_local, proj = folded
         weight, bias = fold_batch_norm(*q, rounded=False)
-        packed = _operator.pack((weight.flatten(1), bias), k, v, self._bias(x, 2), proj, own_image=True, local=v_local)
+        packed = _operator.pack((weight.flatten(1), bias), k, v, self._bias(x), proj, own_image=True, local=v_local)
         # Pooling takes every other pixel as it is: one more at the centre of the convolution.
         centre = torch.zeros_like(local.weight)
         centre[:, :, 1, 1] = 1
-        return packed, activation, ((local.weight + centre).to(x.dtype), local.bias)
+        return packed, activation, (local.weight + centre, local.bias)
 
 
 class _LocalGlobalQuery(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn._library import _C
 
@@ -102,6 +103,10 @@ class _Kept(NamedTuple):
     derived: Any
 
 
+#: Derivations that a module keeps, by name and size of the image; the oldest goes first.
+_MOST_KEPT = 8
+
+
 class KeepsDerived(nn.Module):
     """A module that keeps what is computed from its parts, in evaluation without gradients.
 
@@ -118,6 +123,8 @@ class KeepsDerived(nn.Module):
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or _C is None:
             return make()
+        if torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, tracing: what is made belongs there
+            return make()
         if torch.is_grad_enabled():
             forget_derived(self)
             return make()
@@ -133,6 +140,9 @@ class KeepsDerived(nn.Module):
             all_kept.pop(name, None)
             return make()
         derived = make()
+        all_kept.pop(name, None)
+        while len(all_kept) >= _MOST_KEPT:  # what is kept for images of many sizes must not fill the memory
+            del all_kept[next(iter(all_kept))]
         all_kept[name] = _Kept(watch, derived)
         return derived
 
@@ -176,6 +186,13 @@ def is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
     return type(module) is cls and not is_overridden(module)
 
 
+def is_dense(weight: torch.Tensor) -> bool:
+    """Not one of the subclasses that quantise: those are used by the layers that have them."""
+    if torch.compiler.is_compiling():  # fakes are subclasses too
+        return not is_traceable_wrapper_subclass(weight)
+    return type(weight) in (nn.Parameter, torch.Tensor)
+
+
 def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
     """Whether the norm is an affine map of numbers that do not depend on the input, and nobody needs gradients."""
     return not torch.is_grad_enabled() and _is_affine(norm)
@@ -200,6 +217,8 @@ def folded_pair(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | No
         return None
     parts: list[Any] = list(part._modules.values())
     if len(parts) < 2 or not is_plain(parts[-2], nn.Conv2d) or not _is_affine(parts[-1]):
+        return None
+    if not is_dense(parts[-2].weight):
         return None
     return parts[-2], parts[-1]
 

@@ -36,6 +36,8 @@ class Operator(NamedTuple):
     fake: Callable[..., torch.Tensor]
     #: What ``_forward`` returns beside the output, for fake arguments; None if nothing.
     fake_kept: Callable[..., torch.Tensor] | None = None
+    #: Of a gradient of an image, for fake tensors.
+    empty: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = empty_in_order_of
 
     def __call__(self, *arguments_and_options: Any) -> torch.Tensor:
         """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
@@ -80,7 +82,7 @@ class Operator(NamedTuple):
         return out if self.fake_kept is None else (out, self.fake_kept(*arguments))
 
     def _fake_backward(self, grad_out: torch.Tensor, *arguments: Any) -> tuple[Argument, ...]:
-        images = (empty_in_order_of(t, t.shape) for t in arguments[: self.images])
+        images = (self.empty(t, t.shape) for t in arguments[: self.images])
         weights = arguments[self.images : self.arguments]
         return *images, *(_mapped(lambda t: t.new_empty(t.shape), a) for a in weights)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effattn.backends.packed import OUTPUTS, joined, pack_projection, padded, rounded
-from effattn.ops._memory import empty_in_order_of
+from effattn.ops._memory import empty_image_in_order_of
 from effattn.ops._operator import InferenceOperator, Operator
 
 Tensors = Sequence[torch.Tensor]
@@ -60,10 +60,10 @@ def _check(
 
 
 def _fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return empty_in_order_of(x, x.shape)
+    return empty_image_in_order_of(x, x.shape)
 
 
-cascaded_group_attention = Operator("cascaded_group_attention", 1, 6, _check, _fake)
+cascaded_group_attention = Operator("cascaded_group_attention", 1, 6, _check, _fake, empty=empty_image_in_order_of)
 cascaded_group_attention.register()
 
 
@@ -158,7 +158,7 @@ def _fake_projected(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     )
     for name, shape in zip(Packed._fields, shapes, strict=False):
         torch._check(getattr(packed, name).shape == shape, lambda name=name, shape=shape: f"{name} must be {shape}")
-    return empty_in_order_of(x, (x.shape[0], outputs, *x.shape[2:]))
+    return empty_image_in_order_of(x, (x.shape[0], outputs, *x.shape[2:]))
 
 
 _PROJECTED.register(_fake_projected)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effattn.ops._memory import empty_in_order_of
+from effattn.ops._memory import empty_image_in_order_of
 from effattn.ops._operator import InferenceOperator
 from effattn.ops.multi_scale import multi_scale_linear_attention
 
@@ -57,7 +57,7 @@ def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         attended_channels == attended.shape[1],
         lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",
     )
-    return empty_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))
+    return empty_image_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))
 
 
 _OPERATOR.register(_fake)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from effattn.ops._memory import empty_in_order_of
+from effattn.ops._memory import empty_image_in_order_of
 from effattn.ops._operator import Operator
 
 Tensors = Sequence[torch.Tensor]
@@ -50,13 +50,13 @@ def _check(
 def _fake_aggregation(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int
 ) -> torch.Tensor:
-    return empty_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]))
+    return empty_image_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]))
 
 
 def _fake_attention(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
 ) -> torch.Tensor:
-    return empty_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // 3), *qkv.shape[2:]))
+    return empty_image_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // 3), *qkv.shape[2:]))
 
 
 def _fake_sums(
@@ -66,7 +66,11 @@ def _fake_sums(
     return qkv.new_empty((qkv.shape[0], heads, head_dim + 1, head_dim), dtype=torch.float32)
 
 
-multi_scale_aggregation = Operator("multi_scale_aggregation", 1, 5, _check, _fake_aggregation)
-multi_scale_linear_attention = Operator("multi_scale_linear_attention", 1, 5, _check, _fake_attention, _fake_sums)
+multi_scale_aggregation = Operator(
+    "multi_scale_aggregation", 1, 5, _check, _fake_aggregation, empty=empty_image_in_order_of
+)
+multi_scale_linear_attention = Operator(
+    "multi_scale_linear_attention", 1, 5, _check, _fake_attention, _fake_sums, empty_image_in_order_of
+)
 multi_scale_aggregation.register()
 multi_scale_linear_attention.register()

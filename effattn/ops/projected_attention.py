@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effattn.backends.packed import OUTPUTS, joined, of_whole_heads, pack_projection, padded, rounded
-from effattn.ops._memory import empty_in_order_of
+from effattn.ops._memory import empty_image_in_order_of
 from effattn.ops._operator import InferenceOperator
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -157,7 +157,7 @@ def _fake(x: torch.Tensor, q_image: torch.Tensor | None, *arguments: Any) -> tor
         packed.proj.shape == (rounded(outputs, OUTPUTS) // OUTPUTS, values, OUTPUTS),
         lambda: "proj must have shape (blocks, heads * rounded(value_dim), OUTPUTS)",
     )
-    return empty_in_order_of(x, (x.shape[0], outputs, *out_size))
+    return empty_image_in_order_of(x, (x.shape[0], outputs, *out_size))
 
 
 _OPERATOR.register(_fake)

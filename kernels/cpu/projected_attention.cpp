@@ -107,7 +107,8 @@ struct Call {
 
   void attend(int64_t batch, const Part& part) const {
     SoftmaxHeads heads = p.heads;
-    heads.value_dim = p.value_stride();  // zeros behind the last are zeros in the output, which all is added to
+    heads.value_dim =
+        p.value_stride();  // zeros behind the last are zeros in the output, which all is added to
     heads.heads = part.heads;
     heads.queries = part.queries;
     heads.bias += part.head * heads.bias_stride + part.query * heads.keys;
