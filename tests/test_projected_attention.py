@@ -301,7 +301,8 @@ WRONG_CASCADE = {
     "even kernel": ("kernels", [7, 4], "kernels must be odd, got 4"),
     "huge kernel": ("kernels", [7, 2**62 + 1], "kernels must be odd"),
     "key_dim": ("key_dim", 0, "key_dim be positive"),
-    "window": ("window_height", 0, "window_size must be positive, got 0 x 4"),
+    "window": ("window_height", 0, "window_size must be positive and below 32768, got 0 x 4"),
+    "huge window": ("window_height", 2**62, "window_size must be positive and below 32768"),
 }
 
 

@@ -88,9 +88,11 @@ class CascadedGroupAttention(KeepsDerived):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
             packed = self._derived(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
-            return (
-                self._layer_by_layer(x, size) if packed is None else _operator.projected(x, packed, self.scale, *size)
-            )
+            if packed is None:
+                return self._layer_by_layer(x, size)
+            if x.shape[1] != packed.proj.shape[1]:
+                raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
+            return _operator.projected(x, packed, self.scale, *size)
         weights = self._derived(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
         if weights is None:
             return self._layer_by_layer(x, size)
