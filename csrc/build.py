@@ -60,6 +60,7 @@ ONCE = (
     "kernels/cpu/projected_attention.cpp",
     "kernels/cpu/biased_attention.cpp",
     "kernels/cpu/cascaded_group_attention.cpp",
+    "kernels/cpu/cascade_training.cpp",
     "csrc/library.cpp",
     "csrc/cpu/relu_linear_attention.cpp",
     "csrc/cpu/multi_scale.cpp",
@@ -67,6 +68,7 @@ ONCE = (
     "csrc/cpu/biased_attention.cpp",
     "csrc/cpu/projected_attention.cpp",
     "csrc/cpu/cascaded_group_attention.cpp",
+    "csrc/cpu/cascade_training.cpp",
 )
 PYTHON = ("csrc/python.cpp",)
 

@@ -68,6 +68,19 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       "Tensor bias, Tensor[] talking_heads, Tensor? taps, Tensor? tap_bias, Tensor proj, Tensor proj_bias, "
       "int key_dim, "
       "int value_dim, float scale, int activation, int out_height, int out_width) -> Tensor");
+  // With a BatchNorm behind each projection and each convolution, whose statistics are those of the batch:
+  // means and variances of a head's outputs and of its convolved q. Norms of the projections, then those of
+  // the convolutions.
+#define EFFATTN_NORMED                                                                                   \
+  "Tensor x, Tensor[] qkv_weights, Tensor[] q_dw_weights, Tensor[] norm_weights, Tensor[] norm_biases, " \
+  "Tensor attention_bias, "
+  m.def("cascaded_group_attention_batch_norm_forward(" EFFATTN_NORMED "float[] eps, " EFFATTN_WINDOW
+        ") -> (Tensor out, Tensor statistics)");
+  m.def("cascaded_group_attention_batch_norm_backward(Tensor grad_out, " EFFATTN_NORMED
+        "Tensor out, Tensor statistics, float[] eps, " EFFATTN_WINDOW
+        ") -> (Tensor grad_x, Tensor[] grad_qkv_weights, Tensor[] grad_q_dw_weights, "
+        "Tensor[] grad_norm_weights, Tensor[] grad_norm_biases, Tensor grad_attention_bias)");
+#undef EFFATTN_NORMED
 #undef EFFATTN_CASCADE
 #undef EFFATTN_WINDOW
 }

@@ -34,6 +34,7 @@ DEFAULT_TESTS += [
     "tests/test_lite_mla.py",
     "tests/test_softmax_attention_numerics.py",
     "tests/test_projected_attention.py",
+    "tests/test_cascade_training.py",
 ]
 DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 # What the schedule over threads does is not the business of an instruction set, and takes minutes here.
@@ -42,6 +43,7 @@ DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 MULTI_SCALE = "every_width or qkv_itself or without_scales or memory_format or smaller_than"
 SOFTMAX = "every_number or every_window or equal_logits or float16 or minus_infinity"
 WANTED = f"not four_python_threads and (not multi_scale or {MULTI_SCALE}) and (not softmax or {SOFTMAX})"
+WANTED += " and (not cascade_training or nchw)"
 DEFAULT_TESTS += ["-k", WANTED]
 
 TRIPLET = "aarch64-linux-gnu"

@@ -37,6 +37,7 @@ DEFAULT = [
     "tests/test_softmax_attention_numerics.py",
     "tests/test_softmax_attention_errors.py",
     "tests/test_projected_attention.py",
+    "tests/test_cascade_training.py",
     "tests/test_images.py",
     "-m=not slow",
     "-k=not ((multi_scale or softmax) and bfloat16)",  # converted by the same code as float16

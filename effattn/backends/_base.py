@@ -12,7 +12,7 @@ class Fused(NamedTuple):
     """The torch operators behind one function of a backend with kernels of its own.
 
     ``inference`` returns the output alone and has no autograd formula; ``forward`` returns what the
-    backward needs beside it and has one.
+    backward needs beside it and has one. They are one and the same of an operator for training alone.
     """
 
     inference: Callable[..., torch.Tensor]

@@ -22,6 +22,7 @@ def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
         "biased_attention",
         "cascaded_group_attention",
     )
+    training = "cascaded_group_attention_batch_norm"
     inference = ("lite_mla", "cascaded_group_attention_projected", "projected_attention")
     return {
         **{
@@ -31,6 +32,7 @@ def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
             )
             for name in differentiable
         },
+        training: Fused(*2 * (getattr(torch.ops.effattn, f"{training}_forward").default,)),
         **{name: getattr(torch.ops.effattn, name).default for name in inference},
     }
 

@@ -133,30 +133,84 @@ def cascaded_group_attention(
     window_width: int,
 ) -> torch.Tensor:
     """EfficientViT (arXiv 2305.07027), section 3.2, in windows with zeros behind the image's last row and column."""
-    at_least = torch.promote_types(x.dtype, torch.float32)
-    batch, channels, height, width = x.shape
-    down, across = -(-height // window_height), -(-width // window_width)
+
+    def project(head: int, feat: torch.Tensor) -> torch.Tensor:
+        bias = qkv_biases[head].to(feat.dtype) if qkv_biases else None
+        return functional.conv2d(feat, qkv_weights[head].to(feat.dtype), bias)
+
+    def convolve(head: int, q: torch.Tensor) -> torch.Tensor:
+        return _depthwise(q, q_dw_weights[head], q_dw_biases[head] if q_dw_biases else None)
+
+    size = (window_height, window_width)
+    return _cascade(x, project, convolve, q_dw_weights[0].shape[0], attention_bias, scale, size)
+
+
+def cascaded_group_attention_batch_norm(
+    x: torch.Tensor,
+    qkv_weights: Sequence[torch.Tensor],
+    q_dw_weights: Sequence[torch.Tensor],
+    norm_weights: Sequence[torch.Tensor],
+    norm_biases: Sequence[torch.Tensor],
+    attention_bias: torch.Tensor,
+    eps: Sequence[float],
+    scale: float,
+    window_height: int,
+    window_width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`cascaded_group_attention` with the batch's BatchNorm behind every projection and convolution of q."""
     heads, key_dim = len(qkv_weights), q_dw_weights[0].shape[0]
+    means: dict[int, torch.Tensor] = {}
+    variances: dict[int, torch.Tensor] = {}
+
+    def normalise(norm: int, t: torch.Tensor) -> torch.Tensor:
+        variances[norm], means[norm] = torch.var_mean(t, dim=(0, 2, 3), correction=0)
+        factor = norm_weights[norm].to(t.dtype) * (variances[norm] + eps[norm]).rsqrt()
+        shift = norm_biases[norm].to(t.dtype) - means[norm] * factor
+        return t * factor.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
+
+    def project(head: int, feat: torch.Tensor) -> torch.Tensor:
+        return normalise(head, functional.conv2d(feat, qkv_weights[head].to(feat.dtype)))
+
+    def convolve(head: int, q: torch.Tensor) -> torch.Tensor:
+        return normalise(heads + head, _depthwise(q, q_dw_weights[head], None))
+
+    out = _cascade(x, project, convolve, key_dim, attention_bias, scale, (window_height, window_width))
+    statistics = [torch.cat([of[head], of[heads + head]]) for head in range(heads) for of in (means, variances)]
+    return out, torch.stack(statistics).unflatten(0, (heads, 2)).detach()
+
+
+def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return functional.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+
+def _cascade(
+    x: torch.Tensor,
+    project: Callable[[int, torch.Tensor], torch.Tensor],
+    convolve: Callable[[int, torch.Tensor], torch.Tensor],
+    key_dim: int,
+    attention_bias: torch.Tensor,
+    scale: float,
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """A head after the other, in windows; how a head makes q, k and v of its channels is the caller's."""
+    at_least = torch.promote_types(x.dtype, torch.float32)
+    (batch, channels, height, width), (rows, cols) = x.shape, size
+    down, across, heads = -(-height // rows), -(-width // cols), len(attention_bias)
     value_dim = channels // heads
     if x.numel() == 0:  # convolutions take no empty images
         return x * 1
     with without_autocast(x.device):
-        padded = functional.pad(x.to(at_least), (0, across * window_width - width, 0, down * window_height - height))
-        windows = padded.reshape(batch, channels, down, window_height, across, window_width)
-        groups = windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, window_height, window_width).chunk(heads, 1)
+        padded = functional.pad(x.to(at_least), (0, across * cols - width, 0, down * rows - height))
+        windows = padded.reshape(batch, channels, down, rows, across, cols).permute(0, 2, 4, 1, 3, 5)
         outs: list[torch.Tensor] = []
-        for i, group in enumerate(groups):
-            qkv_bias, dw_bias = (biases[i].to(at_least) if biases else None for biases in (qkv_biases, q_dw_biases))
-            feat = group if i == 0 else group + outs[-1]
-            q, k, v = functional.conv2d(feat, qkv_weights[i].to(at_least), qkv_bias).split(
-                [key_dim, key_dim, value_dim], dim=1
-            )
-            dw = q_dw_weights[i].to(at_least)
-            q = functional.conv2d(q, dw, dw_bias, padding=dw.shape[-1] // 2, groups=key_dim)
-            logits = scale * (q.flatten(2).mT @ k.flatten(2)) + attention_bias[i].to(at_least)
+        for i, group in enumerate(windows.reshape(-1, channels, rows, cols).chunk(heads, 1)):
+            qkv = project(i, group if i == 0 else group + outs[-1])
+            q, k, v = qkv.split([key_dim, key_dim, value_dim], dim=1)
+            logits = scale * (convolve(i, q).flatten(2).mT @ k.flatten(2)) + attention_bias[i].to(at_least)
             out = v.flatten(2) @ logits.softmax(dim=-1).mT
-            outs.append(out.reshape(-1, value_dim, window_height, window_width))
-        windows = torch.cat(outs, dim=1).reshape(batch, down, across, channels, window_height, window_width)
+            outs.append(out.reshape(-1, value_dim, rows, cols))
+        windows = torch.cat(outs, dim=1).reshape(batch, down, across, channels, rows, cols)
         image = windows.permute(0, 3, 1, 4, 2, 5).reshape(padded.shape)
         return image[:, :, :height, :width].to(x.dtype)
 
@@ -271,13 +325,14 @@ def _reasons(op: str, device: str, dtype: torch.dtype) -> list[str]:
     return reasons
 
 
-FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "relu_linear_attention": relu_linear_attention,
     "multi_scale_aggregation": multi_scale_aggregation,
     "multi_scale_linear_attention": multi_scale_linear_attention,
     "lite_mla": lite_mla,
     "biased_attention": biased_attention,
     "cascaded_group_attention": cascaded_group_attention,
+    "cascaded_group_attention_batch_norm": cascaded_group_attention_batch_norm,
     "cascaded_group_attention_projected": cascaded_group_attention_projected,
     "projected_attention": projected_attention,
 }

@@ -13,6 +13,7 @@ from torch.nn import functional
 from effattn.functional import biased_attention, cascaded_group_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
+from effattn.nn.batch_norm import training_pair, update_running_statistics
 from effattn.nn.projection import (
     KeepsDerived,
     fold_batch_norm,
@@ -31,8 +32,8 @@ class CascadedGroupAttention(KeepsDerived):
 
     Names of parts are those of timm's ``efficientvit_msra.CascadedGroupAttention``; state dicts of timm and of the
     official repository load. Arguments are timm's. In evaluation, BatchNorm is folded into the convolutions and the
-    whole cascade is one operator: with the projection where no gradients are asked for. In training, BatchNorm's
-    statistics need every head's outputs before the next head, so that only the attention is one.
+    whole cascade is one operator: with the projection where no gradients are asked for. In training in float32 it is
+    one with BatchNorm inside; in other dtypes, and where something listens to a part, only the attention is one.
 
     Args:
         dim: channels, a multiple of ``num_heads``.
@@ -89,13 +90,13 @@ class CascadedGroupAttention(KeepsDerived):
         elif not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
             packed = self._derived(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
             if packed is None:
-                return self._layer_by_layer(x, size)
+                return self._unfolded(x, size)
             if x.shape[1] != packed.proj.shape[1]:
                 raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
             return _operator.projected(x, packed, self.scale, *size)
         weights = self._derived(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
         if weights is None:
-            return self._layer_by_layer(x, size)
+            return self._unfolded(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
         return pointwise_convolution(out.relu(), weights.proj_weight.to(x.dtype), weights.proj_bias.to(x.dtype))
 
@@ -152,6 +153,43 @@ class CascadedGroupAttention(KeepsDerived):
     def _bias(self, size: tuple[int, int]) -> torch.Tensor:
         own = (self.resolution, self.resolution)
         return gather_attention_bias(self.attention_biases, own, size, index=self.attention_bias_idxs)
+
+    def _unfolded(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """With BatchNorm of this batch, in the operator or beside it."""
+        windows = x if x.shape[2] % size[0] == 0 and x.shape[3] % size[1] == 0 else _partition(x, size)
+        out = self._cascade_with_batch_norm(windows, size)
+        if out is None:
+            return self._layer_by_layer(x, size)
+        projected: torch.Tensor = self.proj(out)
+        return projected if windows is x else _reverse(projected, x.shape, size)
+
+    def _cascade_with_batch_norm(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor | None:
+        """Whole windows through all heads; None where the operator cannot stand for the modules."""
+        parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
+        pairs = [pair for pair in map(training_pair, parts) if pair is not None]
+        count = x.numel() // max(x.shape[1], 1)  # of numbers of a channel; torch refuses to normalise one
+        if len(pairs) != len(parts) or count < 2 or not _operator.serves(x):
+            return None
+        if x.dtype != torch.float32 or self.attention_biases.dtype != torch.float32:
+            return None
+        convs, norms = zip(*pairs, strict=True)
+        heads, weights = self.num_heads, [conv.weight for conv in convs]
+        out, statistics = _operator.batch_norm(
+            x,
+            weights[:heads],
+            weights[heads:],
+            [norm.weight for norm in norms],
+            [norm.bias for norm in norms],
+            self._bias(size),
+            [norm.eps for norm in norms],
+            self.scale,
+            *size,
+        )
+        for i, (norm, (means, variances)) in enumerate(zip(norms, (*statistics, *statistics), strict=True)):
+            outputs = weights[0].shape[0]
+            of_norm = slice(0, outputs) if i < heads else slice(outputs, None)
+            update_running_statistics(norm, means[of_norm], variances[of_norm], count)
+        return out
 
     def _layer_by_layer(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """As the authors have it, each part called."""

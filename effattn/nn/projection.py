@@ -213,14 +213,18 @@ def folded_pair(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | No
     What stands in front of them (an activation) must still be called. With gradients, :func:`fold_batch_norm` is one
     more differentiable step.
     """
+    pair = convolution_and_norm(part)
+    return pair if pair is not None and _is_affine(pair[1]) else None
+
+
+def convolution_and_norm(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The last two of a part, where their tensors can be used in place of calling them."""
     if part is None or is_overridden(part):
         return None
     parts: list[Any] = list(part._modules.values())
-    if len(parts) < 2 or not is_plain(parts[-2], nn.Conv2d) or not _is_affine(parts[-1]):
+    if len(parts) < 2 or not is_plain(parts[-2], nn.Conv2d) or not is_plain(parts[-1], nn.BatchNorm2d):
         return None
-    if not is_dense(parts[-2].weight):
-        return None
-    return parts[-2], parts[-1]
+    return (parts[-2], parts[-1]) if is_dense(parts[-2].weight) else None
 
 
 def fold_batch_norm(

@@ -38,8 +38,10 @@ class Operator(NamedTuple):
     fake_kept: Callable[..., torch.Tensor] | None = None
     #: Of a gradient of an image, for fake tensors.
     empty: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = empty_in_order_of
+    #: Whether callers get all that ``_forward`` returns, and the backward needs the output as well.
+    whole: bool = False
 
-    def __call__(self, *arguments_and_options: Any) -> torch.Tensor:
+    def __call__(self, *arguments_and_options: Any) -> Any:
         """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
         image = arguments_and_options[0]
         compiling = torch.compiler.is_compiling()
@@ -59,14 +61,15 @@ class Operator(NamedTuple):
             arguments = (*arguments[: self.images], *weights)
         if torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments)):
             out = function.forward(*arguments, *options)
-            return out if isinstance(out, torch.Tensor) else out[0]
+            return out if self.whole or isinstance(out, torch.Tensor) else out[0]
         return function.inference(*arguments, *options)
 
     def register(self) -> None:
         """Tells torch of the fake kernels and the autograd formula."""
         if _library.error is not None:
             return
-        torch.library.register_fake(f"effattn::{self.name}", self._fake)
+        if not self.whole:
+            torch.library.register_fake(f"effattn::{self.name}", self._fake)
         torch.library.register_fake(f"effattn::{self.name}_forward", self._fake_forward)
         torch.library.register_fake(f"effattn::{self.name}_backward", self._fake_backward)
         torch.library.register_autograd(
@@ -92,8 +95,8 @@ class Operator(NamedTuple):
         ctx.lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
         kept: tuple[torch.Tensor, ...] = ()
         if self.fake_kept is not None:
-            kept = output[1:]
-            ctx.mark_non_differentiable(*kept)
+            kept = output if self.whole else output[1:]
+            ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_flat(arguments), *kept)
 
@@ -113,6 +116,7 @@ class Operator(NamedTuple):
         """The gradients by way of the reference, which has derivatives of every order."""
         tensors = list(_flat(arguments))
         out = reference.FUNCTIONS[self.name](*arguments, *options)
+        out = out[0] if self.whole else out
         wanted = [t for t in tensors if t.requires_grad]
         grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
         lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]

@@ -67,6 +67,55 @@ cascaded_group_attention = Operator("cascaded_group_attention", 1, 6, _check, _f
 cascaded_group_attention.register()
 
 
+# --- with BatchNorm inside, for training -----------------------------------------------------------------------
+
+
+def _check_batch_norm(
+    x: torch.Tensor,
+    qkv: Tensors,
+    dw: Tensors,
+    norm_weights: Tensors,
+    norm_biases: Tensors,
+    bias: torch.Tensor,
+    eps: Sequence[float],
+    scale: float,
+    window_height: int,
+    window_width: int,
+) -> None:
+    _check(x, qkv, (), dw, (), bias, scale, window_height, window_width)
+    torch._check(x.shape[2] % window_height == 0, lambda: "x must have whole windows")
+    torch._check(x.shape[3] % window_width == 0, lambda: "x must have whole windows")
+    torch._check(x.numel() > 0, lambda: "x must not be empty")
+    heads, key_dim = len(qkv), dw[0].shape[0]
+    torch._check(len(eps) == 2 * heads, lambda: "eps must have two numbers a head")
+    for norms in (norm_weights, norm_biases):
+        torch._check(len(norms) == 2 * heads, lambda: "norms must have two tensors a head")
+        for i, t in enumerate(norms):
+            outputs = qkv[0].shape[0] if i < heads else key_dim
+            torch._check(t.shape == (outputs,), lambda: "norms must have a number for each output")
+            torch._check(t.dtype in (x.dtype, torch.float32), lambda: "norms must be float32 or of x's dtype")
+
+
+def _fake_statistics(x: torch.Tensor, qkv: Tensors, dw: Tensors, *_: Any) -> torch.Tensor:
+    return x.new_empty(len(qkv), 2, qkv[0].shape[0] + dw[0].shape[0], dtype=torch.float32)
+
+
+#: (x, qkv_weights, q_dw_weights, norm_weights, norm_biases, attention_bias, eps, scale, window_height, window_width) ->
+#: (out, statistics): windows divide the image; norms and their eps are those behind the projections, then those behind
+#: the convolutions; statistics (heads, 2, outputs + key_dim) are means, then variances over the batch (not corrected).
+batch_norm = Operator(
+    "cascaded_group_attention_batch_norm",
+    1,
+    6,
+    _check_batch_norm,
+    _fake,
+    _fake_statistics,
+    empty_image_in_order_of,
+    whole=True,
+)
+batch_norm.register()
+
+
 # --- with relu and the projection behind it, for inference ---------------------------------------------------
 
 _PROJECTED = InferenceOperator("cascaded_group_attention_projected")

@@ -70,6 +70,15 @@ struct ChannelsLastPasses {
   // squares, not points (align_corners=False).
   void (*enlarge)(int64_t channels, const Rows<const float>& in, int64_t height, int64_t width, int64_t y,
                   int64_t out_height, int64_t out_width, const Rows<float>& out);
+  // The mean of every channel, and the sum of squares of what is above and below it.
+  void (*moments)(int64_t tokens, int64_t channels, const Rows<const float>& in, float* mean, float* squares);
+  // out = by * in + other_by * other + shift, a number a channel; without `other` where its data is null.
+  void (*affine)(int64_t tokens, int64_t channels, const float* by, const Rows<const float>& in,
+                 const float* other_by, const Rows<const float>& other, const float* shift,
+                 const Rows<float>& out);
+  // sums += grad, products += grad * (in - mean), over the tokens.
+  void (*sum_gradients)(int64_t tokens, int64_t channels, const Rows<const float>& grad,
+                        const Rows<const float>& in, const float* mean, float* sums, float* products);
   // The gradients of project: grad_in += grad_out weights^T, weights += in^T grad_out (a row an output), bias
   // += the sum of grad_out.
   void (*project_backward)(int64_t tokens, int64_t inputs, int64_t outputs, const Rows<const float>& in,

@@ -290,6 +290,60 @@ void enlarge(int64_t channels, const Rows<const float>& in, int64_t height, int6
   }
 }
 
+// --- BatchNorm in training ------------------------------------------------------------------------------
+
+void moments(int64_t tokens, int64_t channels, const Rows<const float>& in, float* mean, float* squares) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    constexpr int kChains = 4;  // hide the latency of an addition
+    Vec totals[kChains] = {};
+    for (int64_t t = 0; t < tokens; ++t) totals[t % kChains] += load(in.data + t * in.stride + c);
+    const Vec middle =
+        ((totals[0] + totals[1]) + (totals[2] + totals[3])) * (1.0f / static_cast<float>(tokens));
+    Vec apart[kChains] = {};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vec off = load(in.data + t * in.stride + c) - middle;
+      apart[t % kChains] += off * off;
+    }
+    store(mean + c, middle);
+    store(squares + c, (apart[0] + apart[1]) + (apart[2] + apart[3]));
+  }
+}
+
+void affine(int64_t tokens, int64_t channels, const float* by, const Rows<const float>& in,
+            const float* other_by, const Rows<const float>& other, const float* shift,
+            const Rows<float>& out) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const Vec factor = load(by + c), term = load(shift + c);
+    if (other.data == nullptr) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        store(out.data + t * out.stride + c, factor * load(in.data + t * in.stride + c) + term);
+      }
+      continue;
+    }
+    const Vec second = load(other_by + c);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vec sum = second * load(other.data + t * other.stride + c) + term;
+      store(out.data + t * out.stride + c, factor * load(in.data + t * in.stride + c) + sum);
+    }
+  }
+}
+
+void sum_gradients(int64_t tokens, int64_t channels, const Rows<const float>& grad,
+                   const Rows<const float>& in, const float* mean, float* sums, float* products) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    constexpr int kChains = 2;
+    const Vec middle = load(mean + c);
+    Vec total[kChains] = {}, product[kChains] = {};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vec g = load(grad.data + t * grad.stride + c);
+      total[t % kChains] += g;
+      product[t % kChains] += g * (load(in.data + t * in.stride + c) - middle);
+    }
+    store(sums + c, load(sums + c) + (total[0] + total[1]));
+    store(products + c, load(products + c) + (product[0] + product[1]));
+  }
+}
+
 void load_pass(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& to) {
   load_image(dtype, image, 0, tokens, channels, Tile{to.data, to.stride, false});
 }
@@ -298,9 +352,9 @@ void store_pass(DType dtype, const Image& image, int64_t tokens, int64_t channel
   store_image(dtype, image, 0, tokens, channels, Tile{from.data, from.stride, false});
 }
 
-constexpr ChannelsLastPasses kPasses = {transpose_pass,     project,   fill,      depthwise,
-                                        depthwise_backward, add_pass,  activate,  enlarge,
-                                        project_backward,   load_pass, store_pass};
+constexpr ChannelsLastPasses kPasses = {
+    transpose_pass, project, fill,   depthwise,     depthwise_backward, add_pass,  activate,
+    enlarge,        moments, affine, sum_gradients, project_backward,   load_pass, store_pass};
 
 }  // namespace
 
