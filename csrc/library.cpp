@@ -63,7 +63,8 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       "Tensor attention_bias, Tensor proj, Tensor proj_bias, int[] kernels, int key_dim, " EFFATTN_WINDOW
       ") -> Tensor");
   m.def(
-      "projected_attention(Tensor x, Tensor? q_image, Tensor? q, Tensor? q_bias, Tensor qkv, Tensor "
+      "projected_attention(Tensor x, Tensor? halving_taps, Tensor? halving_bias, Tensor? q, Tensor? q_bias, "
+      "Tensor qkv, Tensor "
       "qkv_bias, "
       "Tensor bias, Tensor[] talking_heads, Tensor? taps, Tensor? tap_bias, Tensor proj, Tensor proj_bias, "
       "int key_dim, "

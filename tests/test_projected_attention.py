@@ -6,6 +6,7 @@ emulation; so nothing here compiles or needs a model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -25,7 +26,7 @@ OUT = 37  # no multiple of what a block takes
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Sizes of EfficientFormer's attentions; ``halved``: queries from an image of their own."""
+    """Sizes of EfficientFormer's attentions; ``halved``: "queries", or "all" of the image."""
 
     batch: int
     channels: int
@@ -37,12 +38,16 @@ class AttentionCase:
     kernel: int = 0
     talking: bool = False
     activation: str = "none"
-    halved: bool = False
+    halved: str = ""
     out_size: tuple[int, int] | None = None
 
     @property
     def queries(self) -> tuple[int, int]:
         return (-(-self.height // 2), -(-self.width // 2)) if self.halved else (self.height, self.width)
+
+    @property
+    def keys(self) -> int:
+        return math.prod(self.queries) if self.halved == "all" else self.height * self.width
 
     def weights(self) -> dict:
         """Of a size that keeps activations where they are."""
@@ -50,8 +55,7 @@ class AttentionCase:
         def convolution(outputs, inputs, seed):
             return make_tensor(outputs, inputs, seed=seed) / inputs**0.5, make_tensor(1, outputs, seed=seed + 1)[0] / 4
 
-        h, (rows, cols) = self.heads, self.queries
-        k = self.kernel
+        h, k = self.heads, self.kernel
         mixing = [make_tensor(h, h, seed=5) / h**0.5, make_tensor(1, h, seed=6)[0]]
         mixing += [make_tensor(h, h, seed=7) / h**0.5, make_tensor(1, h, seed=8)[0] / 9]
         local = make_tensor(h * self.value_dim, 1, k, k, seed=9) / k if k else None
@@ -59,23 +63,26 @@ class AttentionCase:
             "q": convolution(h * self.key_dim, self.channels, 10),
             "k": convolution(h * self.key_dim, self.channels, 20),
             "v": convolution(h * self.value_dim, self.channels, 30),
-            "bias": make_tensor(h, rows * cols, self.height * self.width, seed=40),
+            "bias": make_tensor(h, math.prod(self.queries), self.keys, seed=40),
             "proj": convolution(OUT, h * self.value_dim, 50),
             "talking_heads": mixing if self.talking else (),
             "local": None if local is None else (local, make_tensor(1, h * self.value_dim, seed=41)[0]),
+            "halving": (make_tensor(self.channels, 1, 3, 3, seed=42) / 3, make_tensor(1, self.channels, seed=43)[0])
+            if self.halved
+            else None,
         }
 
-    def images(self, dtype=torch.float32, memory_format="nchw"):
-        x = make_image(self.batch, self.channels, self.height, self.width, memory_format).to(dtype)
-        q_image = make_image(self.batch, self.channels, *self.queries, memory_format) / 2 if self.halved else None
-        return x, None if q_image is None else q_image.to(dtype)
+    def x(self, dtype=torch.float32, memory_format="nchw"):
+        return make_image(self.batch, self.channels, self.height, self.width, memory_format).to(dtype)
 
-    def call(self, x, q_image):
-        weights = attention_op.pack(**self.weights(), own_image=self.halved)
+    def packed(self):
+        return attention_op.pack(**self.weights(), halves_queries_alone=self.halved == "queries")
+
+    def call(self, x):
+        weights = self.packed()
         if x.dtype == torch.float64:  # the reference alone takes it
             weights = attention_op.Packed(*(in_float64(value) for value in weights))
-        options = {"activation": self.activation, "q_image": q_image, "out_size": self.out_size}
-        return attention_op.projected_attention(x, weights, 0.3, **options)
+        return attention_op.projected_attention(x, weights, 0.3, activation=self.activation, out_size=self.out_size)
 
 
 def in_float64(value):
@@ -89,8 +96,10 @@ ATTENTION = {
     "whole vectors": AttentionCase(1, 64, 2, 16, 32, 7, 7),
     "v2": AttentionCase(2, 24, 4, 5, 10, 7, 7, 3, True, "gelu"),
     "v2, enlarged": AttentionCase(2, 24, 3, 8, 16, 4, 3, 3, True, "gelu", out_size=(7, 6)),
-    "v2, halved": AttentionCase(2, 24, 4, 5, 10, 7, 6, 3, False, "relu", True),
-    "5x5, halved, one row": AttentionCase(1, 20, 2, 16, 16, 1, 9, 5, False, "gelu", True),
+    "v2, halved": AttentionCase(2, 24, 4, 5, 10, 7, 6, 3, False, "relu", "queries"),
+    "v2, all halved": AttentionCase(2, 40, 4, 5, 10, 7, 6, 3, True, "gelu", "all", out_size=(7, 6)),
+    "5x5, halved, one row": AttentionCase(1, 20, 2, 16, 16, 1, 9, 5, False, "gelu", "queries"),
+    "no kernel, all halved": AttentionCase(2, 33, 2, 8, 16, 1, 1, 0, False, "none", "all"),
     "one token": AttentionCase(2, 8, 2, 4, 4, 1, 1, 3, True, "none"),
     "many queries": AttentionCase(1, 16, 2, 4, 20, 13, 12, 0, True, "relu"),
     "enlarged, no kernel": AttentionCase(1, 16, 2, 4, 20, 3, 3, 0, False, "relu", out_size=(5, 9)),
@@ -130,7 +139,7 @@ def check(call, images, dtype):
 @pytest.mark.usefixtures("poisoned_allocations")
 def test_attention_against_float64(isa, name, memory_format, dtype):
     case = ATTENTION[name]
-    out = check(case.call, case.images(dtype, memory_format), dtype)
+    out = check(case.call, (case.x(dtype, memory_format),), dtype)
     assert out.shape == (case.batch, OUT, *(case.out_size or case.queries))
 
 
@@ -146,19 +155,20 @@ def test_cascade_against_float64(isa, name, memory_format, dtype):
 
 def test_the_reference_is_what_it_says():
     """From the weights as they came, in float64: the truth of all the others."""
-    for name in ("v2, halved", "v2, enlarged"):
+    for name in ("v2, halved", "v2, enlarged", "v2, all halved"):
         case = ATTENTION[name]
-        x, q_image = (None if t is None else t.double() for t in case.images())
+        x = case.x().double()
         w = {key: in_float64(list(t) if isinstance(t, tuple) else t) for key, t in case.weights().items()}
         with use_backend("reference"):
-            out = case.call(x, q_image)
+            out = case.call(x)
 
         def conv(image, part, **options):
             weight, bias = part
             return functional.conv2d(image, weight if weight.dim() == 4 else weight[..., None, None], bias, **options)
 
-        v = conv(x, w["v"])
-        q, k = conv(x if q_image is None else q_image, w["q"]), conv(x, w["k"])
+        q_image = conv(x, w["halving"], padding=1, stride=2, groups=x.shape[1]) if case.halved else x
+        image = q_image if case.halved == "all" else x
+        q, k, v = conv(q_image, w["q"]), conv(image, w["k"]), conv(image, w["v"])
         q, k, heads = (t.flatten(2).unflatten(1, (case.heads, -1)) for t in (q, k, v))
         logits = 0.3 * q.mT @ k + w["bias"].double()
         if case.talking:
@@ -168,7 +178,7 @@ def test_the_reference_is_what_it_says():
         if case.talking:
             p = torch.einsum("gh,bhnm->bgnm", w["talking_heads"][2], p) + w["talking_heads"][3][:, None, None]
         expected = (heads @ p.mT).reshape(case.batch, -1, *case.queries)
-        local = conv(v, w["local"], padding=1, stride=2 if case.halved else 1, groups=v.shape[1])
+        local = conv(v, w["local"], padding=1, stride=2 if case.halved == "queries" else 1, groups=v.shape[1])
         expected = expected + local
         if case.out_size:
             expected = functional.interpolate(expected, size=case.out_size, mode="bilinear")
@@ -178,12 +188,12 @@ def test_the_reference_is_what_it_says():
 
 def test_same_bits_for_every_thread_count(isa, threads):
     for memory_format in ("nchw", "channels_last"):
-        images = {name: case.images(memory_format=memory_format) for name, case in ATTENTION.items()}
+        images = {name: case.x(memory_format=memory_format) for name, case in ATTENTION.items()}
         cascades = {name: case.inputs(memory_format=memory_format)["x"] for name, case in CASCADES.items()}
         expected = {}
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            outs = {name: ATTENTION[name].call(*image) for name, image in images.items()}
+            outs = {name: ATTENTION[name].call(image) for name, image in images.items()}
             outs |= {f"cascade {name}": call_cascade(CASCADES[name], x) for name, x in cascades.items()}
             expected = expected or outs
             assert all(torch.equal(outs[name], out) for name, out in expected.items())
@@ -193,7 +203,7 @@ def test_same_bits_for_every_thread_count(isa, threads):
 def test_empty(isa, size):
     batch, height, width = size
     case = replace(ATTENTION["v2"], batch=batch, height=height, width=width)
-    assert case.call(*case.images()).shape == (batch, OUT, height, width)
+    assert case.call(case.x()).shape == (batch, OUT, height, width)
     cascade = CascadeCase(batch, 24, 6, height, width, 4, (7, 3))
     assert call_cascade(cascade, cascade.inputs()["x"]).shape == (batch, OUT, height, width)
 
@@ -201,11 +211,11 @@ def test_empty(isa, size):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_stays_in_its_image(isa, value):
     case = ATTENTION["v2"]
-    x, _ = case.images()
+    x = case.x()
     x[0, 3, 2, 2] = value
     with use_backend("reference"):
-        expected = case.call(x, None)
-    out = case.call(x, None)
+        expected = case.call(x)
+    out = case.call(x)
     assert torch.equal(out.isfinite(), expected.isfinite())
     assert not out[0].isfinite().any() and out[1].isfinite().all()
 
@@ -222,13 +232,11 @@ def test_gelu_everywhere(isa):
 
 
 def test_opcheck():
-    for name in ("v2", "v2, enlarged", "v2, halved", "efficientformer"):
+    for name in ("v2", "v2, enlarged", "v2, halved", "v2, all halved", "efficientformer"):
         case = ATTENTION[name]
-        x, q_image = case.images()
-        weights = attention_op.pack(**case.weights(), own_image=case.halved)
         size = case.out_size or case.queries
         number = attention_op.ACTIVATIONS[case.activation]
-        torch.library.opcheck(OPS.projected_attention.default, (x, q_image, *weights, 0.3, number, *size))
+        torch.library.opcheck(OPS.projected_attention.default, (case.x(), *case.packed(), 0.3, number, *size))
     case = CASCADES["windows"]
     x, *weights = case.inputs(memory_format="channels_last").values()
     weights = cascade_op.pack(cascade_op.Weights(*weights, torch.randn(OUT, case.channels), torch.randn(OUT)))
@@ -251,7 +259,7 @@ WRONG_ATTENTION = {
     "x integers": ("x", torch.ones(2, 24, 7, 7).long(), "x must be float32, bfloat16 or float16"),
     "x channels": ("x", torch.ones(2, 25, 7, 7), "qkv must have shape"),
     "x size": ("x", torch.ones(2, 24, 7, 6), "bias must have shape"),
-    "q alone": ("q", torch.ones(2, 24, 32), "q_image, q and q_bias must all be given"),
+    "q alone": ("q", torch.ones(2, 24, 32), "q and q_bias must both be given"),
     "qkv": ("qkv", torch.ones(5, 24, 16), "qkv must have shape"),
     "qkv_bias": ("qkv_bias", torch.ones(3), "qkv_bias must have shape"),
     "bias rank": ("bias", torch.ones(49, 49), r"bias must have shape \(heads, queries, keys\)"),
@@ -272,7 +280,7 @@ WRONG_ATTENTION = {
 def test_wrong_arguments_of_attention(name):
     case = ATTENTION["v2"]
     weights = attention_op.pack(**case.weights())._asdict()
-    arguments = {"x": case.images()[0], "q_image": None, **weights, "scale": 0.3, "activation": 2}
+    arguments = {"x": case.x(), **weights, "scale": 0.3, "activation": 2}
     arguments |= {"out_height": 7, "out_width": 7}
     key, value, message = WRONG_ATTENTION[name]
     arguments[key] = value
@@ -280,12 +288,29 @@ def test_wrong_arguments_of_attention(name):
         OPS.projected_attention(*arguments.values())
 
 
-def test_a_wrong_image_of_queries():
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("halving_taps", torch.ones(1, 8, 32), "halving_taps must have shape"),
+        ("halving_taps", torch.ones(2, 9, 32), "halving_taps must have shape"),
+        ("halving_taps", None, "halving_taps and halving_bias must both be given"),
+        ("halving_bias", torch.ones(31), "halving_bias must have shape"),
+        ("q", torch.ones(3, 24, 32), "q must have shape"),
+        ("bias", torch.ones(4, 49, 42), "bias must have shape"),
+    ],
+)
+def test_wrong_halving(name, value, message):
     case = ATTENTION["v2, halved"]
-    x, q_image = case.images()
-    for wrong in (q_image[:, :, :-1], q_image.half(), q_image[:1]):
-        with pytest.raises(RuntimeError, match="q_image must"):
-            case.call(x, wrong)
+    arguments = {"x": case.x(), **case.packed()._asdict(), "scale": 0.3, "activation": 2, "height": 4, "width": 3}
+    with pytest.raises(RuntimeError, match=message):
+        OPS.projected_attention(*{**arguments, name: value}.values())
+
+
+def test_queries_of_their_own_need_an_image():
+    case = ATTENTION["v2, halved"]
+    weights = case.packed()._replace(halving_taps=None, halving_bias=None)
+    with pytest.raises(RuntimeError, match="q must be None where no halving_taps"):
+        OPS.projected_attention(case.x(), *weights, 0.3, 0, 7, 6)
 
 
 WRONG_CASCADE = {

@@ -20,7 +20,22 @@ int64_t side_of(int64_t square) {
   return k * k == square ? k : 0;
 }
 
-Tensor projected_attention(const Tensor& x, std::optional<Tensor> q_image, std::optional<Tensor> q,
+// A depthwise convolution of `channels`, or none.
+cpu::Depthwise depthwise_of(const char* op, const char* names[2], const std::optional<Tensor>& taps,
+                            const std::optional<Tensor>& bias, int64_t channels, Tensors& alive) {
+  constexpr int64_t width = cpu::kPackedOutputs;
+  EFFATTN_REQUIRE(taps.has_value() == bias.has_value(), op, ": ", names[0], " and ", names[1],
+                  " must both be given or both be None");
+  if (!taps) return {};
+  EFFATTN_REQUIRE(taps->dim() == 3 && side_of(taps->size(1)) > 0, op, ": ", names[0],
+                  " must have shape (blocks, k * k, ", width, ") with an odd k, got ", shape_text(*taps));
+  const int64_t blocks = cpu::ceil_div(channels, width);
+  return {side_of(taps->size(1)), floats(op, names[0], *taps, {blocks, taps->size(1), width}, alive),
+          floats(op, names[1], *bias, {blocks * width}, alive)};
+}
+
+Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
+                           std::optional<Tensor> halving_bias, std::optional<Tensor> q,
                            std::optional<Tensor> q_bias, const Tensor& qkv, const Tensor& qkv_bias,
                            const Tensor& bias, Tensors talking_heads, std::optional<Tensor> taps,
                            std::optional<Tensor> tap_bias, const Tensor& proj, const Tensor& proj_bias,
@@ -38,19 +53,18 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> q_image, std::
   EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
   EFFATTN_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kGelu), op,
                   ": activation must be 0 (none), 1 (relu) or 2 (gelu), got ", activation);
-  EFFATTN_REQUIRE(q_image.has_value() == q.has_value() && q.has_value() == q_bias.has_value(), op,
-                  ": q_image, q and q_bias must all be given or all be None");
-  EFFATTN_REQUIRE(taps.has_value() == tap_bias.has_value(), op,
-                  ": taps and tap_bias must both be given or both be None");
+  EFFATTN_REQUIRE(q.has_value() == q_bias.has_value(), op,
+                  ": q and q_bias must both be given or both be None");
   Tensors alive;
   const int64_t heads = bias.size(0);
   p.batch = x.size(0);
-  p.size = p.query_size = {x.size(2), x.size(3)};
-  if (q_image) {
-    require_like(op, "q_image", *q_image, x, "x");
-    p.query_size = {cpu::ceil_div(x.size(2), 2), cpu::ceil_div(x.size(3), 2)};
-    require_shape(op, "q_image", *q_image, {x.size(0), x.size(1), p.query_size.height, p.query_size.width});
-  }
+  p.channels = x.size(1);
+  const char* of_halving[] = {"halving_taps", "halving_bias"};
+  p.halving = depthwise_of(op, of_halving, halving_taps, halving_bias, p.channels, alive);
+  EFFATTN_REQUIRE(halving_taps || !q, op, ": q must be None where no halving_taps make its image");
+  p.x_size = p.size = p.query_size = {x.size(2), x.size(3)};
+  if (halving_taps) p.query_size = {cpu::ceil_div(x.size(2), 2), cpu::ceil_div(x.size(3), 2)};
+  if (!q) p.size = p.query_size;
   p.out_size = {out_height, out_width};
   EFFATTN_REQUIRE(out_height >= p.query_size.height && out_width >= p.query_size.width, op,
                   ": out_height and out_width must be at least the queries', ", p.query_size.height, " x ",
@@ -67,26 +81,14 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> q_image, std::
   }
   const int64_t values = p.values();
   p.qkv = packed_projection(op, "qkv", qkv, &qkv_bias, x.size(1), p.first_value() + values, alive);
-  if (taps) {
-    constexpr int64_t width = cpu::kPackedOutputs;
-    EFFATTN_REQUIRE(taps->dim() == 3 && side_of(taps->size(1)) > 0, op,
-                    ": taps must have shape (blocks, k * k, ", width, ") with an odd k, got ",
-                    shape_text(*taps));
-    p.kernel = side_of(taps->size(1));
-    const int64_t blocks = cpu::ceil_div(values, width);
-    p.taps = floats(op, "taps", *taps, {blocks, p.kernel * p.kernel, width}, alive);
-    p.tap_bias = floats(op, "tap_bias", *tap_bias, {blocks * width}, alive);
-  }
+  const char* of_local[] = {"taps", "tap_bias"};
+  p.local = depthwise_of(op, of_local, taps, tap_bias, values, alive);
   p.activation = static_cast<cpu::Activation>(activation);
   EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias must have 1 dimension (outputs), got shape ",
                   shape_text(proj_bias));
   p.proj = packed_projection(op, "proj", proj, &proj_bias, values, proj_bias.size(0), alive);
   alive.push_back(with_mergeable_rows(x));
   p.x = image(alive.back());
-  if (q_image) {
-    alive.push_back(with_mergeable_rows(*q_image));
-    p.q_image = image(alive.back());
-  }
   Tensor out = new_image(x, {x.size(0), p.proj.outputs, out_height, out_width}, p.out);
   cpu::projected_attention(p, torch_threads());
   return out;

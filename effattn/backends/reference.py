@@ -255,7 +255,8 @@ def cascaded_group_attention_projected(
 
 def projected_attention(
     x: torch.Tensor,
-    q_image: torch.Tensor | None,
+    halving_taps: torch.Tensor | None,
+    halving_bias: torch.Tensor | None,
     q: torch.Tensor | None,
     q_bias: torch.Tensor | None,
     qkv: torch.Tensor,
@@ -275,34 +276,43 @@ def projected_attention(
 ) -> torch.Tensor:
     """EfficientFormer's attention with its projections, in evaluation; weights packed."""
     image = x.to(torch.promote_types(x.dtype, torch.float32))
+    q_image = image
+    if halving_taps is not None and halving_bias is not None:
+        taps_of_x = unpack_projection(halving_taps, x.shape[1])
+        q_image = _depthwise_of_rows(image, taps_of_x, halving_bias[: x.shape[1]], stride=2)
+        image = q_image if q is None else image
     heads = len(bias)
     keys, values = heads * rounded(key_dim), heads * rounded(value_dim)
-    before_v = rounded(keys if q_image is not None else 2 * keys, OUTPUTS)
+    before_v = rounded(2 * keys if q is None else keys, OUTPUTS)
     weights, biases = unpack_projection(qkv, before_v + values), qkv_bias
-    if q_image is not None and q is not None and q_bias is not None:
+    if q is not None and q_bias is not None:
         weights, biases = torch.cat([unpack_projection(q, keys), weights]), torch.cat([q_bias, biases])
         before_v += keys
-    firsts = [(0, key_dim, image if q_image is None else q_image.to(image.dtype)), (keys, key_dim, image)]
     projected = [
         _project(of, of_heads(weights[first:], heads, dim), of_heads(biases[first:], heads, dim))
-        for first, dim, of in (*firsts, (before_v, value_dim, image))
+        for first, dim, of in ((0, key_dim, q_image), (keys, key_dim, image), (before_v, value_dim, image))
     ]
     q_heads, k, v = (t.flatten(2).reshape(len(x), heads, t.shape[1] // heads, -1).mT for t in projected)
     size = projected[0].shape[2:]
     out = biased_attention(q_heads, k, v, bias, talking_heads, scale).mT.reshape(len(x), heads * value_dim, *size)
     with without_autocast(x.device):
         if taps is not None and tap_bias is not None:
-            side = math.isqrt(taps.shape[1])
-            taps = of_heads(unpack_projection(taps, values), heads, value_dim).reshape(-1, 1, side, side)
-            local_bias, stride = of_heads(tap_bias, heads, value_dim), 1 if q_image is None else 2
-            out = out + functional.conv2d(
-                projected[2], taps.to(out.dtype), local_bias.to(out.dtype), stride, side // 2, groups=out.shape[1]
-            )
+            taps = of_heads(unpack_projection(taps, values), heads, value_dim)
+            local_bias = of_heads(tap_bias, heads, value_dim)
+            out = out + _depthwise_of_rows(projected[2], taps, local_bias, stride=1 if q is None else 2)
         if size != (out_height, out_width):
             out = functional.interpolate(out, size=(out_height, out_width), mode="bilinear")
         out = (out, out.relu(), functional.gelu(out))[activation]
     matrix = of_heads(unpack_projection(proj, len(proj_bias)).mT, heads, value_dim).mT
     return _project(out, matrix, proj_bias).to(x.dtype)
+
+
+def _depthwise_of_rows(image: torch.Tensor, taps: torch.Tensor, bias: torch.Tensor, stride: int) -> torch.Tensor:
+    """With taps (channels, k * k)."""
+    side = math.isqrt(taps.shape[1])
+    taps, bias = taps.reshape(-1, 1, side, side).to(image.dtype), bias.to(image.dtype)
+    with without_autocast(image.device):
+        return functional.conv2d(image, taps, bias, stride, side // 2, groups=image.shape[1])
 
 
 def _project(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

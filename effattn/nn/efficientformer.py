@@ -203,15 +203,14 @@ class _V2(KeepsDerived):
             return None
         return known.get(type(act))
 
-    def _packed_if_served(self, x: torch.Tensor, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, kept; None where no kernel serves, or gradients are asked for."""
-        size = (x.shape[2], x.shape[3])
-        if torch.is_grad_enabled() or size[0] * size[1] > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
+    def _packed_if_served(self, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, kept, for so many keys; None where no kernel serves, or gradients are asked for."""
+        if torch.is_grad_enabled() or tokens > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
             return None
         if self.attention_biases.dtype == torch.float64:
             return None
         parts = (*self._modules.values(), self._parameters, self._buffers)
-        return self._derived(f"packed {size[0]}x{size[1]}", parts, make)
+        return self._derived(f"packed {x.shape[2]}x{x.shape[3]}", parts, make)
 
     def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
         proj = self.proj
@@ -229,8 +228,7 @@ class _V2(KeepsDerived):
         batch, channels, height, width = image.shape
         return image.reshape(batch, self.num_heads, channels // self.num_heads, height * width).mT
 
-    def _bias(self, image: torch.Tensor) -> torch.Tensor:
-        size = (image.shape[2], image.shape[3])
+    def _bias(self, size: Size) -> torch.Tensor:
         bias: torch.Tensor = self._derived(
             f"bias {size[0]}x{size[1]}",
             (self._parameters, self._buffers),
@@ -239,6 +237,13 @@ class _V2(KeepsDerived):
             ),
         )
         return bias
+
+
+def _is_halving(conv: Any) -> bool:
+    """Whether the operator can stand for a plain depthwise convolution with a stride."""
+    side = conv.kernel_size[0]
+    same = conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.kernel_size == (side, side) and side % 2 == 1
+    return same and conv.padding == (side // 2, side // 2) and conv.groups == conv.in_channels == conv.out_channels
 
 
 def _folded_together(parts: list[Any]) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
@@ -314,16 +319,17 @@ class EfficientFormerV2Attention(_V2):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)"""
         size = (x.shape[2], x.shape[3])
-        if self.stride_conv is not None:
-            x = self._convolved("stride_conv", x)
-        packed = self._packed_if_served(x, lambda: self._packed(x))
+        attended = size if self.stride_conv is None else _operator.halved(size)
+        packed = self._packed_if_served(x, attended[0] * attended[1], lambda: self._packed(attended))
         if packed is not None:
             weights, activation = packed
             return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
+        if self.stride_conv is not None:
+            x = self._convolved("stride_conv", x)
         q, k, v = self._projected(x, "q", "k", "v")
         local = self._convolved("v_local", v)
         q, k, v = (self._heads(t) for t in (q, k, v))
-        out = self._attend(q, k, v, self._bias(x)).mT.reshape(local.shape) + local
+        out = self._attend(q, k, v, self._bias((x.shape[2], x.shape[3]))).mT.reshape(local.shape) + local
         if self.upsample is not None:
             enlarged: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
@@ -332,18 +338,23 @@ class EfficientFormerV2Attention(_V2):
             out = enlarged
         return self._activated_and_projected(out)
 
-    def _packed(self, x: torch.Tensor) -> tuple[_operator.Packed, str] | None:
+    def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
         """All weights of the one operator, and its activation; None if a part must be called."""
-        folded, mixing, activation = (
-            self._folded_parts("q", "k", "v", "v_local", "proj"),
-            self._mixing(),
-            self._activation(),
-        )
+        names = ("q", "k", "v", "v_local", "proj", *(() if self.stride_conv is None else ("stride_conv",)))
+        folded = self._folded_parts(*names)
+        mixing, activation = self._mixing(), self._activation()
         upsample = self.upsample is None or (is_plain(self.upsample, nn.Upsample) and self.upsample.mode == "bilinear")
         if folded is None or mixing is None or activation is None or not upsample:
             return None
-        q, k, v, local, proj = folded
-        return _operator.pack(q, k, v, self._bias(x), proj, talking_heads=mixing, local=local), activation
+        q, k, v, local, proj, *stride_conv = folded
+        halving = None
+        if self.stride_conv is not None:
+            conv, _ = self.stride_conv._modules.values()
+            if not _is_halving(conv):
+                return None
+            (halving,) = stride_conv
+        bias = self._bias(size)
+        return _operator.pack(q, k, v, bias, proj, talking_heads=mixing, local=local, halving=halving), activation
 
     def _mixing(self) -> list[torch.Tensor] | None:
         """The convolutions over the heads as matrices and biases; None if one of them must be called."""
@@ -403,20 +414,19 @@ class EfficientFormerV2AttentionDownsample(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))"""
-        packed = self._packed_if_served(x, lambda: self._packed(x))
+        size = (x.shape[2], x.shape[3])
+        packed = self._packed_if_served(x, size[0] * size[1], lambda: self._packed(size))
         if packed is not None:
-            weights, activation, local = packed
-            q_image = functional.conv2d(x, *local, 2, 1, groups=x.shape[1])
-            return _operator.projected_attention(x, weights, self.scale, activation=activation, q_image=q_image)
+            weights, activation = packed
+            return _operator.projected_attention(x, weights, self.scale, activation=activation)
         k, v = self._projected(x, "k", "v")
         local = self._convolved("v_local", v)
         q, k, v = (self._heads(t) for t in (self.q(x), k, v))
-        out = biased_attention(q, k, v, self._bias(x), scale=self.scale)
+        out = biased_attention(q, k, v, self._bias(size), scale=self.scale)
         return self._activated_and_projected(out.mT.reshape(local.shape) + local)
 
-    def _packed(self, x: torch.Tensor) -> tuple[_operator.Packed, str, _operator.Pair] | None:
-        """All weights of the one operator, its activation, and the convolution in front of q; None if a part must be
-        called."""
+    def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
+        """All weights of the one operator, and its activation; None if a part must be called."""
         query: Any = self.q
         folded, activation, q = (
             self._folded_parts("k", "v", "v_local", "proj"),
@@ -426,16 +436,32 @@ class EfficientFormerV2AttentionDownsample(_V2):
         local = query.local
         if isinstance(local, nn.Sequential) and len(local) == 1 and not is_overridden(local):  # the official one's
             (local,) = local._modules.values()
-        plain = is_plain(local, nn.Conv2d) and is_plain(query.pool, nn.AvgPool2d) and not is_overridden(query)
+        plain = (
+            is_plain(local, nn.Conv2d)
+            and _is_halving(local)
+            and is_plain(query.pool, nn.AvgPool2d)
+            and not is_overridden(query)
+        )
         if folded is None or activation is None or q is None or not plain:
             return None
         k, v, v_local, proj = folded
         weight, bias = fold_batch_norm(*q, rounded=False)
-        packed = _operator.pack((weight.flatten(1), bias), k, v, self._bias(x), proj, own_image=True, local=v_local)
         # Pooling takes every other pixel as it is: one more at the centre of the convolution.
         centre = torch.zeros_like(local.weight)
-        centre[:, :, 1, 1] = 1
-        return packed, activation, (local.weight + centre, local.bias)
+        centre[:, :, local.weight.shape[2] // 2, local.weight.shape[3] // 2] = 1
+        none = bias.new_zeros(len(local.weight))
+        halving = (local.weight + centre, none if local.bias is None else local.bias)
+        packed = _operator.pack(
+            (weight.flatten(1), bias),
+            k,
+            v,
+            self._bias(size),
+            proj,
+            local=v_local,
+            halving=halving,
+            halves_queries_alone=True,
+        )
+        return packed, activation
 
 
 class _LocalGlobalQuery(nn.Module):

@@ -21,6 +21,8 @@ class Packed(NamedTuple):
     """Weights in float32 as the operator takes them.
 
     Args:
+        halving_taps: of a depthwise convolution with a stride of two, (blocks, k * k, OUTPUTS); halving_bias
+            (blocks * OUTPUTS,); or None. It halves the queries' image if there is a ``q``, else all.
         q: of the queries' own image, or None: (blocks, C, OUTPUTS), q_bias (heads * rounded(key_dim),).
         qkv: (blocks, C, OUTPUTS): all heads' q (unless ``q`` has them), their k, then from a whole block on their v,
             channels of a head a multiple of CHANNELS; qkv_bias: (outputs of these,).
@@ -30,6 +32,8 @@ class Packed(NamedTuple):
         proj: of the last 1x1 convolution, (blocks, heads * rounded(value_dim), OUTPUTS); proj_bias (outputs,).
     """
 
+    halving_taps: torch.Tensor | None
+    halving_bias: torch.Tensor | None
     q: torch.Tensor | None
     q_bias: torch.Tensor | None
     qkv: torch.Tensor
@@ -51,9 +55,10 @@ def pack(
     bias: torch.Tensor,
     proj: Pair,
     *,
-    own_image: bool = False,
     talking_heads: Sequence[torch.Tensor] = (),
     local: Pair | None = None,
+    halving: Pair | None = None,
+    halves_queries_alone: bool = False,
 ) -> Packed:
     """Lays weights of any dtype out once for many calls.
 
@@ -61,10 +66,12 @@ def pack(
         q, k, v: weight (heads * channels, C) and bias (heads * channels,) of 1x1 convolutions.
         bias: (heads, queries, keys).
         proj: weight (outputs, heads * value_dim) and bias of the last 1x1 convolution.
-        own_image: whether q is made from an image of its own.
         talking_heads: as of biased_attention.
         local: weight (heads * value_dim, 1, k, k) and bias of a depthwise convolution of v, added to the output.
+        halving: weight (C, 1, k, k) and bias of a depthwise convolution with a stride of two, before all else.
+        halves_queries_alone: k and v are then made from the image as it is; ``local`` has a stride of two.
     """
+    own_image = halves_queries_alone
     q, k, v, proj = ((weight.float(), of.float()) for weight, of in (q, k, v, proj))
     heads = bias.shape[0]
     key_dim, value_dim = len(k[1]) // heads, len(v[1]) // heads
@@ -73,24 +80,29 @@ def pack(
     before_v = rounded(len(first) * keys, OUTPUTS) - (len(first) - 1) * keys
     sizes = [*[keys] * (len(first) - 1), before_v, values]
     weight, qkv_bias = (joined([of_whole_heads(part[i], heads) for part in (*first, v)], sizes) for i in (0, 1))
-    taps = tap_bias = None
     if local is not None:
-        taps = pack_projection(of_whole_heads(local[0].float().flatten(1), heads))
-        tap_bias = padded(of_whole_heads(local[1].float(), heads), 0, rounded(values, OUTPUTS))
+        local = (of_whole_heads(local[0], heads), of_whole_heads(local[1], heads))
     return Packed(
+        *_packed_depthwise(halving),
         pack_projection(of_whole_heads(q[0], heads)) if own_image else None,
         of_whole_heads(q[1], heads) if own_image else None,
         pack_projection(weight),
         qkv_bias,
         bias.float().contiguous(),
         [t.float() for t in talking_heads],
-        taps,
-        tap_bias,
+        *_packed_depthwise(local),
         pack_projection(of_whole_heads(proj[0].mT, heads).mT),
         proj[1],
         key_dim,
         value_dim,
     )
+
+
+def _packed_depthwise(convolution: Pair | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if convolution is None:
+        return None, None
+    weight, bias = convolution
+    return pack_projection(weight.float().flatten(1)), padded(bias.float(), 0, rounded(len(bias), OUTPUTS))
 
 
 #: Activations in front of the last 1x1 convolution, by the operator's numbers.
@@ -103,47 +115,52 @@ def projected_attention(
     scale: float,
     *,
     activation: str = "none",
-    q_image: torch.Tensor | None = None,
     out_size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """1x1 convolution, biased_attention, the values' depthwise convolution, enlargement, activation, 1x1 convolution.
 
     Args:
         x: (B, C, H, W).
-        packed: the weights, with ``q`` if and only if there is a ``q_image``.
+        packed: the weights.
         scale: of the logits.
         activation: one of ACTIVATIONS.
-        q_image: (B, C, ceil(H / 2), ceil(W / 2)); what the queries are made from, and the size of the output. The
-            depthwise convolution then has a stride of two.
-        out_size: enlarges the image bilinearly.
+        out_size: enlarges the image bilinearly; by default that of the queries.
 
     Returns:
         (B, outputs, *out_size)
     """
-    size = out_size or (x if q_image is None else q_image).shape[2:]
-    return _OPERATOR(x, q_image, *packed, scale, ACTIVATIONS[activation], *size)
+    size = out_size or (x.shape[2:] if packed.halving_taps is None else halved(x.shape[2:]))
+    return _OPERATOR(x, *packed, scale, ACTIVATIONS[activation], *size)
 
 
-def _fake(x: torch.Tensor, q_image: torch.Tensor | None, *arguments: Any) -> torch.Tensor:
+def halved(size: Sequence[int]) -> tuple[int, int]:
+    """What a convolution with a stride of two makes of (H, W)."""
+    return -(-size[0] // 2), -(-size[1] // 2)
+
+
+def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     packed, (scale, activation, *out_size) = Packed(*arguments[:-4]), arguments[-4:]
     torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
     torch._check(packed.bias.dim() == 3, lambda: "bias must have shape (heads, queries, keys)")
     torch._check(math.isfinite(scale), lambda: "scale must be finite")
     torch._check(activation in ACTIVATIONS.values(), lambda: "activation must be 0 (none), 1 (relu) or 2 (gelu)")
     torch._check(packed.key_dim > 0 and packed.value_dim > 0, lambda: "key_dim and value_dim must be positive")
-    torch._check((q_image is None) == (packed.q is None), lambda: "q_image, q and q_bias must all be given or be None")
-    heads, keys = packed.bias.shape[0], packed.bias.shape[0] * rounded(packed.key_dim)
-    values, query_size = heads * rounded(packed.value_dim), x.shape[2:]
-    before_v = rounded(2 * keys, OUTPUTS)
-    if q_image is not None:
-        query_size = torch.Size(-(-n // 2) for n in x.shape[2:])
+    taps = packed.halving_taps
+    torch._check((packed.q is None) == (packed.q_bias is None), lambda: "q and q_bias must both be given or be None")
+    torch._check(packed.q is None or taps is not None, lambda: "q must be None where no halving_taps make its image")
+    if taps is not None:
+        blocks = rounded(x.shape[1], OUTPUTS) // OUTPUTS
         torch._check(
-            q_image.shape == (*x.shape[:2], *query_size),
-            lambda: "q_image must have shape (B, C, ceil(H / 2), ceil(W / 2))",
+            taps.dim() == 3 and (taps.shape[0], taps.shape[2]) == (blocks, OUTPUTS),
+            lambda: "halving_taps must have shape (blocks, k * k, OUTPUTS)",
         )
-        before_v = rounded(keys, OUTPUTS)
+    heads, keys = packed.bias.shape[0], packed.bias.shape[0] * rounded(packed.key_dim)
+    values = heads * rounded(packed.value_dim)
+    query_size = tuple(x.shape[2:]) if taps is None else halved(x.shape[2:])
+    size = query_size if packed.q is None else x.shape[2:]
+    before_v = rounded(2 * keys if packed.q is None else keys, OUTPUTS)
     torch._check(
-        packed.bias.shape[1:] == (query_size.numel(), x.shape[2] * x.shape[3]),
+        packed.bias.shape[1:] == (query_size[0] * query_size[1], size[0] * size[1]),
         lambda: "bias must have shape (heads, queries, keys)",
     )
     torch._check(

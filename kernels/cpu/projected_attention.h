@@ -3,8 +3,9 @@
 //   [q | k | v] = 1x1(x)    out = softmax attention (softmax_attention.h)
 //
 // then, of EfficientFormerV2, a depthwise convolution of v is added to out, which is enlarged bilinearly and
-// goes through an activation; then a 1x1 convolution. Where the image is halved, q comes from a smaller image
-// of its own, and the depthwise convolution has a stride of two.
+// goes through an activation; then a 1x1 convolution. A depthwise convolution with a stride of two may halve
+// the image before all this; or that of the queries alone, and the convolution of v then has such a stride
+// too.
 #pragma once
 
 #include "parallel.h"
@@ -19,22 +20,31 @@ struct ImageSize {
   bool operator==(const ImageSize& other) const { return height == other.height && width == other.width; }
 };
 
+// A depthwise convolution: taps (blocks, kernel * kernel, kPackedOutputs), a bias (blocks * kPackedOutputs).
+struct Depthwise {
+  int64_t kernel;  // odd; 0: there is none
+  const float *taps, *bias;
+
+  const float* taps_of(int64_t channel) const { return taps + channel * kernel * kernel; }
+};
+
 struct ProjectedAttention {
   DType dtype;
-  int64_t batch;
-  // Of x, which has the keys; of the queries, as large as x or half, rounded up; of out, as the queries' or
+  int64_t batch, channels;
+  // Of x; of the keys and of the queries, as large as x or half, rounded up; of out, as the queries' or
   // larger.
-  ImageSize size, query_size, out_size;
+  ImageSize x_size, size, query_size, out_size;
   SoftmaxHeads heads;  // all
   // Outputs of q for all heads (unless `q` has them), then of k, each head's a whole number of vectors; from
   // the next whole block on those of v, in the same way.
   ProjectionWeights qkv;
-  const ProjectionWeights* q;    // of q_image; or null, and q is x's
-  int64_t kernel;                // of the depthwise convolution, odd; 0: there is none
-  const float *taps, *tap_bias;  // (blocks of v, kernel * kernel, kPackedOutputs), (outputs of v)
+  const ProjectionWeights* q;  // of the halved image, all else being x's; or null
+  Depthwise halving, local;    // of x, and of v
   Activation activation;
   ProjectionWeights proj;  // of the heads' outputs, each a whole number of vectors
-  Image x, q_image, out;
+  Image x, out;
+
+  bool is_halved() const { return halving.kernel != 0 && q == nullptr; }
 
   int64_t key_stride() const { return round_up(heads.head_dim, kWholeVectors); }
   int64_t value_stride() const { return round_up(heads.value_dim, kWholeVectors); }
