@@ -56,7 +56,8 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       ") -> (Tensor grad_x, Tensor[] grad_qkv_weights, Tensor[] grad_qkv_biases, Tensor[] grad_q_dw_weights,"
       " Tensor[] grad_q_dw_biases, Tensor grad_attention_bias)");
   // Inference of modules, with packed weights (effattn/backends/packed.py): the cascade, relu, 1x1
-  // convolution; and 1x1 convolution, attention, the values' depthwise convolution, 1x1 convolution.
+  // convolution; and a halving depthwise convolution of all or of the queries' image, 1x1 convolution,
+  // attention, the values' depthwise convolution, enlargement, activation, 1x1 convolution.
   m.def(
       "cascaded_group_attention_projected(Tensor x, Tensor qkv, Tensor qkv_bias, Tensor taps, Tensor "
       "tap_bias, "

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from effattn import use_backend
@@ -20,6 +21,7 @@ from effattn.testing import (
     CascadeCase,
     allowed_error,
     error,
+    make_image,
     make_tensor,
     randomise_batch_norm,
     rounding_noise,
@@ -101,6 +103,38 @@ def check(case, memory_format="nchw", but=None):
     return results, truth
 
 
+@pytest.mark.parametrize("grad_format", ["channels_last", "crop", "transposed", "equal rows", "equal columns"])
+@pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "transposed", "equal rows", "equal columns"])
+def test_any_strides(isa, memory_format, grad_format):
+    inputs = SMALL.inputs()
+    x = make_image(2, 8, 6, 4, memory_format)
+    grad_out = make_image(2, 8, 6, 4, grad_format, seed=5)
+    results = []
+    for image, grad in ((x, grad_out), (x.contiguous(), grad_out.contiguous())):
+        leaf = image.detach().requires_grad_()
+        out = SMALL.call(out_of, {**inputs, "x": leaf})
+        results.append((out.detach(), torch.autograd.grad(out, leaf, grad)[0]))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    inputs = SMALL.inputs()
+    wanted = inputs["norm_biases"][3].requires_grad_()
+    SMALL.call(out_of, inputs).sum().backward()
+    assert wanted.grad is not None
+    tensors = [t for v in inputs.values() for t in ([v] if torch.is_tensor(v) else v)]
+    assert [t.grad is not None for t in tensors].count(True) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_reaches_everything_that_shares_its_statistics(isa, value):
+    inputs = SMALL.inputs()
+    inputs["x"][1, 2, 3, 1] = value
+    out, _ = SMALL.call(batch_norm, inputs)
+    assert not out.isfinite().any()
+
+
 @pytest.mark.usefixtures("poisoned_allocations")
 @all_cases
 def test_statistics(isa, case):
@@ -117,8 +151,8 @@ def test_statistics(isa, case):
         assert error(got[:, kind], expected[:, kind]) <= allowed
 
 
-def test_same_bits_every_run_and_every_thread_count(isa, threads):
-    case = CASES[0]
+@pytest.mark.parametrize("case", [CASES[0], CASES[6]], ids=str)
+def test_same_bits_every_run_and_every_thread_count(isa, threads, case):
     inputs = case.inputs()
     expected = with_gradients(out_of, "cpu", case, inputs, torch.float32)
     for count in (1, 2, 3, 7):
@@ -260,6 +294,53 @@ def test_training_without_gradients_moves_the_statistics(calls):
         module(torch.randn(2, 24, 8, 8))
     assert calls
     assert all((norm.running_mean != mean).all() for norm, mean in zip(norms(module), before, strict=True))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=["whole windows", "windows that do not divide"])
+def test_compiled_steps_move_the_statistics_too(calls, size):
+    module = windows()
+    eager = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True)
+    for step in range(2):
+        x = torch.randn(2, 24, *size, generator=torch.Generator().manual_seed(step))
+        torch.testing.assert_close(compiled(x), eager(x))
+    for (key, mine), (_, theirs) in zip(module.named_buffers(), eager.named_buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=key)
+
+
+def test_relu_in_place():
+    module = windows()
+    module.attn.proj[0].inplace = True
+    other = copy.deepcopy(module)
+    other.attn.proj[0].inplace = False
+    x = torch.randn(2, 24, 8, 8)
+    grads = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (module, other)]
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    module = windows()
+    other = copy.deepcopy(module)
+    x = torch.randn(2, 24, 8, 8, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(module, x, use_reentrant=use_reentrant).square().sum().backward()
+    other(x).square().sum().backward()
+    for ours, expected in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.grad, expected.grad)
+
+
+def test_gradients_of_a_table_of_another_resolution():
+    """Through the bicubic resizing, kernels against layers."""
+    module = windows()
+    attn = CascadedGroupAttention(24, 4, 2, 3, resolution=3, kernels=(3, 5)).train()
+    attn.load_state_dict({k: v for k, v in module.attn.state_dict().items() if "attention_bias" not in k}, strict=False)
+    nn.init.normal_(attn.attention_biases)
+    x = torch.randn(2, 24, 6, 5)
+    ours = torch.autograd.grad(attn(x).square().sum(), attn.attention_biases)[0]
+    with use_backend("reference"):
+        expected = torch.autograd.grad(attn(x).square().sum(), attn.attention_biases)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def freeze_one(module):

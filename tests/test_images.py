@@ -50,6 +50,26 @@ def call_projected_attention(x):
     return attention_op.projected_attention(x, weights, 0.5)
 
 
+def call_halved_attention(x, queries_alone):
+    def convolution(outputs, inputs, seed):
+        return make_tensor(outputs, inputs, seed=seed), make_tensor(1, outputs, seed=seed + 1)[0]
+
+    queries = -(-HEIGHT // 2) * -(-WIDTH // 2)
+    keys = HEIGHT * WIDTH if queries_alone else queries
+    parts = [convolution(*sizes) for sizes in ((8, CHANNELS, 10), (8, CHANNELS, 20), (12, CHANNELS, 30), (9, 12, 40))]
+    depthwise = [(make_tensor(c, 1, 3, 3, seed=60), make_tensor(1, c, seed=61)[0]) for c in (12, CHANNELS)]
+    weights = attention_op.pack(
+        *parts[:3],
+        make_tensor(2, queries, keys, seed=50),
+        parts[3],
+        local=depthwise[0],
+        halving=depthwise[1],
+        halves_queries_alone=queries_alone,
+    )
+    out_size = None if queries_alone else (HEIGHT, WIDTH)
+    return attention_op.projected_attention(x, weights, 0.1, activation="gelu", out_size=out_size)
+
+
 CALLS = {
     "aggregation": lambda x: effattn.multi_scale_aggregation(x, *scales(), head_dim=4),
     "multi-scale": lambda x: effattn.multi_scale_linear_attention(x, *scales(), head_dim=4),
@@ -57,6 +77,8 @@ CALLS = {
     "cascade": lambda x: effattn.cascaded_group_attention(x, *cascade_weights(), window_size=4),
     "projected cascade": call_projected_cascade,
     "projected attention": call_projected_attention,
+    "halved attention": lambda x: call_halved_attention(x, False),
+    "halved queries": lambda x: call_halved_attention(x, True),
 }
 DIFFERENTIABLE = ("aggregation", "multi-scale", "cascade")
 

@@ -429,6 +429,69 @@ def test_adapters_put_in_afterwards_count(name, part):
         close(pair[1](case.x()), pair[0](case.x()))
 
 
+class Twice(nn.Module):
+    """A part in a part's place, with the same children in the same order, that computes something else."""
+
+    def __init__(self, base):
+        super().__init__()
+        for name, child in base.named_children():
+            self.add_module(name, child)
+        self.__dict__["base"] = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def in_front(base):
+    return nn.Sequential(nn.ReLU(), *base.children())
+
+
+def behind(base):
+    return nn.Sequential(*base.children(), nn.ReLU())
+
+
+def wrapped(base):
+    return nn.Sequential(base)
+
+
+@pytest.mark.parametrize("change", [Twice, in_front, behind, wrapped], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("mode", ["eval", "eval with gradients", "train"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("cascade", "qkvs.0"), ("cascade", "dws.1"), ("cascade", "proj"), ("cascade", "proj.1"), ("v2", "k"),
+     ("v2", "v_local"), ("v2", "proj"), ("v2, stride", "stride_conv"), ("v2, downsampling", "q.proj"),
+     ("v2, downsampling", "v")],
+)  # fmt: skip
+def test_parts_that_are_exchanged_count(name, part, mode, change):
+    """Whole parts, not their convolutions: what stands in their place is called, whatever its children are."""
+    case = CASES[name]
+    pair = case.pair()
+    parent, _, last = part.rpartition(".")
+    for module in pair:
+        module.train(mode == "train")
+        setattr(module.get_submodule(parent), last, change(module.get_submodule(part)))
+    with torch.set_grad_enabled(mode != "eval"):
+        close(pair[1](case.x()), pair[0](case.x()), 1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_queries_of_another_kind_are_called(grad):
+    case = CASES["v2, downsampling"]
+    pair = case.pair()
+    for module in pair:
+        module.q = Twice(module.q)
+    with torch.set_grad_enabled(grad):
+        close(pair[1](case.x()), pair[0](case.x()))
+
+
+def test_tokens_come_out_as_they_lie_in_memory():
+    """What a caller may do with timm's output he may do with ours: view it."""
+    stock, module = CASES["efficientformer"].pair()
+    with torch.no_grad():
+        x = CASES["efficientformer"].x()
+        assert stock(x).is_contiguous() and module(x).is_contiguous()
+
+
 # --- other sizes -----------------------------------------------------------------------------------------------
 
 

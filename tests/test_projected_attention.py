@@ -220,6 +220,38 @@ def test_nan_stays_in_its_image(isa, value):
     assert not out[0].isfinite().any() and out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["efficientformer", "v2", "v2, halved", "one window"])
+def test_logits_of_1e4(isa, name, dtype):
+    """Of images that are so large: only differences to the largest logit may be taken."""
+    if name in CASCADES:
+        case = CASCADES[name]
+        images = (case.inputs()["x"].to(dtype) * 500,)
+        check(lambda x: call_cascade(case, x), images, dtype)
+        return
+    case = ATTENTION[name]
+    x = case.x(dtype) * 500
+    q, k = (functional.conv2d(x.double(), case.weights()[part][0].double()[..., None, None]) for part in "qk")
+    q, k = (t.flatten(2).unflatten(1, (case.heads, -1)) for t in (q, k))
+    logits = 0.3 * q.mT @ k
+    assert logits.max() > 1e4 and logits.min() < -1e4
+    assert check(case.call, (x,), dtype).isfinite().all()
+
+
+def test_equal_logits_are_an_average(isa):
+    """Queries of zeros and biases of 1e4: the mean of the values, through the projection."""
+    case = ATTENTION["efficientformer"]
+    weights = case.weights()
+    weights["q"] = tuple(torch.zeros_like(t) for t in weights["q"])
+    weights["bias"] = torch.full_like(weights["bias"], 1e4)
+    x = case.x()
+    out = attention_op.projected_attention(x, attention_op.pack(**weights), 0.3)
+    (v, v_bias), (proj, proj_bias) = ([t.double() for t in weights[name]] for name in ("v", "proj"))
+    mean = x.double().mean(dim=(2, 3)) @ v.mT + v_bias
+    expected = (mean @ proj.mT + proj_bias)[:, :, None, None].expand_as(out)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_gelu_everywhere(isa):
     """Through an attention that passes its only token on: near zero, far out, and where nothing is left."""
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-20, -1e-20, 1e4, -1e4])])

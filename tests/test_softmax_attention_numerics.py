@@ -160,6 +160,38 @@ def test_float16_logits_of_1e4(isa, layout):
         assert all(result.isfinite().all() for result in results.values())
 
 
+def test_equal_logits_of_a_cascade_are_averages(isa):
+    """Of a window's values, head after head: q is zero, and the bias as large as it likes."""
+    case = CascadeCase(2, 12, 4, 6, 10, (3, 5), (3, 5))
+    inputs = case.inputs()
+    for name in ("q_dw_weights", "q_dw_biases"):
+        inputs[name] = [torch.zeros_like(t) for t in inputs[name]]
+    inputs["attention_bias"].fill_(1e4)
+    windows = inputs["x"].double().unflatten(3, (2, 5)).unflatten(2, (2, 3))
+    outs = []
+    for i, group in enumerate(windows.chunk(2, dim=1)):
+        feat = group if i == 0 else group + outs[-1]
+        weight, bias = (inputs[name][i].double()[8:] for name in ("qkv_weights", "qkv_biases"))
+        v = torch.einsum("oc,bcyixj->boyixj", weight.flatten(1), feat) + bias.reshape(-1, 1, 1, 1, 1)
+        outs.append(v.mean(dim=(3, 5), keepdim=True).expand_as(v))
+    expected = torch.cat(outs, dim=1).flatten(4, 5).flatten(2, 3)
+    torch.testing.assert_close(case.call(cascaded_group_attention, inputs).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS[:2])
+def test_float16_logits_of_1e4_in_a_cascade(isa, memory_format):
+    case = CascadeCase(1, 32, 16, 7, 7, None, (3, 5), scale=300)
+    inputs = case.inputs(torch.float16, memory_format)
+    wide = in_float64(inputs)
+    qkv = torch.nn.functional.conv2d(wide["x"][:, :16], wide["qkv_weights"][0], wide["qkv_biases"][0])
+    q, k = qkv[:, :16], qkv[:, 16:32].flatten(2)
+    q = torch.nn.functional.conv2d(q, wide["q_dw_weights"][0], wide["q_dw_biases"][0], padding=1, groups=16).flatten(2)
+    logits = 0.25 * q.mT @ k
+    assert logits.max() > 1e4 and logits.min() < -1e4
+    results = check(case, torch.float16, memory_format)
+    assert all(result.isfinite().all() for result in results.values())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_come_out_as_in_the_reference(isa, value):
     for name in ("q", "k", "v", "bias"):

@@ -16,6 +16,7 @@ from effattn.nn.attention_bias import attention_bias_index, gather_attention_bia
 from effattn.nn.batch_norm import training_pair, update_running_statistics
 from effattn.nn.projection import (
     KeepsDerived,
+    calls_in_order,
     fold_batch_norm,
     folded_pair,
     forget_derived,
@@ -108,9 +109,11 @@ class CascadedGroupAttention(KeepsDerived):
         """With BatchNorm folded in; None if that cannot be, or something listens to a part."""
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [folded_pair(part) for part in parts]
+        if not all(pairs) or not calls_in_order(self.proj) or len(self.proj._modules) != 2:
+            return None
         relu, last = self.proj._modules.values()
         proj = folded_pair(last)
-        if proj is None or not all(pairs) or not is_plain(relu, nn.ReLU) or is_overridden(self.proj):
+        if proj is None or not is_plain(relu, nn.ReLU):
             return None
         heads = self.num_heads
         folded = (fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None)
@@ -160,6 +163,8 @@ class CascadedGroupAttention(KeepsDerived):
         out = self._cascade_with_batch_norm(windows, size)
         if out is None:
             return self._layer_by_layer(x, size)
+        if any(getattr(part, "inplace", False) for part in self.proj.modules()):
+            out = out.clone()  # the backward reads it
         projected: torch.Tensor = self.proj(out)
         return projected if windows is x else _reverse(projected, x.shape, size)
 

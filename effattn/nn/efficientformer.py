@@ -26,6 +26,8 @@ from effattn.nn.projection import (
 )
 from effattn.ops import projected_attention as _operator
 
+# What makes the queries where the image is halved, by class: timm's, ours and the official one.
+_QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache.
 _TOKENS_AT_ONCE = 400
 
@@ -83,7 +85,8 @@ class EfficientFormerAttention(KeepsDerived):
             parts = (*self._modules.values(), self._parameters, self._buffers)
             packed = self._derived(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
             if packed is not None:
-                return _operator.projected_attention(x.mT.unsqueeze(-1), packed, self.scale).squeeze(-1).mT
+                # As an image of one row: of one column, neither memory order would be the tokens'.
+                return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
         bias = self._derived(
             f"bias {tokens} {size}", (self._parameters, self._buffers), lambda: self._bias(tokens, size)
         )
@@ -185,19 +188,21 @@ class _V2(KeepsDerived):
 
     def _folded_parts(self, *names: str) -> list[_operator.Pair] | None:
         """Weights and biases of convolutions, matrices where they are 1x1; None if a part must be called."""
-        pairs = [folded_pair(self._modules[name]) for name in names]
+        pairs = [folded_pair(self._modules[name], self._in_front(name)) for name in names]
         if not all(pairs):
             return None
         folded = [fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None]
         return [(weight.flatten(1) if weight.shape[2:].numel() == 1 else weight, bias) for weight, bias in folded]
 
+    def _in_front(self, name: str) -> int:
+        """Modules in front of a part's convolution: the official repository has the activation in ``proj``."""
+        return 1 if name == "proj" and "act" not in self._modules else 0
+
     def _activation(self) -> str | None:
         """What stands in front of the last convolution, if the operator knows it."""
-        act = self._modules.get("act")
+        act = self._modules["act"] if "act" in self._modules else next(iter(self.proj._modules.values()), None)
         if act is None:
-            act, *others = self.proj._modules.values()
-            if len(others) != 2:
-                return None
+            return None
         known = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "none"}
         if is_overridden(act) or getattr(act, "approximate", "none") != "none":
             return None
@@ -215,11 +220,11 @@ class _V2(KeepsDerived):
     def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
         proj = self.proj
         act = self._modules.get("act")
-        folded = self._derived("proj", (proj,), lambda: _folded_together([proj]))
+        folded = self._derived("proj", (proj,), lambda: _folded_together([proj], self._in_front("proj")))
         if folded is None:
             out: torch.Tensor = proj(x if act is None else act(x))
             return out
-        if act is None and len(proj._modules) == 3:  # the official repository has it in front of the convolution
+        if act is None and self._in_front("proj"):
             act, *_ = proj._modules.values()
         return pointwise_convolution(x if act is None else act(x), *folded[1:])
 
@@ -246,12 +251,12 @@ def _is_halving(conv: Any) -> bool:
     return same and conv.padding == (side // 2, side // 2) and conv.groups == conv.in_channels == conv.out_channels
 
 
-def _folded_together(parts: list[Any]) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
+def _folded_together(parts: list[Any], in_front: int = 0) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
     """Outputs, weights and biases of convolutions of one input; None where a part must be called.
 
     So it is in float16 too, or folded weights would be rounded once more than their parts are.
     """
-    pairs = [folded_pair(part) for part in parts]
+    pairs = [folded_pair(part, in_front) for part in parts]
     if not all(pairs):
         return None
     weights, biases = zip(*(fold_batch_norm(*pair) for pair in pairs if pair is not None), strict=True)
@@ -427,30 +432,23 @@ class EfficientFormerV2AttentionDownsample(_V2):
 
     def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
         """All weights of the one operator, and its activation; None if a part must be called."""
-        query: Any = self.q
-        folded, activation, q = (
-            self._folded_parts("k", "v", "v_local", "proj"),
-            self._activation(),
-            folded_pair(query.proj),
-        )
-        local = query.local
-        if isinstance(local, nn.Sequential) and len(local) == 1 and not is_overridden(local):  # the official one's
+        folded, activation = self._folded_parts("k", "v", "v_local", "proj"), self._activation()
+        query = self._modules["q"]
+        if folded is None or activation is None or type(query).__name__ not in _QUERIES or is_overridden(query):
+            return None
+        pool, local, q = query.pool, query.local, folded_pair(query.proj)
+        if type(local) is nn.Sequential and len(local) == 1 and not is_overridden(local):  # the official one's
             (local,) = local._modules.values()
-        plain = (
-            is_plain(local, nn.Conv2d)
-            and _is_halving(local)
-            and is_plain(query.pool, nn.AvgPool2d)
-            and not is_overridden(query)
-        )
-        if folded is None or activation is None or q is None or not plain:
+        plain = is_plain(local, nn.Conv2d) and is_dense(local.weight) and is_plain(pool, nn.AvgPool2d)
+        if q is None or not plain or not _is_halving(local):
             return None
         k, v, v_local, proj = folded
         weight, bias = fold_batch_norm(*q, rounded=False)
         # Pooling takes every other pixel as it is: one more at the centre of the convolution.
-        centre = torch.zeros_like(local.weight)
-        centre[:, :, local.weight.shape[2] // 2, local.weight.shape[3] // 2] = 1
-        none = bias.new_zeros(len(local.weight))
-        halving = (local.weight + centre, none if local.bias is None else local.bias)
+        taps = local.weight.float()
+        centre = torch.zeros_like(taps)
+        centre[:, :, taps.shape[2] // 2, taps.shape[3] // 2] = 1
+        halving = (taps + centre, bias.new_zeros(len(taps)) if local.bias is None else local.bias)
         packed = _operator.pack(
             (weight.flatten(1), bias),
             k,

@@ -142,7 +142,7 @@ class KeepsDerived(nn.Module):
         derived = make()
         all_kept.pop(name, None)
         while len(all_kept) >= _MOST_KEPT:  # what is kept for images of many sizes must not fill the memory
-            del all_kept[next(iter(all_kept))]
+            all_kept.pop(next(iter(all_kept)), None)  # another thread may have been faster
         all_kept[name] = _Kept(watch, derived)
         return derived
 
@@ -193,6 +193,17 @@ def is_dense(weight: torch.Tensor) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor)
 
 
+# Whose own forward calls its parts one after the other: timm's, and those of effattn.nn.
+_IN_ORDER = ("ConvNorm", "_ConvNorm")
+
+
+def calls_in_order(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    """Whether calling a module is calling its parts one after the other, and nothing listens."""
+    if module is None or is_overridden(module):
+        return False
+    return type(module).forward is nn.Sequential.forward or type(module).__name__ in _IN_ORDER
+
+
 def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
     """Whether the norm is an affine map of numbers that do not depend on the input, and nobody needs gradients."""
     return not torch.is_grad_enabled() and _is_affine(norm)
@@ -207,22 +218,22 @@ def _is_affine(norm: nn.Module | None) -> bool:
     )
 
 
-def folded_pair(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+def folded_pair(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
     """The convolution at the end of a part and the BatchNorm behind it, or None where they cannot be folded.
 
-    What stands in front of them (an activation) must still be called. With gradients, :func:`fold_batch_norm` is one
-    more differentiable step.
+    ``in_front``: how many modules stand in front of them (an activation), which must still be called. With gradients,
+    :func:`fold_batch_norm` is one more differentiable step.
     """
-    pair = convolution_and_norm(part)
+    pair = convolution_and_norm(part, in_front)
     return pair if pair is not None and _is_affine(pair[1]) else None
 
 
-def convolution_and_norm(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+def convolution_and_norm(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
     """The last two of a part, where their tensors can be used in place of calling them."""
-    if part is None or is_overridden(part):
+    if not calls_in_order(part):
         return None
     parts: list[Any] = list(part._modules.values())
-    if len(parts) < 2 or not is_plain(parts[-2], nn.Conv2d) or not is_plain(parts[-1], nn.BatchNorm2d):
+    if len(parts) != 2 + in_front or not is_plain(parts[-2], nn.Conv2d) or not is_plain(parts[-1], nn.BatchNorm2d):
         return None
     return (parts[-2], parts[-1]) if is_dense(parts[-2].weight) else None
 

@@ -2,8 +2,8 @@
 
 For inference there is ``effattn::<name>``; ``effattn::<name>_forward`` computes the same, may return what the backward
 needs beside the output, and carries the autograd formula, because one in Python triples the cost of a call that needs
-none. Operators take weights in float32 only, whatever the images are: they are small, and under autocast they are
-float32 already.
+none. An operator for training alone has the second only. Operators take weights in float32 only, whatever the images
+are: they are small, and under autocast they are float32 already.
 """
 
 from __future__ import annotations

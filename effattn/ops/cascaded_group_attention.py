@@ -1,4 +1,4 @@
-"""cascaded_group_attention as torch sees it, and the operator behind its module's inference."""
+"""cascaded_group_attention as torch sees it, and the operators behind its module's training and inference."""
 
 from __future__ import annotations
 

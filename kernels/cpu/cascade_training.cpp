@@ -255,7 +255,8 @@ void cascade_training_backward(const CascadeTraining& t, const Parallel& paralle
   const int64_t units = p.batch * p.windows(), pairs = of.tokens * of.tokens;
   if (units * of.tokens == 0) return;
   // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
-  const int64_t parts = smaller(units, kMostSums);
+  const int64_t part_floats = pairs + 3 * of.stride + of.outputs() * of.d;
+  const int64_t parts = larger(1, smaller(smaller(units, kMostSums), kMostSumFloats / part_floats));
   struct Memory {
     std::vector<LaidOut> laid_out;
     std::vector<BackwardWeights> backward_weights;
