@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from torch._inductor.async_compile import shutdown_compile_workers
 
 from benchmarks.floor import Rates, Work
 
@@ -148,6 +149,7 @@ def measure(suite: str, case: Case, rounds: int, tick: Tick) -> list[Row]:
             if runner is not None:
                 runners.append(runner)
             tick(f"{case.name}: {candidate.name}", BUILD_STEPS if runner is not None else BUILD_STEPS + rounds)
+        shutdown_compile_workers()  # idle ones would share the cores with what is measured
         gc.collect()
         gc.disable()  # its pauses would fall on whoever is running
         try:
