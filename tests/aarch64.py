@@ -43,7 +43,7 @@ DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
 MULTI_SCALE = "every_width or qkv_itself or without_scales or memory_format or smaller_than"
 SOFTMAX = "every_number or every_window or equal_logits or float16 or minus_infinity"
 WANTED = f"not four_python_threads and (not multi_scale or {MULTI_SCALE}) and (not softmax or {SOFTMAX})"
-WANTED += " and (not cascade_training or nchw)"
+WANTED += " and (not cascade_training or nchw) and not (projected and (bfloat16 or crop))"
 DEFAULT_TESTS += ["-k", WANTED]
 
 TRIPLET = "aarch64-linux-gnu"
