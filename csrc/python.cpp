@@ -91,9 +91,33 @@ py::dict multi_scale_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_
   return out;
 }
 
-// --- whether what weights were derived from is as it was
-// ------------------------------------------------------- Objects and attributes only. In Python the walk
-// over a module's sixty tensors takes half as long as the kernels whose weights it guards.
+// --- whether what weights were derived from is as it was ---------------------------------------------
+// Objects and attributes only. In Python the walk over a module's thirty parts and sixty tensors takes half
+// as long as the kernels whose weights it guards.
+
+bool all_empty(const py::list& dictionaries) {
+  for (const py::handle dictionary : dictionaries) {
+    if (PyDict_GET_SIZE(dictionary.ptr()) != 0) return false;
+  }
+  return true;
+}
+
+// Whether every module has the class and the number of parts that it had, and no forward of its own.
+bool same_modules(const py::list& modules, const py::list& classes, const py::list& attributes,
+                  const py::list& parts, const std::vector<Py_ssize_t>& sizes) {
+  static PyObject* const forward = PyUnicode_InternFromString("forward");
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(modules.ptr(), i))) !=
+            PyList_GET_ITEM(classes.ptr(), i) ||
+        PyDict_GET_SIZE(PyList_GET_ITEM(parts.ptr(), i)) != sizes[i]) {
+      return false;
+    }
+    const int own = PyDict_Contains(PyList_GET_ITEM(attributes.ptr(), i), forward);
+    if (own < 0) throw py::error_already_set();
+    if (own == 1) return false;
+  }
+  return true;
+}
 
 // Whether every dictionary still has what was found in it under its name.
 bool same_items(const py::list& dictionaries, const py::list& names, const py::list& found) {
@@ -137,6 +161,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets compiled in, from narrow to wide.");
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));
+  m.def("all_empty", &all_empty, "Whether dictionaries are.");
+  m.def("same_modules", &same_modules,
+        "Whether modules have these classes and numbers of parts, and no forward of their own.");
   m.def("same_items", &same_items,
         "Whether dictionaries still have what was found in them under these names.");
   m.def("same_tensors", &same_tensors, "Whether tensors have these versions and data_ptr()s.");

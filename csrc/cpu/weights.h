@@ -19,7 +19,8 @@ inline const float* floats(const char* op, const std::string& argument, const Te
   EFFATTN_REQUIRE(t.is_cpu() && t.scalar_type() == ScalarType::Float, op, ": ", argument,
                   " must be float32 on the CPU");
   require_shape(op, argument.c_str(), t, shape);
-  alive.push_back(torch::stable::contiguous(t));
+  // Asked first: through the dispatcher the answer costs as much as a small call's check of everything else.
+  alive.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
   return static_cast<const float*>(alive.back().const_data_ptr());
 }
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from effattn.integrations.structure import (
-    convolution_and_norm,
     is_depthwise,
     is_pointwise,
+    normed_convolution,
     why_not_its_own,
     why_not_its_parts,
     why_not_named,
@@ -47,7 +47,7 @@ def why_not_v2(module: Any) -> str | None:
     reason = why_not_named(module, names) or _why_not_what_both_have(module, 1)
     if reason is not None:
         return reason
-    if not is_pointwise(convolution_and_norm(module.q)):
+    if not is_pointwise(normed_convolution(module.q)):
         return "q is not a 1x1 convolution with a BatchNorm"
     reason = _why_not_its_stride(module.stride_conv, module.upsample)
     if reason is not None:
@@ -64,7 +64,7 @@ def _why_not_its_stride(stride_conv: Any, upsample: Any) -> str | None:
         return None
     if stride_conv is None or upsample is None:
         return "it has one of stride_conv and upsample without the other"
-    conv = convolution_and_norm(stride_conv)
+    conv = normed_convolution(stride_conv)
     if conv is None:
         return "stride_conv is not a convolution with a BatchNorm"
     factor = upsample.scale_factor
@@ -95,9 +95,7 @@ def _why_not_its_query(query: Any) -> str | None:
         return "q.local is not a depthwise convolution of stride 2"
     if local.kernel_size != (3, 3):
         return "q.local has no kernel of 3x3"
-    return (
-        None if is_pointwise(convolution_and_norm(query.proj)) else "q.proj is not a 1x1 convolution with a BatchNorm"
-    )
+    return None if is_pointwise(normed_convolution(query.proj)) else "q.proj is not a 1x1 convolution with a BatchNorm"
 
 
 def _why_not_what_both_have(module: Any, stride: int) -> str | None:
@@ -117,9 +115,9 @@ def _why_not_what_both_have(module: Any, stride: int) -> str | None:
     if activated and (hasattr(module, "act") or len(list(module.proj.children())) != 3):
         return "its activation is no module"
     for name in ("k", "v", "proj"):
-        if not is_pointwise(convolution_and_norm(getattr(module, name), activated=activated and name == "proj")):
+        if not is_pointwise(normed_convolution(getattr(module, name), activated=activated and name == "proj")):
             return f"{name} is not a 1x1 convolution with a BatchNorm"
-    values = convolution_and_norm(module.v)
-    if values is None or not is_depthwise(convolution_and_norm(module.v_local), values.out_channels, stride):
+    values = normed_convolution(module.v)
+    if values is None or not is_depthwise(normed_convolution(module.v_local), values.out_channels, stride):
         return f"v_local is not a depthwise convolution of stride {stride} with a BatchNorm"
     return None

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from effattn.integrations.structure import (
-    convolution_and_norm,
     is_depthwise,
     is_pointwise,
+    normed_convolution,
     why_not_its_own,
     why_not_its_parts,
     why_not_named,
@@ -36,17 +36,17 @@ def _why_not_its_heads(module: Any) -> str | None:
         return f"attention_biases of shape {tuple(table.shape)}, not (heads, a square number)"
     if len(module.proj) != 2 or type(module.proj[0]) is not nn.ReLU:
         return "proj is not a ReLU and a convolution"
-    proj = convolution_and_norm(module.proj[1])
+    proj = normed_convolution(module.proj[1])
     if proj is None or not is_pointwise(proj):
         return "proj is not a 1x1 convolution with a BatchNorm"
     channels = proj.in_channels // heads
     for i, (qkv, dw) in enumerate(zip(module.qkvs, module.dws, strict=True)):
-        conv = convolution_and_norm(qkv)
+        conv = normed_convolution(qkv)
         if conv is None or not is_pointwise(conv):
             return f"qkvs.{i} is not a 1x1 convolution with a BatchNorm"
         if conv.in_channels != channels or conv.out_channels != 2 * key_dim + channels:
             return f"qkvs.{i} does not make q, k and v of a group of channels"
-        if not is_depthwise(convolution_and_norm(dw), key_dim):
+        if not is_depthwise(normed_convolution(dw), key_dim):
             return f"dws.{i} is not a depthwise convolution of an odd kernel that keeps the size"
     return None
 

@@ -27,7 +27,7 @@ def why_not_its_parts(module: nn.Module) -> str | None:
     return f"its parts have hooks or forwards of their own: {', '.join(hooked)}" if hooked else None
 
 
-def convolution_and_norm(part: nn.Module | None, *, activated: bool = False) -> nn.Conv2d | None:
+def normed_convolution(part: nn.Module | None, *, activated: bool = False) -> nn.Conv2d | None:
     """The convolution of a part that is one with a BatchNorm behind it; ``activated``: and an activation in front."""
     parts: list[Any] = [] if part is None else list(part.children())
     if len(parts) != (3 if activated else 2):

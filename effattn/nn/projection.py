@@ -6,8 +6,7 @@ And what is computed from parameters alone is kept for the next call, for as lon
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import contains, is_
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
@@ -89,12 +88,10 @@ class _Watch:
         return (
             len(parts) == len(self._parts)
             and all(map(is_, parts, self._parts))
-            and not any(self._hooks)
+            and _C.all_empty(self._hooks)
+            and _C.same_modules(self._modules, self._classes, self._own, self._children, self._sizes)
             and _C.same_items(self._owners, self._names, self._found)
             and _C.same_tensors(self._tensors, self._versions, self._addresses)
-            and list(map(type, self._modules)) == self._classes
-            and not any(map(contains, self._own, repeat("forward")))
-            and list(map(len, self._children)) == self._sizes
         )
 
 
