@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: help demo train test bench lint format test-python test-sanitizers test-aarch64 test-install clean
+.PHONY: help demo train test bench lint format test-python test-triton test-sanitizers test-aarch64 test-install clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -17,7 +17,7 @@ help: ## this list
 demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock and accelerated
 	$(BIN)/python examples/demo.py
 
-test: lint test-python test-sanitizers test-install test-aarch64 ## everything that CI runs
+test: lint test-python test-triton test-sanitizers test-install test-aarch64 ## everything that CI runs
 	@echo "all tests passed"
 
 train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
@@ -38,7 +38,11 @@ format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	find csrc kernels -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 test-python: $(VENV)/.build $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest tests -q -n auto
+	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton
+
+test-triton: $(VENV)/.build $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
+	$(BIN)/python -m pytest tests/triton/test_compiled.py -q -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton -q -n auto --ignore tests/triton/test_compiled.py
 
 test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitizers.py
@@ -92,6 +96,7 @@ $(VENV)/.diffusers: $(VENV)/.timm
 
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers
 	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis psutil
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.tools

@@ -161,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets compiled in, from narrow to wide.");
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));
+  m.def("is_amd", &cpu::is_amd, "Whether the processor is one of AMD's.");
   m.def("all_empty", &all_empty, "Whether dictionaries are.");
   m.def("same_modules", &same_modules,
         "Whether modules have these classes and numbers of parts, and no forward of their own.");

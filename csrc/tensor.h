@@ -102,7 +102,7 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
 // Strides of a dense tensor of `sizes` whose dimensions lie in memory in the order of `like`'s: what
 // makes the reshape behind an attention free. Expanded dimensions (stride 0) come outermost.
 // Of images (B, C, H, W), rows must follow each other: where those of `like` do not, as in a transposed one,
-// the order is that of the dimensions. effattn/ops/_memory.py does the same for fake tensors.
+// the order is that of the dimensions. effattn/backends/_memory.py does the same for fake tensors.
 enum class Kind { kAny, kImage };
 inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes,
                                                 Kind kind) {

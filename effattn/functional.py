@@ -435,7 +435,7 @@ def _wrong_scale(scale: object) -> Exception | None:
         return None
     if not isinstance(scale, Real) or isinstance(scale, bool):
         return TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if not math.isfinite(float(scale)):
+    if not -math.inf < float(scale) < math.inf:  # math.isfinite takes no number of a dynamic graph
         return ValueError(f"scale: expected a finite number, got {scale}")
     return None
 

@@ -1,4 +1,4 @@
-"""Which backend serves a call: a pure function of the operator, the device and the dtype.
+"""Which backend serves a call: a pure function of the operator, the device, the dtype and the heads' size.
 
 One check both chooses and explains: a backend answers with every reason why it cannot serve, and no
 reason means that it can. The first that can, in ``ORDER``, does.
@@ -49,7 +49,7 @@ if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
 # What choose() found, for eager calls, under what was asked for then.
-_chosen: dict[tuple[str | None, str, torch.device, torch.dtype], Backend] = {}
+_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, int], Backend] = {}
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every call inside the block, in all threads.
 
     Args:
-        name: ``"cpu"`` or ``"reference"`` (see :func:`backends`).
+        name: ``"cpu"``, ``"triton"`` or ``"reference"`` (see :func:`backends`).
 
     Raises:
         ValueError: for an unknown name. A call that the backend cannot serve raises
@@ -72,37 +72,37 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _reasons(backend: Backend, op: str, device: str, dtype: torch.dtype) -> list[str]:
+def _reasons(backend: Backend, op: str, device: str, dtype: torch.dtype, channels: int) -> list[str]:
     unavailable = backend.unavailable()
-    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype)
+    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, channels)
 
 
-def find(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that serves ``op`` for tensors of ``dtype`` on ``device``.
+def find(op: str, device: torch.device, dtype: torch.dtype, channels: int = 1) -> Backend:
+    """The backend that serves ``op`` for tensors of ``dtype`` on ``device`` with up to so many channels a head.
 
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    return _find(_forced, op, device, dtype)
+    return _find(_forced, op, device, dtype, channels)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(op: str, device: torch.device, dtype: torch.dtype, channels: int = 1) -> Backend:
     """:func:`find` that remembers: for eager calls, which it must not hold up.
 
     Not while compiling, where a table that grows would be a guard that fails.
     """
-    key = (_forced, op, device, dtype)
+    key = (_forced, op, device, dtype, channels)
     backend = _chosen.get(key)
     if backend is None:
         backend = _chosen[key] = _find(*key)
     return backend
 
 
-def _find(forced: str | None, op: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def _find(forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: int) -> Backend:
     candidates = ORDER if forced is None else (_named(forced, "use_backend"),)
     refusals = []
     for backend in candidates:
-        reasons = _reasons(backend, op, device.type, dtype)
+        reasons = _reasons(backend, op, device.type, dtype, channels)
         if not reasons:
             return backend
         refusals.append(f"  {backend.name}: {'; '.join(reasons)}")

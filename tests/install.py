@@ -23,6 +23,8 @@ effattn.relu_linear_attention(q, q, q).sum().backward()
 assert q.grad.isfinite().all() and not q.grad.eq(0).all()
 assert [b.name for b in effattn.backends() if b.available] == ["cpu", "reference"]
 package = pathlib.Path(effattn.__file__).parent
+from effattn.kernels import configs  # lies elsewhere in the repository
+assert (pathlib.Path(configs.__file__).parent / "relu_linear_attention.py").exists()
 assert (package / "py.typed").exists()
 print(f"{sys.argv[1]}: effattn {effattn.__version__} in {package.name}, {_C.active_isa()}")
 inside = package.is_relative_to(sys.argv[2])

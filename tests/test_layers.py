@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,7 +21,8 @@ PACKAGE = Path(effattn.__file__).parent
 # Who may import whom, top to bottom; a part may always import itself.
 ALLOWED = {
     "_library": set(),
-    "backends": {"_library"},
+    "backends": {"_library", "kernels"},
+    "kernels": set(),
     "registry": {"backends"},
     "ops": {"registry", "backends", "_library"},
     "functional": {"ops"},
@@ -49,10 +51,18 @@ def imported_parts(path: Path) -> set[str]:
     return parts
 
 
+def sources():
+    """Every part of the package with its files; the kernels lie elsewhere before they are installed."""
+    for path in PACKAGE.rglob("*.py"):
+        yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
+    for folder in importlib.util.find_spec("effattn.kernels").submodule_search_locations:
+        for path in Path(folder).glob("*.py"):
+            yield "kernels", path
+
+
 def test_imports_go_one_way():
     seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for part, path in sources():
         seen.add(part)
         extra = imported_parts(path) - ALLOWED[part] - {part}
         assert not extra, f"{path.name} imports {extra}"
@@ -69,8 +79,8 @@ def test_kernels_know_no_torch():
 def test_no_model_library_is_imported():
     script = (
         "import sys, effattn, torch; effattn.accelerate(torch.nn.ReLU());"
-        "heavy = {'timm', 'torchvision', 'diffusers', 'triton', 'numpy.testing'} & set(sys.modules);"
-        "sys.exit(str(heavy) if heavy - {'triton'} else 0)"
+        "heavy = {'timm', 'torchvision', 'diffusers', 'effattn.kernels', 'numpy.testing'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -87,6 +97,35 @@ def test_registry_gives_every_reason():
     assert "takes CPU tensors, not cuda; takes float32, bfloat16 and float16, not float64" in str(error.value)
 
 
+def test_registry_names_what_triton_lacks(monkeypatch):
+    """Reasons of this machine, of the op, the device, the dtype and the size, in one message."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
+        registry.find("biased_attention", torch.device("cpu"), torch.float64, 200)
+    for reason in (
+        "the package triton is not installed",
+        "has no biased_attention",
+        "takes CUDA tensors, not cpu",
+        "takes float32, bfloat16 and float16, not float64",
+        "takes heads of up to 128 channels, not 200",
+    ):
+        assert reason in str(error.value)
+
+
+def test_registry_names_a_card_that_is_too_old(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, name in (((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, 32).name == name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with effattn.use_backend("triton"), pytest.raises(RuntimeError, match=r"needs .* capability 8.0, this one has 7.5"):
+        registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, 32)
+
+
 def test_use_backend_nests_and_recovers():
     with pytest.raises(RuntimeError, match="inside"), effattn.use_backend("reference"):
         with effattn.use_backend("cpu"):
@@ -94,7 +133,7 @@ def test_use_backend_nests_and_recovers():
         assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "reference"
         raise RuntimeError("inside")
     assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
-    with pytest.raises(ValueError, match="use_backend: expected one of 'cpu', 'reference', got 'gpu'"):
+    with pytest.raises(ValueError, match="use_backend: expected one of 'cpu', 'triton', 'reference', got 'gpu'"):
         effattn.use_backend("gpu").__enter__()
 
 
@@ -114,7 +153,7 @@ def test_backend_from_the_environment():
     assert run(code, EFFATTN_BACKEND="reference").stdout.strip() == "reference"
     wrong = run(code, EFFATTN_BACKEND="quick")
     assert wrong.returncode != 0
-    assert "EFFATTN_BACKEND: expected one of 'cpu', 'reference', got 'quick'" in wrong.stderr
+    assert "EFFATTN_BACKEND: expected one of 'cpu', 'triton', 'reference', got 'quick'" in wrong.stderr
 
 
 def test_instruction_set_from_the_environment():
@@ -162,8 +201,9 @@ def test_a_missing_library_leaves_the_reference(tmp_path):
         "assert effattn.__file__.startswith(sys.path[0])\n"
         "t = torch.ones(3, 3)\n"
         "assert torch.equal(effattn.relu_linear_attention(t, t, t), t)\n"
-        "cpu, reference = effattn.backends()\n"
+        "cpu, triton, reference = effattn.backends()\n"
         "assert 'libeffattn.so' in cpu.reason and not cpu.available and reference.available\n"
+        "assert 'libeffattn.so' in triton.reason and not triton.available\n"
         "try:\n"
         "    with effattn.use_backend('cpu'): effattn.relu_linear_attention(t, t, t)\n"
         "except RuntimeError as error: assert 'libeffattn.so' in str(error)\n"

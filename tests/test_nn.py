@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 import effattn
-from effattn.nn import LiteMLA, lite_mla
+from effattn.nn import LiteMLA, lite_mla, projection
 from effattn.nn.projection import fold_batch_norm, pointwise_convolution
 from effattn.testing import import_timm, randomise_batch_norm
 
@@ -334,7 +334,9 @@ def test_fold_batch_norm(bias, affine):
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("size", [(1, 6, 3, 4), (2, 6, 3, 4), (0, 6, 3, 4), (2, 6, 1, 1), (1, 6, 0, 4)], ids=str)
 @pytest.mark.parametrize("change", ["nchw", "channels_last", "slice"])
-def test_pointwise_convolution(size, change, grad, bias):
+@pytest.mark.parametrize("slow_products", [False, True])
+def test_pointwise_convolution(size, change, grad, bias, slow_products, monkeypatch):
+    monkeypatch.setattr(projection, "_PRODUCTS_ARE_SLOW", slow_products)
     torch.manual_seed(0)
     x = torch.randn(size)
     if change == "channels_last":

@@ -613,6 +613,22 @@ def test_compile_fullgraph(name, training):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["cascade", "windows", "efficientformer", "v2", "v2, stride", "v2, downsampling"])
+def test_compile_dynamic(name, training):
+    """Images of several sizes through one module; tables are gathered for each, so that graphs are too."""
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit
+    case = CASES[name]
+    _, module = case.pair()
+    module.train(training)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, dynamic=True, backend="aot_eager")
+    for size, tokens in (((12, 8), 12), ((5, 5), 25)):
+        torch.manual_seed(0)
+        x = torch.randn(2, tokens, 24) if name == "efficientformer" else torch.randn(2, case.shape[1], *size)
+        with torch.set_grad_enabled(training):
+            close(compiled(x), module(x))
+
+
 def test_compiled_biases_are_not_stale_either():
     case = CASES["windows"]
     _, module = case.pair()

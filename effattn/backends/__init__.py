@@ -7,9 +7,9 @@ inference alone), for the reference a plain function.
 
 from __future__ import annotations
 
-from effattn.backends import cpu, reference
+from effattn.backends import cpu, reference, triton
 from effattn.backends._base import Backend, Fused
 
-ORDER: tuple[Backend, ...] = (cpu.BACKEND, reference.BACKEND)
+ORDER: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
 
 __all__ = ["ORDER", "Backend", "Fused"]

@@ -44,7 +44,7 @@ def _unavailable() -> str | None:
     return _library.error
 
 
-def _reasons(op: str, device: str, dtype: torch.dtype) -> list[str]:
+def _reasons(op: str, device: str, dtype: torch.dtype, channels: int) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
         reasons.append(f"has no {op}")

@@ -130,7 +130,9 @@ def _bias_of(layer: nn.Linear) -> torch.Tensor:
 
 
 def _square(tokens: int) -> Size | None:
-    side = math.isqrt(tokens)
+    side = 0 if torch.compiler.is_compiling() else math.isqrt(tokens)
+    while side * side < tokens:  # of a number of a dynamic graph, which has no isqrt
+        side += 1
     return (side, side) if side * side == tokens else None
 
 

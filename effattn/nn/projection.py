@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn._library import _C
 
+# torch's matrix products are MKL's, which leaves an AMD processor half of its vectors; its convolutions are oneDNN's.
+_PRODUCTS_ARE_SLOW = _C is not None and _C.is_amd() and torch.backends.mkl.is_available()
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -258,7 +261,7 @@ def fold_batch_norm(
 
 
 def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """A 1x1 convolution as whichever is fastest: a matrix product, but for training on batches in NCHW.
+    """A 1x1 convolution as whichever is fastest: a matrix product, but for training on batches in NCHW, and on AMD.
 
     Args:
         x: (B, C, H, W).
@@ -270,7 +273,7 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     """
     batch, channels, height, width = x.shape
     matrix = weight.flatten(1)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or (_PRODUCTS_ARE_SLOW and x.numel() > 0):
         return functional.conv2d(x, matrix.unsqueeze(-1).unsqueeze(-1), bias)
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)

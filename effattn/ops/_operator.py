@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from effattn import _library, registry
 from effattn.backends import Backend, Fused, reference
-from effattn.ops._memory import empty_in_order_of
+from effattn.backends._memory import empty_in_order_of
 
 #: A tensor, or a list of them.
 Argument = Any

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from effattn.ops._memory import empty_in_order_of
+from effattn.backends._memory import empty_in_order_of
 from effattn.ops._operator import Operator
 
 Tensors = Sequence[torch.Tensor]
@@ -35,7 +35,7 @@ def _check(
     for t in (bias, *talking_heads):
         torch._check(t.device == q.device, lambda: "bias and talking_heads must be on q's device")
         torch._check(t.dtype in (q.dtype, torch.float32), lambda: "bias and talking_heads must be float32 or as q")
-    torch._check(math.isfinite(scale), lambda: "scale must be finite")
+    torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
 
 
 def _fake(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effattn.backends._memory import empty_image_in_order_of
 from effattn.backends.packed import OUTPUTS, joined, pack_projection, padded, rounded
-from effattn.ops._memory import empty_image_in_order_of
 from effattn.ops._operator import InferenceOperator, Operator
 
 Tensors = Sequence[torch.Tensor]
@@ -32,7 +32,7 @@ def _check(
     torch._check(heads > 0, lambda: "qkv_weights must have a tensor a head")
     torch._check(x.shape[1] % heads == 0, lambda: "x must have a multiple of the heads' number of channels")
     torch._check(window_height > 0 and window_width > 0, lambda: "window_size must be positive")
-    torch._check(math.isfinite(scale), lambda: "scale must be finite")
+    torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
     torch._check(len(dw) == heads, lambda: "q_dw_weights must have a tensor a head")
     for biases in (qkv_biases, dw_biases):
         torch._check(len(biases) in (0, heads), lambda: "biases must be empty or have a tensor a head")
@@ -192,7 +192,7 @@ def _fake_projected(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     torch._check(heads > 0 and key_dim > 0, lambda: "kernels must have a size a head and key_dim be positive")
     torch._check(x.shape[1] % heads == 0, lambda: "x must have a multiple of the heads' number of channels")
     torch._check(window_height > 0 and window_width > 0, lambda: "window_size must be positive")
-    torch._check(math.isfinite(scale), lambda: "scale must be finite")
+    torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
     value_dim, taps = x.shape[1] // heads, sum(k * k for k in packed.kernels)
     stride = 2 * rounded(key_dim) + rounded(value_dim)
     torch._check(packed.proj_bias.dim() == 1, lambda: "proj_bias must have 1 dimension (outputs)")

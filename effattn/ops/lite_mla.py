@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effattn.ops._memory import empty_image_in_order_of
+from effattn.backends._memory import empty_image_in_order_of
 from effattn.ops._operator import InferenceOperator
 from effattn.ops.multi_scale import multi_scale_linear_attention
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from effattn.ops._memory import empty_image_in_order_of
+from effattn.backends._memory import empty_image_in_order_of
 from effattn.ops._operator import Operator
 
 Tensors = Sequence[torch.Tensor]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effattn.backends._memory import empty_image_in_order_of
 from effattn.backends.packed import OUTPUTS, joined, of_whole_heads, pack_projection, padded, rounded
-from effattn.ops._memory import empty_image_in_order_of
 from effattn.ops._operator import InferenceOperator
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -142,7 +142,7 @@ def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     packed, (scale, activation, *out_size) = Packed(*arguments[:-4]), arguments[-4:]
     torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
     torch._check(packed.bias.dim() == 3, lambda: "bias must have shape (heads, queries, keys)")
-    torch._check(math.isfinite(scale), lambda: "scale must be finite")
+    torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
     torch._check(activation in ACTIVATIONS.values(), lambda: "activation must be 0 (none), 1 (relu) or 2 (gelu)")
     torch._check(packed.key_dim > 0 and packed.value_dim > 0, lambda: "key_dim and value_dim must be positive")
     taps = packed.halving_taps

@@ -8,22 +8,23 @@ formula, because a formula in Python triples the cost of a call that needs none;
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from effattn import _library, registry
-from effattn.backends import Fused, reference
-from effattn.ops._memory import empty_in_order_of
+from effattn.backends import Fused, reference, triton
+from effattn.backends._memory import empty_in_order_of
 
 NAME = "relu_linear_attention"
 
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
-    compiling = torch.compiler.is_compiling()
-    function = (registry.find if compiling else registry.choose)(NAME, q.device, q.dtype).functions[NAME]
+    find = registry.find if torch.compiler.is_compiling() else registry.choose
+    function = find(NAME, q.device, q.dtype, max(q.shape[-1], v.shape[-1])).functions[NAME]
     if not isinstance(function, Fused):
         _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)
@@ -62,13 +63,21 @@ def _sums_shape(q: torch.Tensor, v: torch.Tensor) -> tuple[int, ...]:
     return (*q.shape[:-2], v.shape[-1] + 1, q.shape[-1])
 
 
-def _fake_backward(
+def _check_backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> None:
     _check(q, k, v, eps)
     for given, shape in ((grad_out, (*q.shape[:-1], v.shape[-1])), (sums, _sums_shape(q, v))):
         torch._check(given.device == q.device, lambda: "grad_out and sums must be on q's device")
         torch._check(given.shape == shape, lambda: "grad_out and sums must have the shapes of the forward's results")
+    torch._check(grad_out.dtype == q.dtype, lambda: "grad_out must have q's dtype")
+    torch._check(sums.dtype == torch.float32, lambda: "sums must be float32")
+
+
+def _fake_backward(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, ...]:
+    _check_backward(grad_out, q, k, v, sums, eps)
     return tuple(empty_in_order_of(like, like.shape) for like in (q, k, v))
 
 
@@ -79,13 +88,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+def _backward(namespace: str, ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None:
         return None, None, None, None
     q, k, v, sums = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this again
         return *_differentiable_backward(grad_out, q, k, v, ctx.eps), None
-    return *torch.ops.effattn.relu_linear_attention_backward(grad_out, q, k, v, sums, ctx.eps), None
+    backward = getattr(torch.ops, namespace).relu_linear_attention_backward
+    return *backward(grad_out, q, k, v, sums, ctx.eps), None
 
 
 def _differentiable_backward(
@@ -110,8 +120,15 @@ def _differentiable_backward(
         )
 
 
+def _register(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::{NAME}", _fake_inference)
+    torch.library.register_fake(f"{namespace}::{NAME}_forward", _fake_forward)
+    torch.library.register_fake(f"{namespace}::{NAME}_backward", _fake_backward)
+    formula = partial(_backward, namespace)
+    torch.library.register_autograd(f"{namespace}::{NAME}_forward", formula, setup_context=_save)
+
+
 if _library.error is None:
-    torch.library.register_fake("effattn::relu_linear_attention", _fake_inference)
-    torch.library.register_fake("effattn::relu_linear_attention_forward", _fake_forward)
-    torch.library.register_fake("effattn::relu_linear_attention_backward", _fake_backward)
-    torch.library.register_autograd("effattn::relu_linear_attention_forward", _backward, setup_context=_save)
+    _register("effattn")
+if triton.register(NAME, {NAME: _check, f"{NAME}_forward": _check, f"{NAME}_backward": _check_backward}):
+    _register(triton.NAMESPACE)

@@ -198,7 +198,7 @@ void cascade_training(const CascadeTraining& t, const Parallel& parallel) {
   };
   const auto lay_out_all = [&](Pieces& memory) { return Memory(t, of, memory); };
   const Floats floats = aligned_floats(floats_of(lay_out_all));
-  Pieces pieces(floats.get());
+  Pieces pieces(floats.get(), Pieces::Holds::kNothing);
   const Memory m = lay_out_all(pieces);
   const Training& training = m.training;
   clear(training.zeros, of.stride);
@@ -290,7 +290,7 @@ void cascade_training_backward(const CascadeTraining& t, const Parallel& paralle
   };
   const auto lay_out_all = [&](Pieces& memory) { return Memory(t, of, parts, memory); };
   const Floats floats = aligned_floats(floats_of(lay_out_all));
-  Pieces pieces(floats.get());
+  Pieces pieces(floats.get(), Pieces::Holds::kNothing);
   const Memory m = lay_out_all(pieces);
   const Training& training = m.training;
   const ChannelsLastPasses& passes = training.passes;

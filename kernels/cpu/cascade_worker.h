@@ -49,16 +49,24 @@ struct Layout {
 // Memory in pieces of whole vectors, in order; without memory it counts.
 class Pieces {
  public:
-  explicit Pieces(float* memory) : memory_(memory) {}
+  enum class Holds { kResults, kNothing };  // what stands in the memory so far
+  explicit Pieces(float* memory, Holds holds = Holds::kResults) : memory_(memory), holds_(holds) {}
+
   float* floats(int64_t count) {
     float* const piece = memory_ == nullptr ? nullptr : memory_ + taken_;
-    taken_ += round_up(count, kWholeVectors);
+    const int64_t whole = round_up(count, kWholeVectors);
+    taken_ += whole + kGapFloats;
+    if (piece != nullptr && holds_ == Holds::kNothing) {
+      spoil(piece, whole);
+      poison(piece + whole, kGapFloats);
+    }
     return piece;
   }
   int64_t taken() const { return taken_; }
 
  private:
   float* memory_;
+  Holds holds_;
   int64_t taken_ = 0;
 };
 

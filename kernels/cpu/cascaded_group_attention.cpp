@@ -57,13 +57,13 @@ void cascaded_group_attention(const Problem& p, const ProjectionWeights* project
     return Rows<float>{between + batch * tokens * row_floats, row_floats};
   };
   const Worker worker(of);
-  Pieces shared(between + attended);
+  Pieces shared(between + attended, Pieces::Holds::kNothing);
   const std::vector<Weights> weights =
       packed ? packed_weights(of) : taken(of, lay_out_weights(shared), parallel);
 
   parallel(p.batch * windows, larger(1, kMinWorkPerThread / work_of_a_window(of)),
            [&](int64_t begin, int64_t end) {
-             Pieces pieces(thread_scratch(own_floats));
+             Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
              const Forward own = lay_out_work(pieces);
              clear(own.padded.data, own.padded.floats());
              for (int64_t unit = begin; unit < end; ++unit) {
@@ -212,13 +212,13 @@ void cascaded_group_attention_backward(const Problem& p, const Parallel& paralle
     const auto lay_out_work = [&](Pieces& pieces) { return Backward(of, pieces); };
     const int64_t own_floats = floats_of(lay_out_work);
     const Floats between = aligned_floats(floats_of(lay_out_weights));
-    Pieces shared(between.get());
+    Pieces shared(between.get(), Pieces::Holds::kNothing);
     const auto [laid_out, backward_weights] = lay_out_weights(shared);
     const std::vector<Weights> weights = taken(of, laid_out, parallel);
     for (int64_t h = 0; h < p.heads; ++h) backward_weights[h].take(of, h, weights[h]);
     const Worker worker(of);
     parallel(parts, 1, [&](int64_t begin, int64_t end) {
-      Pieces pieces(thread_scratch(own_floats));
+      Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
       const Backward own = lay_out_work(pieces);
       clear(own.padded.data, own.padded.floats());
       clear(own.zeros, of.dk);

@@ -48,6 +48,15 @@ Isa find(const std::string& name, const char* asked_by) {
 
 }  // namespace
 
+bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const std::vector<IsaInfo>& compiled_isas() {
   static const std::vector<IsaInfo> rows = [] {
     std::vector<IsaInfo> all;

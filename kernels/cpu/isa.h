@@ -32,6 +32,9 @@ EFFATTN_EXPORT const std::vector<IsaInfo>& compiled_isas();
 EFFATTN_EXPORT Isa active_isa();
 EFFATTN_EXPORT const IsaInfo& info(Isa isa);
 
+// Whether the processor is one of AMD's.
+EFFATTN_EXPORT bool is_amd();
+
 // Puts another one in use for the whole process; throws std::runtime_error as above.
 EFFATTN_EXPORT void set_active_isa(const std::string& name);
 

@@ -17,6 +17,21 @@ namespace effattn::cpu {
 
 constexpr int64_t kKeptFloats = 1 << 20;
 
+// Between pieces of one allocation, into which an address sanitizer cannot see: in a sanitized build pieces
+// are followed by a gap that must not be touched, and hold NaN until something is written.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kGapFloats = 16;
+inline void poison(float* from, int64_t floats) { ASAN_POISON_MEMORY_REGION(from, floats * sizeof(float)); }
+inline void spoil(float* piece, int64_t floats) {
+  ASAN_UNPOISON_MEMORY_REGION(piece, floats * sizeof(float));
+  for (int64_t i = 0; i < floats; ++i) piece[i] = __builtin_nanf("");
+}
+#else
+constexpr int64_t kGapFloats = 0;
+inline void poison(float*, int64_t) {}
+inline void spoil(float*, int64_t) {}
+#endif
+
 struct Free {
   void operator()(float* p) const { std::free(p); }
 };

@@ -1,0 +1,54 @@
+"""Leading dimensions of tensors as kernels address them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: Leading dimensions that kernels address each by a stride of its own.
+MOST_DIMENSIONS = 3
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The leading dimensions of some tensors, merged where the strides of all of them allow it."""
+
+    #: Sizes of the merged dimensions, and of each the indices of those that it is made of.
+    merged: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(*tensors: torch.Tensor) -> Groups:
+        """Of (..., tokens, channels)."""
+        sizes = tensors[0].shape[:-2]
+        merged: list[int] = []
+        members: list[tuple[int, ...]] = []
+        for dim, size in enumerate(sizes):
+            if size == 1:
+                continue
+            if members and all(t.stride(members[-1][-1]) == size * t.stride(dim) for t in tensors):
+                merged[-1] *= size
+                members[-1] = (*members[-1], dim)
+            else:
+                merged.append(size)
+                members.append((dim,))
+        return Groups(tuple(merged), tuple(members))
+
+    @property
+    def count(self) -> int:
+        count = 1
+        for size in self.merged:
+            count *= size
+        return count
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of the last two of MOST_DIMENSIONS dimensions."""
+        _, middle, last = (*(1,) * (MOST_DIMENSIONS - len(self.merged)), *self.merged)
+        return middle, last
+
+    def strides(self, t: torch.Tensor) -> tuple[int, ...]:
+        """Of MOST_DIMENSIONS dimensions, then of tokens and channels."""
+        lead = [t.stride(dims[-1]) for dims in self.members]
+        return (*(0,) * (MOST_DIMENSIONS - len(lead)), *lead, t.stride(-2), t.stride(-1))

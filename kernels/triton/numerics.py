@@ -1,0 +1,40 @@
+"""Products and roundings that all kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+#: Whether kernels run in Triton's interpreter, on tensors of the CPU. It multiplies bfloat16 in no useful precision and
+#: cuts off what does not fit where hardware rounds to nearest.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b in float32. Operands of one narrow type are multiplied exactly; all others by ``PRECISION``."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == b.dtype and a.dtype != tl.float32:
+        return tl.dot(a, b)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 to ``dtype``, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        # Of NaN the payload must not overflow into the exponent.
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def relu(x):
+    """Of NaN, NaN. In float32, since the interpreter compares the bits of bfloat16."""
+    wide = x.to(tl.float32)
+    return tl.where(wide <= 0, 0.0, wide).to(x.dtype)

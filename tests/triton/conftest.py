@@ -1,0 +1,19 @@
+"""Triton's kernels run here in one of two ways: on a GPU, or under TRITON_INTERPRET=1 on tensors of the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effattn import registry, use_backend
+from effattn.backends.triton import is_interpreted
+
+
+@pytest.fixture
+def device():
+    """Where the kernels run, with the backend in use."""
+    reason = next(b.reason for b in registry.backends() if b.name == "triton")
+    if reason is not None:
+        pytest.skip(f"the triton backend: {reason}")
+    with use_backend("triton"):
+        yield torch.device("cpu" if is_interpreted() else "cuda")

@@ -1,0 +1,90 @@
+"""Every kernel as it is launched, compiled ahead of time for cards that need not be there: no register is spilled."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from effattn.backends.triton import is_interpreted  # noqa: E402
+
+pytestmark = pytest.mark.skipif(is_interpreted(), reason="the interpreter compiles nothing")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class NoCard:
+    """What the launch asks of a driver before it compiles. Kernels are kept by device: each target is one."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: list(TARGETS.values()).index(target)
+        self.get_current_stream = lambda device: 0
+
+
+@pytest.fixture
+def compiled(monkeypatch, target):
+    """What launches compile for the target, in order; nothing runs."""
+    kernels = []
+    run = JITFunction.run
+
+    def warm_up(self, *args, **kwargs):
+        kernels.append(run(self, *args, **{**kwargs, "warmup": True}))
+
+    monkeypatch.setattr(JITFunction, "run", warm_up)
+    monkeypatch.setattr(driver, "_active", NoCard(TARGETS[target]))
+    return kernels
+
+
+def spilled(kernel) -> int:
+    """Bytes of local memory, or registers, that a kernel spills to."""
+    if "amdgcn" in kernel.asm:
+        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", report)
+    return int(stack)
+
+
+@pytest.mark.parametrize("layout", ["token_major", "channel_major"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+@pytest.mark.parametrize("target", TARGETS)
+def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype, layout):
+    from effattn.kernels import relu_linear_attention
+
+    def tensor():
+        sizes = (2, 4, 4096, channels) if layout == "token_major" else (2, 4, channels, 4096)
+        t = torch.empty(sizes, dtype=dtype)
+        return t if layout == "token_major" else t.mT
+
+    precision = "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
+    sums = torch.empty(2, 4, channels + 1, channels)
+    q, k, v, out, grad_out, *grads = (tensor() for _ in range(8))
+    relu_linear_attention.forward(q, k, v, sums, out, 1e-15, precision)
+    relu_linear_attention.backward(grad_out, q, k, v, sums, tuple(grads), 1e-15, precision)
+    names = [kernel.metadata.name for kernel in compiled]
+    assert names == [
+        *("_sum_tokens", "_add_up", "_attend"),
+        *("_query_gradients", "_sum_tokens", "_add_up", "_key_gradients"),
+    ]
+    found = [spilled(kernel) for kernel in compiled]
+    assert not any(found), list(zip(names, found, strict=True))

@@ -1,0 +1,208 @@
+"""relu_linear_attention in Triton against float64: sizes, layouts, dtypes, extreme values; as an operator of torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effattn import relu_linear_attention, use_backend
+from effattn.kernels.configs import LEAST_TOKENS, PROGRAMS
+from effattn.testing import (
+    FLOAT32_FORWARD_TOLERANCE,
+    FLOAT32_GRADIENT_TOLERANCE,
+    LAYOUTS,
+    allowed_error,
+    cancelled_gradients,
+    error,
+    make_tensor,
+    reference_with_gradients,
+)
+
+pytestmark = pytest.mark.usefixtures("device")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("out", "grad_q", "grad_k", "grad_v")
+OPS = torch.ops.effattn_triton
+
+
+def problem(device, lead, queries, keys, head_dim, value_dim, dtype=torch.float32, layout="token_major", scale=1.0):
+    sizes = ((queries, head_dim), (keys, head_dim), (keys, value_dim), (queries, value_dim))
+    scales = (scale, scale, scale, 1.0)
+    return [
+        make_tensor(*lead, *size, layout=layout, dtype=dtype, scale=by, seed=i + 1).to(device)
+        for i, (size, by) in enumerate(zip(sizes, scales, strict=True))
+    ]
+
+
+def fused(q, k, v, grad_out, eps=1e-15):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = relu_linear_attention(*leaves, eps=eps)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+def check(q, k, v, grad_out, eps=1e-15):
+    """Output and gradients with the bounds of the other backends."""
+    results = fused(q, k, v, grad_out, eps)
+    with torch.no_grad():
+        assert torch.equal(relu_linear_attention(q, k, v, eps=eps), results[0]), "inference differs from training"
+    q, k, v, grad_out, *results = (t.cpu() for t in (q, k, v, grad_out, *results))
+    with use_backend("reference"):
+        truth = reference_with_gradients(q, k, v, grad_out, eps, torch.float64)
+        plain = reference_with_gradients(q, k, v, grad_out, eps, q.dtype)
+    cancelled = dict(zip(NAMES[1:3], cancelled_gradients(q, k, v, grad_out, eps), strict=True))
+    for name, result, expected, baseline in zip(NAMES, results, truth, plain, strict=True):
+        assert result.dtype == q.dtype and result.shape == expected.shape
+        tolerance = FLOAT32_FORWARD_TOLERANCE if name == "out" else FLOAT32_GRADIENT_TOLERANCE
+        assert error(result, expected) <= allowed_error(baseline, expected, tolerance, cancelled.get(name)), name
+    return results
+
+
+SIZES = [  # (queries, keys, head_dim, value_dim)
+    (196, 196, 16, 16),
+    (49, 49, 32, 32),
+    (5, 300, 7, 9),
+    (300, 17, 33, 20),
+    (64, 64, 128, 128),
+    (1, 2, 2, 1),
+    (130, 129, 8, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_against_float64(device, dtype, size, layout):
+    check(*problem(device, (2, 3), *size, dtype, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_in_several_parts(device, dtype):
+    """Few groups and many tokens: parts of their own, the last of them short."""
+    tokens = 4 * LEAST_TOKENS + 37
+    assert PROGRAMS > 5
+    check(*problem(device, (), tokens, tokens - 5, 16, 24, dtype, "channel_major"))
+
+
+def test_same_bits_every_time(device):
+    arguments = problem(device, (2,), 700, 900, 16, 16)
+    first = fused(*arguments)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(fused(*arguments), first, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_leading_strides_that_cannot_be_merged(device, layout):
+    """Permuted, expanded, and of more dimensions than kernels address."""
+    q, k, v, grad_out = problem(device, (2, 1, 3), 20, 24, 13, 8, layout=layout)
+    permuted = problem(device, (3, 1, 2), 20, 24, 13, 8, layout=layout)[0].transpose(0, 2)
+    first, last, every = k[:1].expand_as(k), v[:, :, :1].expand_as(v), q[:1, :, :1].expand_as(q)
+    for arguments in ((permuted, k, v), (q, first, v), (q, k, last), (every, first, last)):
+        check(*arguments, grad_out)
+    many = problem(device, (2, 3, 2, 2, 2), 5, 6, 4, 3, layout=layout)
+    many[0] = many[0].transpose(0, 2).contiguous().transpose(0, 2)
+    many[1] = many[1].transpose(1, 3).contiguous().transpose(1, 3)
+    many[2] = many[2].transpose(2, 4).contiguous().transpose(2, 4)
+    check(*many)
+
+
+def test_results_lie_as_the_other_backends_lay_them(device):
+    for layout in LAYOUTS:
+        q, k, v, grad_out = problem(device, (2, 3), 20, 24, 13, 8, layout=layout)
+        got = fused(q, k, v, grad_out)
+        with use_backend("cpu"):
+            expected = fused(*(t.cpu() for t in (q, k, v, grad_out)))
+        assert [t.stride() for t in got] == [t.stride() for t in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_values(device, dtype):
+    """Activations of 1e4, whose sums no narrow type holds."""
+    for result in check(*problem(device, (2,), 600, 600, 16, 16, dtype, "channel_major", scale=1e4)):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number_as_the_reference_has_it(device, value):
+    for of in range(3):
+        arguments = problem(device, (2,), 37, 41, 8, 8)
+        arguments[of][0, 3, 2] = value
+        got = fused(*arguments)
+        with use_backend("reference"):
+            expected = fused(*arguments)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 5, 6, 4, 3), (2, 0, 6, 4, 3), (2, 5, 0, 4, 3), (2, 5, 6, 0, 3), (2, 5, 6, 4, 0)], ids=str
+)
+def test_nothing(device, sizes):
+    """No batch, queries, keys, head_dim or value_dim."""
+    batch, *sizes = sizes
+    arguments = problem(device, (batch,), *sizes)
+    got = fused(*arguments, eps=1.0)
+    with use_backend("reference"):
+        expected = fused(*arguments, eps=1.0)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sizes_out_of_range_are_named(device):
+    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels, not 129"):
+        relu_linear_attention(*problem(device, (2,), 5, 5, 129, 3)[:3])
+
+
+def test_opcheck(device):
+    q, k, v, _ = problem(device, (2, 3), 20, 24, 13, 8, layout="channel_major")
+    for name in ("relu_linear_attention", "relu_linear_attention_forward"):
+        torch.library.opcheck(getattr(OPS, name).default, (q, k, v, 1e-6))
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(OPS.relu_linear_attention_forward.default, (*leaves, 1e-6))
+
+
+def test_double_backward(device):
+    leaves = [t.detach().requires_grad_() for t in problem(device, (2,), 9, 7, 4, 4)[:3]]
+    out = relu_linear_attention(*leaves, eps=1e-3)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    second = torch.autograd.grad(grad.square().sum(), leaves)
+    with use_backend("reference"):
+        out = relu_linear_attention(*leaves, eps=1e-3)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+        expected = torch.autograd.grad(grad.square().sum(), leaves)
+    for a, b in zip(second, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_without_graph_breaks(device):
+    arguments = problem(device, (2, 3), 20, 24, 13, 8)
+    compiled = torch.compile(fused_sum, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*arguments), fused_sum(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def fused_sum(q, k, v, grad_out):
+    out = relu_linear_attention(q, k, v)
+    return out, out * grad_out
+
+
+WRONG = {
+    "dtype": ((torch.ones(2, 3, 4), torch.ones(2, 3, 4).half(), torch.ones(2, 3, 4)), "one dtype"),
+    "head_dim": ((torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(2, 3, 4)), "head_dim of q"),
+    "keys": ((torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(2, 4, 4)), "as many tokens as k"),
+    "lead": ((torch.ones(2, 3, 4), torch.ones(1, 3, 4), torch.ones(2, 3, 4)), "same leading sizes"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_direct_calls_are_checked(device, name):
+    arguments, message = WRONG[name]
+    with pytest.raises(RuntimeError, match=message):
+        OPS.relu_linear_attention(*(t.to(device) for t in arguments), 1e-15)
+
+
+def test_wrong_gradients_are_refused(device):
+    q, k, v, grad_out = problem(device, (2,), 5, 6, 4, 3)
+    sums = torch.zeros(2, 4, 4, device=device)
+    for wrong in ((grad_out[:, 1:], sums), (grad_out, sums[:, 1:]), (grad_out.half(), sums), (grad_out, sums.half())):
+        with pytest.raises(RuntimeError, match=r"grad_out|sums"):
+            OPS.relu_linear_attention_backward(wrong[0], q, k, v, wrong[1], 1e-15)
