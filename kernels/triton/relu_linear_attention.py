@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 import triton
 import triton.language as tl
+
 from effattn.kernels.configs import RELU_LINEAR_ATTENTION, Launch, padded, parts
 from effattn.kernels.layout import Groups
 from effattn.kernels.numerics import narrowed, product, relu
