@@ -43,6 +43,8 @@ test-python: $(VENV)/.build $(VENV)/.test ## the test suite
 test-triton: $(VENV)/.build $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
 	$(BIN)/python -m pytest tests/triton/test_compiled.py -q -n auto
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton -q -n auto --ignore tests/triton/test_compiled.py
+	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  $(BIN)/python -m pytest tests/triton -q --ignore tests/triton/test_compiled.py
 
 test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitizers.py

@@ -49,7 +49,7 @@ if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
 # What choose() found, for eager calls, under what was asked for then.
-_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, int], Backend] = {}
+_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, tuple[int, ...]], Backend] = {}
 
 
 @contextmanager
@@ -72,13 +72,15 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _reasons(backend: Backend, op: str, device: str, dtype: torch.dtype, channels: int) -> list[str]:
+def _reasons(
+    backend: Backend, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]
+) -> list[str]:
     unavailable = backend.unavailable()
     return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, channels)
 
 
-def find(op: str, device: torch.device, dtype: torch.dtype, channels: int = 1) -> Backend:
-    """The backend that serves ``op`` for tensors of ``dtype`` on ``device`` with up to so many channels a head.
+def find(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...] = ()) -> Backend:
+    """The backend that serves ``op`` for tensors of ``dtype`` on ``device``, with so many channels a head.
 
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
@@ -86,10 +88,10 @@ def find(op: str, device: torch.device, dtype: torch.dtype, channels: int = 1) -
     return _find(_forced, op, device, dtype, channels)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, channels: int = 1) -> Backend:
+def choose(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...] = ()) -> Backend:
     """:func:`find` that remembers: for eager calls, which it must not hold up.
 
-    Not while compiling, where a table that grows would be a guard that fails.
+    Not while compiling or tracing, where a table that grows would be a guard that fails, and sizes are no numbers.
     """
     key = (_forced, op, device, dtype, channels)
     backend = _chosen.get(key)
@@ -98,11 +100,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, channels: int = 1)
     return backend
 
 
-def _find(forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: int) -> Backend:
+def _find(forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> Backend:
     candidates = ORDER if forced is None else (_named(forced, "use_backend"),)
     refusals = []
     for backend in candidates:
-        reasons = _reasons(backend, op, device.type, dtype, channels)
+        reasons = _reasons(backend, op, device, dtype, channels)
         if not reasons:
             return backend
         refusals.append(f"  {backend.name}: {'; '.join(reasons)}")

@@ -79,7 +79,8 @@ def test_kernels_know_no_torch():
 def test_no_model_library_is_imported():
     script = (
         "import sys, effattn, torch; effattn.accelerate(torch.nn.ReLU());"
-        "heavy = {'timm', 'torchvision', 'diffusers', 'effattn.kernels', 'numpy.testing'} & set(sys.modules);"
+        "launchers = 'effattn.kernels.relu_linear_attention';"
+        "heavy = {'timm', 'torchvision', 'diffusers', launchers, 'numpy.testing'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -88,7 +89,7 @@ def test_no_model_library_is_imported():
 def test_registry_prefers_the_kernels():
     assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
     assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float64).name == "reference"
-    assert registry.choose("relu_linear_attention", torch.device("cuda"), torch.float16).name == "reference"
+    assert registry.choose("biased_attention", torch.device("cuda"), torch.float16).name == "reference"
 
 
 def test_registry_gives_every_reason():
@@ -102,7 +103,7 @@ def test_registry_names_what_triton_lacks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        registry.find("biased_attention", torch.device("cpu"), torch.float64, 200)
+        registry.find("biased_attention", torch.device("cpu"), torch.float64, (3, 200))
     for reason in (
         "the package triton is not installed",
         "has no biased_attention",
@@ -119,11 +120,11 @@ def test_registry_names_a_card_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, name in (((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, 32).name == name
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, (32, 32)).name == name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with effattn.use_backend("triton"), pytest.raises(RuntimeError, match=r"needs .* capability 8.0, this one has 7.5"):
-        registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, 32)
+        registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, (32, 32))
 
 
 def test_use_backend_nests_and_recovers():

@@ -183,9 +183,14 @@ def test_logits_of_1e4_in_float16():
     _, module = CASES["windows"].pair()
     with torch.no_grad():
         for qkv in module.attn.qkvs:
-            qkv.bn.weight.fill_(30.0)
+            qkv.bn.weight[: 2 * module.attn.key_dim].fill_(120.0)  # of q and k
         module.half()
         x = CASES["windows"].x().half()
+        attn = copy.deepcopy(module).double().attn
+        dims = [attn.key_dim, attn.key_dim, 48 // attn.num_heads]
+        q, k, _ = attn.qkvs[0](x.double()[:, : dims[2], :7, :7]).split(dims, dim=1)
+        logits = attn.scale * attn.dws[0](q).flatten(2).mT @ k.flatten(2)
+        assert logits.max() > 1e4
         truth, out = copy.deepcopy(module).double()(x.double()), module(x)
     assert out.isfinite().all()
     assert (out.double() - truth).norm() <= 1e-3 * truth.norm()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from effattn import relu_linear_attention, use_backend
+from effattn import registry, relu_linear_attention, use_backend
 from effattn.backends import reference
 from effattn.testing import LAYOUTS, error, make_tensor, reference_with_gradients
 
@@ -388,3 +388,17 @@ def test_inference_mode_and_no_grad():
             out = relu_linear_attention(*leaves)
             assert not out.requires_grad
             assert torch.equal(out, relu_linear_attention(*(t.detach() for t in leaves)))
+
+
+def test_symbolic_tracing():
+    """Sizes are symbols there, or tensors: the table of chosen backends must not meet them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    q = torch.randn(2, 5, 4)
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(lambda q: relu_linear_attention(q, q, q), tracing_mode=mode)(q)
+        assert torch.equal(graph(q), relu_linear_attention(q, q, q))
+    before = len(registry._chosen)
+    for _ in range(3):
+        traced = torch.jit.trace(lambda q: relu_linear_attention(q, q, q), (q,), check_trace=False)
+    assert torch.equal(traced(q), relu_linear_attention(q, q, q)) and len(registry._chosen) == before

@@ -25,8 +25,8 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device type, dtype, channels) cannot be served; channels are the most of a head.
-    reasons: Callable[[str, str, torch.dtype, int], list[str]]
+    #: Every reason why (op, device, dtype, channels of a head's tensors) cannot be served.
+    reasons: Callable[[str, torch.device, torch.dtype, tuple[int, ...]], list[str]]
     #: By operator: a Fused; of the reference, a function of differentiable torch operations; of an operator that is
     #: for inference alone, that.
     functions: Mapping[str, Fused | Callable[..., torch.Tensor]]

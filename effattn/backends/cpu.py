@@ -44,12 +44,12 @@ def _unavailable() -> str | None:
     return _library.error
 
 
-def _reasons(op: str, device: str, dtype: torch.dtype, channels: int) -> list[str]:
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
         reasons.append(f"has no {op}")
-    if device != "cpu":
-        reasons.append(f"takes CPU tensors, not {device}")
+    if device.type != "cpu":
+        reasons.append(f"takes CPU tensors, not {device.type}")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
     return reasons

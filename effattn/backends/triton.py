@@ -11,21 +11,18 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
 from effattn.backends._memory import empty_in_order_of
-
-if TYPE_CHECKING:
-    from effattn.kernels.layout import Groups
+from effattn.kernels.configs import MOST_CHANNELS
+from effattn.kernels.layout import MOST_DIMENSIONS, Groups
 
 NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Of head_dim and value_dim; ``MOST_CHANNELS`` of kernels/triton.
-MOST_CHANNELS = 128
 #: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
 LEAST_CAPABILITY = (8, 0)
 
@@ -45,23 +42,29 @@ def _unavailable() -> str | None:
     return None
 
 
-def _reasons(op: str, device: str, dtype: torch.dtype, channels: int) -> list[str]:
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
         reasons.append(f"has no {op}")
     mine = "cpu" if is_interpreted() else "cuda"
-    if device != mine:
-        reasons.append(f"takes {mine.upper()} tensors, not {device}")
-    elif device == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
+    if device.type != mine:
+        reasons.append(f"takes {mine.upper()} tensors, not {device.type}")
+    elif device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = _capability(device)
         if capability < LEAST_CAPABILITY:
             needed, found = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
             reasons.append(f"needs a card of compute capability {needed}, this one has {found}")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    if channels > MOST_CHANNELS:
-        reasons.append(f"takes heads of up to {MOST_CHANNELS} channels, not {channels}")
+    for count in channels:
+        if count > MOST_CHANNELS:
+            reasons.append(f"takes heads of up to {MOST_CHANNELS} channels, not {count}")
     return reasons
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 # --- relu_linear_attention ----------------------------------------------------------------------------------------
@@ -76,6 +79,7 @@ def _relu_linear_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from effattn.kernels import relu_linear_attention
 
+    _check_channels(q, v)
     out = empty_in_order_of(q, (*q.shape[:-1], v.shape[-1]))
     sums = q.new_empty((*q.shape[:-2], v.shape[-1] + 1, q.shape[-1]), dtype=torch.float32)
     if 0 in (q.shape[-1], v.shape[-1]):  # 0 / (0 + eps)
@@ -94,6 +98,7 @@ def _relu_linear_attention_backward(
 ) -> tuple[torch.Tensor, ...]:
     from effattn.kernels import relu_linear_attention
 
+    _check_channels(q, v)
     grads = tuple(empty_in_order_of(t, t.shape) for t in (q, k, v))
     if 0 in (q.shape[-1], v.shape[-1]):
         for grad in grads:
@@ -112,11 +117,14 @@ def _relu_linear_attention_backward(
 # --- what all launches share --------------------------------------------------------------------------------------
 
 
+def _check_channels(*tensors: torch.Tensor) -> None:
+    for t in tensors:
+        torch._check(t.shape[-1] <= MOST_CHANNELS, lambda: f"head_dim and value_dim must be at most {MOST_CHANNELS}")
+
+
 def _addressable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors (..., tokens, channels) whose leading dimensions the kernels can address: mostly as they are."""
-    from effattn.kernels.layout import MOST_DIMENSIONS, Groups
-
-    groups: Groups = Groups.of(*tensors)
+    groups = Groups.of(*tensors)
     return tensors if len(groups.merged) <= MOST_DIMENSIONS else tuple(t.contiguous() for t in tensors)
 
 
@@ -134,7 +142,7 @@ def _precision(t: torch.Tensor) -> str:
     """Of products in float32: three of TF32 are as exact as one, unless torch is told that one of TF32 will do."""
     if torch.version.hip is not None:
         return "ieee"
-    is_relaxed = t.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_relaxed else "tf32x3"
 
 

@@ -260,6 +260,10 @@ def fold_batch_norm(
     return weight.to(dtype), shift.to(dtype)
 
 
+def _is_slow_as_product(x: torch.Tensor) -> bool:
+    return _PRODUCTS_ARE_SLOW and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+
+
 def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """A 1x1 convolution as whichever is fastest: a matrix product, but for training on batches in NCHW, and on AMD.
 
@@ -273,7 +277,7 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     """
     batch, channels, height, width = x.shape
     matrix = weight.flatten(1)
-    if torch._C._are_functorch_transforms_active() or (_PRODUCTS_ARE_SLOW and x.numel() > 0):
+    if torch._C._are_functorch_transforms_active() or _is_slow_as_product(x):
         return functional.conv2d(x, matrix.unsqueeze(-1).unsqueeze(-1), bias)
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)

@@ -23,8 +23,10 @@ NAME = "relu_linear_attention"
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
-    find = registry.find if torch.compiler.is_compiling() else registry.choose
-    function = find(NAME, q.device, q.dtype, max(q.shape[-1], v.shape[-1])).functions[NAME]
+    channels = (q.shape[-1], v.shape[-1])
+    is_traced = torch.compiler.is_compiling() or type(channels[0]) is not int or type(channels[1]) is not int
+    find = registry.find if is_traced else registry.choose
+    function = find(NAME, q.device, q.dtype, channels).functions[NAME]
     if not isinstance(function, Fused):
         _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)

@@ -1,4 +1,4 @@
-"""Triton kernels and what launches them: tensors in, tensors out, all of them allocated by the caller.
+"""Triton kernels and what launches them: tensors in, tensors out, which the caller allocates, but for what is between.
 
-Importing this package imports triton. It imports nothing of effattn beside itself.
+The files of the operators import triton. Nothing of effattn outside of this folder is imported.
 """

@@ -20,8 +20,9 @@ class Groups:
 
     @staticmethod
     def of(*tensors: torch.Tensor) -> Groups:
-        """Of (..., tokens, channels)."""
+        """Of (..., tokens, channels). Where there are no elements, any strides will do."""
         sizes = tensors[0].shape[:-2]
+        tensors = tuple(t for t in tensors if t.numel() > 0)
         merged: list[int] = []
         members: list[tuple[int, ...]] = []
         for dim, size in enumerate(sizes):

@@ -31,7 +31,12 @@ def _tile_and_group(tiles):
 def _group(base, group, size1, size2, stride0, stride1, stride2):
     """Where a group begins; groups are numbered over three dimensions, whose last two have these sizes."""
     outer, last = group // size2, group % size2
-    return base + (outer // size1).to(tl.int64) * stride0 + (outer % size1).to(tl.int64) * stride1 + last * stride2
+    return (
+        base
+        + (outer // size1).to(tl.int64) * stride0
+        + (outer % size1).to(tl.int64) * stride1
+        + last.to(tl.int64) * stride2
+    )
 
 
 @triton.jit
@@ -82,6 +87,12 @@ def _load_vector(sums, group, head_dim, value_dim, D: tl.constexpr):
 
 
 @triton.jit
+def _divisible(denominator):
+    """Those whose inverse float32 cannot hold count as 2^-128, as on the CPU: zero times infinity would be NaN."""
+    return tl.where(denominator > 0, tl.maximum(denominator, 2.938737278354183e-39), denominator)
+
+
+@triton.jit
 def _sum_tokens(
     k, v, scales, sums,
     tokens, head_dim, value_dim, count, part_tokens,
@@ -92,7 +103,7 @@ def _sum_tokens(
 ):  # fmt: skip
     """DV rows of sum v relu(k)^T, and sum relu(k), over a part of the tokens: program (rows, part, group).
 
-    If SCALED, of v and k each token times its scale for them, (groups, tokens, 2).
+    If SCALED, each token of them times its scales, (groups, tokens, 2).
     """
     rows = tl.cdiv(value_dim, DV)
     piece, group = _tile_and_group(rows * count)
@@ -107,10 +118,10 @@ def _sum_tokens(
         key = relu(_load(k_begin, token, end, k_token, 0, D, head_dim, k_channel))
         values = _load(v_begin, token, end, v_token, value, DV, value_dim, v_channel)
         if SCALED:
-            key = key.to(tl.float32)
             scale = scales + (group.to(tl.int64) * tokens + token) * 2
-            values = values.to(tl.float32) * tl.load(scale, mask=token < end, other=0.0)[:, None]
-            keys += key * tl.load(scale + 1, mask=token < end, other=0.0)[:, None]
+            keys += key.to(tl.float32) * tl.load(scale + 1, mask=token < end, other=0.0)[:, None]
+            # Not of v: where k is zero its scale may be so large that v times it is infinite.
+            key = key.to(tl.float32) * tl.load(scale, mask=token < end, other=0.0)[:, None]
         else:
             keys += key.to(tl.float32)
         matrix += product(tl.trans(values), key, PRECISION)
@@ -145,11 +156,10 @@ def _attend(
     """The output of a tile of queries: program (tile, group)."""
     tile, group = _tile_and_group(tl.cdiv(tokens, TOKENS))
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    query = relu(
-        _load(_group(q, group, size1, size2, q0, q1, q2), token, tokens, q_token, 0, D, head_dim, q_channel)
-    ).to(tl.float32)
+    q_begin = _group(q, group, size1, size2, q0, q1, q2)
+    query = relu(_load(q_begin, token, tokens, q_token, 0, D, head_dim, q_channel)).to(tl.float32)
     keys = _load_vector(sums, group, head_dim, value_dim, D)
-    denominator = tl.sum(query * keys[None, :], 1) + eps
+    denominator = _divisible(tl.sum(query * keys[None, :], 1) + eps)
     o_begin = _group(out, group, size1, size2, o0, o1, o2)
     for value in range(0, value_dim, DV):
         matrix = _load_matrix(sums, group, value, head_dim, value_dim, D, DV)
@@ -170,29 +180,26 @@ def _query_gradients(
     """grad_q of a tile of queries, and by what the sums' gradients take each of them: program (tile, group)."""
     tile, group = _tile_and_group(tl.cdiv(tokens, TOKENS))
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    query = relu(
-        _load(_group(q, group, size1, size2, q0, q1, q2), token, tokens, q_token, 0, D, head_dim, q_channel)
-    ).to(tl.float32)
+    q_begin = _group(q, group, size1, size2, q0, q1, q2)
+    query = relu(_load(q_begin, token, tokens, q_token, 0, D, head_dim, q_channel)).to(tl.float32)
     keys = _load_vector(sums, group, head_dim, value_dim, D)
     # Tokens behind the last would divide by eps, which may be 0.
-    denominator = tl.where(token < tokens, tl.sum(query * keys[None, :], 1) + eps, 1.0)
+    denominator = _divisible(tl.where(token < tokens, tl.sum(query * keys[None, :], 1) + eps, 1.0))
     g_begin = _group(grad_out, group, size1, size2, g0, g1, g2)
     of_sums = tl.zeros((TOKENS, D), tl.float32)
     for value in range(0, value_dim, DV):
-        grad = (
-            _load(g_begin, token, tokens, g_token, value, DV, value_dim, g_channel).to(tl.float32)
-            / denominator[:, None]
-        )
+        grad = _load(g_begin, token, tokens, g_token, value, DV, value_dim, g_channel).to(tl.float32)
         of_sums += product(grad, _load_matrix(sums, group, value, head_dim, value_dim, D, DV), PRECISION)
-    # -grad . out / denominator, with out = relu(q) . sums / denominator.
-    grad_denominator = -tl.sum(query * of_sums, 1) / denominator
+    inverse = 1 / denominator
+    # -grad . out, with out = relu(q) . sums / denominator.
+    along = -tl.sum(query * of_sums, 1) * inverse
     # The gate is relu's, which lets NaN through.
-    grad_query = tl.where(query <= 0, 0.0, of_sums + grad_denominator[:, None] * keys[None, :])
+    grad_query = tl.where(query <= 0, 0.0, (of_sums + along[:, None] * keys[None, :]) * inverse[:, None])
     d_begin = _group(grad_q, group, size1, size2, d0, d1, d2)
     _store(grad_query, d_begin, token, tokens, d_token, 0, D, head_dim, d_channel)
     scale = scales + (group.to(tl.int64) * tokens + token) * 2
-    tl.store(scale, 1 / denominator, mask=token < tokens)
-    tl.store(scale + 1, grad_denominator, mask=token < tokens)
+    tl.store(scale, inverse, mask=token < tokens)
+    tl.store(scale + 1, along * inverse, mask=token < tokens)
 
 
 @triton.jit

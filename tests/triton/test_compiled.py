@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -64,23 +65,34 @@ def spilled(kernel) -> int:
     return int(stack)
 
 
-@pytest.mark.parametrize("layout", ["token_major", "channel_major"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "channels"),
+    [
+        *product(
+            ("token_major", "channel_major"),
+            (torch.float32, torch.bfloat16),
+            ((16, 16), (32, 32), (64, 64), (128, 128)),
+        ),
+        ("token_major", torch.float16, (128, 8)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype, layout):
     from effattn.kernels import relu_linear_attention
 
-    def tensor():
+    def tensor(channels):
         sizes = (2, 4, 4096, channels) if layout == "token_major" else (2, 4, channels, 4096)
         t = torch.empty(sizes, dtype=dtype)
         return t if layout == "token_major" else t.mT
 
+    head_dim, value_dim = channels
     precision = "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
-    sums = torch.empty(2, 4, channels + 1, channels)
-    q, k, v, out, grad_out, *grads = (tensor() for _ in range(8))
+    sums = torch.empty(2, 4, value_dim + 1, head_dim)
+    q, k, grad_q, grad_k = (tensor(head_dim) for _ in range(4))
+    v, out, grad_out, grad_v = (tensor(value_dim) for _ in range(4))
     relu_linear_attention.forward(q, k, v, sums, out, 1e-15, precision)
-    relu_linear_attention.backward(grad_out, q, k, v, sums, tuple(grads), 1e-15, precision)
+    relu_linear_attention.backward(grad_out, q, k, v, sums, (grad_q, grad_k, grad_v), 1e-15, precision)
     names = [kernel.metadata.name for kernel in compiled]
     assert names == [
         *("_sum_tokens", "_add_up", "_attend"),

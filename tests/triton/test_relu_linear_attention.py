@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from effattn import relu_linear_attention, use_backend
-from effattn.kernels.configs import LEAST_TOKENS, PROGRAMS
+from effattn.kernels import configs
+from effattn.kernels.configs import LEAST_TOKENS
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
@@ -18,7 +20,7 @@ from effattn.testing import (
     reference_with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
@@ -79,8 +81,29 @@ def test_against_float64(device, dtype, size, layout):
 def test_sums_in_several_parts(device, dtype):
     """Few groups and many tokens: parts of their own, the last of them short."""
     tokens = 4 * LEAST_TOKENS + 37
-    assert PROGRAMS > 5
     check(*problem(device, (), tokens, tokens - 5, 16, 24, dtype, "channel_major"))
+
+
+def test_a_long_sum_in_one_part(device, monkeypatch):
+    """What each program does where there are more groups than a card runs at once."""
+    monkeypatch.setattr(configs, "PROGRAMS", 1)
+    check(*problem(device, (), 6000, 6000, 16, 16, layout="channel_major"))
+
+
+def test_addresses_beyond_32_bits(device):
+    """Groups that lie far apart, in memory that is reserved and mostly never touched."""
+    stride = 1_500_000_000
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # which would fill all of it
+    far = torch.empty(2 * stride + 20, dtype=torch.float16, device=device)
+    torch.use_deterministic_algorithms(before)
+    q, k, v, grad_out = problem(device, (3,), 5, 5, 4, 4, torch.float16)
+    for i in range(3):
+        there = far.as_strided((3, 5, 4), (stride, 4, 1)).copy_((q, k, v)[i])
+        arguments = [q, k, v]
+        arguments[i] = there
+        for a, b in zip(fused(*arguments, grad_out), fused(q, k, v, grad_out), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_same_bits_every_time(device):
@@ -121,6 +144,20 @@ def test_large_values(device, dtype):
         assert result.isfinite().all()
 
 
+@pytest.mark.parametrize("eps", [1e-15, 1e-40], ids=["1e-15", "subnormal"])
+def test_queries_whose_relu_is_zero(device, eps):
+    """0 / (0 + eps) is 0, and so are its gradients; not NaN, even if 1 / eps is beyond float32."""
+    q, k, v, grad_out = problem(device, (2,), 70, 70, 16, 16)
+    for name, result in zip(NAMES, fused(-q.abs(), k, v, grad_out, eps), strict=True):
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
+def test_eps_zero_is_the_plain_quotient(device):
+    q, k, v, grad_out = problem(device, (2,), 45, 45, 16, 16)
+    check(q.abs() + 0.1, k.abs() + 0.1, v, grad_out, eps=0.0)
+    assert relu_linear_attention(-q.abs(), k, v, eps=0.0).isnan().all(), "0 / 0, as in the reference"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_not_a_number_as_the_reference_has_it(device, value):
     for of in range(3):
@@ -156,7 +193,7 @@ def test_opcheck(device):
     q, k, v, _ = problem(device, (2, 3), 20, 24, 13, 8, layout="channel_major")
     for name in ("relu_linear_attention", "relu_linear_attention_forward"):
         torch.library.opcheck(getattr(OPS, name).default, (q, k, v, 1e-6))
-        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
     torch.library.opcheck(OPS.relu_linear_attention_forward.default, (*leaves, 1e-6))
 
 
@@ -173,16 +210,32 @@ def test_double_backward(device):
         torch.testing.assert_close(a, b)
 
 
-def test_compile_without_graph_breaks(device):
-    arguments = problem(device, (2, 3), 20, 24, 13, 8)
-    compiled = torch.compile(fused_sum, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(*arguments), fused_sum(*arguments), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_compile_without_graph_breaks(device, grad):
+    """Sizes that change, in one graph; and its gradients."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(relu_linear_attention, fullgraph=True, dynamic=True, backend=counter)
+    first = 0
+    for tokens in (20, 33):
+        *arguments, grad_out = problem(device, (2, 3), tokens, tokens + 4, 13, 8)
+        leaves = [t.requires_grad_(grad) for t in arguments]
+        outs = compiled(*leaves), relu_linear_attention(*leaves)
+        assert torch.equal(*outs)
+        first = first or counter.frame_count
+        if grad:
+            for a, b in zip(*(torch.autograd.grad(out, leaves, grad_out) for out in outs), strict=True):
+                assert torch.equal(a, b)
+    assert counter.frame_count == first, "recompiled for another size"
 
 
-def fused_sum(q, k, v, grad_out):
-    out = relu_linear_attention(q, k, v)
-    return out, out * grad_out
+def test_autocast_keeps_what_comes(device):
+    """The sums are float32 anyway; arguments that autocast made of two types are promoted."""
+    q, k, v, _ = problem(device, (2,), 20, 24, 8, 8)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert relu_linear_attention(q, k, v).dtype == torch.float32
+        mixed = relu_linear_attention(q.bfloat16(), k, v)
+    assert torch.equal(mixed, relu_linear_attention(q.bfloat16().float(), k, v))
 
 
 WRONG = {
@@ -198,6 +251,13 @@ def test_direct_calls_are_checked(device, name):
     arguments, message = WRONG[name]
     with pytest.raises(RuntimeError, match=message):
         OPS.relu_linear_attention(*(t.to(device) for t in arguments), 1e-15)
+
+
+def test_direct_calls_with_too_many_channels_are_refused(device):
+    wide = torch.ones(2, 3, 129, device=device)
+    for arguments in ((wide, wide, wide[..., :4]), (wide[..., :4], wide[..., :4], wide)):
+        with pytest.raises(RuntimeError, match="head_dim and value_dim must be at most 128"):
+            OPS.relu_linear_attention(*arguments, 1e-15)
 
 
 def test_wrong_gradients_are_refused(device):
