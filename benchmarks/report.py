@@ -198,23 +198,26 @@ README_SUITES = {
 
 
 def readme_table(files: list[Results], picture: str | None) -> str:
-    """The suites of the README, each from the last of the files that has it."""
-    body = [
-        [
-            label,
-            case.name,
-            f"{case.best_peer.candidate} {milliseconds(case.best_peer.milliseconds)}" if case.best_peer else "-",
-            milliseconds(case.ours.milliseconds if case.ours else None),
-            times(case.speed_up) + (" (!)" if case.doubtful else ""),
-            milliseconds(case.floor),
-        ]
-        for suite, label in README_SUITES.items()
-        for data in [data for data in files if suite in data["suites"]][-1:]
-        for case in cases(data, suite)
-    ]
-    machines = dict.fromkeys(_machine(next(iter(data["suites"].values()))["environment"]) for data in files)
+    """The suites of the README, each from the last of the files that has it, which it names by a number."""
+    machines: dict[str, int] = {}
+    body = []
+    for suite, label in README_SUITES.items():
+        for data in [data for data in files if suite in data["suites"]][-1:]:
+            number = machines.setdefault(_machine(data["suites"][suite]["environment"]), len(machines) + 1)
+            for case in cases(data, suite):
+                peer = case.best_peer
+                row = [
+                    f"{label} [{number}]",
+                    case.name,
+                    f"{peer.candidate} {milliseconds(peer.milliseconds)}" if peer else "-",
+                    milliseconds(case.ours.milliseconds if case.ours else None),
+                    times(case.speed_up) + (" (!)" if case.doubtful else ""),
+                    milliseconds(case.floor),
+                ]
+                body.append(row)
     head = ["", "case", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
-    lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", ".  \n".join(machines) + "."]
+    notes = "  \n".join(f"[{number}] {machine}." for machine, number in machines.items())
+    lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes]
     if picture is not None:
         lines = [f"![Speed-up over the best peer]({picture})", "", *lines]
     return "\n".join(lines)
