@@ -218,7 +218,9 @@ def stage(target: Target, folder: Path) -> None:
     package = folder / "effattn"
     if package.exists():
         shutil.rmtree(package)
-    shutil.copytree(ROOT / "effattn", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "effattn", package, ignore=ignored)
+    shutil.copytree(ROOT / "kernels" / "triton", package / "kernels", ignore=ignored, dirs_exist_ok=True)
     build(target, folder / "lib", folder / "objects")
     for binary in (folder / "lib").glob("*.so"):
         shutil.copy2(binary, package / binary.name)

@@ -88,7 +88,7 @@ def _relu_linear_attention_forward(
     elif sums.numel() > 0:
         q, k, v, into = _addressable(q, k, v, out)
         with _on_device_of(q):
-            relu_linear_attention.forward(q, k, v, sums, into, eps, _precision(q))
+            relu_linear_attention.forward(q, k, v, sums, into, eps, _target(q))
         _copied(out, into)
     return out, sums
 
@@ -107,7 +107,7 @@ def _relu_linear_attention_backward(
         grad_out, q, k, v, *into = _addressable(grad_out, q, k, v, *grads)
         with _on_device_of(q):
             relu_linear_attention.backward(
-                grad_out, q, k, v, sums.contiguous(), (into[0], into[1], into[2]), eps, _precision(q)
+                grad_out, q, k, v, sums.contiguous(), (into[0], into[1], into[2]), eps, _target(q)
             )
         for grad, t in zip(grads, into, strict=True):
             _copied(grad, t)
@@ -138,12 +138,12 @@ def _on_device_of(t: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _precision(t: torch.Tensor) -> str:
-    """Of products in float32: three of TF32 are as exact as one, unless torch is told that one of TF32 will do."""
-    if torch.version.hip is not None:
-        return "ieee"
+def _target(t: torch.Tensor) -> Any:
+    """What a card wants, and what torch is told of products in float32."""
+    from effattn.kernels.numerics import TargetOptions
+
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if is_relaxed else "tf32x3"
+    return TargetOptions.of("cuda" if torch.version.hip is None else "hip", relaxed=is_relaxed)
 
 
 # --- registration -------------------------------------------------------------------------------------------------

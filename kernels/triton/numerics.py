@@ -1,6 +1,8 @@
-"""Products and roundings that all kernels share."""
+"""Products and roundings that all kernels share, and what differs from one kind of card to another."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import triton
 import triton.language as tl
@@ -9,6 +11,22 @@ from triton import knobs
 #: Whether kernels run in Triton's interpreter, on tensors of the CPU. It multiplies bfloat16 in no useful precision and
 #: cuts off what does not fit where hardware rounds to nearest.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """Of the card that a call runs on: ``precision`` of products in float32, and options of every launch."""
+
+    precision: str
+    launch: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(backend: str, *, relaxed: bool = False) -> TargetOptions:
+        """Of ``"cuda"`` or ``"hip"``; ``relaxed``: one product of TF32 will do, where three are as exact as float32."""
+        if backend == "hip":
+            return TargetOptions("ieee")
+        # Named, or the assembler spills a register or two to stay below a round number of its own choice.
+        return TargetOptions("tf32" if relaxed else "tf32x3", {} if INTERPRETED.value else {"maxnreg": 255})
 
 
 @triton.jit

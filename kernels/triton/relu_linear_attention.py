@@ -15,7 +15,7 @@ import triton.language as tl
 
 from effattn.kernels.configs import RELU_LINEAR_ATTENTION, Launch, padded, parts
 from effattn.kernels.layout import Groups
-from effattn.kernels.numerics import narrowed, product, relu
+from effattn.kernels.numerics import TargetOptions, narrowed, product, relu
 
 _ADDED_UP = 1024  # numbers of a program of _add_up
 
@@ -237,15 +237,15 @@ def _key_gradients(
 class _Call:
     """What the launches of a call share."""
 
-    def __init__(self, q: torch.Tensor, v: torch.Tensor, groups: Groups, precision: str) -> None:
+    def __init__(self, q: torch.Tensor, v: torch.Tensor, groups: Groups, target: TargetOptions) -> None:
         self.groups, self.head_dim, self.value_dim = groups, q.shape[-1], v.shape[-1]
-        self._constants = {"D": padded(self.head_dim), "PRECISION": precision}
+        self._shared = {"D": padded(self.head_dim), "PRECISION": target.precision, **target.launch}
 
     def launch(self, kernel: str) -> Launch:
         return RELU_LINEAR_ATTENTION[kernel][padded(self.head_dim)]
 
     def options(self, launch: Launch) -> dict[str, Any]:
-        return {**self._constants, **launch.options(self.value_dim)}
+        return {**self._shared, **launch.options(self.value_dim)}
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
         return (*self.groups.sizes, *(stride for t in tensors for stride in self.groups.strides(t)))
@@ -275,10 +275,16 @@ class _Call:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, out: torch.Tensor, eps: float, precision: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sums: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+    target: TargetOptions,
 ) -> None:
     """Fills ``sums`` (..., Dv + 1, D), contiguous, and ``out`` (..., N, Dv)."""
-    call = _Call(q, v, Groups.of(q, k, v, out), precision)
+    call = _Call(q, v, Groups.of(q, k, v, out), target)
     call.sum_tokens(k, v, None, sums)
     launch, queries = call.launch("attend"), q.shape[-2]
     if queries > 0:
@@ -296,10 +302,10 @@ def backward(
     sums: torch.Tensor,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     eps: float,
-    precision: str,
+    target: TargetOptions,
 ) -> None:
     """Fills the gradients of q, k and v."""
-    call = _Call(q, v, Groups.of(grad_out, q, k, v, *grads), precision)
+    call = _Call(q, v, Groups.of(grad_out, q, k, v, *grads), target)
     (grad_q, grad_k, grad_v), queries, keys = grads, q.shape[-2], k.shape[-2]
     scales = sums.new_empty(call.groups.count, queries, 2)
     launch = call.launch("query_gradients")

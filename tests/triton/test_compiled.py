@@ -80,6 +80,7 @@ def spilled(kernel) -> int:
 @pytest.mark.parametrize("target", TARGETS)
 def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype, layout):
     from effattn.kernels import relu_linear_attention
+    from effattn.kernels.numerics import TargetOptions
 
     def tensor(channels):
         sizes = (2, 4, 4096, channels) if layout == "token_major" else (2, 4, channels, 4096)
@@ -87,12 +88,12 @@ def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype,
         return t if layout == "token_major" else t.mT
 
     head_dim, value_dim = channels
-    precision = "ieee" if TARGETS[target].backend == "hip" else "tf32x3"
+    options = TargetOptions.of(TARGETS[target].backend)
     sums = torch.empty(2, 4, value_dim + 1, head_dim)
     q, k, grad_q, grad_k = (tensor(head_dim) for _ in range(4))
     v, out, grad_out, grad_v = (tensor(value_dim) for _ in range(4))
-    relu_linear_attention.forward(q, k, v, sums, out, 1e-15, precision)
-    relu_linear_attention.backward(grad_out, q, k, v, sums, (grad_q, grad_k, grad_v), 1e-15, precision)
+    relu_linear_attention.forward(q, k, v, sums, out, 1e-15, options)
+    relu_linear_attention.backward(grad_out, q, k, v, sums, (grad_q, grad_k, grad_v), 1e-15, options)
     names = [kernel.metadata.name for kernel in compiled]
     assert names == [
         *("_sum_tokens", "_add_up", "_attend"),
