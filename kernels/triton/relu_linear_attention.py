@@ -88,8 +88,8 @@ def _load_vector(sums, group, head_dim, value_dim, D: tl.constexpr):
 
 @triton.jit
 def _divisible(denominator):
-    """Those whose inverse float32 cannot hold count as 2^-128, as on the CPU: zero times infinity would be NaN."""
-    return tl.where(denominator > 0, tl.maximum(denominator, 2.938737278354183e-39), denominator)
+    """Subnormal ones, whose inverse float32 may not hold, count as 2^-126: zero times infinity would be NaN."""
+    return tl.where(denominator > 0, tl.maximum(denominator, 1.1754943508222875e-38), denominator)
 
 
 @triton.jit
