@@ -13,6 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+# Behind the line above (E402): without triton these would be errors, not a skip.
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
