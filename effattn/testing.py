@@ -259,12 +259,18 @@ def with_gradients(
     case: Any,
     inputs: dict[str, Any],
     dtype: torch.dtype,
+    device: torch.device | str = "cpu",
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Output and all gradients of a function, by name; a case's images in ``dtype``, weights as wide or as they are."""
+    """Output and all gradients of a function, by name; a case's images in ``dtype``, weights as wide or as they are.
+
+    The function is called on ``device``; results are brought back.
+    """
     leaves = {
         name: [
-            t.detach().to(dtype if name in case.images else torch.promote_types(dtype, t.dtype)).requires_grad_()
+            moved(t.detach().to(dtype if name in case.images else torch.promote_types(dtype, t.dtype)), device)
+            .detach()
+            .requires_grad_()
             for t in ([value] if isinstance(value, torch.Tensor) else value)
         ]
         for name, value in inputs.items()
@@ -275,9 +281,16 @@ def with_gradients(
     with use_backend(backend):
         out = case.call(function, arguments, **options)
     flat = gradients_by_name(leaves)
-    grad_out = make_tensor(*out.shape, seed=9).to(inputs[case.images[0]].dtype).to(dtype)
+    grad_out = make_tensor(*out.shape, seed=9).to(inputs[case.images[0]].dtype).to(dtype).to(device)
     grads = torch.autograd.grad(out, list(flat.values()), grad_out)
-    return {"out": out.detach(), **dict(zip(flat, grads, strict=True))}
+    return {name: t.detach().cpu() for name, t in zip(("out", *flat), (out, *grads), strict=True)}
+
+
+def moved(t: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device, with its strides, gaps included; itself if it is there."""
+    if t.device == torch.device(device) or 0 in t.stride():
+        return t.to(device)
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)
 
 
 def rounding_noise(function: Callable[..., torch.Tensor], case: Any, inputs: dict[str, Any]) -> dict[str, float]:
@@ -299,6 +312,58 @@ def rounding_noise(function: Callable[..., torch.Tensor], case: Any, inputs: dic
         for name, result in with_gradients(function, "reference", case, moved, torch.float64).items():
             noise[name] = max(noise[name], 4 * error(result, truth[name]))
     return noise
+
+
+def check_multi_scale(
+    function: Callable[..., torch.Tensor],
+    backend: str,
+    case: MultiScaleCase,
+    dtype: torch.dtype = torch.float32,
+    memory_format: str = "nchw",
+    eps: float = 1e-15,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Compares output and gradients of a backend with float64, and returns them by name.
+
+    Allowed is what the plain formulation is off itself, or rounding noise of what cancels in a gradient.
+    """
+    inputs = case.inputs_away_from_zero(dtype, memory_format)
+    options: dict[str, Any] = {}
+    cancelled = {}
+    if function.__name__ == "multi_scale_linear_attention":
+        options, cancelled = {"eps": eps}, multi_scale_cancelled_terms(case, inputs, eps)
+    return _check(function, backend, case, inputs, dtype, device, cancelled, {}, **options)
+
+
+def _check(
+    function: Callable[..., torch.Tensor],
+    backend: str,
+    case: Any,
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    cancelled: dict[str, torch.Tensor],
+    noise: dict[str, float],
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    truth = with_gradients(function, "reference", case, inputs, torch.float64, **options)
+    plain = with_gradients(function, "reference", case, inputs, dtype, **options)
+    results = with_gradients(function, backend, case, inputs, dtype, device, **options)
+    there = {
+        k: moved(v, device) if isinstance(v, torch.Tensor) else [moved(t, device) for t in v] for k, v in inputs.items()
+    }
+    with use_backend(backend), torch.no_grad():
+        assert torch.equal(case.call(function, there, **options).cpu(), results["out"]), (
+            "inference differs from training"
+        )
+    for name, expected in truth.items():
+        result = results[name]
+        assert result.shape == expected.shape
+        assert result.dtype == plain[name].dtype
+        tolerance = FLOAT32_FORWARD_TOLERANCE if name == "out" else FLOAT32_GRADIENT_TOLERANCE
+        allowed = max(allowed_error(plain[name], expected, tolerance, cancelled.get(name)), noise.get(name, 0.0))
+        assert error(result, expected) <= allowed, name
+    return results
 
 
 def official_multi_scale_attention(case: MultiScaleCase, inputs: dict[str, Any], upcast: bool) -> torch.Tensor:
@@ -427,6 +492,21 @@ class CascadeCase:
 
     def call(self, function: Callable[..., torch.Tensor], inputs: dict[str, Any]) -> torch.Tensor:
         return function(*inputs.values(), window_size=self.window)
+
+
+def check_softmax(
+    function: Callable[..., torch.Tensor],
+    backend: str,
+    case: BiasedCase | CascadeCase,
+    dtype: torch.dtype = torch.float32,
+    layout: str | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """The same for biased_attention and cascaded_group_attention."""
+    inputs = case.inputs(dtype) if layout is None else case.inputs(dtype, layout)
+    if isinstance(case, BiasedCase):
+        return _check(function, backend, case, inputs, dtype, device, softmax_cancelled_terms(case, inputs), {})
+    return _check(function, backend, case, inputs, dtype, device, {}, rounding_noise(function, case, inputs))
 
 
 # --- models ---------------------------------------------------------------------------------------------

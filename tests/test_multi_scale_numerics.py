@@ -10,13 +10,10 @@ import torch
 
 from effattn import _library, multi_scale_aggregation, multi_scale_linear_attention, relu_linear_attention
 from effattn.testing import (
-    FLOAT32_FORWARD_TOLERANCE,
-    FLOAT32_GRADIENT_TOLERANCE,
     MultiScaleCase,
-    allowed_error,
+    check_multi_scale,
     error,
     in_float64,
-    multi_scale_cancelled_terms,
     official_multi_scale_attention,
     with_gradients,
 )
@@ -32,27 +29,7 @@ both = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__.r
 
 
 def check(function, case, dtype=torch.float32, memory_format="nchw", eps=EPS):
-    """Compares output and gradients with float64.
-
-    Allowed is what the plain formulation is off itself, or rounding noise of what cancels in a gradient.
-    """
-    inputs = case.inputs_away_from_zero(dtype, memory_format)
-    options, cancelled = {}, {}
-    if function is multi_scale_linear_attention:
-        options, cancelled = {"eps": eps}, multi_scale_cancelled_terms(case, inputs, eps)
-    truth = with_gradients(function, "reference", case, inputs, torch.float64, **options)
-    plain = with_gradients(function, "reference", case, inputs, dtype, **options)
-    results = with_gradients(function, "cpu", case, inputs, dtype, **options)
-    with torch.no_grad():
-        assert torch.equal(case.call(function, inputs, **options), results["out"]), "inference differs from training"
-    for name, expected in truth.items():
-        result = results[name]
-        assert result.shape == expected.shape
-        assert result.dtype == plain[name].dtype
-        tolerance = FLOAT32_FORWARD_TOLERANCE if name == "out" else FLOAT32_GRADIENT_TOLERANCE
-        allowed = allowed_error(plain[name], expected, tolerance, cancelled.get(name))
-        assert error(result, expected) <= allowed, name
-    return results
+    return check_multi_scale(function, "cpu", case, dtype, memory_format, eps)
 
 
 CASES = [

@@ -13,15 +13,12 @@ import torch
 from effattn import biased_attention, cascaded_group_attention, use_backend
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
-    FLOAT32_GRADIENT_TOLERANCE,
     LAYOUTS,
     BiasedCase,
     CascadeCase,
-    allowed_error,
+    check_softmax,
     error,
     in_float64,
-    rounding_noise,
-    softmax_cancelled_terms,
     with_gradients,
 )
 
@@ -33,25 +30,7 @@ FUNCTIONS = {BiasedCase: biased_attention, CascadeCase: cascaded_group_attention
 
 
 def check(case, dtype=torch.float32, layout=None):
-    """Compares output and gradients with float64; allowed is what the plain formulation is off itself."""
-    function = FUNCTIONS[type(case)]
-    inputs = case.inputs(dtype) if layout is None else case.inputs(dtype, layout)
-    truth = with_gradients(function, "reference", case, inputs, torch.float64)
-    plain = with_gradients(function, "reference", case, inputs, dtype)
-    results = with_gradients(function, "cpu", case, inputs, dtype)
-    biased = isinstance(case, BiasedCase)
-    cancelled = softmax_cancelled_terms(case, inputs) if biased else {}
-    noise = {} if biased else rounding_noise(function, case, inputs)
-    with torch.no_grad():
-        assert torch.equal(case.call(function, inputs), results["out"]), "inference differs from training"
-    for name, expected in truth.items():
-        result = results[name]
-        assert result.shape == expected.shape
-        assert result.dtype == plain[name].dtype
-        tolerance = FLOAT32_FORWARD_TOLERANCE if name == "out" else FLOAT32_GRADIENT_TOLERANCE
-        allowed = max(allowed_error(plain[name], expected, tolerance, cancelled.get(name)), noise.get(name, 0.0))
-        assert error(result, expected) <= allowed, name
-    return results
+    return check_softmax(FUNCTIONS[type(case)], "cpu", case, dtype, layout)
 
 
 BIASED = [

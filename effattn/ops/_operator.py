@@ -9,13 +9,14 @@ are: they are small, and under autocast they are float32 already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
 from effattn import _library, registry
-from effattn.backends import Backend, Fused, reference
+from effattn.backends import Backend, Fused, reference, triton
 from effattn.backends._memory import empty_in_order_of
 
 #: A tensor, or a list of them.
@@ -32,11 +33,13 @@ class Operator(NamedTuple):
     arguments: int
     #: Raises RuntimeError for arguments that the compiled operator refuses.
     check: Callable[..., None]
-    #: The output for fake arguments.
-    fake: Callable[..., torch.Tensor]
-    #: What ``_forward`` returns beside the output, for fake arguments; None if nothing.
-    fake_kept: Callable[..., torch.Tensor] | None = None
-    #: Of a gradient of an image, for fake tensors.
+    #: Of the output, whose dimensions lie in memory like those of the first image.
+    shape: Callable[..., Sequence[int]]
+    #: Of arguments, the channels of a head's tensors; backends may have a limit.
+    channels: Callable[..., tuple[int, ...]]
+    #: Of what ``_forward`` returns beside the output, in float32; None if nothing.
+    kept_shape: Callable[..., Sequence[int]] | None = None
+    #: Of an output or a gradient of an image, for fake tensors.
     empty: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = empty_in_order_of
     #: Whether callers get all that ``_forward`` returns, and the backward needs the output as well.
     whole: bool = False
@@ -44,8 +47,10 @@ class Operator(NamedTuple):
     def __call__(self, *arguments_and_options: Any) -> Any:
         """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
         image = arguments_and_options[0]
-        compiling = torch.compiler.is_compiling()
-        backend = (registry.find if compiling else registry.choose)(self.name, image.device, image.dtype)
+        channels = self.channels(*arguments_and_options)
+        is_traced = torch.compiler.is_compiling() or not all(type(count) is int for count in channels)
+        find = registry.find if is_traced else registry.choose
+        backend = find(self.name, image.device, image.dtype, channels)
         function = backend.functions[self.name]
         if not isinstance(function, Fused):
             self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
@@ -65,24 +70,48 @@ class Operator(NamedTuple):
         return function.inference(*arguments, *options)
 
     def register(self) -> None:
-        """Tells torch of the fake kernels and the autograd formula."""
-        if _library.error is not None:
-            return
+        """Tells torch of the fake kernels and the autograd formula, for every backend with operators of its own."""
+        if _library.error is None:
+            self._register("effattn")
+        if triton.register(self.name, self._check_for_triton, self._check_backward_for_triton):
+            self._register(triton.NAMESPACE)
+
+    def _register(self, namespace: str) -> None:
+        name = f"{namespace}::{self.name}"
         if not self.whole:
-            torch.library.register_fake(f"effattn::{self.name}", self._fake)
-        torch.library.register_fake(f"effattn::{self.name}_forward", self._fake_forward)
-        torch.library.register_fake(f"effattn::{self.name}_backward", self._fake_backward)
-        torch.library.register_autograd(
-            f"effattn::{self.name}_forward", self._backward, setup_context=self._setup_context
-        )
+            torch.library.register_fake(name, self._fake)
+        torch.library.register_fake(f"{name}_forward", self._fake_forward)
+        torch.library.register_fake(f"{name}_backward", self._fake_backward)
+        formula = partial(self._backward, namespace)
+        torch.library.register_autograd(f"{name}_forward", formula, setup_context=self._setup_context)
+
+    def _check_for_triton(self, *arguments: Any) -> None:
+        self.check(*arguments)
+        triton.check_channels(self.channels(*arguments))
+
+    def _check_backward_for_triton(self, grad_out: torch.Tensor, *rest: Any) -> None:
+        kept = 0 if self.kept_shape is None else 1
+        arguments = (*rest[: self.arguments], *rest[self.arguments + kept :])
+        self._check_for_triton(*arguments)
+        image, shape = rest[0], tuple(self.shape(*arguments))
+        torch._check(grad_out.shape == shape, lambda: f"grad_out must have the shape of the output, {shape}")
+        torch._check(grad_out.dtype == image.dtype, lambda: "grad_out must have the dtype of the output")
+        torch._check(grad_out.device == image.device, lambda: "grad_out must be on the device of the output")
+        if self.kept_shape is not None:
+            given, shape = rest[self.arguments], tuple(self.kept_shape(*arguments))
+            torch._check(given.shape == shape, lambda: f"sums must have the shape of the forward's, {shape}")
+            torch._check(given.dtype == torch.float32, lambda: "sums must be float32")
+            torch._check(given.device == image.device, lambda: "sums must be on the device of the output")
 
     def _fake(self, *arguments: Any) -> torch.Tensor:
         self.check(*arguments)
-        return self.fake(*arguments)
+        return self.empty(arguments[0], self.shape(*arguments))
 
     def _fake_forward(self, *arguments: Any) -> Any:
         out = self._fake(*arguments)
-        return out if self.fake_kept is None else (out, self.fake_kept(*arguments))
+        if self.kept_shape is None:
+            return out
+        return out, out.new_empty(tuple(self.kept_shape(*arguments)), dtype=torch.float32)
 
     def _fake_backward(self, grad_out: torch.Tensor, *arguments: Any) -> tuple[Argument, ...]:
         images = (self.empty(t, t.shape) for t in arguments[: self.images])
@@ -94,20 +123,20 @@ class Operator(NamedTuple):
         # A list by its length, a tensor by None.
         ctx.lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
         kept: tuple[torch.Tensor, ...] = ()
-        if self.fake_kept is not None:
+        if self.kept_shape is not None:
             kept = output if self.whole else output[1:]
             ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_flat(arguments), *kept)
 
-    def _backward(self, ctx: Any, grad_out: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+    def _backward(self, namespace: str, ctx: Any, grad_out: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
         no_options = (None for _ in ctx.options)
         if grad_out is None:
             return *(None if n is None else [None] * n for n in ctx.lengths), *no_options
         arguments, kept = _grouped(ctx.saved_tensors, ctx.lengths)
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this again
             return *self._differentiable_backward(grad_out, arguments, ctx.options), *no_options
-        backward = getattr(torch.ops.effattn, f"{self.name}_backward")
+        backward = getattr(getattr(torch.ops, namespace), f"{self.name}_backward")
         return *backward(grad_out, *arguments, *kept, *ctx.options), *no_options
 
     def _differentiable_backward(

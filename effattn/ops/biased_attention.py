@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from effattn.backends._memory import empty_in_order_of
 from effattn.ops._operator import Operator
 
 Tensors = Sequence[torch.Tensor]
@@ -38,11 +38,16 @@ def _check(
     torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
 
 
-def _fake(
+def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[int, ...]:
+    return *q.shape[:3], v.shape[3]
+
+
+def _channels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
-) -> torch.Tensor:
-    return empty_in_order_of(q, (*q.shape[:3], v.shape[3]))
+) -> tuple[int, ...]:
+    """And the number of heads, where they talk: the channels of a logit."""
+    return (q.shape[3], v.shape[3], q.shape[1]) if talking_heads else (q.shape[3], v.shape[3])
 
 
-biased_attention = Operator("biased_attention", 3, 5, _check, _fake)
+biased_attention = Operator("biased_attention", 3, 5, _check, _shape, _channels)
 biased_attention.register()

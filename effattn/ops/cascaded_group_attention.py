@@ -59,11 +59,19 @@ def _check(
     torch._check(bias.shape == (heads, tokens, tokens), lambda: "attention_bias must have shape (heads, N, N)")
 
 
-def _fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return empty_image_in_order_of(x, x.shape)
+def _shape(x: torch.Tensor, *_: Any) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
-cascaded_group_attention = Operator("cascaded_group_attention", 1, 6, _check, _fake, empty=empty_image_in_order_of)
+def _channels(
+    x: torch.Tensor, qkv: Tensors, qkv_biases: Tensors, dw: Tensors, dw_biases: Tensors, bias: torch.Tensor, *_: Any
+) -> tuple[int, int]:
+    return x.shape[1] // len(qkv), dw[0].shape[0]
+
+
+cascaded_group_attention = Operator(
+    "cascaded_group_attention", 1, 6, _check, _shape, _channels, empty=empty_image_in_order_of
+)
 cascaded_group_attention.register()
 
 
@@ -96,8 +104,8 @@ def _check_batch_norm(
             torch._check(t.dtype in (x.dtype, torch.float32), lambda: "norms must be float32 or of x's dtype")
 
 
-def _fake_statistics(x: torch.Tensor, qkv: Tensors, dw: Tensors, *_: Any) -> torch.Tensor:
-    return x.new_empty(len(qkv), 2, qkv[0].shape[0] + dw[0].shape[0], dtype=torch.float32)
+def _statistics_shape(x: torch.Tensor, qkv: Tensors, dw: Tensors, *_: Any) -> tuple[int, ...]:
+    return len(qkv), 2, qkv[0].shape[0] + dw[0].shape[0]
 
 
 #: (x, qkv_weights, q_dw_weights, norm_weights, norm_biases, attention_bias, eps, scale, window_height, window_width) ->
@@ -108,8 +116,9 @@ batch_norm = Operator(
     1,
     6,
     _check_batch_norm,
-    _fake,
-    _fake_statistics,
+    _shape,
+    lambda x, qkv, dw, *_: (x.shape[1] // len(qkv), dw[0].shape[0]),
+    _statistics_shape,
     empty_image_in_order_of,
     whole=True,
 )

@@ -52,9 +52,9 @@ def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
     qkv = x.new_empty((x.shape[0], channels, *x.shape[2:]))
     scales = weights.dw, weights.pw, weights.dw_biases, weights.pw_biases
     multi_scale_linear_attention.check(qkv, *scales, head_dim, eps)
-    attended = multi_scale_linear_attention.fake(qkv, *scales, head_dim, eps)
+    attended = multi_scale_linear_attention.shape(qkv, *scales, head_dim, eps)
     torch._check(
-        attended_channels == attended.shape[1],
+        attended_channels == attended[1],
         lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",
     )
     return empty_image_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))

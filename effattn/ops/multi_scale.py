@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -47,30 +48,31 @@ def _check(
     torch._check(0 <= eps < math.inf, lambda: "eps must be a finite number >= 0")
 
 
-def _fake_aggregation(
-    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int
-) -> torch.Tensor:
-    return empty_image_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]))
+def _aggregation_shape(qkv: torch.Tensor, dw: Tensors, *_: Any) -> tuple[int, ...]:
+    return qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]
 
 
-def _fake_attention(
+def _attention_shape(qkv: torch.Tensor, dw: Tensors, *_: Any) -> tuple[int, ...]:
+    return qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // 3), *qkv.shape[2:]
+
+
+def _sums_shape(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
-) -> torch.Tensor:
-    return empty_image_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // 3), *qkv.shape[2:]))
+) -> tuple[int, ...]:
+    return qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // (3 * head_dim)), head_dim + 1, head_dim
 
 
-def _fake_sums(
-    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
-) -> torch.Tensor:
-    heads = (1 + len(dw)) * (qkv.shape[1] // (3 * head_dim))
-    return qkv.new_empty((qkv.shape[0], heads, head_dim + 1, head_dim), dtype=torch.float32)
+def _channels(
+    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, *_: Any
+) -> tuple[int]:
+    return (head_dim,)
 
 
 multi_scale_aggregation = Operator(
-    "multi_scale_aggregation", 1, 5, _check, _fake_aggregation, empty=empty_image_in_order_of
+    "multi_scale_aggregation", 1, 5, _check, _aggregation_shape, _channels, empty=empty_image_in_order_of
 )
 multi_scale_linear_attention = Operator(
-    "multi_scale_linear_attention", 1, 5, _check, _fake_attention, _fake_sums, empty_image_in_order_of
+    "multi_scale_linear_attention", 1, 5, _check, _attention_shape, _channels, _sums_shape, empty_image_in_order_of
 )
 multi_scale_aggregation.register()
 multi_scale_linear_attention.register()

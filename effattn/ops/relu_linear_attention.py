@@ -130,7 +130,19 @@ def _register(namespace: str) -> None:
     torch.library.register_autograd(f"{namespace}::{NAME}_forward", formula, setup_context=_save)
 
 
+def _check_for_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
+    _check(q, k, v, eps)
+    triton.check_channels((q.shape[-1], v.shape[-1]))
+
+
+def _check_backward_for_triton(
+    grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, eps: float
+) -> None:
+    _check_backward(grad_out, q, k, v, sums, eps)
+    _check_for_triton(q, k, v, eps)
+
+
 if _library.error is None:
     _register("effattn")
-if triton.register(NAME, {NAME: _check, f"{NAME}_forward": _check, f"{NAME}_backward": _check_backward}):
+if triton.register(NAME, _check_for_triton, _check_backward_for_triton):
     _register(triton.NAMESPACE)

@@ -16,16 +16,17 @@ MOST_CHANNELS = 128
 
 @dataclass(frozen=True)
 class Launch:
-    """A program takes ``tokens`` of a tile at a time, and of products with v ``values`` channels."""
+    """A program takes ``tokens`` of a tile at a time, and ``channels`` where it takes them in chunks."""
 
     tokens: int
-    values: int
+    channels: int
     num_warps: int = 4
     num_stages: int = 2
 
-    def options(self, value_dim: int) -> dict[str, int]:
-        values = min(self.values, padded(value_dim))
-        return {"TOKENS": self.tokens, "DV": values, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def options(self, **chunked: int) -> dict[str, int]:
+        """What a launch is given; of each dimension that is taken in chunks its name and size."""
+        chunks = {name: min(self.channels, padded(size)) for name, size in chunked.items()}
+        return {"TOKENS": self.tokens, **chunks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 #: By kernel of relu_linear_attention, then by padded head_dim.
@@ -36,10 +37,27 @@ RELU_LINEAR_ATTENTION: dict[str, dict[int, Launch]] = {
     "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
 }
 
+#: By kernel of multi_scale_aggregation and multi_scale_linear_attention, then by padded head_dim.
+MULTI_SCALE: dict[str, dict[int, Launch]] = {
+    "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
+    "sum_tokens": {16: Launch(64, 16), 32: Launch(64, 32, num_warps=8), 64: Launch(32, 16), 128: Launch(16, 16)},
+    "attend": {16: Launch(64, 16), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
+    "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
+    "pointwise_gradients": {16: Launch(64, 16), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
+    "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
+}
+#: Of the gradients of depthwise weights, by the memory order of images: tokens, and channels of a program. All taps are
+#: taken at once.
+DEPTHWISE_GRADIENTS = {"nchw": Launch(32, 1), "channels_last": Launch(4, 8)}
+
 #: Programs that the sums over tokens are split into, over all groups, at least: a few for every multiprocessor of the
 #: largest cards. Parts of fewer tokens than this are not worth a pass over the partial sums.
 PROGRAMS = 1024
 LEAST_TOKENS = 256
+
+#: Numbers of a program that adds up rows of them; of more rows than these, each part is added up by itself.
+ADDED_UP = 512
+ROWS_ADDED_UP = 64
 
 
 def padded(channels: int) -> int:
@@ -47,7 +65,9 @@ def padded(channels: int) -> int:
     return max(LEAST_CHANNELS, 1 << (channels - 1).bit_length())
 
 
-def parts(groups: int, tokens: int) -> int:
-    """Into how many parts the tokens of each group are split for the sums over them."""
+def split(groups: int, tokens: int, tile: int) -> tuple[int, int]:
+    """How the tokens of each group are split for sums over them: tokens of a part, whole tiles; number of parts."""
     wanted = -(-PROGRAMS // max(groups, 1))
-    return max(1, min(wanted, tokens // LEAST_TOKENS))
+    parts = max(1, min(wanted, tokens // LEAST_TOKENS))
+    part_tokens = max(1, -(-tokens // (parts * tile))) * tile
+    return part_tokens, max(1, -(-tokens // part_tokens))

@@ -1,4 +1,4 @@
-"""Leading dimensions of tensors as kernels address them."""
+"""Strides of tensors as kernels address them."""
 
 from __future__ import annotations
 
@@ -53,3 +53,17 @@ class Groups:
         """Of MOST_DIMENSIONS dimensions, then of tokens and channels."""
         lead = [t.stride(dims[-1]) for dims in self.members]
         return (*(0,) * (MOST_DIMENSIONS - len(lead)), *lead, t.stride(-2), t.stride(-1))
+
+
+def with_mergeable_rows(image: torch.Tensor) -> torch.Tensor:
+    """Tokens of (B, C, H, W) must be one dimension of one stride; a view in which they are not, a crop, is copied."""
+    height, width = image.shape[2:]
+    mergeable = height <= 1 or width <= 1 or image.stride(2) == width * image.stride(3)
+    return image if mergeable else image.contiguous()
+
+
+def image_strides(image: torch.Tensor) -> tuple[int, int, int]:
+    """Of batch, channels and tokens of (B, C, H, W) with mergeable rows."""
+    height, width = image.shape[2:]
+    token = image.stride(3) if width > 1 else image.stride(2) if height > 1 else 1
+    return image.stride(0), image.stride(1), token

@@ -1,0 +1,114 @@
+"""The Triton kernels of kernels/triton, as torch operators beside those of libeffattn.
+
+Their schemas are read from libeffattn, where they stand once; what they check is said by :mod:`effattn.ops`. Nothing of
+triton is imported before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from effattn import _library
+from effattn.backends._base import Backend, Fused
+from effattn.backends.triton import multi_scale, relu_linear_attention
+from effattn.backends.triton._launch import is_interpreted
+from effattn.kernels.configs import MOST_CHANNELS
+
+NAMESPACE = "effattn_triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
+LEAST_CAPABILITY = (8, 0)
+
+
+def _unavailable() -> str | None:
+    if _library.error is not None:
+        return _library.error
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not is_interpreted():
+        return "torch sees no GPU; with TRITON_INTERPRET=1 it takes CPU tensors, for tests"
+    return None
+
+
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
+    reasons = []
+    if op not in _FUNCTIONS:
+        reasons.append(f"has no {op}")
+    mine = "cpu" if is_interpreted() else "cuda"
+    if device.type != mine:
+        reasons.append(f"takes {mine.upper()} tensors, not {device.type}")
+    elif device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = _capability(device)
+        if capability < LEAST_CAPABILITY:
+            needed, found = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
+            reasons.append(f"needs a card of compute capability {needed}, this one has {found}")
+    if dtype not in DTYPES:
+        reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+    for count in channels:
+        if count > MOST_CHANNELS:
+            reasons.append(f"takes heads of up to {MOST_CHANNELS} channels, not {count}")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# --- registration -------------------------------------------------------------------------------------------------
+
+#: By function, the kernels of its operators: inference, _forward and _backward.
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "relu_linear_attention": (
+        relu_linear_attention.inference,
+        relu_linear_attention.forward,
+        relu_linear_attention.backward,
+    ),
+    "multi_scale_aggregation": (multi_scale.aggregation, multi_scale.aggregation, multi_scale.aggregation_backward),
+    "multi_scale_linear_attention": (
+        multi_scale.attention,
+        multi_scale.attention_forward,
+        multi_scale.attention_backward,
+    ),
+}
+_FUNCTIONS: dict[str, Fused | Callable[..., torch.Tensor]] = {}
+BACKEND = Backend("triton", _unavailable, _reasons, _FUNCTIONS)
+_OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def check_channels(channels: Iterable[int]) -> None:
+    """Raises RuntimeError where :func:`_reasons` would name them."""
+    for count in channels:
+        torch._check(count <= MOST_CHANNELS, lambda: f"heads must have at most {MOST_CHANNELS} channels")
+
+
+def register(name: str, check: Callable[..., None], check_backward: Callable[..., None]) -> bool:
+    """Makes operators of a function's kernels, and tells whether it has any.
+
+    Args:
+        name: of the function.
+        check, check_backward: raise RuntimeError for wrong arguments of the operators.
+    """
+    if _library.error is not None or name not in _KERNELS:
+        return False
+    checks = (check, check, check_backward)
+    for suffix, checks_arguments, kernel in zip(("", "_forward", "_backward"), checks, _KERNELS[name], strict=True):
+        schema = str(getattr(torch.ops.effattn, name + suffix).default._schema)
+        _OPERATORS.define(schema.removeprefix("effattn::"))
+        implementation = _checked(checks_arguments, kernel)
+        _OPERATORS.impl(name + suffix, implementation, "CPU" if is_interpreted() else "CUDA")
+    operators = getattr(torch.ops, NAMESPACE)
+    _FUNCTIONS[name] = Fused(getattr(operators, name).default, getattr(operators, f"{name}_forward").default)
+    return True
+
+
+def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return kernel(*arguments)
+
+    return checked

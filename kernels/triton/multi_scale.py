@@ -1,0 +1,554 @@
+"""Multi-scale aggregation, and ReLU linear attention in all of its heads.
+
+An aggregated tile of queries, keys or values is made where it is used, from shifted loads of the image and a product
+with the head's matrix, and never written. The backward writes it, and its gradient, in float32: every gradient of the
+convolutions needs a neighbourhood of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from effattn.kernels import relu_linear_attention
+from effattn.kernels.configs import DEPTHWISE_GRADIENTS, MULTI_SCALE, Launch, padded, split
+from effattn.kernels.layout import image_strides
+from effattn.kernels.numerics import TargetOptions, product, relu
+from effattn.kernels.sums import add_up, divisible, load_matrix, load_vector, matrix_pointers, vector_pointers
+from effattn.kernels.tiles import load_tile, store_tile, tile_and_group
+
+Tensors = Sequence[torch.Tensor]
+
+
+@triton.jit
+def _convolved(
+    image, taps, token, tokens, height, width, token_stride, first, channels, channel_stride,
+    KERNEL: tl.constexpr, SIGN: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Depthwise convolution of (tokens, CHANNELS) from channel ``first`` on; its transpose where SIGN is -1.
+
+    ``image`` and ``taps`` (channels, KERNEL * KERNEL) begin at the same channel. Tokens behind ``tokens`` are 0.
+    """
+    channel = first + tl.arange(0, CHANNELS)
+    there = channel < channels
+    row, col = token // width, token % width
+    at = image + token[:, None].to(tl.int64) * token_stride + channel[None, :].to(tl.int64) * channel_stride
+    total = tl.zeros((token.shape[0], CHANNELS), tl.float32)
+    for i in range(KERNEL):
+        down = SIGN * (i - KERNEL // 2)
+        row_inside = (row + down >= 0) & (row + down < height) & (token < tokens)
+        # The taps of a row at once: what they load does not wait for each other.
+        for j in tl.static_range(KERNEL):
+            right = SIGN * (j - KERNEL // 2)
+            inside = row_inside & (col + right >= 0) & (col + right < width)
+            shifted = at + (down * width + right).to(tl.int64) * token_stride
+            value = tl.load(shifted, mask=inside[:, None] & there[None, :], other=0.0).to(tl.float32)
+            weight = tl.load(taps + channel * (KERNEL * KERNEL) + i * KERNEL + j, mask=there, other=0.0)
+            total += value * weight[None, :]
+    return total
+
+
+@triton.jit
+def _mixed(
+    image, dw, dw_bias, token, tokens, height, width, token_stride, channel, head_dim, channel_stride,
+    KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What the 1x1 convolution of the head_dim channels from ``channel`` on takes: (tokens, D)."""
+    x = _convolved(
+        image + channel.to(tl.int64) * channel_stride, dw + channel * (KERNEL * KERNEL),
+        token, tokens, height, width, token_stride, 0, head_dim, channel_stride, KERNEL, 1, D,
+    )  # fmt: skip
+    if DW_BIAS:
+        x += tl.load(dw_bias + channel + tl.arange(0, D), mask=tl.arange(0, D) < head_dim, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def _aggregated(
+    image, dw, pw, dw_bias, pw_bias, token, tokens, height, width, token_stride,
+    channel, first, head_dim, channel_stride,
+    KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(tokens, CHUNK) of the head_dim channels from ``channel`` on, of which the chunk begins at ``first``."""
+    mixed = _mixed(
+        image, dw, dw_bias, token, tokens, height, width, token_stride, channel, head_dim, channel_stride,
+        KERNEL, DW_BIAS, D,
+    )  # fmt: skip
+    output = first + tl.arange(0, CHUNK)
+    matrix = load_tile(pw + channel * head_dim, output, head_dim, head_dim, 0, D, head_dim, 1)
+    x = product(mixed, tl.trans(matrix), PRECISION)
+    if PW_BIAS:
+        x += tl.load(pw_bias + channel + output, mask=output < head_dim, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def _of_head(
+    is_identity, image, dw, pw, dw_bias, pw_bias, token, tokens, height, width, token_stride,
+    channel, first, head_dim, channel_stride,
+    KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """:func:`_aggregated`, or the image itself; behind the last token 0."""
+    if is_identity:
+        begin = image + channel.to(tl.int64) * channel_stride
+        x = load_tile(begin, token, tokens, token_stride, first, CHUNK, head_dim, channel_stride).to(tl.float32)
+    else:
+        x = _aggregated(
+            image, dw, pw, dw_bias, pw_bias, token, tokens, height, width, token_stride,
+            channel, first, head_dim, channel_stride, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
+        )  # fmt: skip
+    return tl.where(token[:, None] < tokens, x, 0.0)
+
+
+@triton.jit
+def _aggregate(
+    image, dw, pw, dw_bias, pw_bias, out,
+    head_dim, groups, height, width,
+    x_batch, x_channel, x_token, o_batch, o_channel, o_token,
+    KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of a scale: program (chunk of channels, tile, group of head_dim channels, image)."""
+    tokens, chunks = height * width, tl.cdiv(head_dim, CHUNK)
+    piece, group = tile_and_group(tl.cdiv(tokens, TOKENS) * chunks)
+    token = piece // chunks * TOKENS + tl.arange(0, TOKENS)
+    first, batch, channel = piece % chunks * CHUNK, (group // groups).to(tl.int64), group % groups * head_dim
+    x = _aggregated(
+        image + batch * x_batch, dw, pw, dw_bias, pw_bias, token, tokens, height, width, x_token,
+        channel, first, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
+    )  # fmt: skip
+    begin = out + batch * o_batch + channel.to(tl.int64) * o_channel
+    store_tile(x, begin, token, tokens, o_token, first, CHUNK, head_dim, o_channel)
+
+
+@triton.jit
+def _sum_tokens(
+    image, dw, pw, dw_bias, pw_bias, sums,
+    head_dim, heads, first_head, all_heads, height, width, count, part_tokens,
+    x_batch, x_channel, x_token,
+    IDENTITY: tl.constexpr, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """CHUNK rows and columns of sum v relu(k)^T, and of sum relu(k): program (columns, rows, part, head, image).
+
+    The heads are those of one scale and, if IDENTITY, before them those of the image itself.
+    """
+    tokens, chunks, together = height * width, tl.cdiv(head_dim, CHUNK), heads * (1 + IDENTITY)
+    piece, group = tile_and_group(chunks * chunks * count)
+    col, row, part = piece % chunks * CHUNK, piece // chunks % chunks * CHUNK, piece // (chunks * chunks)
+    head, batch = group % together, group // together
+    is_identity, channel = head < heads * IDENTITY, head % heads * 3 * head_dim
+    begin = image + batch.to(tl.int64) * x_batch
+    end = tl.minimum((part + 1) * part_tokens, tokens)
+    matrix = tl.zeros((CHUNK, CHUNK), tl.float32)
+    keys = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for first in range(part * part_tokens, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        key = _of_head(
+            is_identity, begin, dw, pw, dw_bias, pw_bias, token, end, height, width, x_token,
+            channel + head_dim, col, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
+        )  # fmt: skip
+        key = relu(key)
+        keys += key
+        value = _of_head(
+            is_identity, begin, dw, pw, dw_bias, pw_bias, token, end, height, width, x_token,
+            channel + 2 * head_dim, row, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
+        )  # fmt: skip
+        matrix += product(tl.trans(value), key, PRECISION)
+    group = (batch * all_heads + first_head + head) * count + part
+    at, inside = matrix_pointers(sums, group, row, col, head_dim, head_dim, CHUNK, CHUNK)
+    tl.store(at, matrix, mask=inside)
+    at, inside = vector_pointers(sums, group, col, head_dim, head_dim, CHUNK)
+    first_only = tl.arange(0, CHUNK) < tl.where(row == 0, CHUNK, 0)
+    tl.store(at, tl.sum(keys, 0), mask=inside & first_only)
+
+
+@triton.jit
+def _attend(
+    image, dw, pw, dw_bias, pw_bias, sums, out,
+    head_dim, heads, first_head, all_heads, height, width, eps,
+    x_batch, x_channel, x_token, o_batch, o_channel, o_token,
+    IDENTITY: tl.constexpr, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """CHUNK channels of the output of a tile of queries: program (chunk, tile, head, image); heads as above."""
+    tokens, chunks, together = height * width, tl.cdiv(head_dim, CHUNK), heads * (1 + IDENTITY)
+    piece, group = tile_and_group(tl.cdiv(tokens, TOKENS) * chunks)
+    token = piece // chunks * TOKENS + tl.arange(0, TOKENS)
+    value, head, batch = piece % chunks * CHUNK, group % together, group // together
+    is_identity, channel = head < heads * IDENTITY, head % heads * 3 * head_dim
+    begin = image + batch.to(tl.int64) * x_batch
+    group = batch * all_heads + first_head + head
+    numerator = tl.zeros((TOKENS, CHUNK), tl.float32)
+    denominator = tl.zeros((TOKENS,), tl.float32)
+    for first in range(0, head_dim, CHUNK):
+        query = _of_head(
+            is_identity, begin, dw, pw, dw_bias, pw_bias, token, tokens, height, width, x_token,
+            channel, first, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
+        )  # fmt: skip
+        query = relu(query)
+        matrix = load_matrix(sums, group, value, first, head_dim, head_dim, CHUNK, CHUNK)
+        numerator += product(query, tl.trans(matrix), PRECISION)
+        denominator += tl.sum(query * load_vector(sums, group, first, head_dim, head_dim, CHUNK)[None, :], 1)
+    # Behind the last token eps alone, which may be 0, would be divided by.
+    denominator = divisible(tl.where(token < tokens, denominator + eps, 1.0))
+    begin = out + batch.to(tl.int64) * o_batch + ((first_head + head) * head_dim).to(tl.int64) * o_channel
+    store_tile(numerator / denominator[:, None], begin, token, tokens, o_token, value, CHUNK, head_dim, o_channel)
+
+
+@triton.jit
+def _through_pointwise(
+    grad_out, pw, grad_mixed,
+    head_dim, groups, tokens,
+    g_batch, g_channel, g_token, m_batch, m_channel, m_token,
+    CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients in front of a scale's 1x1 convolution: program (chunk of channels, tile, group, image)."""
+    chunks = tl.cdiv(head_dim, CHUNK)
+    piece, group = tile_and_group(tl.cdiv(tokens, TOKENS) * chunks)
+    token = piece // chunks * TOKENS + tl.arange(0, TOKENS)
+    first, batch, channel = piece % chunks * CHUNK, (group // groups).to(tl.int64), group % groups * head_dim
+    begin = grad_out + batch * g_batch + channel.to(tl.int64) * g_channel
+    total = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for output in range(0, head_dim, CHUNK):
+        grad = load_tile(begin, token, tokens, g_token, output, CHUNK, head_dim, g_channel).to(tl.float32)
+        outputs = output + tl.arange(0, CHUNK)
+        matrix = load_tile(pw + channel * head_dim, outputs, head_dim, head_dim, first, CHUNK, head_dim, 1)
+        total += product(grad, matrix, PRECISION)
+    begin = grad_mixed + batch * m_batch + channel.to(tl.int64) * m_channel
+    store_tile(total, begin, token, tokens, m_token, first, CHUNK, head_dim, m_channel)
+
+
+@triton.jit
+def _pointwise_gradients(
+    grad_out, image, dw, dw_bias, grad_pw, grad_bias,
+    head_dim, groups, batches, height, width, count, part_tiles,
+    g_batch, g_channel, g_token, x_batch, x_channel, x_token,
+    KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
+    D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a scale's 1x1 weights and biases, over a part of all tiles: program (chunk of outputs, group, part)."""
+    tokens, chunks = height * width, tl.cdiv(head_dim, CHUNK)
+    piece, part = tile_and_group(chunks * groups)
+    first, channel = piece % chunks * CHUNK, piece // chunks * head_dim
+    tiles = tl.cdiv(tokens, TOKENS)
+    matrix = tl.zeros((CHUNK, D), tl.float32)
+    bias = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for tile in range(part * part_tiles, tl.minimum((part + 1) * part_tiles, batches * tiles)):
+        batch, token = (tile // tiles).to(tl.int64), tile % tiles * TOKENS + tl.arange(0, TOKENS)
+        begin = grad_out + batch * g_batch + channel.to(tl.int64) * g_channel
+        grad = load_tile(begin, token, tokens, g_token, first, CHUNK, head_dim, g_channel).to(tl.float32)
+        mixed = _mixed(
+            image + batch * x_batch, dw, dw_bias, token, tokens, height, width, x_token,
+            channel, head_dim, x_channel, KERNEL, DW_BIAS, D,
+        )  # fmt: skip
+        matrix += product(tl.trans(grad), mixed, PRECISION)
+        if PW_BIAS:
+            bias += grad
+    row = channel + first + tl.arange(0, CHUNK)
+    there = first + tl.arange(0, CHUNK) < head_dim
+    channels = groups * head_dim
+    begin = grad_pw + part.to(tl.int64) * channels * head_dim
+    store_tile(matrix, begin, row, channel + head_dim, head_dim, 0, D, head_dim, 1)
+    if PW_BIAS:
+        tl.store(grad_bias + part.to(tl.int64) * channels + row, tl.sum(bias, 0), mask=there)
+
+
+@triton.jit
+def _depthwise_gradients(
+    grad_mixed, image, grad_dw, grad_bias,
+    channels, batches, height, width, count, part_tiles,
+    m_batch, m_channel, m_token, x_batch, x_channel, x_token,
+    KERNEL: tl.constexpr, TAPS: tl.constexpr, DW_BIAS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of a scale's taps and biases, over a part of all tiles: program (chunk of channels, part)."""
+    tokens = height * width
+    chunk, part = tile_and_group(tl.cdiv(channels, CHUNK))
+    channel = chunk * CHUNK + tl.arange(0, CHUNK)
+    there = channel < channels
+    tap = tl.arange(0, TAPS)
+    down, right = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
+    tiles = tl.cdiv(tokens, TOKENS)
+    total = tl.zeros((TAPS, TOKENS, CHUNK), tl.float32)
+    bias = tl.zeros((TOKENS, CHUNK), tl.float32)
+    for tile in range(part * part_tiles, tl.minimum((part + 1) * part_tiles, batches * tiles)):
+        batch, token = (tile // tiles).to(tl.int64), tile % tiles * TOKENS + tl.arange(0, TOKENS)
+        grad = load_tile(
+            grad_mixed + batch * m_batch, token, tokens, m_token, chunk * CHUNK, CHUNK, channels, m_channel
+        )
+        row, col = token[None, :] // width + down[:, None], token[None, :] % width + right[:, None]
+        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width) & (tap[:, None] < KERNEL * KERNEL)
+        inside &= token[None, :] < tokens
+        shifted = (row * width + col).to(tl.int64) * x_token
+        at = image + batch * x_batch + shifted[:, :, None] + channel[None, None, :].to(tl.int64) * x_channel
+        x = tl.load(at, mask=inside[:, :, None] & there[None, None, :], other=0.0).to(tl.float32)
+        total += x * grad[None, :, :]
+        if DW_BIAS:
+            bias += grad
+    begin = grad_dw + part.to(tl.int64) * channels * (KERNEL * KERNEL)
+    at = begin + channel[None, :] * (KERNEL * KERNEL) + tap[:, None]
+    tl.store(at, tl.sum(total, 1), mask=(tap[:, None] < KERNEL * KERNEL) & there[None, :])
+    if DW_BIAS:
+        tl.store(grad_bias + part.to(tl.int64) * channels + channel, tl.sum(bias, 0), mask=there)
+
+
+@triton.jit
+def _input_gradients(
+    grad_mixed, dw, before, out,
+    channels, height, width,
+    m_batch, m_channel, m_token, b_batch, b_channel, b_token, o_batch, o_channel, o_token,
+    KERNEL: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``before`` and the gradients that come through a depthwise convolution: program (chunk, tile, image)."""
+    tokens, chunks = height * width, tl.cdiv(channels, CHUNK)
+    piece, group = tile_and_group(tl.cdiv(tokens, TOKENS) * chunks)
+    token, batch = piece // chunks * TOKENS + tl.arange(0, TOKENS), group.to(tl.int64)
+    first = piece % chunks * CHUNK
+    x = load_tile(before + batch * b_batch, token, tokens, b_token, first, CHUNK, channels, b_channel).to(tl.float32)
+    x += _convolved(
+        grad_mixed + batch * m_batch, dw, token, tokens, height, width, m_token, first, channels, m_channel,
+        KERNEL, -1, CHUNK,
+    )  # fmt: skip
+    store_tile(x, out + batch * o_batch, token, tokens, o_token, first, CHUNK, channels, o_channel)
+
+
+class _Weights:
+    """Of a scale, contiguous; and how its kernels are specialised to them."""
+
+    def __init__(self, image: torch.Tensor, lists: Sequence[Tensors], scale: int) -> None:
+        self.dw, self.pw, dw_bias, pw_bias = (ts[scale].contiguous() if ts else None for ts in lists)
+        self.kernel, self.has_dw_bias, self.has_pw_bias = lists[0][scale].shape[-1], bool(lists[2]), bool(lists[3])
+        # In place of what is not there, anything: it is not read.
+        self.dw_bias, self.pw_bias = (image if bias is None else bias for bias in (dw_bias, pw_bias))
+        self.pointers = (self.dw, self.pw, self.dw_bias, self.pw_bias)
+
+    def options(self, *names: str) -> dict[str, Any]:
+        every = {"KERNEL": self.kernel, "DW_BIAS": self.has_dw_bias, "PW_BIAS": self.has_pw_bias}
+        return {name: every[name] for name in names}
+
+
+class _Call:
+    """What the launches of a call share."""
+
+    def __init__(self, image: torch.Tensor, head_dim: int, target: TargetOptions) -> None:
+        self.batch, self.channels, self.height, self.width = image.shape
+        self.tokens, self.head_dim, self.groups = self.height * self.width, head_dim, self.channels // head_dim
+        self.target = target
+
+    def launch(self, kernel: str) -> Launch:
+        return MULTI_SCALE[kernel][padded(self.head_dim)]
+
+    def options(self, launch: Launch, *, whole_heads: bool = True) -> dict[str, Any]:
+        whole = {"D": padded(self.head_dim)} if whole_heads else {}
+        shared = {"PRECISION": self.target.precision, **self.target.launch}
+        return {**whole, **shared, **launch.options(CHUNK=self.head_dim)}
+
+    def parts_of_tiles(self, programs: int, tokens: int) -> tuple[int, int]:
+        """How the tiles of ``tokens`` of all images are split for sums over them: tiles of a part, number of parts."""
+        tiles = triton.cdiv(self.tokens, tokens) * self.batch
+        part_tokens, count = split(programs, tiles * tokens, tokens)
+        return part_tokens // tokens, count
+
+
+_ALL = ("KERNEL", "DW_BIAS", "PW_BIAS")
+
+
+def aggregate(
+    image: torch.Tensor, weights: Sequence[Tensors], out: torch.Tensor, head_dim: int, target: TargetOptions
+) -> None:
+    """Fills ``out`` (B, (1 + scales) * C, H, W), of any dtype, with the image and its scales.
+
+    ``weights`` are lists of a tensor a scale: depthwise, 1x1, their biases; of the last two none, or all.
+    """
+    call = _Call(image, head_dim, target)
+    launch = call.launch("aggregate")
+    options = call.options(launch)
+    identity, *scales = out.split(call.channels, dim=1)
+    identity.copy_(image)
+    grid = (
+        triton.cdiv(call.tokens, launch.tokens) * triton.cdiv(head_dim, options["CHUNK"]) * call.batch * call.groups,
+    )
+    for i, of_scale in enumerate(scales):
+        scale = _Weights(image, weights, i)
+        _aggregate[grid](
+            image, *scale.pointers, of_scale, head_dim, call.groups, call.height, call.width,
+            *image_strides(image), *image_strides(of_scale), **scale.options(*_ALL), **options,
+        )  # fmt: skip
+
+
+def attend(
+    image: torch.Tensor,
+    weights: Sequence[Tensors],
+    sums: torch.Tensor,
+    out: torch.Tensor,
+    head_dim: int,
+    eps: float,
+    target: TargetOptions,
+) -> None:
+    """Fills ``sums`` (B, heads of all scales, D + 1, D) and ``out`` (B, (1 + scales) * C / 3, H, W)."""
+    call = _Call(image, head_dim, target)
+    heads, scales = call.groups // 3, len(weights[0])
+    if scales == 0:
+        relu_linear_attention.forward(*heads_of(image, head_dim), sums, outputs_of(out, head_dim), eps, target)
+        return
+    all_heads = heads * (1 + scales)
+    every = [_Weights(image, weights, i) for i in range(scales)]
+
+    launch = call.launch("sum_tokens")
+    options = call.options(launch)
+    part_tokens, count = split(call.batch * all_heads, call.tokens, launch.tokens)
+    partial = sums if count == 1 else sums.new_empty(call.batch * all_heads, count, *sums.shape[2:])
+    programs = triton.cdiv(head_dim, options["CHUNK"]) ** 2 * count * call.batch
+    for i, scale in enumerate(every):
+        _sum_tokens[(programs * heads * (1 + (i == 0)),)](
+            image, *scale.pointers, partial, head_dim, heads, heads * (i + (i > 0)), all_heads,
+            call.height, call.width, count, part_tokens, *image_strides(image),
+            IDENTITY=int(i == 0), **scale.options(*_ALL), **options,
+        )  # fmt: skip
+    if count > 1:
+        add_up(partial, sums)
+
+    launch = call.launch("attend")
+    options = call.options(launch)
+    programs = triton.cdiv(head_dim, options["CHUNK"]) * triton.cdiv(call.tokens, launch.tokens) * call.batch
+    for i, scale in enumerate(every):
+        _attend[(programs * heads * (1 + (i == 0)),)](
+            image, *scale.pointers, sums, out, head_dim, heads, heads * (i + (i > 0)), all_heads,
+            call.height, call.width, eps, *image_strides(image), *image_strides(out),
+            IDENTITY=int(i == 0), **scale.options(*_ALL), **options,
+        )  # fmt: skip
+
+
+def heads_of(image: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v as (B, heads, N, D) views of an image (B, 3 * heads * D, H, W) with mergeable rows."""
+    batch, channel, token = image_strides(image)
+    sizes = (image.shape[0], image.shape[1] // (3 * head_dim), image.shape[2] * image.shape[3], head_dim)
+    strides = (batch, 3 * head_dim * channel, token, channel)
+    first = image.storage_offset()
+    return tuple(image.as_strided(sizes, strides, first + i * head_dim * channel) for i in range(3))
+
+
+def outputs_of(image: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(B, heads, N, D) as a view of an image (B, heads * D, H, W) with mergeable rows."""
+    batch, channel, token = image_strides(image)
+    sizes = (image.shape[0], image.shape[1] // head_dim, image.shape[2] * image.shape[3], head_dim)
+    return image.as_strided(sizes, (batch, head_dim * channel, token, channel), image.storage_offset())
+
+
+def aggregate_backward(
+    grad_out: torch.Tensor,
+    image: torch.Tensor,
+    weights: Sequence[Tensors],
+    grad_image: torch.Tensor,
+    grad_weights: Sequence[Tensors],
+    head_dim: int,
+    target: TargetOptions,
+) -> None:
+    """Fills the gradients of the image and of the weights, whose biases may be none."""
+    call = _Call(image, head_dim, target)
+    before, *grad_scales = grad_out.split(call.channels, dim=1)
+    if not grad_scales:
+        grad_image.copy_(before)
+        return
+    in_float32 = torch.empty_like(grad_image, dtype=torch.float32)
+    grad_mixed, total = in_float32, torch.empty_like(in_float32) if len(grad_scales) > 1 else grad_image
+    for i, grad in enumerate(grad_scales):
+        scale = _Weights(image, weights, i)
+        grads = [ts[i] if ts else None for ts in grad_weights]
+        _scale_backward(call, grad, image, scale, grads, grad_mixed)
+        into = grad_image if i == len(grad_scales) - 1 else total
+        launch = call.launch("input_gradients")
+        programs = triton.cdiv(call.channels, launch.channels) * triton.cdiv(call.tokens, launch.tokens)
+        _input_gradients[(programs * call.batch,)](
+            grad_mixed, scale.dw, before, into, call.channels, call.height, call.width,
+            *image_strides(grad_mixed), *image_strides(before), *image_strides(into),
+            **scale.options("KERNEL"), **launch.options(CHUNK=call.channels), **target.launch,
+        )  # fmt: skip
+        before = into
+
+
+def _scale_backward(
+    call: _Call,
+    grad: torch.Tensor,
+    image: torch.Tensor,
+    scale: _Weights,
+    grads: Sequence[torch.Tensor | None],
+    grad_mixed: torch.Tensor,
+) -> None:
+    """Fills the gradients of a scale's weights, and ``grad_mixed`` with those between its convolutions."""
+    grad_dw, grad_pw, grad_dw_bias, grad_pw_bias = grads
+    launch = call.launch("through_pointwise")
+    options = call.options(launch, whole_heads=False)
+    chunks = triton.cdiv(call.head_dim, options["CHUNK"])
+    _through_pointwise[(chunks * triton.cdiv(call.tokens, launch.tokens) * call.batch * call.groups,)](
+        grad, scale.pw, grad_mixed, call.head_dim, call.groups, call.tokens,
+        *image_strides(grad), *image_strides(grad_mixed), **options,
+    )  # fmt: skip
+
+    launch = call.launch("pointwise_gradients")
+    options = call.options(launch)
+    chunks = triton.cdiv(call.head_dim, options["CHUNK"])
+    part_tiles, count = call.parts_of_tiles(chunks * call.groups, launch.tokens)
+    partial = _partial(grad_pw, count), _partial(grad_pw_bias, count)
+    _pointwise_gradients[(chunks * call.groups * count,)](
+        grad, image, scale.dw, scale.dw_bias, partial[0], image if partial[1] is None else partial[1],
+        call.head_dim, call.groups, call.batch, call.height, call.width, count, part_tiles,
+        *image_strides(grad), *image_strides(image), **scale.options(*_ALL), **options,
+    )  # fmt: skip
+    _finish(partial[0], grad_pw)
+    _finish(partial[1], grad_pw_bias)
+
+    is_channels_last = image_strides(image)[1] == 1 and call.channels > 1
+    launch = DEPTHWISE_GRADIENTS["channels_last" if is_channels_last else "nchw"]
+    chunks = triton.cdiv(call.channels, launch.channels)
+    part_tiles, count = call.parts_of_tiles(chunks, launch.tokens)
+    partial = _partial(grad_dw, count), _partial(grad_dw_bias, count)
+    _depthwise_gradients[(chunks * count,)](
+        grad_mixed, image, partial[0], image if partial[1] is None else partial[1],
+        call.channels, call.batch, call.height, call.width, count, part_tiles,
+        *image_strides(grad_mixed), *image_strides(image), **scale.options("KERNEL", "DW_BIAS"),
+        TAPS=triton.next_power_of_2(scale.kernel**2), **launch.options(CHUNK=call.channels), **call.target.launch,
+    )  # fmt: skip
+    _finish(partial[0], grad_dw)
+    _finish(partial[1], grad_dw_bias)
+
+
+def _partial(grad: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """Where ``count`` parts of a gradient are written: itself if it is one."""
+    return grad if grad is None or count == 1 else grad.new_empty(1, count, *grad.shape)
+
+
+def _finish(partial: torch.Tensor | None, grad: torch.Tensor | None) -> None:
+    if partial is not None and grad is not None and partial is not grad:
+        add_up(partial, grad)
+
+
+def attend_backward(
+    grad_out: torch.Tensor,
+    image: torch.Tensor,
+    weights: Sequence[Tensors],
+    sums: torch.Tensor,
+    grad_image: torch.Tensor,
+    grad_weights: Sequence[Tensors],
+    head_dim: int,
+    eps: float,
+    target: TargetOptions,
+) -> None:
+    """Fills the gradients of the image and of the weights."""
+    sizes = (image.shape[0], (1 + len(weights[0])) * image.shape[1], *image.shape[2:])
+    memory_format = torch.channels_last if image_strides(image)[1] == 1 else torch.contiguous_format
+    everything, grads = (
+        torch.empty(sizes, dtype=torch.float32, device=image.device, memory_format=memory_format) for _ in range(2)
+    )
+    aggregate(image, weights, everything, head_dim, target)
+    relu_linear_attention.backward(
+        outputs_of(grad_out, head_dim), *heads_of(everything, head_dim), sums, heads_of(grads, head_dim), eps, target
+    )
+    del everything
+    aggregate_backward(grads, image, weights, grad_image, grad_weights, head_dim, target)

@@ -1,0 +1,81 @@
+"""Sums that are split over programs and added up in order; and the sums over the keys of linear attention.
+
+What a query needs of the keys, sum v k^T and sum k, are Dv + 1 rows of D numbers in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from effattn.kernels.configs import ADDED_UP, ROWS_ADDED_UP
+from effattn.kernels.tiles import tile_and_group
+
+
+@triton.jit
+def _add_up(rows, sums, count, floats, part_rows, COUNT: tl.constexpr):
+    """Rows of numbers, one after the other: program (piece of the numbers, part of the rows, group)."""
+    pieces, parts = tl.cdiv(floats, COUNT), tl.cdiv(count, part_rows)
+    program, group = tile_and_group(pieces * parts)
+    piece, part = program % pieces, program // pieces
+    at = piece * COUNT + tl.arange(0, COUNT)
+    inside = at < floats
+    total = tl.zeros((COUNT,), tl.float32)
+    for row in range(part * part_rows, tl.minimum((part + 1) * part_rows, count)):
+        total += tl.load(rows + (group.to(tl.int64) * count + row) * floats + at, mask=inside, other=0.0)
+    tl.store(sums + (group.to(tl.int64) * parts + part) * floats + at, total, mask=inside)
+
+
+def add_up(rows: torch.Tensor, sums: torch.Tensor) -> None:
+    """Fills ``sums`` (groups, ...) with the sums of ``rows`` (groups, count, ...), both contiguous, in float32.
+
+    Many rows are added up in parts first, whose number is a function of the sizes.
+    """
+    groups, count = rows.shape[:2]
+    floats = math.prod(rows.shape[2:])
+    if floats * groups == 0 or count == 0:
+        sums.zero_()
+        return
+    part_rows = count if count <= ROWS_ADDED_UP else math.isqrt(count - 1) + 1
+    parts = -(-count // part_rows)
+    into = rows.new_empty(groups, parts, floats) if parts > 1 else sums
+    grid = (triton.cdiv(floats, ADDED_UP) * parts * groups,)
+    _add_up[grid](rows, into, count, floats, part_rows, COUNT=ADDED_UP, num_warps=4)
+    if parts > 1:
+        add_up(into, sums)
+
+
+@triton.jit
+def matrix_pointers(sums, group, value, first, head_dim, value_dim, D: tl.constexpr, DV: tl.constexpr):
+    """Pointers to (DV, D) of sum v k^T from row ``value`` and column ``first`` on, and which of them there are."""
+    row, col = value + tl.arange(0, DV)[:, None], first + tl.arange(0, D)[None, :]
+    at = sums + group.to(tl.int64) * (value_dim + 1) * head_dim + row * head_dim + col
+    return at, (row < value_dim) & (col < head_dim)
+
+
+@triton.jit
+def load_matrix(sums, group, value, first, head_dim, value_dim, D: tl.constexpr, DV: tl.constexpr):
+    at, inside = matrix_pointers(sums, group, value, first, head_dim, value_dim, D, DV)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def vector_pointers(sums, group, first, head_dim, value_dim, D: tl.constexpr):
+    """Pointers to sum k (D,) from ``first`` on, which stands behind the matrix, and which of them there are."""
+    col = first + tl.arange(0, D)
+    return sums + (group.to(tl.int64) * (value_dim + 1) + value_dim) * head_dim + col, col < head_dim
+
+
+@triton.jit
+def load_vector(sums, group, first, head_dim, value_dim, D: tl.constexpr):
+    at, inside = vector_pointers(sums, group, first, head_dim, value_dim, D)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def divisible(denominator):
+    """Subnormal ones, whose inverse float32 may not hold, count as 2^-126: zero times infinity would be NaN."""
+    return tl.where(denominator > 0, tl.maximum(denominator, 1.1754943508222875e-38), denominator)

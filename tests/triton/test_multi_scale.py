@@ -1,0 +1,176 @@
+"""The multi-scale operators in Triton against float64: sizes, layouts, dtypes, extremes; as operators of torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from effattn import multi_scale_aggregation, multi_scale_linear_attention, use_backend
+from effattn.kernels import configs
+from effattn.testing import MultiScaleCase, check_multi_scale, error, moved, with_gradients
+
+pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ("nchw", "channels_last", "channel slice", "crop", "transposed")
+FUNCTIONS = (multi_scale_aggregation, multi_scale_linear_attention)
+OPS = torch.ops.effattn_triton
+
+both = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__.removeprefix("multi_scale_"))
+
+CASES = [
+    MultiScaleCase(2, 2, 16, 7, 9),
+    MultiScaleCase(1, 1, 8, 11, 13, kernels=(3, 5, 7), biases=True),
+    MultiScaleCase(1, 1, 13, 6, 5, kernels=(9, 1), biases=True),
+    MultiScaleCase(1, 1, 33, 5, 6, kernels=(3,), biases=True),  # heads in several chunks
+    MultiScaleCase(2, 3, 4, 1, 1, kernels=()),
+    MultiScaleCase(1, 1, 3, 2, 70),
+]
+
+
+def arguments(device, case, dtype=torch.float32, memory_format="nchw"):
+    inputs = case.inputs(dtype, memory_format).values()
+    return [moved(v, device) if isinstance(v, torch.Tensor) else [t.to(device) for t in v] for v in inputs]
+
+
+@both
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(device, function, case, memory_format):
+    check_multi_scale(function, "triton", case, torch.float32, memory_format, device=device)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_narrow_types_against_float64(device, function, case, dtype):
+    for memory_format in FORMATS[:2]:
+        check_multi_scale(function, "triton", case, dtype, memory_format, device=device)
+
+
+@both
+def test_sums_in_several_parts(device, function):
+    """Few heads and many tokens; the last part is short."""
+    case = MultiScaleCase(1, 1, 8, 25, 45)
+    assert configs.split(2, 25 * 45, 64)[1] > 1
+    check_multi_scale(function, "triton", case, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_values(device, dtype):
+    """Activations of 1e4, whose sums no narrow type holds."""
+    case = MultiScaleCase(1, 1, 16, 16, 17, scale=1e4)
+    results = check_multi_scale(multi_scale_linear_attention, "triton", case, dtype, device=device)
+    assert all(result.isfinite().all() for result in results.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@both
+def test_not_a_number_as_the_reference_has_it(device, function, value):
+    case = MultiScaleCase(1, 2, 4, 6, 7)
+    inputs = case.inputs()
+    inputs["qkv"][0, 5, 3, 2] = value
+    got = with_gradients(function, "triton", case, inputs, torch.float32, device)["out"]
+    expected = with_gradients(function, "reference", case, inputs, torch.float32)["out"]
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
+@both
+def test_same_bits_every_time(device, function):
+    case = MultiScaleCase(2, 1, 8, 20, 21, kernels=(3, 5), biases=True)
+    first, *others = (with_gradients(function, "triton", case, case.inputs(), torch.float32, device) for _ in range(3))
+    for results in others:
+        assert all(torch.equal(a, b) for a, b in zip(results.values(), first.values(), strict=True))
+
+
+@both
+@pytest.mark.parametrize("case", [MultiScaleCase(0, 1, 8, 5, 6), MultiScaleCase(2, 1, 8, 0, 6)], ids=str)
+def test_empty(device, function, case):
+    for name, result in with_gradients(function, "triton", case, case.inputs(), torch.float32, device).items():
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
+@both
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_results_lie_as_the_other_backends_lay_them(device, function, memory_format):
+    case = CASES[0]
+    options = {"eps": 1e-15} if function is multi_scale_linear_attention else {}
+
+    def strides(backend, device):
+        qkv, *weights = arguments(device, case, memory_format=memory_format)
+        leaf = qkv.detach().requires_grad_()
+        with use_backend(backend):
+            out = function(leaf, *weights, head_dim=case.head_dim, **options)
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        return out.stride(), grad.stride()
+
+    assert strides("triton", device) == strides("cpu", "cpu")
+
+
+def test_heads_out_of_range_are_named(device):
+    case = MultiScaleCase(1, 1, 129, 2, 2)
+    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels, not 129"):
+        case.call(multi_scale_aggregation, dict(zip(case.inputs(), arguments(device, case), strict=True)))
+
+
+def test_opcheck(device):
+    case = MultiScaleCase(1, 1, 4, 5, 6, kernels=(3,), biases=True)
+    for memory_format in FORMATS[:2]:
+        qkv, *weights = arguments(device, case, memory_format=memory_format)
+        for name, options in (("multi_scale_aggregation", (4,)), ("multi_scale_linear_attention", (4, 1e-6))):
+            torch.library.opcheck(getattr(OPS, name).default, (qkv, *weights, *options))
+            leaves = [t.detach().requires_grad_() for t in (qkv, *(w[0] for w in weights))]
+            call = (leaves[0], *([t] for t in leaves[1:]), *options)
+            torch.library.opcheck(getattr(OPS, f"{name}_forward").default, call)
+
+
+def test_wrong_arguments_of_the_operators(device):
+    """What Python's functions check too, but an operator may be called by itself."""
+    qkv, *weights = arguments(device, MultiScaleCase(1, 1, 4, 5, 6))
+    with pytest.raises(RuntimeError, match="multiple of 3"):
+        OPS.multi_scale_aggregation(qkv[:, :11], *weights, 4)
+    out, sums = OPS.multi_scale_linear_attention_forward(qkv, *weights, 4, 1e-6)
+    with pytest.raises(RuntimeError, match="grad_out must have the shape"):
+        OPS.multi_scale_linear_attention_backward(out[:, 1:], qkv, *weights, sums, 4, 1e-6)
+    with pytest.raises(RuntimeError, match="sums must have the shape"):
+        OPS.multi_scale_linear_attention_backward(out, qkv, *weights, sums[:, 1:], 4, 1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_compile_without_graph_breaks(device, grad):
+    """Sizes that change, in one graph; and its gradients."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(multi_scale_linear_attention, fullgraph=True, dynamic=True, backend=counter)
+    first = 0
+    for height in (7, 9):
+        case = MultiScaleCase(2, 1, 4, height, 6, kernels=(3,))
+        qkv, *weights = arguments(device, case)
+        qkv.requires_grad_(grad)
+        outs = [f(qkv, *weights[:2], head_dim=4) for f in (compiled, multi_scale_linear_attention)]
+        assert torch.equal(*outs)
+        first = first or counter.frame_count
+        if grad:
+            a, b = (torch.autograd.grad(out.square().sum(), qkv)[0] for out in outs)
+            assert torch.equal(a, b)
+    assert counter.frame_count == first, "recompiled for another size"
+
+
+def test_module_of_a_model(device):
+    """LiteMLA in training and in evaluation, its parameters' gradients too."""
+    from effattn.nn import LiteMLA
+
+    torch.manual_seed(0)
+    module = LiteMLA(16, 16, dim=8, scales=(3,)).to(device)
+    x = torch.randn(2, 16, 6, 7, device=device)
+    for training in (True, False):
+        module.train(training)
+        got, expected = [], []
+        for backend, results in (("triton", got), ("reference", expected)):
+            with use_backend(backend):
+                out = module(x)
+                results += [out, *torch.autograd.grad(out.square().sum(), [*module.parameters()], allow_unused=True)]
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or error(a.cpu(), b.cpu().double()) <= 1e-4 * b.norm().item() + 1e-6
