@@ -29,6 +29,16 @@ class Launch:
         return {"TOKENS": self.tokens, **chunks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+@dataclass(frozen=True)
+class AttentionLaunch(Launch):
+    """A program takes ``tokens`` queries of a tile, and ``keys`` at a time."""
+
+    keys: int = 32
+
+    def options(self, **chunked: int) -> dict[str, int]:
+        return {"KEYS": self.keys, **super().options(**chunked)}
+
+
 #: By kernel of relu_linear_attention, then by padded head_dim.
 RELU_LINEAR_ATTENTION: dict[str, dict[int, Launch]] = {
     "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
@@ -40,8 +50,18 @@ RELU_LINEAR_ATTENTION: dict[str, dict[int, Launch]] = {
 #: By kernel of multi_scale_aggregation and multi_scale_linear_attention, then by padded head_dim.
 MULTI_SCALE: dict[str, dict[int, Launch]] = {
     "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
-    "sum_tokens": {16: Launch(64, 16), 32: Launch(64, 32, num_warps=8), 64: Launch(32, 16), 128: Launch(16, 16)},
-    "attend": {16: Launch(64, 16), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
+    "sum_tokens": {
+        16: Launch(32, 16),
+        32: Launch(16, 32),
+        64: Launch(32, 16, num_warps=8),
+        128: Launch(16, 16, num_warps=8),
+    },
+    "attend": {
+        16: Launch(64, 16),
+        32: Launch(32, 32),
+        64: Launch(32, 16, num_warps=8),
+        128: Launch(16, 16, num_warps=8),
+    },
     "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
     "pointwise_gradients": {16: Launch(64, 16), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
     "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
@@ -49,6 +69,31 @@ MULTI_SCALE: dict[str, dict[int, Launch]] = {
 #: Of the gradients of depthwise weights, by the memory order of images: tokens, and channels of a program. All taps are
 #: taken at once.
 DEPTHWISE_GRADIENTS = {"nchw": Launch(32, 1), "channels_last": Launch(4, 8)}
+
+#: By kernel of biased_attention.
+BIASED_ATTENTION = {
+    "attend": AttentionLaunch(32, 32, keys=32),
+    "softmax_gradients": AttentionLaunch(32, 32, keys=32),
+    "pairs": AttentionLaunch(32, 32, keys=64),
+    "multiply": AttentionLaunch(32, 32, keys=32),
+}
+
+
+@dataclass(frozen=True)
+class TalkingLaunch:
+    """A program takes ``keys`` at a time, of all heads."""
+
+    keys: int
+    num_warps: int = 4
+
+
+#: Of talking heads, by the most heads.
+TALKING_HEADS = {
+    8: TalkingLaunch(64),
+    16: TalkingLaunch(64),
+    32: TalkingLaunch(32),
+    128: TalkingLaunch(16, num_warps=16),
+}
 
 #: Programs that the sums over tokens are split into, over all groups, at least: a few for every multiprocessor of the
 #: largest cards. Parts of fewer tokens than this are not worth a pass over the partial sums.
@@ -71,3 +116,10 @@ def split(groups: int, tokens: int, tile: int) -> tuple[int, int]:
     parts = max(1, min(wanted, tokens // LEAST_TOKENS))
     part_tokens = max(1, -(-tokens // (parts * tile))) * tile
     return part_tokens, max(1, -(-tokens // part_tokens))
+
+
+def split_tiles(programs: int, images: int, tokens: int, tile: int) -> tuple[int, int]:
+    """The same for sums over all images, each of so many tokens: tiles of a part, number of parts."""
+    tiles = -(-tokens // tile) * images
+    part_tokens, count = split(programs, tiles * tile, tile)
+    return part_tokens // tile, count

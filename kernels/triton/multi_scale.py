@@ -15,52 +15,35 @@ import triton
 import triton.language as tl
 
 from effattn.kernels import relu_linear_attention
-from effattn.kernels.configs import DEPTHWISE_GRADIENTS, MULTI_SCALE, Launch, padded, split
+from effattn.kernels.configs import MULTI_SCALE, Launch, padded, split, split_tiles
+from effattn.kernels.depthwise import convolved, weight_gradients
 from effattn.kernels.layout import image_strides
 from effattn.kernels.numerics import TargetOptions, product, relu
-from effattn.kernels.sums import add_up, divisible, load_matrix, load_vector, matrix_pointers, vector_pointers
+from effattn.kernels.sums import (
+    add_up,
+    add_up_partial,
+    divisible,
+    load_matrix,
+    load_vector,
+    matrix_pointers,
+    new_partial,
+    vector_pointers,
+)
 from effattn.kernels.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
 
 
 @triton.jit
-def _convolved(
-    image, taps, token, tokens, height, width, token_stride, first, channels, channel_stride,
-    KERNEL: tl.constexpr, SIGN: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Depthwise convolution of (tokens, CHANNELS) from channel ``first`` on; its transpose where SIGN is -1.
-
-    ``image`` and ``taps`` (channels, KERNEL * KERNEL) begin at the same channel. Tokens behind ``tokens`` are 0.
-    """
-    channel = first + tl.arange(0, CHANNELS)
-    there = channel < channels
-    row, col = token // width, token % width
-    at = image + token[:, None].to(tl.int64) * token_stride + channel[None, :].to(tl.int64) * channel_stride
-    total = tl.zeros((token.shape[0], CHANNELS), tl.float32)
-    for i in range(KERNEL):
-        down = SIGN * (i - KERNEL // 2)
-        row_inside = (row + down >= 0) & (row + down < height) & (token < tokens)
-        # The taps of a row at once: what they load does not wait for each other.
-        for j in tl.static_range(KERNEL):
-            right = SIGN * (j - KERNEL // 2)
-            inside = row_inside & (col + right >= 0) & (col + right < width)
-            shifted = at + (down * width + right).to(tl.int64) * token_stride
-            value = tl.load(shifted, mask=inside[:, None] & there[None, :], other=0.0).to(tl.float32)
-            weight = tl.load(taps + channel * (KERNEL * KERNEL) + i * KERNEL + j, mask=there, other=0.0)
-            total += value * weight[None, :]
-    return total
-
-
-@triton.jit
 def _mixed(
-    image, dw, dw_bias, token, tokens, height, width, token_stride, channel, head_dim, channel_stride,
-    KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, D: tl.constexpr,
+    image, dw, dw_bias, token, tokens, height, width, token_stride, channel, head_dim: tl.constexpr,
+    channel_stride, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """What the 1x1 convolution of the head_dim channels from ``channel`` on takes: (tokens, D)."""
-    x = _convolved(
+    x = convolved(
         image + channel.to(tl.int64) * channel_stride, dw + channel * (KERNEL * KERNEL),
-        token, tokens, height, width, token_stride, 0, head_dim, channel_stride, KERNEL, 1, D,
+        token, tokens, height, width, token_stride, 0, head_dim, channel_stride,
+        KERNEL, KERNEL, 1, D, head_dim == D,
     )  # fmt: skip
     if DW_BIAS:
         x += tl.load(dw_bias + channel + tl.arange(0, D), mask=tl.arange(0, D) < head_dim, other=0.0)[None, :]
@@ -70,7 +53,7 @@ def _mixed(
 @triton.jit
 def _aggregated(
     image, dw, pw, dw_bias, pw_bias, token, tokens, height, width, token_stride,
-    channel, first, head_dim, channel_stride,
+    channel, first, head_dim: tl.constexpr, channel_stride,
     KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
     D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +73,7 @@ def _aggregated(
 @triton.jit
 def _of_head(
     is_identity, image, dw, pw, dw_bias, pw_bias, token, tokens, height, width, token_stride,
-    channel, first, head_dim, channel_stride,
+    channel, first, head_dim: tl.constexpr, channel_stride,
     KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
     D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +92,7 @@ def _of_head(
 @triton.jit
 def _aggregate(
     image, dw, pw, dw_bias, pw_bias, out,
-    head_dim, groups, height, width,
+    head_dim: tl.constexpr, groups, height, width,
     x_batch, x_channel, x_token, o_batch, o_channel, o_token,
     KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
     D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,7 +113,7 @@ def _aggregate(
 @triton.jit
 def _sum_tokens(
     image, dw, pw, dw_bias, pw_bias, sums,
-    head_dim, heads, first_head, all_heads, height, width, count, part_tokens,
+    head_dim: tl.constexpr, heads, first_head, all_heads, height, width, count, part_tokens,
     x_batch, x_channel, x_token,
     IDENTITY: tl.constexpr, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
     D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
@@ -147,7 +130,7 @@ def _sum_tokens(
     begin = image + batch.to(tl.int64) * x_batch
     end = tl.minimum((part + 1) * part_tokens, tokens)
     matrix = tl.zeros((CHUNK, CHUNK), tl.float32)
-    keys = tl.zeros((TOKENS, CHUNK), tl.float32)
+    keys = tl.zeros((CHUNK,), tl.float32)
     for first in range(part * part_tokens, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         key = _of_head(
@@ -155,7 +138,7 @@ def _sum_tokens(
             channel + head_dim, col, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
         )  # fmt: skip
         key = relu(key)
-        keys += key
+        keys += tl.sum(key, 0)
         value = _of_head(
             is_identity, begin, dw, pw, dw_bias, pw_bias, token, end, height, width, x_token,
             channel + 2 * head_dim, row, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
@@ -166,13 +149,13 @@ def _sum_tokens(
     tl.store(at, matrix, mask=inside)
     at, inside = vector_pointers(sums, group, col, head_dim, head_dim, CHUNK)
     first_only = tl.arange(0, CHUNK) < tl.where(row == 0, CHUNK, 0)
-    tl.store(at, tl.sum(keys, 0), mask=inside & first_only)
+    tl.store(at, keys, mask=inside & first_only)
 
 
 @triton.jit
 def _attend(
     image, dw, pw, dw_bias, pw_bias, sums, out,
-    head_dim, heads, first_head, all_heads, height, width, eps,
+    head_dim: tl.constexpr, heads, first_head, all_heads, height, width, eps,
     x_batch, x_channel, x_token, o_batch, o_channel, o_token,
     IDENTITY: tl.constexpr, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
     D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,7 +188,7 @@ def _attend(
 @triton.jit
 def _through_pointwise(
     grad_out, pw, grad_mixed,
-    head_dim, groups, tokens,
+    head_dim: tl.constexpr, groups, tokens,
     g_batch, g_channel, g_token, m_batch, m_channel, m_token,
     CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +211,7 @@ def _through_pointwise(
 @triton.jit
 def _pointwise_gradients(
     grad_out, image, dw, dw_bias, grad_pw, grad_bias,
-    head_dim, groups, batches, height, width, count, part_tiles,
+    head_dim: tl.constexpr, groups, batches, height, width, part_tiles,
     g_batch, g_channel, g_token, x_batch, x_channel, x_token,
     KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
     D: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
@@ -261,49 +244,11 @@ def _pointwise_gradients(
 
 
 @triton.jit
-def _depthwise_gradients(
-    grad_mixed, image, grad_dw, grad_bias,
-    channels, batches, height, width, count, part_tiles,
-    m_batch, m_channel, m_token, x_batch, x_channel, x_token,
-    KERNEL: tl.constexpr, TAPS: tl.constexpr, DW_BIAS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Of a scale's taps and biases, over a part of all tiles: program (chunk of channels, part)."""
-    tokens = height * width
-    chunk, part = tile_and_group(tl.cdiv(channels, CHUNK))
-    channel = chunk * CHUNK + tl.arange(0, CHUNK)
-    there = channel < channels
-    tap = tl.arange(0, TAPS)
-    down, right = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
-    tiles = tl.cdiv(tokens, TOKENS)
-    total = tl.zeros((TAPS, TOKENS, CHUNK), tl.float32)
-    bias = tl.zeros((TOKENS, CHUNK), tl.float32)
-    for tile in range(part * part_tiles, tl.minimum((part + 1) * part_tiles, batches * tiles)):
-        batch, token = (tile // tiles).to(tl.int64), tile % tiles * TOKENS + tl.arange(0, TOKENS)
-        grad = load_tile(
-            grad_mixed + batch * m_batch, token, tokens, m_token, chunk * CHUNK, CHUNK, channels, m_channel
-        )
-        row, col = token[None, :] // width + down[:, None], token[None, :] % width + right[:, None]
-        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width) & (tap[:, None] < KERNEL * KERNEL)
-        inside &= token[None, :] < tokens
-        shifted = (row * width + col).to(tl.int64) * x_token
-        at = image + batch * x_batch + shifted[:, :, None] + channel[None, None, :].to(tl.int64) * x_channel
-        x = tl.load(at, mask=inside[:, :, None] & there[None, None, :], other=0.0).to(tl.float32)
-        total += x * grad[None, :, :]
-        if DW_BIAS:
-            bias += grad
-    begin = grad_dw + part.to(tl.int64) * channels * (KERNEL * KERNEL)
-    at = begin + channel[None, :] * (KERNEL * KERNEL) + tap[:, None]
-    tl.store(at, tl.sum(total, 1), mask=(tap[:, None] < KERNEL * KERNEL) & there[None, :])
-    if DW_BIAS:
-        tl.store(grad_bias + part.to(tl.int64) * channels + channel, tl.sum(bias, 0), mask=there)
-
-
-@triton.jit
 def _input_gradients(
     grad_mixed, dw, before, out,
     channels, height, width,
     m_batch, m_channel, m_token, b_batch, b_channel, b_token, o_batch, o_channel, o_token,
-    KERNEL: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    KERNEL: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``before`` and the gradients that come through a depthwise convolution: program (chunk, tile, image)."""
     tokens, chunks = height * width, tl.cdiv(channels, CHUNK)
@@ -311,9 +256,9 @@ def _input_gradients(
     token, batch = piece // chunks * TOKENS + tl.arange(0, TOKENS), group.to(tl.int64)
     first = piece % chunks * CHUNK
     x = load_tile(before + batch * b_batch, token, tokens, b_token, first, CHUNK, channels, b_channel).to(tl.float32)
-    x += _convolved(
+    x += convolved(
         grad_mixed + batch * m_batch, dw, token, tokens, height, width, m_token, first, channels, m_channel,
-        KERNEL, -1, CHUNK,
+        KERNEL, KERNEL, -1, CHUNK, WHOLE,
     )  # fmt: skip
     store_tile(x, out + batch * o_batch, token, tokens, o_token, first, CHUNK, channels, o_channel)
 
@@ -348,12 +293,6 @@ class _Call:
         whole = {"D": padded(self.head_dim)} if whole_heads else {}
         shared = {"PRECISION": self.target.precision, **self.target.launch}
         return {**whole, **shared, **launch.options(CHUNK=self.head_dim)}
-
-    def parts_of_tiles(self, programs: int, tokens: int) -> tuple[int, int]:
-        """How the tiles of ``tokens`` of all images are split for sums over them: tiles of a part, number of parts."""
-        tiles = triton.cdiv(self.tokens, tokens) * self.batch
-        part_tokens, count = split(programs, tiles * tokens, tokens)
-        return part_tokens // tokens, count
 
 
 _ALL = ("KERNEL", "DW_BIAS", "PW_BIAS")
@@ -468,7 +407,8 @@ def aggregate_backward(
         _input_gradients[(programs * call.batch,)](
             grad_mixed, scale.dw, before, into, call.channels, call.height, call.width,
             *image_strides(grad_mixed), *image_strides(before), *image_strides(into),
-            **scale.options("KERNEL"), **launch.options(CHUNK=call.channels), **target.launch,
+            WHOLE=call.channels % launch.channels == 0, **scale.options("KERNEL"),
+            **launch.options(CHUNK=call.channels), **target.launch,
         )  # fmt: skip
         before = into
 
@@ -494,39 +434,18 @@ def _scale_backward(
     launch = call.launch("pointwise_gradients")
     options = call.options(launch)
     chunks = triton.cdiv(call.head_dim, options["CHUNK"])
-    part_tiles, count = call.parts_of_tiles(chunks * call.groups, launch.tokens)
-    partial = _partial(grad_pw, count), _partial(grad_pw_bias, count)
+    part_tiles, count = split_tiles(chunks * call.groups, call.batch, call.tokens, launch.tokens)
+    partial, partial_bias = (new_partial(g, count) for g in (grad_pw, grad_pw_bias))
     _pointwise_gradients[(chunks * call.groups * count,)](
-        grad, image, scale.dw, scale.dw_bias, partial[0], image if partial[1] is None else partial[1],
-        call.head_dim, call.groups, call.batch, call.height, call.width, count, part_tiles,
+        grad, image, scale.dw, scale.dw_bias, partial, image if partial_bias is None else partial_bias,
+        call.head_dim, call.groups, call.batch, call.height, call.width, part_tiles,
         *image_strides(grad), *image_strides(image), **scale.options(*_ALL), **options,
     )  # fmt: skip
-    _finish(partial[0], grad_pw)
-    _finish(partial[1], grad_pw_bias)
+    add_up_partial(partial, grad_pw)
+    add_up_partial(partial_bias, grad_pw_bias)
 
-    is_channels_last = image_strides(image)[1] == 1 and call.channels > 1
-    launch = DEPTHWISE_GRADIENTS["channels_last" if is_channels_last else "nchw"]
-    chunks = triton.cdiv(call.channels, launch.channels)
-    part_tiles, count = call.parts_of_tiles(chunks, launch.tokens)
-    partial = _partial(grad_dw, count), _partial(grad_dw_bias, count)
-    _depthwise_gradients[(chunks * count,)](
-        grad_mixed, image, partial[0], image if partial[1] is None else partial[1],
-        call.channels, call.batch, call.height, call.width, count, part_tiles,
-        *image_strides(grad_mixed), *image_strides(image), **scale.options("KERNEL", "DW_BIAS"),
-        TAPS=triton.next_power_of_2(scale.kernel**2), **launch.options(CHUNK=call.channels), **call.target.launch,
-    )  # fmt: skip
-    _finish(partial[0], grad_dw)
-    _finish(partial[1], grad_dw_bias)
-
-
-def _partial(grad: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    """Where ``count`` parts of a gradient are written: itself if it is one."""
-    return grad if grad is None or count == 1 else grad.new_empty(1, count, *grad.shape)
-
-
-def _finish(partial: torch.Tensor | None, grad: torch.Tensor | None) -> None:
-    if partial is not None and grad is not None and partial is not grad:
-        add_up(partial, grad)
+    sizes, strides = tuple(image.shape), (image_strides(grad_mixed), image_strides(image))
+    weight_gradients(grad_mixed, image, sizes, strides, grad_dw, grad_dw_bias, call.target)
 
 
 def attend_backward(

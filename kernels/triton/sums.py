@@ -48,6 +48,17 @@ def add_up(rows: torch.Tensor, sums: torch.Tensor) -> None:
         add_up(into, sums)
 
 
+def new_partial(grad: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """Where ``count`` parts of a sum are written: itself if it is one."""
+    return grad if grad is None or count == 1 else grad.new_empty(1, count, *grad.shape)
+
+
+def add_up_partial(partial: torch.Tensor | None, grad: torch.Tensor | None) -> None:
+    """Of what :func:`new_partial` made."""
+    if partial is not None and grad is not None and partial is not grad:
+        add_up(partial, grad)
+
+
 @triton.jit
 def matrix_pointers(sums, group, value, first, head_dim, value_dim, D: tl.constexpr, DV: tl.constexpr):
     """Pointers to (DV, D) of sum v k^T from row ``value`` and column ``first`` on, and which of them there are."""

@@ -110,7 +110,7 @@ def test_results_lie_as_the_other_backends_lay_them(device, function, memory_for
 
 def test_heads_out_of_range_are_named(device):
     case = MultiScaleCase(1, 1, 129, 2, 2)
-    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels, not 129"):
+    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels .*, not 129"):
         case.call(multi_scale_aggregation, dict(zip(case.inputs(), arguments(device, case), strict=True)))
 
 
@@ -163,14 +163,13 @@ def test_module_of_a_model(device):
 
     torch.manual_seed(0)
     module = LiteMLA(16, 16, dim=8, scales=(3,)).to(device)
-    x = torch.randn(2, 16, 6, 7, device=device)
+    x, grad_out = torch.randn(2, 2, 16, 6, 7, device=device)
     for training in (True, False):
         module.train(training)
         got, expected = [], []
         for backend, results in (("triton", got), ("reference", expected)):
             with use_backend(backend):
                 out = module(x)
-                results += [out, *torch.autograd.grad(out.square().sum(), [*module.parameters()], allow_unused=True)]
+                results += [out, *torch.autograd.grad(out, [*module.parameters()], grad_out)]
         for a, b in zip(got, expected, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or error(a.cpu(), b.cpu().double()) <= 1e-4 * b.norm().item() + 1e-6
+            assert error(a, b.double()) <= 1e-5 * b.norm().item()

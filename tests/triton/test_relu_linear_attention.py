@@ -185,7 +185,7 @@ def test_nothing(device, sizes):
 
 
 def test_sizes_out_of_range_are_named(device):
-    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels, not 129"):
+    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels .*, not 129"):
         relu_linear_attention(*problem(device, (2,), 5, 5, 129, 3)[:3])
 
 

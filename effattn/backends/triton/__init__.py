@@ -14,7 +14,7 @@ import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
-from effattn.backends.triton import multi_scale, relu_linear_attention
+from effattn.backends.triton import biased_attention, multi_scale, relu_linear_attention
 from effattn.backends.triton._launch import is_interpreted
 from effattn.kernels.configs import MOST_CHANNELS
 
@@ -50,7 +50,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
     for count in channels:
         if count > MOST_CHANNELS:
-            reasons.append(f"takes heads of up to {MOST_CHANNELS} channels, not {count}")
+            reasons.append(f"takes heads of up to {MOST_CHANNELS} channels and as many that talk, not {count}")
     return reasons
 
 
@@ -74,6 +74,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
         multi_scale.attention_forward,
         multi_scale.attention_backward,
     ),
+    "biased_attention": (biased_attention.forward, biased_attention.forward, biased_attention.backward),
 }
 _FUNCTIONS: dict[str, Fused | Callable[..., torch.Tensor]] = {}
 BACKEND = Backend("triton", _unavailable, _reasons, _FUNCTIONS)

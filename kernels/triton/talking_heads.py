@@ -1,0 +1,182 @@
+"""Biased attention with talking heads: two mixtures over the heads, before and after the softmax.
+
+Logits, and what the softmax makes of them, are written in float32: each mixture needs those of all heads, and the
+second one, the sums over all keys. In between a program holds all heads of some keys of a query.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from effattn.kernels.biased_attention import Call
+from effattn.kernels.configs import PROGRAMS, TALKING_HEADS
+from effattn.kernels.numerics import TargetOptions
+from effattn.kernels.softmax import finite_or_zero
+from effattn.kernels.sums import add_up
+
+Mixtures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@triton.jit
+def _mixed(matrix, row_stride, col_stride, rows_at, head_stride, key, keys, heads, HEADS: tl.constexpr):
+    """sum over h of matrix[g, h] rows[h]: (HEADS, keys); of the transposed matrix where its strides are swapped."""
+    head = tl.arange(0, HEADS)
+    total = tl.zeros((HEADS, key.shape[0]), tl.float32)
+    for h in range(heads):
+        row = tl.load(rows_at + h * head_stride + key, mask=key < keys, other=0.0)
+        factor = tl.load(matrix + head * row_stride + h * col_stride, mask=head < heads, other=0.0)
+        total += factor[:, None] * row[None, :]
+    return total
+
+
+@triton.jit
+def _mixed_logits(logits, before, before_bias, head_stride, key, keys, heads, HEADS: tl.constexpr):
+    head = tl.arange(0, HEADS)
+    bias = tl.load(before_bias + head, mask=head < heads, other=0.0)
+    mixed = _mixed(before, heads, 1, logits, head_stride, key, keys, heads, HEADS) + bias[:, None]
+    return tl.where(key[None, :] < keys, mixed, -float("inf"))
+
+
+@triton.jit
+def _talk(
+    logits, before, before_bias, after, after_bias, weights,
+    heads, tokens, keys,
+    HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """From a query's logits its weights, of all heads: program (query, image)."""
+    program = tl.program_id(0)
+    batch, token, head_stride = program // tokens, program % tokens, tl.cast(tokens, tl.int64) * keys
+    begin = (batch.to(tl.int64) * heads * tokens + token) * keys
+    largest = tl.full((HEADS,), -float("inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    for first in range(0, keys, KEYS):
+        key = first + tl.arange(0, KEYS)
+        mixed = _mixed_logits(logits + begin, before, before_bias, head_stride, key, keys, heads, HEADS)
+        previous, largest = largest, tl.maximum(largest, tl.max(mixed, 1))
+        base = finite_or_zero(largest)
+        total = total * tl.exp(previous - base) + tl.sum(tl.exp(mixed - base[:, None]), 1)
+    base, head = finite_or_zero(largest), tl.arange(0, HEADS)
+    for first in range(0, keys, KEYS):
+        key = first + tl.arange(0, KEYS)
+        mixed = _mixed_logits(logits + begin, before, before_bias, head_stride, key, keys, heads, HEADS)
+        softmax = tl.exp(mixed - base[:, None]) / total[:, None]
+        for g in range(heads):
+            factor = tl.load(after + g * heads + head, mask=head < heads, other=0.0)
+            weight = tl.sum(factor[:, None] * softmax, 0) + tl.load(after_bias + g)
+            tl.store(weights + begin + g * head_stride + key, weight, mask=key < keys)
+
+
+@triton.jit
+def _talk_backward(
+    logits, grad_weights, before, before_bias, after, after_bias, weights, grad_logits,
+    grad_before, grad_before_bias, grad_after, grad_after_bias,
+    heads, tokens, keys, queries, part_queries,
+    HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The weights again, gradients of the logits, and sums for those of the mixtures: program (part of all queries)."""
+    part = tl.program_id(0)
+    head, head_stride = tl.arange(0, HEADS), tl.cast(tokens, tl.int64) * keys
+    sum_before = tl.zeros((HEADS, HEADS), tl.float32)
+    sum_before_bias = tl.zeros((HEADS,), tl.float32)
+    sum_after = tl.zeros((HEADS, HEADS), tl.float32)
+    sum_after_bias = tl.zeros((HEADS,), tl.float32)
+    for query in range(part * part_queries, tl.minimum((part + 1) * part_queries, queries)):
+        begin = ((query // tokens).to(tl.int64) * heads * tokens + query % tokens) * keys
+        largest = tl.full((HEADS,), -float("inf"), tl.float32)
+        total = tl.zeros((HEADS,), tl.float32)
+        along = tl.zeros((HEADS,), tl.float32)  # sum of the softmax times its gradients
+        for first in range(0, keys, KEYS):
+            key = first + tl.arange(0, KEYS)
+            mixed = _mixed_logits(logits + begin, before, before_bias, head_stride, key, keys, heads, HEADS)
+            grad = _mixed(after, 1, heads, grad_weights + begin, head_stride, key, keys, heads, HEADS)
+            previous, largest = largest, tl.maximum(largest, tl.max(mixed, 1))
+            base = finite_or_zero(largest)
+            exponentials, kept = tl.exp(mixed - base[:, None]), tl.exp(previous - base)
+            total = total * kept + tl.sum(exponentials, 1)
+            along = along * kept + tl.sum(exponentials * grad, 1)
+        base, along = finite_or_zero(largest), along / total
+        for first in range(0, keys, KEYS):
+            key = first + tl.arange(0, KEYS)
+            mixed = _mixed_logits(logits + begin, before, before_bias, head_stride, key, keys, heads, HEADS)
+            grad = _mixed(after, 1, heads, grad_weights + begin, head_stride, key, keys, heads, HEADS)
+            softmax = tl.exp(mixed - base[:, None]) / total[:, None]
+            grad_mixed = softmax * (grad - along[:, None])
+            sum_before_bias += tl.sum(grad_mixed, 1)
+            for i in range(heads):
+                at = begin + i * head_stride + key
+                logit = tl.load(logits + at, mask=key < keys, other=0.0)
+                grad_weight = tl.load(grad_weights + at, mask=key < keys, other=0.0)
+                is_i = head == i
+                column = tl.sum(grad_mixed * logit[None, :], 1)
+                sum_before += tl.where(is_i[None, :], column[:, None], 0.0)
+                row = tl.sum(softmax * grad_weight[None, :], 1)
+                sum_after += tl.where(is_i[:, None], row[None, :], 0.0)
+                sum_after_bias += tl.where(is_i, tl.sum(grad_weight, 0), 0.0)
+                factor = tl.load(after + i * heads + head, mask=head < heads, other=0.0)
+                weight = tl.sum(factor[:, None] * softmax, 0) + tl.load(after_bias + i)
+                tl.store(weights + at, weight, mask=key < keys)
+                factor = tl.load(before + head * heads + i, mask=head < heads, other=0.0)
+                tl.store(grad_logits + at, tl.sum(factor[:, None] * grad_mixed, 0), mask=key < keys)
+    at = part.to(tl.int64) * heads * heads + head[:, None] * heads + head[None, :]
+    inside = (head[:, None] < heads) & (head[None, :] < heads)
+    tl.store(grad_before + at, sum_before, mask=inside)
+    tl.store(grad_after + at, sum_after, mask=inside)
+    at = part.to(tl.int64) * heads + head
+    tl.store(grad_before_bias + at, sum_before_bias, mask=head < heads)
+    tl.store(grad_after_bias + at, sum_after_bias, mask=head < heads)
+
+
+def _options(heads: int) -> dict[str, int]:
+    launch = next(launch for most, launch in TALKING_HEADS.items() if heads <= most)
+    return {"HEADS": triton.next_power_of_2(heads), "KEYS": launch.keys, "num_warps": launch.num_warps}
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    mixtures: Mixtures,
+    out: torch.Tensor,
+    scale: float,
+    target: TargetOptions,
+) -> None:
+    """Fills ``out``; ``mixtures`` are weights (heads, heads) and biases (heads,), twice, contiguous in float32."""
+    call = Call(q, k, v, target)
+    logits = call.pairs(q, k, bias, scale)
+    weights = torch.empty_like(logits)
+    _talk[(call.batch * call.tokens,)](
+        logits, *mixtures, weights, call.heads, call.tokens, call.keys, **_options(call.heads), **target.launch
+    )
+    call.multiply(weights, v, out)
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    mixtures: Mixtures,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_mixtures: Mixtures,
+    scale: float,
+    target: TargetOptions,
+) -> None:
+    """Fills the gradients of q, k, v, the bias and the mixtures."""
+    call = Call(q, k, v, target)
+    logits, grad_weights = call.pairs(q, k, bias, scale), call.pairs(grad_out, v, None, 1.0)
+    weights, grad_logits = torch.empty_like(logits), torch.empty_like(logits)
+    queries = call.batch * call.tokens
+    part_queries = triton.cdiv(queries, PROGRAMS)
+    count = triton.cdiv(queries, part_queries)
+    partial = [grad.new_empty(1, count, *grad.shape) for grad in grad_mixtures]
+    _talk_backward[(count,)](
+        logits, grad_weights, *mixtures, weights, grad_logits, *partial,
+        call.heads, call.tokens, call.keys, queries, part_queries, **_options(call.heads), **target.launch,
+    )  # fmt: skip
+    for parts, grad in zip(partial, grad_mixtures, strict=True):
+        add_up(parts, grad)
+    call.multiply_gradients(weights, grad_logits, (q, k, grad_out), grads, scale)
