@@ -48,8 +48,9 @@ _forced: str | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
-# What choose() found, for eager calls, under what was asked for then.
+# What choose() and choose_fused() found, for eager calls, under what was asked for then.
 _chosen: dict[tuple[str | None, str, torch.device, torch.dtype, tuple[int, ...]], Backend] = {}
+_fused: dict[tuple[str | None, str, torch.device, torch.dtype], bool] = {}
 
 
 @contextmanager
@@ -85,7 +86,11 @@ def find(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int,
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    return _find(_forced, op, device, dtype, channels)
+    backend, refusals = _search(_forced, op, device, dtype, channels)
+    if backend is None:
+        message = f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n"
+        raise RuntimeError(message + "\n".join(refusals))
+    return backend
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...] = ()) -> Backend:
@@ -96,16 +101,34 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[in
     key = (_forced, op, device, dtype, channels)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = _find(*key)
+        backend = _chosen[key] = find(op, device, dtype, channels)
     return backend
 
 
-def _find(forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> Backend:
+def find_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend with kernels serves ``op``; for operators of whole modules, made of others where none does."""
+    backend, _ = _search(_forced, op, device, dtype, ())
+    return backend is not None and backend is not ORDER[-1]
+
+
+def choose_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """:func:`find_fused` that remembers, like :func:`choose`."""
+    key = (_forced, op, device, dtype)
+    is_fused = _fused.get(key)
+    if is_fused is None:
+        is_fused = _fused[key] = find_fused(op, device, dtype)
+    return is_fused
+
+
+def _search(
+    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]
+) -> tuple[Backend | None, list[str]]:
+    """The backend, if any, and what those in front of it said."""
     candidates = ORDER if forced is None else (_named(forced, "use_backend"),)
-    refusals = []
+    refusals: list[str] = []
     for backend in candidates:
         reasons = _reasons(backend, op, device, dtype, channels)
         if not reasons:
-            return backend
+            return backend, refusals
         refusals.append(f"  {backend.name}: {'; '.join(reasons)}")
-    raise RuntimeError(f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n" + "\n".join(refusals))
+    return None, refusals

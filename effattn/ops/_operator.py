@@ -160,7 +160,8 @@ class InferenceOperator(NamedTuple):
     def serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one."""
         plain = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        return not plain and self._backend(x) is not reference.BACKEND
+        find = registry.find_fused if torch.compiler.is_compiling() else registry.choose_fused
+        return not plain and find(self.name, x.device, x.dtype)
 
     def __call__(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Calls the chosen backend."""

@@ -79,6 +79,18 @@ BIASED_ATTENTION = {
 }
 
 
+#: Of the walks of cascaded_group_attention, by the padded tokens of a window; of larger ones, the last.
+CASCADE = {
+    16: AttentionLaunch(16, 32, keys=16),
+    32: AttentionLaunch(16, 32, num_warps=8, keys=32),
+    64: AttentionLaunch(64, 16, num_warps=8, keys=16),
+}
+#: Programs of a forward walk, at most: each has memory of its own, which should stay in the card's cache.
+CASCADE_PROGRAMS = 1024
+#: Of the gradients of its 1x1 weights.
+CASCADE_WEIGHTS = Launch(64, 32)
+
+
 @dataclass(frozen=True)
 class TalkingLaunch:
     """A program takes ``keys`` at a time, of all heads."""

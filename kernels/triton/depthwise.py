@@ -34,11 +34,13 @@ def convolved(
         # The taps of a row at once: what they load does not wait for each other.
         for j in tl.static_range(MOST):
             right = SIGN * (j - kernel // 2)
-            inside = row_inside & (col + right >= 0) & (col + right < width) & (j < kernel)
+            is_tap = j < kernel
+            inside = row_inside & (col + right >= 0) & (col + right < tl.where(is_tap, width, 0))
             shifted = at + tl.cast(down * width + right, tl.int64) * token_stride
             inside = inside[:, None] if WHOLE else inside[:, None] & there[None, :]
             value = tl.load(shifted, mask=inside, other=0.0).to(tl.float32)
-            weight = tl.load(taps + channel * (kernel * kernel) + i * kernel + j, mask=there & (j < kernel), other=0.0)
+            tap = taps + channel * (kernel * kernel) + i * kernel + j
+            weight = tl.load(tap, mask=channel < tl.where(is_tap, channels, 0), other=0.0)
             total += value * weight[None, :]
     return total
 

@@ -1,4 +1,4 @@
-"""biased_attention in Triton against float64, with and without talking heads: sizes, layouts, dtypes, extreme values."""
+"""biased_attention in Triton against float64, with and without talking heads: sizes, layouts, dtypes, extremes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES = [
     BiasedCase(2, 4, 13, 49, 16, 64),  # V2's downsampling form: fewer queries than keys
     BiasedCase(3, 3, 17, 33, 5, 7, talking=True),
     BiasedCase(1, 2, 70, 100, 8, 20),
-    BiasedCase(1, 5, 34, 70, 33, 20, talking=True),  # several blocks of keys
+    BiasedCase(1, 3, 17, 70, 33, 20, talking=True),  # several blocks of keys
     BiasedCase(9, 1, 4, 5, 128, 8, talking=True),
     BiasedCase(1, 1, 1, 1, 1, 1),
 ]
@@ -49,8 +49,9 @@ def test_numbers_of_talking_heads(device, heads):
 
 
 @talking_or_not
-def test_bias_over_more_images_than_are_added_up_at_once(device, talking):
-    check_softmax(biased_attention, "triton", BiasedCase(130, 1, 3, 4, 4, 4, talking), device=device)
+def test_bias_over_more_images_than_are_added_up_at_once(device, talking, monkeypatch):
+    monkeypatch.setattr("effattn.kernels.sums.ROWS_ADDED_UP", 4)
+    check_softmax(biased_attention, "triton", BiasedCase(23, 1, 3, 4, 4, 4, talking), device=device)
 
 
 @talking_or_not
@@ -100,7 +101,7 @@ def test_not_a_number_as_the_reference_has_it(device, value, talking):
 
 @talking_or_not
 def test_same_bits_every_time(device, talking):
-    case = BiasedCase(2, 3, 40, 50, 16, 24, talking)
+    case = BiasedCase(2, 2, 20, 40, 16, 24, talking)
     first, *others = (
         with_gradients(biased_attention, "triton", case, case.inputs(), torch.float32, device) for _ in range(3)
     )
@@ -136,10 +137,10 @@ def test_results_lie_as_the_other_backends_lay_them(device):
 
 
 def test_sizes_out_of_range_are_named(device):
-    with pytest.raises(RuntimeError, match="triton: takes heads of up to 128 channels .*, not 129"):
+    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels .*, not 129"):
         biased_attention(*arguments(device, BiasedCase(1, 1, 2, 2, 129, 2))[:4])
     *rest, mixing = arguments(device, BiasedCase(1, 129, 2, 2, 1, 1, talking=True))
-    with pytest.raises(RuntimeError, match="triton: takes heads .* as many that talk, not 129"):
+    with pytest.raises(RuntimeError, match=r"triton: takes heads .* as many that talk, not 129"):
         biased_attention(*rest, talking_heads=mixing)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
-from effattn.backends.triton import biased_attention, multi_scale, relu_linear_attention
+from effattn.backends.triton import biased_attention, cascaded_group_attention, multi_scale, relu_linear_attention
 from effattn.backends.triton._launch import is_interpreted
 from effattn.kernels.configs import MOST_CHANNELS
 
@@ -73,6 +73,11 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
         multi_scale.attention,
         multi_scale.attention_forward,
         multi_scale.attention_backward,
+    ),
+    "cascaded_group_attention": (
+        cascaded_group_attention.forward,
+        cascaded_group_attention.forward,
+        cascaded_group_attention.backward,
     ),
     "biased_attention": (biased_attention.forward, biased_attention.forward, biased_attention.backward),
 }

@@ -1,0 +1,183 @@
+"""cascaded_group_attention in Triton against float64: windows, sizes, layouts, dtypes, extremes; as an operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from effattn import cascaded_group_attention, use_backend
+from effattn.kernels import configs
+from effattn.testing import CascadeCase, check_softmax, error, moved, with_gradients
+
+pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ("nchw", "channels_last", "channel slice", "crop", "transposed")
+OPS = torch.ops.effattn_triton
+
+CASES = [
+    CascadeCase(1, 64, 16, 7, 14, 7, (7, 5, 3, 3)),  # m0 stage 1, half an image
+    CascadeCase(2, 48, 16, 4, 4, None, (7, 5, 3)),  # kernels larger than the window
+    CascadeCase(1, 12, 5, 5, 5, (4, 3), (3, 9), biases=False),  # windows that do not divide the image
+    CascadeCase(3, 8, 4, 2, 2, 1, (3, 3)),  # windows of one token
+    CascadeCase(2, 7, 3, 5, 4, 7, (5,)),  # one head; a window larger than the image
+]
+
+
+def arguments(device, case, dtype=torch.float32, memory_format="nchw"):
+    inputs = case.inputs(dtype, memory_format).values()
+    return [moved(v, device) if isinstance(v, torch.Tensor) else [t.to(device) for t in v] for v in inputs]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(device, case):
+    check_softmax(cascaded_group_attention, "triton", case, device=device)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS[1:])
+def test_memory_formats_against_float64(device, memory_format):
+    check_softmax(cascaded_group_attention, "triton", CASES[2], torch.float32, memory_format, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES[1:3], ids=str)
+def test_narrow_types_against_float64(device, case, dtype):
+    check_softmax(cascaded_group_attention, "triton", case, dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        CascadeCase(1, 16, 33, 3, 3, None, (3, 1)),  # keys in several chunks
+        CascadeCase(1, 140, 4, 2, 3, None, (3, 3)),  # values in several chunks
+        CascadeCase(1, 8, 4, 9, 10, None, (3, 3)),  # queries in several tiles
+        CascadeCase(1, 27, 4, 3, 3, None, (3,) * 9),
+    ],
+    ids=str,
+)
+def test_sizes_beyond_a_tile(device, case):
+    check_softmax(cascaded_group_attention, "triton", case, device=device)
+
+
+def test_programs_that_take_several_windows(device, monkeypatch):
+    """And sums over more windows than are added up at once."""
+    monkeypatch.setattr("effattn.kernels.cascaded_group_attention.CASCADE_PROGRAMS", 3)
+    monkeypatch.setattr("effattn.kernels.sums.ROWS_ADDED_UP", 4)
+    check_softmax(cascaded_group_attention, "triton", CascadeCase(2, 8, 4, 4, 6, 2, (3, 3)), device=device)
+
+
+def test_float16_logits_of_1e4(device):
+    case = CascadeCase(1, 32, 16, 7, 7, None, (3, 5), scale=300)
+    results = check_softmax(cascaded_group_attention, "triton", case, torch.float16, device=device)
+    assert all(result.isfinite().all() for result in results.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_as_the_reference_has_it(device, value):
+    """It spreads from its head to the heads behind it, and not to another window."""
+    case = CascadeCase(1, 12, 4, 4, 6, 3, (3, 3, 3))
+    inputs = case.inputs()
+    inputs["x"][0, 5, 1, 2] = value
+    got = with_gradients(cascaded_group_attention, "triton", case, inputs, torch.float32, device)["out"]
+    expected = with_gradients(cascaded_group_attention, "reference", case, inputs, torch.float32)["out"]
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
+def test_same_bits_every_time(device):
+    first, *others = (
+        with_gradients(cascaded_group_attention, "triton", CASES[1], CASES[1].inputs(), torch.float32, device)
+        for _ in range(3)
+    )
+    for results in others:
+        assert all(torch.equal(a, b) for a, b in zip(results.values(), first.values(), strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 6), (2, 0, 6), (2, 5, 0)], ids=str)
+def test_empty(device, sizes):
+    batch, height, width = sizes
+    case = CascadeCase(batch, 8, 4, height, width, 3, (3, 3))
+    results = with_gradients(cascaded_group_attention, "triton", case, case.inputs(), torch.float32, device)
+    for name, result in results.items():
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_results_lie_as_the_other_backends_lay_them(device, memory_format):
+    case = CascadeCase(2, 8, 4, 4, 5, 3, (3, 3))
+
+    def strides(backend, device):
+        x, *weights = arguments(device, case, memory_format=memory_format)
+        leaf = x.detach().requires_grad_()
+        with use_backend(backend):
+            out = cascaded_group_attention(leaf, *weights, window_size=3)
+        return out.stride(), torch.autograd.grad(out.sum(), leaf)[0].stride()
+
+    assert strides("triton", device) == strides("cpu", "cpu")
+
+
+def test_heads_out_of_range_are_named(device):
+    for case in (CascadeCase(1, 129, 2, 2, 2, None, (3,)), CascadeCase(1, 2, 129, 2, 2, None, (3,))):
+        x, *weights = arguments(device, case)
+        with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels .*, not 129"):
+            cascaded_group_attention(x, *weights)
+
+
+def test_opcheck(device):
+    for memory_format in FORMATS[:2]:
+        call = arguments(device, CascadeCase(1, 8, 4, 4, 5, 3, (3, 3)), memory_format=memory_format)
+        torch.library.opcheck(OPS.cascaded_group_attention.default, (*call, 0.5, 3, 3))
+        leaves = [
+            t.detach().requires_grad_() if isinstance(t, torch.Tensor) else [w.detach().requires_grad_() for w in t]
+            for t in call
+        ]
+        torch.library.opcheck(OPS.cascaded_group_attention_forward.default, (*leaves, 0.5, 3, 3))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_compile_without_graph_breaks(device, grad):
+    """Sizes that change, in one graph; and its gradients."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(cascaded_group_attention, fullgraph=True, dynamic=True, backend=counter)
+    first = 0
+    for height in (5, 7):
+        x, *weights = arguments(device, CascadeCase(2, 8, 4, height, 6, 3, (3, 3)))
+        x.requires_grad_(grad)
+        outs = [f(x, *weights, window_size=3) for f in (compiled, cascaded_group_attention)]
+        assert torch.equal(*outs)
+        first = first or counter.frame_count
+        if grad:
+            a, b = (torch.autograd.grad(out.square().sum(), x)[0] for out in outs)
+            assert torch.equal(a, b)
+    assert counter.frame_count == first, "recompiled for another size"
+
+
+def test_module_of_a_model(device):
+    """In training, with BatchNorm between its parts, and in evaluation; its parameters' gradients too."""
+    from effattn.nn import LocalWindowAttention
+
+    torch.manual_seed(0)
+    module = LocalWindowAttention(
+        16, 4, num_heads=2, attn_ratio=2, resolution=6, window_resolution=3, kernels=(3, 5)
+    ).to(device)
+    x, grad_out = torch.randn(2, 2, 16, 6, 6, device=device)
+    for training in (True, False):
+        module.train(training)
+        got, expected = [], []
+        for backend, results in (("triton", got), ("reference", expected)):
+            with use_backend(backend):
+                out = module(x)
+                results += [out, *torch.autograd.grad(out, [*module.parameters()], grad_out)]
+        scale = max(b.norm().item() for b in expected[1:])
+        for a, b in zip(got, expected, strict=True):
+            assert error(a, b.double()) <= 1e-5 * b.norm().item() + 1e-6 * scale
+
+
+def test_tiles_are_chosen_by_the_window():
+    """Every table has an entry for every size that a launch may look up."""
+    assert {min(64, configs.padded(tokens)) for tokens in range(1, 300)} == set(configs.CASCADE)
+    every = {configs.padded(channels) for channels in range(1, configs.MOST_CHANNELS + 1)}
+    for table in (*configs.RELU_LINEAR_ATTENTION.values(), *configs.MULTI_SCALE.values()):
+        assert set(table) == every
+    assert max(configs.TALKING_HEADS) == configs.MOST_CHANNELS
