@@ -80,7 +80,8 @@ def run(
             rows = SUITES[name].run(settings, rates, tick)
             # When it was taken; the code is what it was at the start.
             taken = facts | {"date": environment.now(), "load_average": environment.load_average()}
-            results.add(data, name, settings, taken, rates, rows)
+            suite_of_name = SUITES[name]
+            results.add(data, name, suite_of_name.title, settings, taken, rates, rows, suite_of_name.allocator)
             results.write(path, data)  # suite by suite: an interrupted run keeps what it has
     _present(data, path)
 
@@ -96,6 +97,26 @@ def _present(data: Results, path: Path) -> None:
     typer.echo(report.table(data, markdown=False) + "\n")
     for written in (path, markdown, *plot.draw(data, path.with_suffix(""))):
         typer.echo(f"wrote {written}")
+
+
+@app.command()
+def gpu(
+    suite: Annotated[list[str] | None, typer.Option(help="Which suites; may be repeated.")] = None,
+    seconds: Annotated[float, typer.Option(help="Starts no case after this, and says which are missing.")] = 1e9,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each candidate.")] = FULL_ROUNDS,
+    only: Annotated[list[str] | None, typer.Option(help="Cases whose name contains this; may be repeated.")] = None,
+    compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: most of the time.")] = True,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """Measures on a GPU, prints the tables, and writes JSON and markdown."""
+    environment.use_private_compile_cache()
+    from benchmarks import report, results
+    from benchmarks.gpu import session
+
+    path = session.run(suite or None, seconds, rounds, tuple(only or ()), compiled, output, typer.echo)
+    data = results.read(path)
+    path.with_suffix(".md").write_text(report.table(data) + "\n")
+    typer.echo(report.table(data, markdown=False) + f"\n\nwrote {path}")
 
 
 @app.command()

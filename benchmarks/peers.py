@@ -15,7 +15,7 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], mode: str = "default") -> Callable[..., Any]:
     """torch.compile of a function for one set of shapes."""
     # Dynamo keeps what it compiled with the code object: a copy of it makes every candidate its own first
     # entry, with no guards of others to fail before and no limit on recompilations to share.
@@ -27,7 +27,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__closure__,
     )
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
 
 
 def compiled_module(module: torch.nn.Module, x: torch.Tensor) -> Any:

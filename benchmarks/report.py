@@ -177,6 +177,9 @@ def times(value: float | None) -> str:
 def _machine(facts: dict[str, object]) -> str:
     versions = facts["versions"]
     assert isinstance(versions, dict)
+    if "gpu" in facts:
+        machine = f"{facts['gpu']}, driver {facts['driver']}; torch {versions['torch']}, triton {versions['triton']}"
+        return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
     machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}; {packages}; {facts['threads']} threads"
     return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"

@@ -20,17 +20,29 @@ Results = dict[str, Any]
 def file_name(facts: dict[str, Any], settings: Settings) -> str:
     """Runs that say less than a full one of a commit carry it in their name, and so never replace one."""
     cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*", "", facts["cpu"].lower())).strip("-")
+    machine = f"{cpu}-{facts['cores']}c"
+    if "gpu" in facts:
+        machine = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     torch_version = facts["versions"]["torch"].split("+")[0]
     commit = (facts["commit"] or "unknown")[:7]
     marks = [("dirty", facts["dirty"]), ("short", settings.short), ("partial", bool(settings.only))]
     suffix = "".join(f"-{mark}" for mark, on in marks if on)
-    return f"{cpu}-{facts['cores']}c-torch{torch_version}-{commit}{suffix}.json"
+    return f"{machine}-torch{torch_version}-{commit}{suffix}.json"
 
 
-def add(results: Results, suite: str, settings: Settings, facts: dict[str, Any], rates: Rates, rows: list[Row]) -> None:
-    allocator = SUITES[suite].allocator
+def add(
+    results: Results,
+    suite: str,
+    title: str,
+    settings: Settings,
+    facts: dict[str, Any],
+    rates: Rates,
+    rows: list[Row],
+    allocator: dict[str, str] | None = None,
+) -> None:
+    """Puts a suite's part in place; ``allocator`` names its settings where they are not this process's."""
     results["suites"][suite] = {
-        "title": SUITES[suite].title,
+        "title": title,
         "settings": {"rounds": settings.rounds, "short": settings.short, "only": list(settings.only)},
         "environment": facts if allocator is None else {**facts, "allocator": allocator},
         "rates": rates.as_json(),
@@ -52,8 +64,8 @@ def read_or_new(path: Path) -> Results:
 
 def write(path: Path, results: Results) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    in_order: Iterable[str] = [name for name in SUITES if name in results["suites"]]
-    results["suites"] = {name: results["suites"][name] for name in in_order}
+    first: Iterable[str] = [name for name in SUITES if name in results["suites"]]
+    results["suites"] = {name: results["suites"][name] for name in dict.fromkeys([*first, *results["suites"]])}
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
+import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, report, results
+from benchmarks.gpu import cases, session
+from benchmarks.gpu.cases import NARROW
+from benchmarks.gpu.clock import WallClock
+from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
 
 
 def test_compiled_modules_are_frozen():
@@ -22,3 +30,68 @@ def test_compiled_modules_train():
     module = peers.compiled_module(linear, x)
     module(x).sum().backward()
     assert linear.weight.grad is not None
+
+
+def test_a_rehearsal_of_the_benchmark_of_a_gpu(tmp_path, monkeypatch):
+    """Every kind of case, tiny, on the CPU: who computes something else, or breaks, has no time."""
+    tiny = {
+        "gpu-attention": lambda training: [cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training)],
+        "gpu-multi-scale": lambda training: [cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), training)],
+        "gpu-cascade": lambda training: [cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), training)],
+        "gpu-biased": lambda training: [
+            cases._biased(f"tiny, {talking}", BiasedCase(1, 2, 5, 6, 4, 8, talking), training)
+            for talking in (False, True)
+        ],
+    }
+    suites = {name: (name, partial(make, False)) for name, make in tiny.items()}
+    suites |= {f"{name}-training": (name, partial(make, True)) for name, make in tiny.items()}
+    monkeypatch.setattr(session, "SUITES", suites)
+    said: list[str] = []
+    path = session.run(None, 1e9, 2, (), False, tmp_path, said.append, WallClock())
+    data = results.read(path)
+    assert set(data["suites"]) == set(suites) and len(said) == 10
+    rows = [row for name in suites for row in results.rows(data, name)]
+    assert {row.role for row in rows} == {"ours", "peer", "check", "context"}
+    assert {row.variant for row in rows} == {"graph", "calls"}
+    for row in rows:
+        assert row.reason is None and row.milliseconds > 0, (row.suite, row.candidate, row.reason)
+    assert "rehearsal, driver none" in report.table(data)
+
+
+def test_a_wrong_result_gets_no_time_on_a_gpu_either(tmp_path, monkeypatch):
+    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
+    wrong = dataclasses.replace(case, ours=lambda *arguments: 2 * case.ours(*arguments))
+    monkeypatch.setattr(session, "SUITES", {"wrong": ("wrong", lambda: [wrong])})
+    path = session.run(None, 1e9, 1, (), False, tmp_path, str, WallClock())
+    ours = [row for row in results.rows(results.read(path), "wrong") if row.role == "ours"]
+    assert len(ours) == 2 and all(row.milliseconds is None and "wrong" in row.reason for row in ours)
+
+
+def test_cases_that_there_is_no_time_for_are_named(tmp_path, monkeypatch):
+    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
+    monkeypatch.setattr(session, "SUITES", {"a": ("A", lambda: [case]), "b": ("B", lambda: [case])})
+    moments = iter([0.0, 1.0, 1.0, *[100.0] * 20])
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(moments))
+    said: list[str] = []
+    path = session.run(None, 50.0, 1, (), False, tmp_path, said.append, WallClock())
+    assert set(results.read(path)["suites"]) == {"a"}
+    assert said[-1] == "no time was left for b: tiny"
+
+
+def test_the_cases_of_a_gpu_can_be_made():
+    """As far as a machine without one goes: their names, sizes and floors; not their tensors."""
+    for name, (_, make) in cases.SUITES.items():
+        if name == "gpu-models":
+            continue
+        made = make()
+        assert len({(case.name, case.dtype) for case in made}) == len(made) > 0
+        assert all(case.suite == name and case.work.bytes > 0 and case.work.flops > 0 for case in made)
+
+
+def test_no_gpu_no_numbers(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="torch sees no GPU"):
+        session.run(None, 1.0, 1, (), False, tmp_path, str)
+    with pytest.raises(ValueError, match=r"suite: expected some of gpu-attention, .*, got nothing"):
+        session.run(["nothing"], 1.0, 1, (), False, tmp_path, str)

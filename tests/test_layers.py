@@ -103,13 +103,13 @@ def test_registry_names_what_triton_lacks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        registry.find("biased_attention", torch.device("cpu"), torch.float64, (3, 200))
+        registry.find("projected_attention", torch.device("cpu"), torch.float64, (3, 200))
     for reason in (
         "the package triton is not installed",
-        "has no biased_attention",
+        "has no projected_attention",
         "takes CUDA tensors, not cpu",
         "takes float32, bfloat16 and float16, not float64",
-        "takes heads of up to 128 channels, not 200",
+        "takes heads of up to 128 channels and as many that talk, not 200",
     ):
         assert reason in str(error.value)
 
