@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: help demo train test bench lint format test-python test-triton test-sanitizers test-aarch64 test-install clean
+.PHONY: help demo train test bench lint format test-python test-triton test-sanitizers test-aarch64 test-install gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -54,6 +54,9 @@ test-aarch64: $(VENV)/.build $(VENV)/.test ## the numeric tests, cross-compiled 
 
 test-install: $(VENV)/.build $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
 	$(BIN)/python tests/install.py
+
+gpu: ## on a machine with a GPU, whose python3 has torch and triton: build, tests, compute-sanitizer, benchmark
+	$(PYTHON) tests/gpu.py
 
 clean: ## removes what was built, not the virtual environment
 	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build

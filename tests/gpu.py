@@ -1,0 +1,103 @@
+"""Builds, tests, looks for faults of memory and measures on a machine with a GPU, in one go and within a time.
+
+    python tests/gpu.py [--seconds 520] [--output build/gpu]
+
+Needs no network: what effattn is built and tested with must be installed. Every step runs, whatever became of those
+before it; logs, JSON and tables land in the output's folder ($OUT, where there is one), and a summary comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+#: A walk of each operator's kernels, forward and backward, small enough for instrumented code.
+SMALL = "(against_float64 and (7 or 13 or 17)) or several_windows"
+
+
+@dataclass(frozen=True)
+class Step:
+    """``most`` seconds are spent on it, or what is left; ``tool`` is what it needs beside Python."""
+
+    name: str
+    command: list[str]
+    most: float
+    tool: str | None = None
+
+
+def steps(output: Path, left: float) -> list[Step]:
+    kernels = ["tests/triton", "--ignore", "tests/triton/test_compiled.py"]
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    return [
+        Step("card", ["nvidia-smi"], 20, "nvidia-smi"),
+        Step("build", [*pip, "install", "--no-build-isolation", "--no-deps", "-e", "."], 200),
+        Step("info", [sys.executable, "-m", "effattn", "info"], 60),
+        Step("tests", [*PYTEST, *kernels, *parallel], 200),
+        Step("memcheck", [*sanitizer, "memcheck", *PYTEST, *kernels, "-k", SMALL], 60, sanitizer[0]),
+        Step("racecheck", [*sanitizer, "racecheck", *PYTEST, *kernels, "-k", "several_windows"], 40, sanitizer[0]),
+        Step(
+            "benchmark",
+            [sys.executable, "-m", "benchmarks", "gpu", "--seconds", "{left}", "--output", str(output)],
+            left,
+        ),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=520, help="of all steps together")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ROOT / "build" / "gpu")))
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    begin, summary, failed = time.monotonic(), [], False
+    for step in steps(output, arguments.seconds):
+        left = arguments.seconds - (time.monotonic() - begin)
+        if step.tool is not None and shutil.which(step.tool) is None:
+            summary.append(f"{step.name:10} not run: there is no {step.tool} here")
+            continue
+        limit = min(step.most, left)
+        if limit < 5:
+            summary.append(f"{step.name:10} not run: no time was left")
+            failed = True
+            continue
+        result, seconds = run(step, limit, output)
+        failed |= result != "passed"
+        summary.append(f"{step.name:10} {result} after {seconds:.0f} s")
+    print("\n".join(["", *summary, f"logs, JSON and tables: {output}"]))
+    return int(failed)
+
+
+def run(step: Step, limit: float, output: Path) -> tuple[str, float]:
+    """What became of it; what it said is kept, and its end is shown."""
+    print(f"--- {step.name}", flush=True)
+    log, begin = output / f"{step.name}.log", time.monotonic()
+    # A case that has begun is finished: the benchmark is told to stop earlier than it would be stopped.
+    command = [part.format(left=max(limit - 45, 5)) if part == "{left}" else part for part in step.command]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+            result = "passed" if code == 0 else f"FAILED ({code})"
+        except subprocess.TimeoutExpired:
+            result = "FAILED (out of time)"
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join(lines[-(8 if result == "passed" else 40) :]), flush=True)
+    return result, time.monotonic() - begin
+
+
+if __name__ == "__main__":
+    sys.exit(main())
