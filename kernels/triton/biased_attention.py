@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import BIASED_ATTENTION, padded
+from effattn.kernels.configs import find
 from effattn.kernels.numerics import TargetOptions
 from effattn.kernels.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
 from effattn.kernels.sums import add_up
@@ -125,8 +125,8 @@ class Call:
         return like.new_empty((self.batch, self.heads, self.tokens, self.keys), dtype=torch.float32)
 
     def options(self, kernel: str, **chunked: int) -> dict[str, Any]:
-        shared = {"PRECISION": self.target.precision, **self.target.launch}
-        return {**BIASED_ATTENTION[kernel].options(**chunked), **shared}
+        launch = find("biased_attention", kernel, max(self.head_dim, self.value_dim), self.target.card)
+        return {**launch.options(**chunked), "PRECISION": self.target.precision, **self.target.launch}
 
     def grid(self, tiles: int) -> tuple[int]:
         return (tiles * self.heads * self.batch,)
@@ -178,8 +178,7 @@ def forward(
 ) -> None:
     """Fills ``out`` (B, heads, N, Dv); ``bias`` (heads, N, M) is contiguous, in float32."""
     call = Call(q, k, v, target)
-    options = call.options("attend", CHUNK=call.head_dim)
-    options["DV"] = min(BIASED_ATTENTION["attend"].channels, padded(call.value_dim))
+    options = call.options("attend", CHUNK=call.head_dim, DV=call.value_dim)
     tiles = triton.cdiv(call.tokens, options["TOKENS"]) * triton.cdiv(call.value_dim, options["DV"])
     _attend[call.grid(tiles)](
         q, k, v, bias, out, call.heads, call.tokens, call.keys, call.head_dim, call.value_dim, scale,

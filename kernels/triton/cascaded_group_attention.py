@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import CASCADE, CASCADE_PROGRAMS, CASCADE_WEIGHTS, padded, split_tiles
+from effattn.kernels.configs import CASCADE_PROGRAMS, find, split_tiles
 from effattn.kernels.depthwise import convolved, weight_gradients
 from effattn.kernels.layout import image_strides
 from effattn.kernels.numerics import TargetOptions, narrowed, product
@@ -306,7 +306,9 @@ class _Call:
             "MOST": max(self.kernels),
             "QKV_BIAS": int(len(weights.qkv_biases) > 0),
             "PRECISION": target.precision,
-            **CASCADE[min(64, padded(self.tokens))].options(CHUNK=max(self.key_dim, self.value_dim)),
+            **find("cascaded_group_attention", "walk", self.tokens, target.card).options(
+                CHUNK=max(self.key_dim, self.value_dim)
+            ),
             **target.launch,
         }
 
@@ -369,10 +371,10 @@ def backward(
     add_up(by_window, grads.bias)
     del grad_logits, by_window
 
-    launch = CASCADE_WEIGHTS
+    launch = find("cascaded_group_attention", "weight_gradients", call.value_dim, target.card)
     options = launch.options(CHUNK=max(call.value_dim, call.outputs))
     pieces = triton.cdiv(call.value_dim, options["CHUNK"]) * triton.cdiv(call.outputs, options["CHUNK"])
-    part_tiles, count = split_tiles(pieces * call.heads, call.windows, call.tokens, launch.tokens)
+    part_tiles, count = split_tiles(pieces * call.heads, call.windows, call.tokens, options["TOKENS"])
     partial = feats.new_empty(call.heads, count, call.outputs, call.value_dim)
     partial_bias = feats.new_empty(call.heads, count, call.outputs)
     _weight_gradients[(pieces * count * call.heads,)](

@@ -6,6 +6,8 @@ for; which of them is fastest has to be measured on a card. How a sum is split i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 #: Products of fewer channels are made with zeros behind them.
@@ -16,96 +18,113 @@ MOST_CHANNELS = 128
 
 @dataclass(frozen=True)
 class Launch:
-    """A program takes ``tokens`` of a tile at a time, and ``channels`` where it takes them in chunks."""
+    """A program takes ``tokens`` of a tile, and at a time ``channels`` where it takes them in chunks and ``keys``."""
 
-    tokens: int
-    channels: int
+    tokens: int | None = None
+    channels: int = 32
     num_warps: int = 4
     num_stages: int = 2
+    keys: int | None = None
 
     def options(self, **chunked: int) -> dict[str, int]:
         """What a launch is given; of each dimension that is taken in chunks its name and size."""
+        tiles = {name: size for name, size in (("TOKENS", self.tokens), ("KEYS", self.keys)) if size is not None}
         chunks = {name: min(self.channels, padded(size)) for name, size in chunked.items()}
-        return {"TOKENS": self.tokens, **chunks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**tiles, **chunks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-@dataclass(frozen=True)
-class AttentionLaunch(Launch):
-    """A program takes ``tokens`` queries of a tile, and ``keys`` at a time."""
-
-    keys: int = 32
-
-    def options(self, **chunked: int) -> dict[str, int]:
-        return {"KEYS": self.keys, **super().options(**chunked)}
-
-
-#: By kernel of relu_linear_attention, then by padded head_dim.
-RELU_LINEAR_ATTENTION: dict[str, dict[int, Launch]] = {
-    "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
-    "attend": {16: Launch(128, 32), 32: Launch(128, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
-    "query_gradients": {16: Launch(128, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(32, 16)},
-    "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
-}
-
-#: By kernel of multi_scale_aggregation and multi_scale_linear_attention, then by padded head_dim.
-MULTI_SCALE: dict[str, dict[int, Launch]] = {
-    "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
-    "sum_tokens": {
-        16: Launch(32, 16),
-        32: Launch(16, 32),
-        64: Launch(32, 16, num_warps=8),
-        128: Launch(16, 16, num_warps=8),
+#: By operator and kernel, then by the largest size that an entry is for: head_dim; of talking heads their number; of a
+#: cascade's walks the tokens of a window. What is larger takes the last entry.
+LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
+    "relu_linear_attention": {
+        "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
+        "attend": {16: Launch(128, 32), 32: Launch(128, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
+        "query_gradients": {16: Launch(128, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(32, 16)},
+        "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
     },
-    "attend": {
-        16: Launch(64, 16),
-        32: Launch(32, 32),
-        64: Launch(32, 16, num_warps=8),
-        128: Launch(16, 16, num_warps=8),
+    "multi_scale": {
+        "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
+        "sum_tokens": {
+            16: Launch(32, 16),
+            32: Launch(16, 32),
+            64: Launch(16, 16, num_warps=8),
+            128: Launch(16, 16, num_warps=8),
+        },
+        "attend": {
+            16: Launch(64, 16),
+            32: Launch(32, 32),
+            64: Launch(16, 16, num_warps=8),
+            128: Launch(16, 16, num_warps=8),
+        },
+        "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
+        "pointwise_gradients": {
+            16: Launch(64, 16),
+            32: Launch(32, 32),
+            64: Launch(32, 16, num_warps=8),
+            128: Launch(16, 16, num_warps=8),
+        },
+        "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
     },
-    "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
-    "pointwise_gradients": {16: Launch(64, 16), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
-    "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
+    # All taps are taken at once, of the channels of a program; by the memory order of images.
+    "depthwise": {
+        "nchw": {MOST_CHANNELS: Launch(32, 1)},
+        "channels_last": {MOST_CHANNELS: Launch(4, 8)},
+    },
+    "biased_attention": {
+        "attend": {MOST_CHANNELS: Launch(32, 32, keys=32)},
+        "softmax_gradients": {MOST_CHANNELS: Launch(32, 32, keys=32)},
+        "pairs": {MOST_CHANNELS: Launch(32, 32, keys=64)},
+        "multiply": {MOST_CHANNELS: Launch(32, 32, keys=32)},
+    },
+    "talking_heads": {
+        "talk": {
+            8: Launch(keys=64),
+            16: Launch(keys=64),
+            32: Launch(keys=32),
+            MOST_CHANNELS: Launch(keys=16, num_warps=16),
+        }
+    },
+    "cascaded_group_attention": {
+        "walk": {
+            16: Launch(16, 32, keys=16),
+            32: Launch(16, 32, num_warps=8, keys=32),
+            64: Launch(64, 16, num_warps=8, keys=16),
+        },
+        "weight_gradients": {MOST_CHANNELS: Launch(64, 32)},
+    },
 }
-#: Of the gradients of depthwise weights, by the memory order of images: tokens, and channels of a program. All taps are
-#: taken at once.
-DEPTHWISE_GRADIENTS = {"nchw": Launch(32, 1), "channels_last": Launch(4, 8)}
 
-#: By kernel of biased_attention.
-BIASED_ATTENTION = {
-    "attend": AttentionLaunch(32, 32, keys=32),
-    "softmax_gradients": AttentionLaunch(32, 32, keys=32),
-    "pairs": AttentionLaunch(32, 32, keys=64),
-    "multiply": AttentionLaunch(32, 32, keys=32),
-}
+#: What was found to be faster on a card, by its name; then by operator, kernel and the size of the entry above. None
+#: yet: no card has been measured.
+BY_CARD: dict[str, dict[tuple[str, str, int], Launch]] = {}
 
 
-#: Of the walks of cascaded_group_attention, by the padded tokens of a window; of larger ones, the last.
-CASCADE = {
-    16: AttentionLaunch(16, 32, keys=16),
-    32: AttentionLaunch(16, 32, num_warps=8, keys=32),
-    64: AttentionLaunch(64, 16, num_warps=8, keys=16),
-}
-#: Programs of a forward walk, at most: each has memory of its own, which should stay in the card's cache.
+def find(op: str, kernel: str, size: int, card: str = "") -> Launch:
+    """How a kernel is launched on a card."""
+    table = LAUNCHES[op][kernel]
+    entry = next((most for most in table if size <= most), max(table))
+    key = (op, kernel, entry)
+    if _asked is not None:
+        _asked.add(key)
+    return BY_CARD.get(card, {}).get(key, table[entry])
+
+
+_asked: set[tuple[str, str, int]] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[set[tuple[str, str, int]]]:
+    """The entries that are asked for inside the block."""
+    global _asked
+    before, _asked = _asked, set()
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+#: Programs of a cascade's forward walk, at most: each has memory of its own, which should stay in the card's cache.
 CASCADE_PROGRAMS = 1024
-#: Of the gradients of its 1x1 weights.
-CASCADE_WEIGHTS = Launch(64, 32)
-
-
-@dataclass(frozen=True)
-class TalkingLaunch:
-    """A program takes ``keys`` at a time, of all heads."""
-
-    keys: int
-    num_warps: int = 4
-
-
-#: Of talking heads, by the most heads.
-TALKING_HEADS = {
-    8: TalkingLaunch(64),
-    16: TalkingLaunch(64),
-    32: TalkingLaunch(32),
-    128: TalkingLaunch(16, num_warps=16),
-}
 
 #: Programs that the sums over tokens are split into, over all groups, at least: a few for every multiprocessor of the
 #: largest cards. Parts of fewer tokens than this are not worth a pass over the partial sums.

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import DEPTHWISE_GRADIENTS, split_tiles
+from effattn.kernels.configs import find, split_tiles
 from effattn.kernels.numerics import TargetOptions
 from effattn.kernels.sums import add_up_partial, new_partial
 from effattn.kernels.tiles import load_tile, tile_and_group
@@ -97,10 +97,11 @@ def weight_gradients(
     ``strides`` are those of their batch, channels and tokens.
     """
     (batch, channels, height, width), kernel = sizes, grad_weight.shape[-1]
-    launch = DEPTHWISE_GRADIENTS["channels_last" if strides[1][1] == 1 and channels > 1 else "nchw"]
+    order = "channels_last" if strides[1][1] == 1 and channels > 1 else "nchw"
+    launch = find("depthwise", order, channels, target.card)
     options = launch.options(CHUNK=channels)
     chunks = triton.cdiv(channels, options["CHUNK"])
-    part_tiles, count = split_tiles(chunks, batch, height * width, launch.tokens)
+    part_tiles, count = split_tiles(chunks, batch, height * width, options["TOKENS"])
     partial, partial_bias = (new_partial(g, count) for g in (grad_weight, grad_bias))
     _depthwise_gradients[(chunks * count,)](
         grad, image, partial, image if partial_bias is None else partial_bias,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from effattn.kernels import relu_linear_attention
-from effattn.kernels.configs import MULTI_SCALE, Launch, padded, split, split_tiles
+from effattn.kernels.configs import Launch, find, padded, split, split_tiles
 from effattn.kernels.depthwise import convolved, weight_gradients
 from effattn.kernels.layout import image_strides
 from effattn.kernels.numerics import TargetOptions, product, relu
@@ -287,7 +287,7 @@ class _Call:
         self.target = target
 
     def launch(self, kernel: str) -> Launch:
-        return MULTI_SCALE[kernel][padded(self.head_dim)]
+        return find("multi_scale", kernel, self.head_dim, self.target.card)
 
     def options(self, launch: Launch, *, whole_heads: bool = True) -> dict[str, Any]:
         whole = {"D": padded(self.head_dim)} if whole_heads else {}

@@ -15,18 +15,20 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Of the card that a call runs on: ``precision`` of products in float32, and options of every launch."""
+    """Of the card that a call runs on: ``precision`` of products in float32, options of every launch, and its name."""
 
     precision: str
     launch: dict[str, int] = field(default_factory=dict)
+    card: str = ""
 
     @staticmethod
-    def of(backend: str, *, relaxed: bool = False) -> TargetOptions:
+    def of(backend: str, *, relaxed: bool = False, card: str = "") -> TargetOptions:
         """Of ``"cuda"`` or ``"hip"``; ``relaxed``: one product of TF32 will do, where three are as exact as float32."""
         if backend == "hip":
-            return TargetOptions("ieee")
+            return TargetOptions("ieee", card=card)
         # Named, or the assembler spills a register or two to stay below a round number of its own choice.
-        return TargetOptions("tf32" if relaxed else "tf32x3", {} if INTERPRETED.value else {"maxnreg": 255})
+        registers = {} if INTERPRETED.value else {"maxnreg": 255}
+        return TargetOptions("tf32" if relaxed else "tf32x3", registers, card)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import RELU_LINEAR_ATTENTION, Launch, padded, split
+from effattn.kernels.configs import Launch, find, padded, split
 from effattn.kernels.layout import Groups
 from effattn.kernels.numerics import TargetOptions, product, relu
 from effattn.kernels.sums import add_up, divisible, load_matrix, load_vector, matrix_pointers, vector_pointers
@@ -154,10 +154,11 @@ class _Call:
 
     def __init__(self, q: torch.Tensor, v: torch.Tensor, groups: Groups, target: TargetOptions) -> None:
         self.groups, self.head_dim, self.value_dim = groups, q.shape[-1], v.shape[-1]
+        self._card = target.card
         self._shared = {"D": padded(self.head_dim), "PRECISION": target.precision, **target.launch}
 
     def launch(self, kernel: str) -> Launch:
-        return RELU_LINEAR_ATTENTION[kernel][padded(self.head_dim)]
+        return find("relu_linear_attention", kernel, self.head_dim, self._card)
 
     def options(self, launch: Launch) -> dict[str, Any]:
         return {**self._shared, **launch.options(DV=self.value_dim)}

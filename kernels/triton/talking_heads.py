@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from effattn.kernels.biased_attention import Call
-from effattn.kernels.configs import PROGRAMS, TALKING_HEADS
+from effattn.kernels.configs import PROGRAMS, find
 from effattn.kernels.numerics import TargetOptions
 from effattn.kernels.softmax import finite_or_zero
 from effattn.kernels.sums import add_up
@@ -128,9 +128,9 @@ def _talk_backward(
     tl.store(grad_after_bias + at, sum_after_bias, mask=head < heads)
 
 
-def _options(heads: int) -> dict[str, int]:
-    launch = next(launch for most, launch in TALKING_HEADS.items() if heads <= most)
-    return {"HEADS": triton.next_power_of_2(heads), "KEYS": launch.keys, "num_warps": launch.num_warps}
+def _options(heads: int, target: TargetOptions) -> dict[str, int]:
+    launch = find("talking_heads", "talk", heads, target.card)
+    return {"HEADS": triton.next_power_of_2(heads), **launch.options(), **target.launch}
 
 
 def forward(
@@ -148,7 +148,7 @@ def forward(
     logits = call.pairs(q, k, bias, scale)
     weights = torch.empty_like(logits)
     _talk[(call.batch * call.tokens,)](
-        logits, *mixtures, weights, call.heads, call.tokens, call.keys, **_options(call.heads), **target.launch
+        logits, *mixtures, weights, call.heads, call.tokens, call.keys, **_options(call.heads, target)
     )
     call.multiply(weights, v, out)
 
@@ -175,7 +175,7 @@ def backward(
     partial = [grad.new_empty(1, count, *grad.shape) for grad in grad_mixtures]
     _talk_backward[(count,)](
         logits, grad_weights, *mixtures, weights, grad_logits, *partial,
-        call.heads, call.tokens, call.keys, queries, part_queries, **_options(call.heads), **target.launch,
+        call.heads, call.tokens, call.keys, queries, part_queries, **_options(call.heads, target),
     )  # fmt: skip
     for parts, grad in zip(partial, grad_mixtures, strict=True):
         add_up(parts, grad)

@@ -7,7 +7,6 @@ import torch
 import torch._dynamo.testing
 
 from effattn import cascaded_group_attention, use_backend
-from effattn.kernels import configs
 from effattn.testing import CascadeCase, check_softmax, error, moved, with_gradients
 
 pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
@@ -172,12 +171,3 @@ def test_module_of_a_model(device):
         scale = max(b.norm().item() for b in expected[1:])
         for a, b in zip(got, expected, strict=True):
             assert error(a, b.double()) <= 1e-5 * b.norm().item() + 1e-6 * scale
-
-
-def test_tiles_are_chosen_by_the_window():
-    """Every table has an entry for every size that a launch may look up."""
-    assert {min(64, configs.padded(tokens)) for tokens in range(1, 300)} == set(configs.CASCADE)
-    every = {configs.padded(channels) for channels in range(1, configs.MOST_CHANNELS + 1)}
-    for table in (*configs.RELU_LINEAR_ATTENTION.values(), *configs.MULTI_SCALE.values()):
-        assert set(table) == every
-    assert max(configs.TALKING_HEADS) == configs.MOST_CHANNELS

@@ -174,3 +174,22 @@ def test_addresses_of_a_large_image():
         expected = effattn.multi_scale_linear_attention(qkv[-1:], dw, pw, head_dim=16)
     # Split into other parts for one image, hence other roundings.
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_faster_launches_are_looked_for_and_kept(tmp_path, monkeypatch):
+    """On request; and what is found computes the same."""
+    from effattn.backends.triton import _tuning
+    from effattn.kernels import configs
+
+    file = tmp_path / "launches.json"
+    monkeypatch.setattr(configs, "BY_CARD", {})
+    monkeypatch.setattr("effattn.kernels.autotune.BY_CARD", configs.BY_CARD)
+    monkeypatch.setattr(_tuning, "_file", None)
+    function, arguments, leaves = prepared("biased_attention", torch.float32)
+    with use_backend("triton"):
+        expected = step(function, arguments, leaves)
+        monkeypatch.setenv(_tuning.ENVIRONMENT_VARIABLE, str(file))
+        results = step(function, arguments, leaves)
+    assert torch.cuda.get_device_name() in file.read_text()
+    for a, b in zip(results, expected, strict=True):
+        assert torch.linalg.vector_norm(a - b) <= 1e-5 * torch.linalg.vector_norm(b)

@@ -14,7 +14,13 @@ import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
-from effattn.backends.triton import biased_attention, cascaded_group_attention, multi_scale, relu_linear_attention
+from effattn.backends.triton import (
+    _tuning,
+    biased_attention,
+    cascaded_group_attention,
+    multi_scale,
+    relu_linear_attention,
+)
 from effattn.backends.triton._launch import is_interpreted
 from effattn.kernels.configs import MOST_CHANNELS
 
@@ -105,16 +111,18 @@ def register(name: str, check: Callable[..., None], check_backward: Callable[...
     for suffix, checks_arguments, kernel in zip(("", "_forward", "_backward"), checks, _KERNELS[name], strict=True):
         schema = str(getattr(torch.ops.effattn, name + suffix).default._schema)
         _OPERATORS.define(schema.removeprefix("effattn::"))
-        implementation = _checked(checks_arguments, kernel)
+        implementation = _checked(name + suffix, checks_arguments, kernel)
         _OPERATORS.impl(name + suffix, implementation, "CPU" if is_interpreted() else "CUDA")
     operators = getattr(torch.ops, NAMESPACE)
     _FUNCTIONS[name] = Fused(getattr(operators, name).default, getattr(operators, f"{name}_forward").default)
     return True
 
 
-def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(name: str, check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
         check(*arguments)
+        if _tuning.is_on():
+            _tuning.before(name, kernel, arguments)
         return kernel(*arguments)
 
     return checked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,4 +39,11 @@ def target(t: torch.Tensor) -> Any:
     from effattn.kernels.numerics import TargetOptions
 
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return TargetOptions.of("cuda" if torch.version.hip is None else "hip", relaxed=is_relaxed)
+    backend = "cuda" if torch.version.hip is None else "hip"
+    return TargetOptions.of(backend, relaxed=is_relaxed, card=card(t.device))
+
+
+@cache
+def card(device: torch.device) -> str:
+    """The name under which launches are kept; none of a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""

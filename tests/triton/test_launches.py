@@ -1,0 +1,111 @@
+"""The table of launches, what is chosen from it, and the search for faster ones; no kernel runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from effattn.kernels import autotune, configs
+from effattn.kernels.configs import LAUNCHES, Launch
+
+CARD = "a card"
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_before(monkeypatch):
+    by_card: dict = {}
+    monkeypatch.setattr(configs, "BY_CARD", by_card)
+    monkeypatch.setattr(autotune, "BY_CARD", by_card)
+
+
+def test_every_size_has_a_launch():
+    for op, kernels in LAUNCHES.items():
+        for kernel, table in kernels.items():
+            assert list(table) == sorted(table)
+            for size in range(1, 2 * configs.MOST_CHANNELS):
+                assert configs.find(op, kernel, size) is next(
+                    (launch for most, launch in table.items() if size <= most), table[max(table)]
+                )
+
+
+def test_a_tile_is_a_power_of_two():
+    for kernels in LAUNCHES.values():
+        for table in kernels.values():
+            for launch in table.values():
+                for size in (launch.tokens, launch.channels, launch.keys, launch.num_warps):
+                    assert size is None or size & (size - 1) == 0
+
+
+def test_a_card_has_launches_of_its_own():
+    mine = Launch(128, 16)
+    configs.BY_CARD[CARD] = {("multi_scale", "attend", 16): mine}
+    assert configs.find("multi_scale", "attend", 13, CARD) is mine
+    assert configs.find("multi_scale", "attend", 13) is not mine
+    assert configs.find("multi_scale", "attend", 17, CARD) is not mine
+
+
+def test_split_is_a_function_of_sizes_alone():
+    for groups, tokens, tile in ((1, 1, 64), (1, 65536, 64), (3, 1000, 16), (5000, 4096, 32), (0, 0, 16)):
+        part, count = configs.split(groups, tokens, tile)
+        assert part % tile == 0 and part * count >= tokens and (tokens == 0 or part * (count - 1) < tokens)
+
+
+def test_neighbours_differ_in_one_thing_and_fit():
+    launch = Launch(64, 32, num_warps=4, num_stages=1, keys=32)
+    found = list(autotune.neighbours(launch))
+    for other in found:
+        different = [name for name in vars(launch) if getattr(launch, name) != getattr(other, name)]
+        assert len(different) == 1
+        assert other.tokens * max(other.channels, other.keys) <= autotune.MOST_ELEMENTS * 32 * other.num_warps
+    assert Launch(64, 32, 8, 1, 32) in found and Launch(32, 32, 4, 1, 32) in found and Launch(64, 32, 4, 2, 32) in found
+    assert all(other.num_stages > 0 for other in found)
+    assert Launch(256, 64, num_warps=2) not in set(autotune.neighbours(Launch(128, 64, num_warps=2)))
+
+
+def test_tuning_descends_and_remembers():
+    """A call that is the faster the more warps it has; one candidate cannot be launched at all."""
+    looked_up = []
+
+    def call():
+        looked_up.append(configs.find("biased_attention", "attend", 64, CARD))
+
+    def seconds(call):
+        call()
+        if looked_up[-1].keys == 16:
+            raise RuntimeError("out of shared memory")
+        return 1.0 / looked_up[-1].num_warps
+
+    found = autotune.tune(call, CARD, seconds)
+    ((key, launch),) = found.items()
+    assert key == ("biased_attention", "attend", configs.MOST_CHANNELS)
+    assert launch.num_warps == 8 and configs.find("biased_attention", "attend", 64, CARD) == launch
+    assert autotune.tune(call, CARD, seconds) == {}, "looked for again"
+
+
+def test_noise_changes_nothing():
+    moments = iter([1.0, *[0.99] * 50])
+    found = autotune.tune(lambda: configs.find("talking_heads", "talk", 8, CARD), CARD, lambda call: next(moments))
+    assert list(found.values()) == [LAUNCHES["talking_heads"]["talk"][8]]
+
+
+def test_launches_are_kept_in_a_file(tmp_path):
+    file = tmp_path / "launches.json"
+    mine = {("multi_scale", "attend", 16): Launch(128, 16), ("talking_heads", "talk", 8): Launch(keys=16)}
+    configs.BY_CARD[CARD] = dict(mine)
+    autotune.write(file)
+    configs.BY_CARD.clear()
+    autotune.read(file)
+    assert {CARD: mine} == configs.BY_CARD
+    assert [path.name for path in tmp_path.iterdir()] == ["launches.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", '{"card": [{}]}', json.dumps({"card": [{"op": "no such", "kernel": "attend", "size": 16}]})],
+)
+def test_files_of_something_else_are_refused(tmp_path, content):
+    file = tmp_path / "launches.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"launches\.json: expected launches that were written here, got"):
+        autotune.read(file)
