@@ -105,7 +105,7 @@ def gpu(
     seconds: Annotated[float, typer.Option(help="Starts no case after this, and says which are missing.")] = 1e9,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each candidate.")] = FULL_ROUNDS,
     only: Annotated[list[str] | None, typer.Option(help="Cases whose name contains this; may be repeated.")] = None,
-    compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: most of the time.")] = True,
+    compiled: Annotated[int | None, typer.Option(min=0, help="In how many cases a suite torch.compile is.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measures on a GPU, prints the tables, and writes JSON and markdown."""
@@ -114,9 +114,7 @@ def gpu(
     from benchmarks.gpu import session
 
     path = session.run(suite or None, seconds, rounds, tuple(only or ()), compiled, output, typer.echo)
-    data = results.read(path)
-    path.with_suffix(".md").write_text(report.table(data) + "\n")
-    typer.echo(report.table(data, markdown=False) + f"\n\nwrote {path}")
+    typer.echo(report.table(results.read(path), markdown=False) + f"\n\nwrote {path}")
 
 
 @app.command()

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from benchmarks import peers, report, results
-from benchmarks.gpu import cases, session
+from benchmarks.gpu import cases, runner, session
 from benchmarks.gpu.cases import NARROW
 from benchmarks.gpu.clock import WallClock
 from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
+
+MEASURE = runner.measure
 
 
 def test_compiled_modules_are_frozen():
@@ -47,7 +49,7 @@ def test_a_rehearsal_of_the_benchmark_of_a_gpu(tmp_path, monkeypatch):
     suites |= {f"{name}-training": (name, partial(make, True)) for name, make in tiny.items()}
     monkeypatch.setattr(session, "SUITES", suites)
     said: list[str] = []
-    path = session.run(None, 1e9, 2, (), False, tmp_path, said.append, WallClock())
+    path = session.run(None, 1e9, 2, (), 0, tmp_path, said.append, WallClock())
     data = results.read(path)
     assert set(data["suites"]) == set(suites) and len(said) == 10
     rows = [row for name in suites for row in results.rows(data, name)]
@@ -62,20 +64,72 @@ def test_a_wrong_result_gets_no_time_on_a_gpu_either(tmp_path, monkeypatch):
     case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
     wrong = dataclasses.replace(case, ours=lambda *arguments: 2 * case.ours(*arguments))
     monkeypatch.setattr(session, "SUITES", {"wrong": ("wrong", lambda: [wrong])})
-    path = session.run(None, 1e9, 1, (), False, tmp_path, str, WallClock())
+    path = session.run(None, 1e9, 1, (), 0, tmp_path, str, WallClock())
     ours = [row for row in results.rows(results.read(path), "wrong") if row.role == "ours"]
     assert len(ours) == 2 and all(row.milliseconds is None and "wrong" in row.reason for row in ours)
 
 
-def test_cases_that_there_is_no_time_for_are_named(tmp_path, monkeypatch):
+def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
+    """Suites take turns; a case that has begun when time is over has rows without a time."""
     case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
-    monkeypatch.setattr(session, "SUITES", {"a": ("A", lambda: [case]), "b": ("B", lambda: [case])})
-    moments = iter([0.0, 1.0, 1.0, *[100.0] * 20])
-    monkeypatch.setattr(session.time, "monotonic", lambda: next(moments))
+    late = dataclasses.replace(case, name="late")
+    monkeypatch.setattr(session, "SUITES", {"a": ("A", lambda: [case, late]), "b": ("B", lambda: [case])})
+    clock = WallClock()
+    monkeypatch.setattr(session.runner, "measure", _measured)
+    moments = iter([0.0, 1.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(moments, 100.0))
     said: list[str] = []
-    path = session.run(None, 50.0, 1, (), False, tmp_path, said.append, WallClock())
-    assert set(results.read(path)["suites"]) == {"a"}
-    assert said[-1] == "no time was left for b: tiny"
+    path = session.run(None, 50.0, 1, (), 0, tmp_path, said.append, clock)
+    assert said == ["    1 s  a: tiny", "    2 s  b: tiny", "no time was left for a: late"]
+    data = results.read(path)
+    assert data["suites"]["a"]["title"] == "A (no time was left for: late)"
+    assert data["suites"]["b"]["title"] == "B"
+
+
+def _measured(case, clock, *_):
+    return MEASURE(case, clock, 1, False)
+
+
+def test_ways_that_there_is_no_time_for_have_none():
+    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
+    over = iter([False, False])
+    rows = runner.measure(case, WallClock(), 3, False, lambda: next(over, True))
+    assert [row.reason for row in rows[:3]] == [None, None, "no time was left"]
+    assert len(rows[0].samples) == 1
+
+
+def test_a_case_whose_inputs_fail_is_a_reason(tmp_path, monkeypatch):
+    def make(seed):
+        raise torch.OutOfMemoryError("too large")
+
+    case = dataclasses.replace(cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False), make=make)
+    monkeypatch.setattr(session, "SUITES", {"a": ("A", lambda: [case])})
+    path = session.run(None, 1e9, 1, (), 0, tmp_path, str, WallClock())
+    assert {row.reason for row in results.rows(results.read(path), "a")} == {"OutOfMemoryError: too large"}
+
+
+def test_everyone_can_be_compiled(tmp_path, monkeypatch):
+    """As far as recording the graphs; in every mode."""
+    modes = []
+
+    def compile_(function, mode, **options):
+        modes.append(mode)
+        return torch._dynamo.optimize("aot_eager", nopython=True)(function)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    tiny = {
+        "attention": cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, True),
+        "multi-scale": cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), False),
+        "cascade": cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), True),
+        "biased": cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8, True), False),
+    }
+    monkeypatch.setattr(session, "SUITES", {name: (name, lambda case=case: [case]) for name, case in tiny.items()})
+    path = session.run(None, 1e9, 1, (), 1, tmp_path, str, WallClock())
+    for name in tiny:
+        rows = results.rows(results.read(path), name)
+        assert any("max-autotune" in row.candidate for row in rows)
+        assert all(row.reason is None for row in rows), [(row.candidate, row.reason) for row in rows]
+    assert set(modes) == {"default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"}
 
 
 def test_the_cases_of_a_gpu_can_be_made():
@@ -83,7 +137,7 @@ def test_the_cases_of_a_gpu_can_be_made():
     for name, (_, make) in cases.SUITES.items():
         if name == "gpu-models":
             continue
-        made = make()
+        made = list(make())
         assert len({(case.name, case.dtype) for case in made}) == len(made) > 0
         assert all(case.suite == name and case.work.bytes > 0 and case.work.flops > 0 for case in made)
 
@@ -92,6 +146,6 @@ def test_no_gpu_no_numbers(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RuntimeError, match="torch sees no GPU"):
-        session.run(None, 1.0, 1, (), False, tmp_path, str)
+        session.run(None, 1.0, 1, (), 0, tmp_path, str)
     with pytest.raises(ValueError, match=r"suite: expected some of gpu-attention, .*, got nothing"):
-        session.run(["nothing"], 1.0, 1, (), False, tmp_path, str)
+        session.run(["nothing"], 1.0, 1, (), 0, tmp_path, str)

@@ -89,8 +89,25 @@ def ways(case: GpuCase, compiled: bool = True) -> list[Way]:
     return found
 
 
-def measure(case: GpuCase, clock: Clock, rounds: int, compiled: bool = True) -> list[Row]:
-    """A row for each way, whatever happens to it."""
+def measure(
+    case: GpuCase, clock: Clock, rounds: int, compiled: bool = True, is_over: Callable[[], bool] = lambda: False
+) -> list[Row]:
+    """A row for each way, whatever happens to it; none is begun once time ``is_over``; a round is timed in any case."""
+    try:
+        return _measure(case, clock, rounds, compiled, is_over)
+    except Exception as error:  # of the inputs or the truth: there may be no memory for them
+        rows = [_new_row(case, way) for way in ways(case, compiled)]
+        for row in rows:
+            row.reason = explain(error)
+        return rows
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        if clock.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(case: GpuCase, clock: Clock, rounds: int, compiled: bool, is_over: Callable[[], bool]) -> list[Row]:
     first = _on(clock.device, case.make(0))
     count = clock.sets(sum(t.nbytes for t in _tensors(first)))
     sets = [first, *(_on(clock.device, case.make(seed)) for seed in range(1, count))]
@@ -104,10 +121,15 @@ def measure(case: GpuCase, clock: Clock, rounds: int, compiled: bool = True) -> 
         for way in ways(case, compiled):
             row = _new_row(case, way)
             rows.append(row)
+            if is_over():
+                row.reason = "no time was left"
+                continue
             call = _admit(case, way, row, sets, grad_out, truth, clock)
             if call is not None:
                 ready.append((row, call))
-        for _ in range(rounds):
+        for round_ in range(rounds):
+            if round_ > 0 and is_over():
+                break
             for row, call in ready:
                 if row.reason is None:
                     try:
@@ -119,11 +141,6 @@ def measure(case: GpuCase, clock: Clock, rounds: int, compiled: bool = True) -> 
     for row in rows:
         if row.reason is None:
             row.milliseconds = statistics.median(row.samples)
-    del ready, sets, first
-    torch._dynamo.reset()
-    gc.collect()
-    if clock.device.type == "cuda":
-        torch.cuda.empty_cache()
     return rows
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import environment, results
+from benchmarks import environment, report, results
 from benchmarks.floor import Rates
 from benchmarks.gpu import runner
 from benchmarks.gpu.cases import SUITES
 from benchmarks.gpu.clock import Clock, CudaClock
-from benchmarks.runner import write_floors
+from benchmarks.runner import Row, write_floors
 from benchmarks.suites import Settings
 
 
@@ -24,15 +25,18 @@ def run(
     seconds: float,
     rounds: int,
     only: tuple[str, ...],
-    compiled: bool,
+    compiled: int | None,
     output: Path,
     say: Callable[[str], Any],
     clock: Clock | None = None,
 ) -> Path:
-    """Measures and returns the file of the results.
+    """Measures and returns the file of the results, which is written, with its tables, after every case.
+
+    Cases are taken from all suites in turn, so that every suite has some when time is over. ``compiled`` is in how many
+    cases of a suite torch.compile takes part, None for all: it takes most of the time.
 
     Raises:
-        ValueError: for a suite that there is not.
+        ValueError: for a suite that there is not, or if no case is called like that.
         RuntimeError: if there is no card.
     """
     unknown = set(names or ()) - set(SUITES)
@@ -42,37 +46,51 @@ def run(
         if not torch.cuda.is_available():
             raise RuntimeError("torch sees no GPU: there is nothing to measure")
         clock = CudaClock()
-    begin, settings = time.monotonic(), Settings(rounds, short=not compiled, only=only)
+    begin, settings = time.monotonic(), Settings(rounds, short=compiled is not None, only=only)
+
+    def spent() -> float:
+        return time.monotonic() - begin
+
     facts = environment.facts() | card(clock)
     path = output / results.file_name(facts, settings)
     data, rates = results.read_or_new(path), Rates()
-    for name, (title, make) in SUITES.items():
-        if names is not None and name not in names:
-            continue
-        rows, measured, left_out = [], [], []
-        for case in make():
-            if not settings.keeps(case.name):
+    made = {name: iter(make()) for name, (_, make) in SUITES.items() if names is None or name in names}
+    parts = {name: _Part() for name in made}
+    while made:
+        for name in list(made):
+            case = next((case for case in made[name] if settings.keeps(case.name)), None)
+            if case is None:
+                del made[name]
                 continue
-            if time.monotonic() - begin > seconds:
-                left_out.append(case.name)
-                continue
-            say(f"{time.monotonic() - begin:5.0f} s  {name}: {case.name}")
-            clock.rates(rates)
-            rows += runner.measure(case, clock, rounds, compiled)
-            measured.append(case)
-        if left_out:
-            say(f"no time was left for {name}: {'; '.join(left_out)}")
-        if not rows:
-            continue
-        write_floors(rows, measured, rates)
-        if left_out:
-            title += f" (no time was left for: {'; '.join(left_out)})"
-        taken = facts | {"date": environment.now()}
-        results.add(data, name, title, settings, taken, rates, rows)
-        results.write(path, data)
-    if not data["suites"]:
-        raise ValueError("only: expected part of the name of a case of these suites")
+            part, title = parts[name], SUITES[name][0]
+            if spent() > seconds:
+                part.left_out.append(case.name)
+                say(f"no time was left for {name}: {case.name}")
+            else:
+                say(f"{spent():5.0f} s  {name}: {case.name}")
+                clock.rates(rates)
+                takes_part = compiled is None or len(part.cases) < compiled
+                part.rows += runner.measure(case, clock, rounds, takes_part, lambda: spent() > seconds)
+                part.cases.append(case)
+            if part.cases:
+                write_floors(part.rows, part.cases, rates)
+                if part.left_out:
+                    title += f" (no time was left for: {'; '.join(part.left_out)})"
+                results.add(data, name, title, settings, facts | {"date": environment.now()}, rates, part.rows)
+                results.write(path, data)
+                path.with_suffix(".md").write_text(report.table(data) + "\n")
+    if not any(part.cases for part in parts.values()):
+        raise ValueError("only: expected part of the name of a case of these suites, and time to measure it")
     return path
+
+
+@dataclass
+class _Part:
+    """Of a suite, what has been measured."""
+
+    cases: list[Any] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def card(clock: Clock) -> dict[str, str]:

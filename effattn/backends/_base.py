@@ -25,7 +25,8 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device, dtype, channels of a head's tensors) cannot be served.
+    #: Every reason why (op, device, dtype, channels) cannot be served: those of a head's tensors, one or two, then the
+    #: number of heads that talk, if they do.
     reasons: Callable[[str, torch.device, torch.dtype, tuple[int, ...]], list[str]]
     #: By operator: a Fused; of the reference, a function of differentiable torch operations; of an operator that is
     #: for inference alone, that.

@@ -87,6 +87,8 @@ class Operator(NamedTuple):
 
     def _check_for_triton(self, *arguments: Any) -> None:
         self.check(*arguments)
+        for weight in _flat(arguments[self.images : self.arguments]):
+            torch._check(weight.dtype == torch.float32, lambda: "weights must be float32")
         triton.check_channels(self.channels(*arguments))
 
     def _check_backward_for_triton(self, grad_out: torch.Tensor, *rest: Any) -> None:

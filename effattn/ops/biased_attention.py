@@ -45,7 +45,7 @@ def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[
 def _channels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
 ) -> tuple[int, ...]:
-    """And the number of heads, where they talk: the channels of a logit."""
+    """And the number of heads, where they talk."""
     return (q.shape[3], v.shape[3], q.shape[1]) if talking_heads else (q.shape[3], v.shape[3])
 
 

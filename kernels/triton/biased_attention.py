@@ -126,7 +126,7 @@ class Call:
 
     def options(self, kernel: str, **chunked: int) -> dict[str, Any]:
         launch = find("biased_attention", kernel, max(self.head_dim, self.value_dim), self.target.card)
-        return {**launch.options(**chunked), "PRECISION": self.target.precision, **self.target.launch}
+        return {**self.target.launched(launch.options(**chunked)), "PRECISION": self.target.precision}
 
     def grid(self, tiles: int) -> tuple[int]:
         return (tiles * self.heads * self.batch,)

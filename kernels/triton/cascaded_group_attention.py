@@ -300,20 +300,18 @@ class _Call:
         every = (*weights.qkv, *weights.qkv_biases, *weights.dw, *weights.dw_biases)
         # One launch to join them, and none to know where each of them is.
         self.weights = torch.cat([t.reshape(-1) for t in every])
+        walk = find("cascaded_group_attention", "walk", self.tokens, target.card)
         self.options = {
             "KERNELS": self.kernels,
             "TAPS": (0, *accumulate(k * k for k in self.kernels)),
             "MOST": max(self.kernels),
             "QKV_BIAS": int(len(weights.qkv_biases) > 0),
             "PRECISION": target.precision,
-            **find("cascaded_group_attention", "walk", self.tokens, target.card).options(
-                CHUNK=max(self.key_dim, self.value_dim)
-            ),
-            **target.launch,
+            **target.launched(walk.options(CHUNK=max(self.key_dim, self.value_dim))),
         }
 
     def new(self, slots: int, *sizes: int) -> torch.Tensor:
-        return self.weights.new_empty(slots, self.tokens, *sizes)
+        return self.weights.new_empty((slots, self.tokens, *sizes), dtype=torch.float32)
 
     def walk(
         self, x: torch.Tensor, out: torch.Tensor, scale: float, has_dw_bias: bool, kept: bool
@@ -372,7 +370,7 @@ def backward(
     del grad_logits, by_window
 
     launch = find("cascaded_group_attention", "weight_gradients", call.value_dim, target.card)
-    options = launch.options(CHUNK=max(call.value_dim, call.outputs))
+    options = target.launched(launch.options(CHUNK=max(call.value_dim, call.outputs)))
     pieces = triton.cdiv(call.value_dim, options["CHUNK"]) * triton.cdiv(call.outputs, options["CHUNK"])
     part_tiles, count = split_tiles(pieces * call.heads, call.windows, call.tokens, options["TOKENS"])
     partial = feats.new_empty(call.heads, count, call.outputs, call.value_dim)
@@ -380,7 +378,7 @@ def backward(
     _weight_gradients[(pieces * count * call.heads,)](
         grad_qkvs, feats, partial, partial_bias,
         call.heads, call.value_dim, call.outputs, call.tokens, call.windows, part_tiles, count,
-        QKV_BIAS=has_qkv_bias, PRECISION=target.precision, **options, **target.launch,
+        QKV_BIAS=has_qkv_bias, PRECISION=target.precision, **options,
     )  # fmt: skip
     _distribute(partial, grads.qkv)
     _distribute(partial_bias, grads.qkv_biases)

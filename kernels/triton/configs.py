@@ -14,6 +14,8 @@ from dataclasses import dataclass
 LEAST_CHANNELS = 16
 #: The largest head_dim and value_dim.
 MOST_CHANNELS = 128
+#: A program of talking heads has two matrices of them by them in registers.
+MOST_TALKING_HEADS = 64
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
             8: Launch(keys=64),
             16: Launch(keys=64),
             32: Launch(keys=32),
-            MOST_CHANNELS: Launch(keys=16, num_warps=16),
+            MOST_TALKING_HEADS: Launch(keys=16, num_warps=8),
         }
     },
     "cascaded_group_attention": {

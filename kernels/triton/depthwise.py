@@ -99,7 +99,7 @@ def weight_gradients(
     (batch, channels, height, width), kernel = sizes, grad_weight.shape[-1]
     order = "channels_last" if strides[1][1] == 1 and channels > 1 else "nchw"
     launch = find("depthwise", order, channels, target.card)
-    options = launch.options(CHUNK=channels)
+    options = target.launched(launch.options(CHUNK=channels))
     chunks = triton.cdiv(channels, options["CHUNK"])
     part_tiles, count = split_tiles(chunks, batch, height * width, options["TOKENS"])
     partial, partial_bias = (new_partial(g, count) for g in (grad_weight, grad_bias))
@@ -107,7 +107,7 @@ def weight_gradients(
         grad, image, partial, image if partial_bias is None else partial_bias,
         channels, batch, height, width, part_tiles, *strides[0], *strides[1],
         KERNEL=kernel, TAPS=triton.next_power_of_2(kernel**2), DW_BIAS=grad_bias is not None,
-        **options, **target.launch,
+        **options,
     )  # fmt: skip
     add_up_partial(partial, grad_weight)
     add_up_partial(partial_bias, grad_bias)

@@ -291,8 +291,8 @@ class _Call:
 
     def options(self, launch: Launch, *, whole_heads: bool = True) -> dict[str, Any]:
         whole = {"D": padded(self.head_dim)} if whole_heads else {}
-        shared = {"PRECISION": self.target.precision, **self.target.launch}
-        return {**whole, **shared, **launch.options(CHUNK=self.head_dim)}
+        options = self.target.launched(launch.options(CHUNK=self.head_dim))
+        return {**whole, "PRECISION": self.target.precision, **options}
 
 
 _ALL = ("KERNEL", "DW_BIAS", "PW_BIAS")
@@ -408,7 +408,7 @@ def aggregate_backward(
             grad_mixed, scale.dw, before, into, call.channels, call.height, call.width,
             *image_strides(grad_mixed), *image_strides(before), *image_strides(into),
             WHOLE=call.channels % launch.channels == 0, **scale.options("KERNEL"),
-            **launch.options(CHUNK=call.channels), **target.launch,
+            **target.launched(launch.options(CHUNK=call.channels)),
         )  # fmt: skip
         before = into
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -13,22 +14,33 @@ from triton import knobs
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
+#: Of a thread, and of a multiprocessor of NVIDIA's.
+MOST_REGISTERS, REGISTERS = 255, 65536
+
+
 @dataclass(frozen=True)
 class TargetOptions:
-    """Of the card that a call runs on: ``precision`` of products in float32, options of every launch, and its name."""
+    """Of the card that a call runs on: ``precision`` of products in float32, whether registers are named, its name."""
 
     precision: str
-    launch: dict[str, int] = field(default_factory=dict)
+    names_registers: bool = False
     card: str = ""
+
+    def launched(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a launch, and how many registers a thread may have.
+
+        Without, the assembler spills a register or two to stay below a round number of its own choice.
+        """
+        if not self.names_registers:
+            return options
+        return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * options["num_warps"]) // 8 * 8)}
 
     @staticmethod
     def of(backend: str, *, relaxed: bool = False, card: str = "") -> TargetOptions:
         """Of ``"cuda"`` or ``"hip"``; ``relaxed``: one product of TF32 will do, where three are as exact as float32."""
         if backend == "hip":
             return TargetOptions("ieee", card=card)
-        # Named, or the assembler spills a register or two to stay below a round number of its own choice.
-        registers = {} if INTERPRETED.value else {"maxnreg": 255}
-        return TargetOptions("tf32" if relaxed else "tf32x3", registers, card)
+        return TargetOptions("tf32" if relaxed else "tf32x3", not INTERPRETED.value, card)
 
 
 @triton.jit

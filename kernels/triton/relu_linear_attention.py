@@ -154,14 +154,14 @@ class _Call:
 
     def __init__(self, q: torch.Tensor, v: torch.Tensor, groups: Groups, target: TargetOptions) -> None:
         self.groups, self.head_dim, self.value_dim = groups, q.shape[-1], v.shape[-1]
-        self._card = target.card
-        self._shared = {"D": padded(self.head_dim), "PRECISION": target.precision, **target.launch}
+        self._target = target
+        self._shared = {"D": padded(self.head_dim), "PRECISION": target.precision}
 
     def launch(self, kernel: str) -> Launch:
-        return find("relu_linear_attention", kernel, self.head_dim, self._card)
+        return find("relu_linear_attention", kernel, self.head_dim, self._target.card)
 
     def options(self, launch: Launch) -> dict[str, Any]:
-        return {**self._shared, **launch.options(DV=self.value_dim)}
+        return {**self._shared, **self._target.launched(launch.options(DV=self.value_dim))}
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
         return (*self.groups.sizes, *(stride for t in tensors for stride in self.groups.strides(t)))

@@ -6,6 +6,8 @@ second one, the sums over all keys. In between a program holds all heads of some
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -128,9 +130,9 @@ def _talk_backward(
     tl.store(grad_after_bias + at, sum_after_bias, mask=head < heads)
 
 
-def _options(heads: int, target: TargetOptions) -> dict[str, int]:
+def _options(heads: int, target: TargetOptions) -> dict[str, Any]:
     launch = find("talking_heads", "talk", heads, target.card)
-    return {"HEADS": triton.next_power_of_2(heads), **launch.options(), **target.launch}
+    return {"HEADS": triton.next_power_of_2(heads), **target.launched(launch.options())}
 
 
 def forward(

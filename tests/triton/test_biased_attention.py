@@ -137,10 +137,10 @@ def test_results_lie_as_the_other_backends_lay_them(device):
 
 
 def test_sizes_out_of_range_are_named(device):
-    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels .*, not 129"):
+    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels, not 129"):
         biased_attention(*arguments(device, BiasedCase(1, 1, 2, 2, 129, 2))[:4])
-    *rest, mixing = arguments(device, BiasedCase(1, 129, 2, 2, 1, 1, talking=True))
-    with pytest.raises(RuntimeError, match=r"triton: takes heads .* as many that talk, not 129"):
+    *rest, mixing = arguments(device, BiasedCase(1, 65, 2, 2, 1, 1, talking=True))
+    with pytest.raises(RuntimeError, match=r"triton: takes up to 64 heads that talk, not 65"):
         biased_attention(*rest, talking_heads=mixing)
 
 

@@ -86,7 +86,7 @@ def test_not_a_number_as_the_reference_has_it(device, value):
 def test_same_bits_every_time(device):
     first, *others = (
         with_gradients(cascaded_group_attention, "triton", CASES[1], CASES[1].inputs(), torch.float32, device)
-        for _ in range(3)
+        for _ in range(2)
     )
     for results in others:
         assert all(torch.equal(a, b) for a, b in zip(results.values(), first.values(), strict=True))
@@ -118,19 +118,19 @@ def test_results_lie_as_the_other_backends_lay_them(device, memory_format):
 def test_heads_out_of_range_are_named(device):
     for case in (CascadeCase(1, 129, 2, 2, 2, None, (3,)), CascadeCase(1, 2, 129, 2, 2, None, (3,))):
         x, *weights = arguments(device, case)
-        with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels .*, not 129"):
+        with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels, not 129"):
             cascaded_group_attention(x, *weights)
 
 
 def test_opcheck(device):
     for memory_format in FORMATS[:2]:
-        call = arguments(device, CascadeCase(1, 8, 4, 4, 5, 3, (3, 3)), memory_format=memory_format)
-        torch.library.opcheck(OPS.cascaded_group_attention.default, (*call, 0.5, 3, 3))
+        call = arguments(device, CascadeCase(1, 4, 2, 2, 3, 2, (3,)), memory_format=memory_format)
+        torch.library.opcheck(OPS.cascaded_group_attention.default, (*call, 0.5, 2, 2))
         leaves = [
             t.detach().requires_grad_() if isinstance(t, torch.Tensor) else [w.detach().requires_grad_() for w in t]
             for t in call
         ]
-        torch.library.opcheck(OPS.cascaded_group_attention_forward.default, (*leaves, 0.5, 3, 3))
+        torch.library.opcheck(OPS.cascaded_group_attention_forward.default, (*leaves, 0.5, 2, 2))
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
@@ -140,10 +140,10 @@ def test_compile_without_graph_breaks(device, grad):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(cascaded_group_attention, fullgraph=True, dynamic=True, backend=counter)
     first = 0
-    for height in (5, 7):
-        x, *weights = arguments(device, CascadeCase(2, 8, 4, height, 6, 3, (3, 3)))
+    for height in (3, 4):
+        x, *weights = arguments(device, CascadeCase(2, 8, 4, height, 2, 2, (3, 3)))
         x.requires_grad_(grad)
-        outs = [f(x, *weights, window_size=3) for f in (compiled, cascaded_group_attention)]
+        outs = [f(x, *weights, window_size=2) for f in (compiled, cascaded_group_attention)]
         assert torch.equal(*outs)
         first = first or counter.frame_count
         if grad:

@@ -84,8 +84,8 @@ def test_not_a_number_as_the_reference_has_it(device, function, value):
 
 @both
 def test_same_bits_every_time(device, function):
-    case = MultiScaleCase(2, 1, 8, 9, 10, kernels=(3, 1), biases=True)
-    first, *others = (with_gradients(function, "triton", case, case.inputs(), torch.float32, device) for _ in range(3))
+    case = MultiScaleCase(2, 1, 8, 6, 7, kernels=(3, 1), biases=True)
+    first, *others = (with_gradients(function, "triton", case, case.inputs(), torch.float32, device) for _ in range(2))
     for results in others:
         assert all(torch.equal(a, b) for a, b in zip(results.values(), first.values(), strict=True))
 
@@ -116,7 +116,7 @@ def test_results_lie_as_the_other_backends_lay_them(device, function, memory_for
 
 def test_heads_out_of_range_are_named(device):
     case = MultiScaleCase(1, 1, 129, 2, 2)
-    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels .*, not 129"):
+    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels, not 129"):
         case.call(multi_scale_aggregation, dict(zip(case.inputs(), arguments(device, case), strict=True)))
 
 
@@ -136,6 +136,8 @@ def test_wrong_arguments_of_the_operators(device):
     qkv, *weights = arguments(device, MultiScaleCase(1, 1, 4, 5, 6))
     with pytest.raises(RuntimeError, match="multiple of 3"):
         OPS.multi_scale_aggregation(qkv[:, :11], *weights, 4)
+    with pytest.raises(RuntimeError, match="weights must be float32"):
+        OPS.multi_scale_aggregation(qkv.half(), [weights[0][0].half()], *weights[1:], 4)
     out, sums = OPS.multi_scale_linear_attention_forward(qkv, *weights, 4, 1e-6)
     with pytest.raises(RuntimeError, match="grad_out must have the shape"):
         OPS.multi_scale_linear_attention_backward(out[:, 1:], qkv, *weights, sums, 4, 1e-6)
@@ -150,7 +152,7 @@ def test_compile_without_graph_breaks(device, grad):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(multi_scale_linear_attention, fullgraph=True, dynamic=True, backend=counter)
     first = 0
-    for height in (7, 9):
+    for height in (3, 4):
         case = MultiScaleCase(2, 1, 4, height, 6, kernels=(3,))
         qkv, *weights = arguments(device, case)
         qkv.requires_grad_(grad)

@@ -7,7 +7,7 @@ triton is imported before the first call.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from effattn.backends.triton import (
     relu_linear_attention,
 )
 from effattn.backends.triton._launch import is_interpreted
-from effattn.kernels.configs import MOST_CHANNELS
+from effattn.kernels.configs import MOST_CHANNELS, MOST_TALKING_HEADS
 
 NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,10 +54,14 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[
             reasons.append(f"needs a card of compute capability {needed}, this one has {found}")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    for count in channels:
-        if count > MOST_CHANNELS:
-            reasons.append(f"takes heads of up to {MOST_CHANNELS} channels and as many that talk, not {count}")
-    return reasons
+    return reasons + [f"takes {most}, not {count}" for most, count in _out_of_range(channels)]
+
+
+def _out_of_range(channels: tuple[int, ...]) -> list[tuple[str, int]]:
+    """What is the most, and how many there are."""
+    found = [(f"heads of up to {MOST_CHANNELS} channels", count) for count in channels[:2] if count > MOST_CHANNELS]
+    talking = [(f"up to {MOST_TALKING_HEADS} heads that talk", n) for n in channels[2:] if n > MOST_TALKING_HEADS]
+    return found + talking
 
 
 @torch.compiler.assume_constant_result
@@ -92,10 +96,10 @@ BACKEND = Backend("triton", _unavailable, _reasons, _FUNCTIONS)
 _OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def check_channels(channels: Iterable[int]) -> None:
+def check_channels(channels: tuple[int, ...]) -> None:
     """Raises RuntimeError where :func:`_reasons` would name them."""
-    for count in channels:
-        torch._check(count <= MOST_CHANNELS, lambda: f"heads must have at most {MOST_CHANNELS} channels")
+    for most, count in _out_of_range(channels):
+        torch._check(False, lambda most=most, count=count: f"the kernels take {most}, not {count}")
 
 
 def register(name: str, check: Callable[..., None], check_backward: Callable[..., None]) -> bool:
