@@ -125,6 +125,8 @@ def asked() -> Iterator[set[tuple[str, str, int]]]:
         _asked = before
 
 
+#: Taps times tokens and channels of a program that sums gradients of depthwise weights: more taps, fewer tokens.
+MOST_TAPS = 4096
 #: Programs of a cascade's forward walk, at most: each has memory of its own, which should stay in the card's cache.
 CASCADE_PROGRAMS = 1024
 

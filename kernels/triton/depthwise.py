@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import find, split_tiles
+from effattn.kernels.configs import MOST_TAPS, find, split_tiles
 from effattn.kernels.numerics import TargetOptions
 from effattn.kernels.sums import add_up_partial, new_partial
 from effattn.kernels.tiles import load_tile, tile_and_group
@@ -99,14 +99,15 @@ def weight_gradients(
     (batch, channels, height, width), kernel = sizes, grad_weight.shape[-1]
     order = "channels_last" if strides[1][1] == 1 and channels > 1 else "nchw"
     launch = find("depthwise", order, channels, target.card)
-    options = target.launched(launch.options(CHUNK=channels))
+    options, taps = target.launched(launch.options(CHUNK=channels)), triton.next_power_of_2(kernel**2)
+    options["TOKENS"] = max(1, min(options["TOKENS"], MOST_TAPS // (taps * options["CHUNK"])))
     chunks = triton.cdiv(channels, options["CHUNK"])
     part_tiles, count = split_tiles(chunks, batch, height * width, options["TOKENS"])
     partial, partial_bias = (new_partial(g, count) for g in (grad_weight, grad_bias))
     _depthwise_gradients[(chunks * count,)](
         grad, image, partial, image if partial_bias is None else partial_bias,
         channels, batch, height, width, part_tiles, *strides[0], *strides[1],
-        KERNEL=kernel, TAPS=triton.next_power_of_2(kernel**2), DW_BIAS=grad_bias is not None,
+        KERNEL=kernel, TAPS=taps, DW_BIAS=grad_bias is not None,
         **options,
     )  # fmt: skip
     add_up_partial(partial, grad_weight)

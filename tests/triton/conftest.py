@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from effattn import registry, use_backend
 from effattn.backends.triton import is_interpreted
+
+# Asked for by torch, before anything runs, where tests want uninitialised memory to be poisoned.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
