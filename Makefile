@@ -100,7 +100,7 @@ $(VENV)/.diffusers: $(VENV)/.timm
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers
-	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis psutil
+	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis psutil tabulate
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@
 
