@@ -99,7 +99,7 @@ def test_ways_that_there_is_no_time_for_have_none():
 
 
 def test_a_case_whose_inputs_fail_is_a_reason(tmp_path, monkeypatch):
-    def make(seed):
+    def make():
         raise torch.OutOfMemoryError("too large")
 
     case = dataclasses.replace(cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False), make=make)

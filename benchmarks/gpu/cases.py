@@ -1,12 +1,12 @@
 """What is measured on a card: the operators in the shapes of real models, from one image to 256.
 
-Images are in a narrow type, weights in float32, as under autocast. Inputs are of one seed a set.
+Images are in a narrow type, weights in float32, as under autocast.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -35,9 +35,9 @@ def _work(flops: float, inputs: float, outputs: float, training: bool, dtype: to
 
 
 def _attention(case: AttentionCase, dtype: torch.dtype, training: bool) -> GpuCase:
-    def make(seed: int) -> Arguments:
+    def make() -> Arguments:
         sizes = (case.batch, case.heads, 3 * case.head_dim, case.tokens)
-        return list(testing.split_heads(testing.make_tensor(*sizes, dtype=dtype, seed=seed)))
+        return list(testing.split_heads(testing.make_tensor(*sizes, dtype=dtype)))
 
     def timm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return rla.timm(q, k, v, rla.EPS)
@@ -75,8 +75,8 @@ def attention(training: bool) -> list[GpuCase]:
 
 
 def _multi_scale(name: str, case: MultiScaleCase, training: bool) -> GpuCase:
-    def make(seed: int) -> Arguments:
-        inputs = case.inputs(NARROW, seed=seed)
+    def make() -> Arguments:
+        inputs = case.inputs(NARROW)
         return [inputs["qkv"], inputs["dw_weights"], inputs["pw_weights"]]
 
     def ours(qkv: torch.Tensor, dw: list[torch.Tensor], pw: list[torch.Tensor]) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _cascade(name: str, case: CascadeCase, training: bool) -> GpuCase:
         dtype=NARROW,
         sizes={"batch": case.batch, "channels": case.channels, "heads": heads, "size": case.height},
         work=_work(pixels * per_pixel, pixels * case.channels, pixels * case.channels, training, NARROW),
-        make=lambda seed: _seeded(case, seed),
+        make=lambda: _inputs(case),
         truth=lambda *arguments: reference.cascaded_group_attention(*arguments, scale, *window),
         ours=ours,
         peers={STOCK: stock},
@@ -150,12 +150,8 @@ def _cascade(name: str, case: CascadeCase, training: bool) -> GpuCase:
     )
 
 
-def _seeded(case: CascadeCase | BiasedCase, seed: int) -> Arguments:
-    """The case's inputs, with images of a seed of their own."""
-    inputs = case.inputs(NARROW)
-    for name in case.images:
-        inputs[name] = inputs[name].roll(seed, -1)
-    return [value for value in inputs.values() if not isinstance(value, list) or value]
+def _inputs(case: CascadeCase | BiasedCase) -> Arguments:
+    return [value for value in case.inputs(NARROW).values() if not isinstance(value, list) or value]
 
 
 def _stock_cascade(
@@ -232,7 +228,7 @@ def _biased(name: str, case: BiasedCase, training: bool) -> GpuCase:
             training,
             NARROW,
         ),
-        make=lambda seed: _seeded(case, seed),
+        make=lambda: _inputs(case),
         truth=lambda q, k, v, bias, mixing=(): reference.biased_attention(q, k, v, bias, mixing, scale),
         ours=ours,
         peers=peers if case.talking else peers | {"SDPA": sdpa},
@@ -253,28 +249,27 @@ def biased(training: bool) -> list[GpuCase]:
 
 
 def _model(name: str, batch: int) -> GpuCase:
-    torch.manual_seed(0)
-    stock = testing.import_timm().create_model(name).eval()
-    testing.randomise_batch_norm(stock)
-    testing.randomise_what_starts_at_zero(stock)
-    accelerated, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    effattn.accelerate(accelerated)
-    effattn.accelerate(exact)  # timm's attention computes in float32 whatever comes
-    # Moved when a case is measured: this list is made on machines without a card too.
-    stock, accelerated = (m.half().to(memory_format=torch.channels_last) for m in (stock, accelerated))
+    modules: list[torch.nn.Module] = []  # in float64, stock, accelerated; made when the case is measured
 
-    def call(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        def called(x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = module(x)
+    def make() -> Arguments:
+        torch.manual_seed(0)
+        stock = testing.import_timm().create_model(name).eval()
+        testing.randomise_batch_norm(stock)
+        testing.randomise_what_starts_at_zero(stock)
+        accelerated, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
+        effattn.accelerate(accelerated)
+        effattn.accelerate(exact)  # timm's attention computes in float32 whatever comes
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        half = (m.half().to(device, memory_format=torch.channels_last) for m in (stock, accelerated))
+        modules[:] = exact.to(device), *half
+        return [testing.make_image(batch, 3, 224, 224, "channels_last").half()]
+
+    def called(which: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = modules[which](x)
             return out
 
-        return called
-
-    def make(seed: int) -> Arguments:
-        x = testing.make_image(batch, 3, 224, 224, "channels_last", seed=seed).half()
-        for module in (stock, accelerated, exact):
-            module.to("cuda" if torch.cuda.is_available() else "cpu")
-        return [x]
+        return call
 
     return GpuCase(
         suite="gpu-models",
@@ -283,23 +278,21 @@ def _model(name: str, batch: int) -> GpuCase:
         sizes={"batch": batch},
         work=Work(bytes=0, flops=0),
         make=make,
-        truth=call(exact),
-        ours=call(accelerated),
-        peers={STOCK: call(stock)},
+        truth=called(0),
+        ours=called(2),
+        peers={STOCK: called(1)},
         compile_ours=True,
         tolerance=5e-2,
     )
 
 
-def models() -> Iterator[GpuCase]:
-    """Made one by one: each takes time and memory."""
-    for batch in (1, 256):
-        for name in ("efficientvit_m0", "efficientvit_b1", "efficientformer_l1", "efficientvit_m5", "efficientvit_b3"):
-            yield _model(name, batch)
+def models() -> list[GpuCase]:
+    names = ("efficientvit_m0", "efficientvit_b1", "efficientformer_l1", "efficientvit_m5", "efficientvit_b3")
+    return [_model(name, batch) for batch in (1, 256) for name in names]
 
 
 #: A case of each is measured in turn; what there is no time for is left out from the end of each.
-SUITES: dict[str, tuple[str, Callable[[], Iterable[GpuCase]]]] = {
+SUITES: dict[str, tuple[str, Callable[[], list[GpuCase]]]] = {
     "gpu-attention": ("relu_linear_attention, forward", partial(attention, False)),
     "gpu-multi-scale": ("multi_scale_linear_attention, forward", partial(multi_scale, False)),
     "gpu-cascade": ("cascaded_group_attention, forward", partial(cascade, False)),

@@ -32,7 +32,7 @@ OURS, STOCK = "effattn", "stock"
 class GpuCase:
     """What is computed, by whom.
 
-    ``make`` gives fresh arguments for a seed, on the CPU. ``truth`` and ``peers`` compute what ``ours`` does, from the
+    ``make`` gives the arguments, on the CPU. ``truth`` and ``peers`` compute what ``ours`` does, from the
     same arguments, the former in float64. ``context`` compute something else that is used for it. ``compile_ours`` says
     that torch.compile has something to do in what is ours.
     """
@@ -42,7 +42,7 @@ class GpuCase:
     dtype: torch.dtype
     sizes: dict[str, int]
     work: Work
-    make: Callable[[int], Arguments]
+    make: Callable[[], Arguments]
     truth: Function
     ours: Function
     peers: Mapping[str, Function]
@@ -108,9 +108,9 @@ def measure(
 
 
 def _measure(case: GpuCase, clock: Clock, rounds: int, compiled: bool, is_over: Callable[[], bool]) -> list[Row]:
-    first = _on(clock.device, case.make(0))
+    first = _on(clock.device, case.make())
     count = clock.sets(sum(t.nbytes for t in _tensors(first)))
-    sets = [first, *(_on(clock.device, case.make(seed)) for seed in range(1, count))]
+    sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
     rows, ready = [], []
     with torch.set_grad_enabled(case.training):
         wide = [_wide(a) for a in first]
@@ -209,6 +209,14 @@ def _tensors(arguments: Arguments) -> list[torch.Tensor]:
 
 def _on(device: torch.device, arguments: Arguments) -> Arguments:
     return [[t.to(device) for t in a] if isinstance(a, list) else testing.moved(a, device) for a in arguments]
+
+
+def _another(argument: Any, by: int) -> Any:
+    """Of the same kind, elsewhere in memory, with other values where they are images'."""
+    if isinstance(argument, list):
+        return [t.clone() for t in argument]
+    t = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device)
+    return t.copy_(argument.roll(by, -1))
 
 
 def _wide(argument: Any) -> Any:

@@ -16,6 +16,7 @@ from benchmarks.floor import Rates
 from benchmarks.gpu import runner
 from benchmarks.gpu.cases import SUITES
 from benchmarks.gpu.clock import Clock, CudaClock
+from benchmarks.gpu.runner import GpuCase
 from benchmarks.runner import Row, write_floors
 from benchmarks.suites import Settings
 
@@ -33,7 +34,7 @@ def run(
     """Measures and returns the file of the results, which is written, with its tables, after every case.
 
     Cases are taken from all suites in turn, so that every suite has some when time is over. ``compiled`` is in how many
-    cases of a suite torch.compile takes part, None for all: it takes most of the time.
+    cases of a suite torch.compile takes part, None for all: it takes most of the time, and these cases come last.
 
     Raises:
         ValueError: for a suite that there is not, or if no case is called like that.
@@ -54,34 +55,41 @@ def run(
     facts = environment.facts() | card(clock)
     path = output / results.file_name(facts, settings)
     data, rates = results.read_or_new(path), Rates()
-    made = {name: iter(make()) for name, (_, make) in SUITES.items() if names is None or name in names}
-    parts = {name: _Part() for name in made}
-    while made:
-        for name in list(made):
-            case = next((case for case in made[name] if settings.keeps(case.name)), None)
-            if case is None:
-                del made[name]
-                continue
-            part, title = parts[name], SUITES[name][0]
-            if spent() > seconds:
-                part.left_out.append(case.name)
-                say(f"no time was left for {name}: {case.name}")
-            else:
-                say(f"{spent():5.0f} s  {name}: {case.name}")
-                clock.rates(rates)
-                takes_part = compiled is None or len(part.cases) < compiled
-                part.rows += runner.measure(case, clock, rounds, takes_part, lambda: spent() > seconds)
-                part.cases.append(case)
-            if part.cases:
-                write_floors(part.rows, part.cases, rates)
-                if part.left_out:
-                    title += f" (no time was left for: {'; '.join(part.left_out)})"
-                results.add(data, name, title, settings, facts | {"date": environment.now()}, rates, part.rows)
-                results.write(path, data)
-                path.with_suffix(".md").write_text(report.table(data) + "\n")
+    chosen = {name: suite for name, suite in SUITES.items() if names is None or name in names}
+    parts = {name: _Part() for name in chosen}
+    for name, case, takes_part in _in_turn({name: make() for name, (_, make) in chosen.items()}, compiled, settings):
+        part, title = parts[name], chosen[name][0]
+        if spent() > seconds:
+            part.left_out.append(case.name)
+            say(f"no time was left for {name}: {case.name}")
+        else:
+            say(f"{spent():5.0f} s  {name}: {case.name}")
+            clock.rates(rates)
+            part.rows += runner.measure(case, clock, rounds, takes_part, lambda: spent() > seconds)
+            part.cases.append(case)
+        if part.cases:
+            write_floors(part.rows, part.cases, rates)
+            if part.left_out:
+                title += f" (no time was left for: {'; '.join(part.left_out)})"
+            results.add(data, name, title, settings, facts | {"date": environment.now()}, rates, part.rows)
+            results.write(path, data)
+            path.with_suffix(".md").write_text(report.table(data) + "\n")
     if not any(part.cases for part in parts.values()):
         raise ValueError("only: expected part of the name of a case of these suites, and time to measure it")
     return path
+
+
+def _in_turn(
+    suites: dict[str, list[GpuCase]], compiled: int | None, settings: Settings
+) -> list[tuple[str, GpuCase, bool]]:
+    """The first case of each suite, then the second, and whether torch.compile takes part; last those in which it does,
+    unless it does in all."""
+    order = [
+        (compiled is None or index < compiled, index, name, case)
+        for name, cases in suites.items()
+        for index, case in enumerate(case for case in cases if settings.keeps(case.name))
+    ]
+    return [(name, case, takes_part) for takes_part, _, name, case in sorted(order, key=lambda entry: entry[:2])]
 
 
 @dataclass
