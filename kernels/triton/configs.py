@@ -50,7 +50,7 @@ LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
             16: Launch(32, 16),
             32: Launch(16, 32),
             64: Launch(16, 16, num_warps=8),
-            128: Launch(16, 16, num_warps=8),
+            128: Launch(16, 32, num_warps=8),
         },
         "attend": {
             16: Launch(64, 16),
