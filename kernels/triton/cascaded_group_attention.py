@@ -71,15 +71,16 @@ def _store_image(x, image, pixel, inside, pixel_stride, channel_stride, first, c
 @triton.jit
 def _walk(
     x, weights, bias, out, feats, qkvs, qs,
-    heads, key_dim, value_dim, height, width, window_height, window_width, windows, programs, kept, scale,
+    heads, key_dim, value_dim, height, width, window_height, window_width, windows, programs, scale,
     x_batch, x_channel, x_pixel, o_batch, o_channel, o_pixel,
-    KERNELS: tl.constexpr, TAPS: tl.constexpr, MOST: tl.constexpr, QKV_BIAS: tl.constexpr, DW_BIAS: tl.constexpr,
+    KEPT: tl.constexpr, KERNELS: tl.constexpr, TAPS: tl.constexpr, MOST: tl.constexpr,
+    QKV_BIAS: tl.constexpr, DW_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Windows, one after the other: program (first of them).
 
     ``feats`` (N, value_dim), ``qkvs`` (N, 2 key_dim + value_dim) and ``qs`` (N, key_dim) are this program's, and
-    another's follow; if ``kept``, of every head of every window. ``weights`` are those of all heads, one behind the
+    another's follow; if KEPT, of every head of every window. ``weights`` are those of all heads, one behind the
     other: 1x1 weights, their biases, taps, their biases.
     """
     program, tokens, outputs = tl.program_id(0), window_height * window_width, 2 * key_dim + value_dim
@@ -88,13 +89,13 @@ def _walk(
     dw_biases = all_taps + TAPS[len(KERNELS)] * key_dim
     for window in range(program, windows, programs):
         for head in range(heads):
-            slot = tl.where(kept, tl.cast(window, tl.int64) * heads + head, tl.cast(program, tl.int64))
+            slot = tl.cast(window, tl.int64) * heads + head if KEPT else tl.cast(program, tl.int64)
             feat, qkv, q = (
                 feats + slot * tokens * value_dim,
                 qkvs + slot * tokens * outputs,
                 qs + slot * tokens * key_dim,
             )
-            next_feat = tl.where(kept, tokens * value_dim, 0)
+            next_feat = tokens * value_dim if KEPT else 0
             if head == 0:
                 for first in range(0, tokens, TOKENS):
                     token = first + tl.arange(0, TOKENS)
@@ -323,8 +324,8 @@ class _Call:
         _walk[(programs,)](
             x, self.weights, self.bias, out, *of_heads,
             self.heads, self.key_dim, self.value_dim, self.height, self.width, *self.window,
-            self.windows, programs, kept, scale, *image_strides(x), *image_strides(out),
-            DW_BIAS=has_dw_bias, **self.options,
+            self.windows, programs, scale, *image_strides(x), *image_strides(out),
+            KEPT=kept, DW_BIAS=has_dw_bias, **self.options,
         )  # fmt: skip
         return of_heads
 
