@@ -140,7 +140,7 @@ def test_compile_without_graph_breaks(device, grad):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(cascaded_group_attention, fullgraph=True, dynamic=True, backend=counter)
     first = 0
-    for height in (3, 4):
+    for height in (5, 7):  # sizes of nothing else, or torch takes them for the same
         x, *weights = arguments(device, CascadeCase(2, 8, 4, height, 2, 2, (3, 3)))
         x.requires_grad_(grad)
         outs = [f(x, *weights, window_size=2) for f in (compiled, cascaded_group_attention)]

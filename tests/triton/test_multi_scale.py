@@ -152,7 +152,7 @@ def test_compile_without_graph_breaks(device, grad):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(multi_scale_linear_attention, fullgraph=True, dynamic=True, backend=counter)
     first = 0
-    for height in (3, 4):
+    for height in (5, 7):  # sizes of nothing else, or torch takes them for the same
         case = MultiScaleCase(2, 1, 4, height, 6, kernels=(3,))
         qkv, *weights = arguments(device, case)
         qkv.requires_grad_(grad)
