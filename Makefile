@@ -6,9 +6,9 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
+NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: help demo train test bench lint format test-python test-triton test-sanitizers test-aarch64 test-install gpu clean
+.PHONY: help demo train test bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -17,7 +17,7 @@ help: ## this list
 demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock and accelerated
 	$(BIN)/python examples/demo.py
 
-test: lint test-python test-triton test-sanitizers test-install test-aarch64 ## everything that CI runs
+test: lint test-python test-triton test-cuda test-sanitizers test-install test-aarch64 ## everything that CI runs
 	@echo "all tests passed"
 
 train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
@@ -30,21 +30,24 @@ lint: $(VENV)/.lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc kernels -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc kernels examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc kernels -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc kernels examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 test-python: $(VENV)/.build $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton
+	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton --ignore tests/device
 
 test-triton: $(VENV)/.build $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
 	$(BIN)/python -m pytest tests/triton/test_compiled.py -q -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton -q -n auto --ignore tests/triton/test_compiled.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton tests/device -q -n auto --ignore tests/triton/test_compiled.py
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  $(BIN)/python -m pytest tests/triton -q --ignore tests/triton/test_compiled.py
+	  $(BIN)/python -m pytest tests/triton tests/device -q --ignore tests/triton/test_compiled.py
+
+test-cuda: $(VENV)/.build $(VENV)/.test ## CUDA's kernels: emulated under AddressSanitizer, and compiled where there is an nvcc
+	$(BIN)/python tests/emulated.py
 
 test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitizers.py

@@ -1,8 +1,10 @@
 """Compiles effattn's native code with ninja.
 
-Two shared objects come out, side by side in the package folder:
+Shared objects come out, side by side in the package folder:
 
 - ``libeffattn.so``: schemas, glue and CPU kernels, against the LibTorch stable ABI; needs no Python.
+- ``libeffattn_cuda.so``: glue and CUDA kernels, where there is an nvcc. ``EFFATTN_CUDA=0`` leaves it out, ``1`` asks
+  for it; ``EFFATTN_CUDA_ARCHS`` says for which cards, "80 90a 100+PTX".
 - ``_C.<tag>.so``: build facts, instruction sets and plans, with pybind11.
 
 ``setup.py`` uses this for wheels and editable installs. Run as a script it stages an importable copy
@@ -22,9 +24,11 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,18 +66,88 @@ ONCE = (
     "kernels/cpu/cascaded_group_attention.cpp",
     "kernels/cpu/cascade_training.cpp",
     "csrc/library.cpp",
-    "csrc/cpu/relu_linear_attention.cpp",
-    "csrc/cpu/multi_scale.cpp",
     "csrc/cpu/lite_mla.cpp",
-    "csrc/cpu/biased_attention.cpp",
     "csrc/cpu/projected_attention.cpp",
-    "csrc/cpu/cascaded_group_attention.cpp",
+    "csrc/cpu/cascade_projected.cpp",
     "csrc/cpu/cascade_training.cpp",
+)
+# The glue of the five functions, the same for every library of kernels.
+SHARED = (
+    "csrc/relu_linear_attention.cpp",
+    "csrc/multi_scale.cpp",
+    "csrc/biased_attention.cpp",
+    "csrc/cascaded_group_attention.cpp",
 )
 PYTHON = ("csrc/python.cpp",)
 
+CUDA = (
+    "kernels/cuda/tensors.cu",
+    "kernels/cuda/sums.cu",
+    "kernels/cuda/relu_linear_attention.cu",
+    "kernels/cuda/biased_attention.cu",
+    "kernels/cuda/cascaded_group_attention.cu",
+    "kernels/cuda/multi_scale.cu",
+)
+# Of the device; and of the host, where threads of a block are emulated.
+CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp")
+CUDA_EMULATED = ("kernels/cuda/emulator.cpp", "csrc/cuda/emulated.cpp")
+# Compute capabilities; of the last one also code that newer cards can translate.
+CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
+
+CUDA_LIBRARY = "libeffattn_cuda.so"
+
 # One build serves every torch from here on.
 TORCH_TARGET = ("2.10", "0x020a000000000000")
+
+
+@dataclasses.dataclass
+class Cuda:
+    """A compiler of CUDA, and what for."""
+
+    nvcc: str
+    version: str
+    archs: tuple[str, ...]
+
+    @classmethod
+    def found(cls) -> Cuda | None:
+        """As EFFATTN_CUDA and EFFATTN_CUDA_ARCHS say; whether there is a GPU plays no part."""
+        wanted = os.environ.get("EFFATTN_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"EFFATTN_CUDA: expected 0 or 1, got {wanted!r}")
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+        if wanted == "0" or (nvcc is None and wanted == ""):
+            return None
+        if nvcc is None:
+            raise SystemExit("EFFATTN_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME")
+        known = {code.removeprefix("sm_") for code in _output(nvcc, "--list-gpu-code").split()}
+        asked = os.environ.get("EFFATTN_CUDA_ARCHS", "").split()
+        archs = asked or [arch for arch in CUDA_ARCHS if _capability(arch) in known]
+        for arch in archs:
+            if _capability(arch) not in known:
+                raise SystemExit(
+                    f"EFFATTN_CUDA_ARCHS: expected compute capabilities that {nvcc} knows, separated by spaces "
+                    f"({', '.join(sorted(known, key=int))}; 90a, 100+PTX), got {arch!r}"
+                )
+        return cls(nvcc, _output(nvcc, "--version").split("release ")[1].split(",")[0], tuple(archs))
+
+    def flags(self) -> list[str]:
+        flags = []
+        for arch in self.archs:
+            name = arch.removesuffix("+PTX")
+            flags.append(f"-gencode arch=compute_{name},code=sm_{name}")
+            if name != arch:
+                flags.append(f"-gencode arch=compute_{name},code=compute_{name}")
+        return flags
+
+
+def _capability(arch: str) -> str:
+    """Without what says that it is for this one only, or for later ones too."""
+    return arch.removesuffix("+PTX").rstrip("af")
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @dataclasses.dataclass
@@ -89,9 +163,11 @@ class Target:
     extension_suffix: str
     sanitize: str = ""
     without: tuple[str, ...] = ()  # instruction sets to leave out
+    cuda: Cuda | None = None
+    emulate_cuda: bool = False  # compile the CUDA kernels for the host, in place of the CPU's
 
     @classmethod
-    def native(cls, sanitize: str = "", without: tuple[str, ...] = ()) -> Target:
+    def native(cls, sanitize: str = "", without: tuple[str, ...] = (), emulate_cuda: bool = False) -> Target:
         torch = import_torch()
         base = Path(str(torch.__file__)).parent
         return cls(
@@ -104,6 +180,8 @@ class Target:
             extension_suffix=sysconfig.get_config_var("EXT_SUFFIX"),
             sanitize=sanitize,
             without=without,
+            cuda=None if sanitize or emulate_cuda else Cuda.found(),
+            emulate_cuda=emulate_cuda,
         )
 
 
@@ -149,9 +227,7 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
     ]
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}"]
     facts = {
-        "COMPILER": subprocess.run(
-            [target.compiler, "--version"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()[0],
+        "COMPILER": _output(target.compiler, "--version").splitlines()[0],
         "TORCH_VERSION": target.torch_version,
         "ARCHITECTURE": target.architecture,
         "SANITIZER": target.sanitize,
@@ -177,18 +253,25 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
         return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
 
-    parts = [compile(source, torch_flags) for source in ONCE]
+    # Where CUDA is emulated, its operators take the tensors of the CPU.
+    glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
+    parts = [compile(source, torch_flags) for source in glue]
     for name, lanes, flags in isas:
         defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
         parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
     library = output / "libeffattn.so"
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
-    ninja.build(
-        str(library),
-        "link",
-        parts,
-        variables={"flags": f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"},
-    )
+    link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
+    ninja.build(str(library), "link", parts, variables={"flags": link_torch})
+    outputs = [library]
+    if target.emulate_cuda:
+        flags = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED"]
+        parts = [compile(source, [*flags, "-x c++"], "emulated") for source in (*CUDA, *CUDA_EMULATED, *SHARED)]
+        outputs.append(output / CUDA_LIBRARY)
+        ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
+    if target.cuda is not None:
+        outputs.append(output / CUDA_LIBRARY)
+        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
     extension = output / f"_C{target.extension_suffix}"
     ninja.build(
         str(extension),
@@ -197,8 +280,53 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
         implicit=[str(library)],
         variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
     )
-    ninja.default([str(library), str(extension)])
+    ninja.default([*map(str, outputs), str(extension)])
     return text.getvalue()
+
+
+def _is_cpu_glue(source: str) -> bool:
+    return source in SHARED or source.startswith("csrc/cpu/")
+
+
+def _add_cuda(
+    ninja: Any,
+    target: Target,
+    cuda: Cuda,
+    objects: Path,
+    library: Path,
+    compile: Callable[..., str],
+    torch_flags: list[str],
+    link_torch: str,
+) -> None:
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        f"-ccbin {target.compiler}",
+        "-Xcompiler -fPIC,-fvisibility=hidden,-Wall",
+        *cuda.flags(),
+    ]
+    ninja.rule(
+        "compile_cuda",
+        f"{cuda.nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
+        depfile="$out.d",
+        deps="gcc",
+        description="compile $out",
+    )
+    ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
+    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}"
+    glue_flags = [*torch_flags, "-DEFFATTN_CUDA", "-DUSE_CUDA", f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"]
+    parts = []
+    for source in (*CUDA, *CUDA_DEVICE, *SHARED):
+        if source.endswith(".cu"):
+            path = str(objects / (source.replace("/", "_") + ".o"))
+            parts += ninja.build(path, "compile_cuda", str(ROOT / source))
+        else:
+            parts.append(compile(source, glue_flags, "cuda"))
+    through_nvcc = " ".join(
+        f"-Xlinker {flag.removeprefix('-Wl,')}" if flag.startswith("-Wl,") else flag for flag in link_torch.split()
+    )
+    ninja.build(str(library), "link_cuda", parts, variables={"flags": through_nvcc})
 
 
 def build(target: Target, output: Path, objects: Path, verbose: bool = False) -> list[Path]:
@@ -210,7 +338,11 @@ def build(target: Target, output: Path, objects: Path, verbose: bool = False) ->
     (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve()))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
     subprocess.run(command, check=True)
-    return [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
+    built = [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
+    if target.cuda is not None or target.emulate_cuda:
+        return [*built, output / CUDA_LIBRARY]
+    (output / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build: it would not fit any more
+    return built
 
 
 def stage(target: Target, folder: Path) -> None:
@@ -230,6 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=Path, required=True, help="folder that receives the copy")
     parser.add_argument("--sanitize", default="", help="value for -fsanitize=")
+    parser.add_argument("--emulate-cuda", action="store_true", help="the CUDA kernels, compiled for the host")
     parser.add_argument("--without", nargs="*", default=[], help="instruction sets to leave out")
     cross = parser.add_argument_group("cross-compiling, all or none")
     cross.add_argument("--architecture")
@@ -241,11 +374,12 @@ def main() -> None:
     cross.add_argument("--tag", dest="extension_suffix")
     arguments = vars(parser.parse_args())
     folder = arguments.pop("stage")
-    sanitize, without = arguments.pop("sanitize"), tuple(arguments.pop("without"))
+    options = {"sanitize": arguments.pop("sanitize"), "without": tuple(arguments.pop("without"))}
+    options["emulate_cuda"] = arguments.pop("emulate_cuda")
     given = {name: value for name, value in arguments.items() if value is not None}
     if given and len(given) != len(arguments):
         parser.error("cross-compiling needs all of its options")
-    target = Target(**given, sanitize=sanitize, without=without) if given else Target.native(sanitize, without)
+    target = Target(**given, **options) if given else Target.native(**options)
     stage(target, folder)
 
 

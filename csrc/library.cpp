@@ -12,9 +12,11 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       "relu_linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor sums, float eps)"
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 
-  // A tensor a scale in each list; lists of biases are empty where there are none. Weights are float32
+  // A tensor a scale in each list; lists of biases are empty where there are none. A list that may be empty
+  // may be None too: AOTInductor hands that to an operator in place of an empty one. Weights are float32
   // whatever qkv is. Two names, of which the second carries the autograd formula.
-#define EFFATTN_WEIGHTS "Tensor[] dw_weights, Tensor[] pw_weights, Tensor[] dw_biases, Tensor[] pw_biases, "
+#define EFFATTN_WEIGHTS \
+  "Tensor[]? dw_weights, Tensor[]? pw_weights, Tensor[]? dw_biases, Tensor[]? pw_biases, "
 #define EFFATTN_GRADIENTS                                                                              \
   " -> (Tensor grad_qkv, Tensor[] grad_dw_weights, Tensor[] grad_pw_weights, Tensor[] grad_dw_biases," \
   " Tensor[] grad_pw_biases)"
@@ -36,7 +38,7 @@ STABLE_TORCH_LIBRARY(effattn, m) {
 
   // Talking heads: no tensor, or the weights and biases of the two 1x1 convolutions over the heads, float32
   // like the bias. The backward recomputes everything.
-#define EFFATTN_ATTENTION "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor[] talking_heads, float scale"
+#define EFFATTN_ATTENTION "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor[]? talking_heads, float scale"
   m.def("biased_attention(" EFFATTN_ATTENTION ") -> Tensor");
   m.def("biased_attention_forward(" EFFATTN_ATTENTION ") -> Tensor");
   m.def("biased_attention_backward(Tensor grad_out, " EFFATTN_ATTENTION
@@ -44,9 +46,9 @@ STABLE_TORCH_LIBRARY(effattn, m) {
 #undef EFFATTN_ATTENTION
 
   // A tensor a head in each list; lists of biases are empty where there are none.
-#define EFFATTN_CASCADE                                                                                \
-  "Tensor x, Tensor[] qkv_weights, Tensor[] qkv_biases, Tensor[] q_dw_weights, Tensor[] q_dw_biases, " \
-  "Tensor "                                                                                            \
+#define EFFATTN_CASCADE                                                                                  \
+  "Tensor x, Tensor[] qkv_weights, Tensor[]? qkv_biases, Tensor[] q_dw_weights, Tensor[]? q_dw_biases, " \
+  "Tensor "                                                                                              \
   "attention_bias, "
 #define EFFATTN_WINDOW "float scale, int window_height, int window_width"
   m.def("cascaded_group_attention(" EFFATTN_CASCADE EFFATTN_WINDOW ") -> Tensor");
@@ -67,7 +69,7 @@ STABLE_TORCH_LIBRARY(effattn, m) {
       "projected_attention(Tensor x, Tensor? halving_taps, Tensor? halving_bias, Tensor? q, Tensor? q_bias, "
       "Tensor qkv, Tensor "
       "qkv_bias, "
-      "Tensor bias, Tensor[] talking_heads, Tensor? taps, Tensor? tap_bias, Tensor proj, Tensor proj_bias, "
+      "Tensor bias, Tensor[]? talking_heads, Tensor? taps, Tensor? tap_bias, Tensor proj, Tensor proj_bias, "
       "int key_dim, "
       "int value_dim, float scale, int activation, int out_height, int out_width) -> Tensor");
   // With a BatchNorm behind each projection and each convolution, whose statistics are those of the batch:

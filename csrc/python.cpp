@@ -37,7 +37,7 @@ py::dict relu_linear_attention_plan(int64_t groups, int64_t queries, int64_t key
   for (const int64_t size : {groups, queries, keys, head_dim, value_dim}) {
     if (size < 0) throw py::value_error("plan: sizes must be >= 0, got " + std::to_string(size));
   }
-  cpu::ReluLinearAttention p{};
+  ReluLinearAttention p{};
   p.dtype = dtype_named(dtype);
   p.groups = groups;
   p.queries = queries;
@@ -63,11 +63,11 @@ py::dict multi_scale_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_
   for (const int64_t size : {batch, heads, head_dim, height, width}) {
     if (size < 0) throw py::value_error("plan: sizes must be >= 0, got " + std::to_string(size));
   }
-  if (kernels.size() > cpu::MultiScale::kMaxScales) {
-    throw py::value_error("kernels: expected at most " + std::to_string(cpu::MultiScale::kMaxScales) +
-                          ", got " + std::to_string(kernels.size()));
+  if (kernels.size() > MultiScale::kMaxScales) {
+    throw py::value_error("kernels: expected at most " + std::to_string(MultiScale::kMaxScales) + ", got " +
+                          std::to_string(kernels.size()));
   }
-  cpu::MultiScale p{};
+  MultiScale p{};
   p.dtype = DType::kFloat32;  // plans are the same for all
   p.batch = batch;
   p.heads = heads;

@@ -1,5 +1,5 @@
-// What every CPU launcher needs from tensors: checks that name the argument, allocation in a given
-// memory order, and torch's thread pool in the form that kernels take.
+// What the glue of every operator needs from tensors: checks that name the argument, and allocation in a
+// given memory order.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,13 +15,12 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/cpu/dtype.h"
-#include "../kernels/cpu/parallel.h"
+#include "../kernels/dtype.h"
+#include "backend.h"
 
 namespace effattn {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -46,9 +45,13 @@ inline std::string shape_text(const Tensor& t) {
   return text.str();
 }
 
-// The storage type of a CPU kernel's argument. float64 is not among them: the reference serves it.
+inline void require_here(const char* op, const std::string& argument, const Tensor& t) {
+  EFFATTN_REQUIRE(is_here(t), op, ": ", argument, " must be on ", kHere);
+}
+
+// The storage type of a kernel's argument. float64 is not among them: the reference serves it.
 inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t) {
-  EFFATTN_REQUIRE(t.is_cpu(), op, ": ", argument, " must be on the CPU");
+  require_here(op, argument, t);
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -58,13 +61,15 @@ inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t)
       return DType::kFloat16;
     default:
       throw std::runtime_error(std::string(op) + ": " + argument +
-                               " must be float32, bfloat16 or float16 for the cpu backend");
+                               " must be float32, bfloat16 or float16 for the " + kBackend + " backend");
   }
 }
 
 inline void require_like(const char* op, const char* argument, const Tensor& t, const Tensor& reference,
                          const char* reference_name) {
-  EFFATTN_REQUIRE(t.is_cpu(), op, ": ", argument, " must be on the CPU");
+  require_here(op, argument, t);
+  EFFATTN_REQUIRE(t.get_device_index() == reference.get_device_index(), op, ": ", argument,
+                  " must be on the device of ", reference_name);
   EFFATTN_REQUIRE(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have the dtype of ",
                   reference_name);
 }
@@ -87,15 +92,16 @@ inline std::vector<int64_t> shape_with_last(const Tensor& like, int64_t last) {
   return shape;
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            ScalarType dtype) {
+// On the device of `like`.
+inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
+                            const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t type = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
                        : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                                                        : aoti_torch_dtype_float16();
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+                                                  strides.data(), type, device_type(),
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -129,7 +135,7 @@ inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::v
 
 inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes,
                                 Kind kind = Kind::kAny) {
-  return empty_strided(sizes, strides_in_order_of(like, sizes, kind), like.scalar_type());
+  return empty_strided(like, sizes, strides_in_order_of(like, sizes, kind), like.scalar_type());
 }
 
 inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
@@ -142,22 +148,19 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
   return strides;
 }
 
-// Torch's own pool, never a second one. An error goes around the C interface of the pool, which would replace
-// its text; if several threads fail, one of them is heard.
-inline cpu::Parallel torch_threads() {
-  return {static_cast<int>(torch::stable::get_num_threads()),
-          [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
-            std::exception_ptr error;
-            std::atomic_flag failed;
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              try {
-                body(context, begin, end);
-              } catch (...) {
-                if (!failed.test_and_set()) error = std::current_exception();
-              }
-            });
-            if (error != nullptr) std::rethrow_exception(error);
-          }};
+// Contiguous, in float32.
+inline Tensor empty_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty_strided(like, sizes, contiguous_strides(sizes), ScalarType::Float);
+}
+
+// What a forward kept for its backward.
+inline const float* kept_floats(const char* op, const char* argument, const Tensor& t,
+                                const std::vector<int64_t>& shape) {
+  EFFATTN_REQUIRE(is_here(t) && t.scalar_type() == ScalarType::Float, op, ": ", argument,
+                  " must be float32 on ", kHere);
+  require_shape(op, argument, t, shape);
+  EFFATTN_REQUIRE(t.is_contiguous(), op, ": ", argument, " must be contiguous");
+  return static_cast<const float*>(t.const_data_ptr());
 }
 
 }  // namespace effattn

@@ -45,6 +45,9 @@ def info() -> str:
     if _library._C is not None:
         build = _library._C.build
         lines.append(f"built with {build['compiler']} against torch {build['torch']} (stable ABI)")
+    if _library.cuda_error is None:
+        archs = ", ".join(_library.cuda_archs) or "the host"
+        lines.append(f"CUDA kernels compiled with {_library.cuda_compiler} for {archs} (EFFATTN_CUDA_ARCHS)")
     return "\n".join(lines)
 
 

@@ -2,10 +2,12 @@
 
 ``libeffattn.so`` registers the operators with torch; ``_C`` holds build facts and plans. Without them
 the package still works through the plain PyTorch reference, and says why in ``python -m effattn info``.
+``libeffattn_cuda.so``, which may be missing, adds the same operators for tensors on CUDA devices.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -24,3 +26,27 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _C, error = _load()
+
+
+def _load_cuda() -> tuple[str | None, str | None]:
+    """What the library of CUDA kernels was built with, and for; or why it cannot be used."""
+    path = library_path.with_name("libeffattn_cuda.so")
+    if error is not None:
+        return None, error
+    if not path.exists():
+        return None, "is not compiled in: there was no nvcc (EFFATTN_CUDA=1 asks for it)"
+    try:
+        torch.ops.load_library(str(path))
+        describe = ctypes.CDLL(str(path)).effattn_cuda_build
+    except OSError as failure:
+        return None, f"{type(failure).__name__}: {failure}"
+    describe.restype = ctypes.c_char_p
+    return describe().decode(), None
+
+
+_cuda_build, cuda_error = _load_cuda()
+cuda_compiler, _, _archs = (_cuda_build or "").partition("; ")
+#: What the CUDA kernels are compiled for, as EFFATTN_CUDA_ARCHS has it.
+cuda_archs = tuple(_archs.split())
+#: Whether they run on the host, for tests.
+cuda_is_emulated = cuda_compiler == "emulated"

@@ -1,7 +1,8 @@
 """Which backend serves a call: a pure function of the operator, the device, the dtype and the heads' size.
 
 One check both chooses and explains: a backend answers with every reason why it cannot serve, and no
-reason means that it can. The first that can, in ``ORDER``, does.
+reason means that it can. The first that can, in the order of
+:func:`effattn.backends.order`, does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from effattn.backends import ORDER, Backend
+from effattn.backends import ORDER, Backend, order
 
 ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
 
@@ -58,7 +59,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every call inside the block, in all threads.
 
     Args:
-        name: ``"cpu"``, ``"triton"`` or ``"reference"`` (see :func:`backends`).
+        name: ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"`` (see :func:`backends`).
 
     Raises:
         ValueError: for an unknown name. A call that the backend cannot serve raises
@@ -124,7 +125,7 @@ def _search(
     forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
-    candidates = ORDER if forced is None else (_named(forced, "use_backend"),)
+    candidates = order(op, device) if forced is None else (_named(forced, "use_backend"),)
     refusals: list[str] = []
     for backend in candidates:
         reasons = _reasons(backend, op, device, dtype, channels)

@@ -134,7 +134,9 @@ def test_use_backend_nests_and_recovers():
         assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "reference"
         raise RuntimeError("inside")
     assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
-    with pytest.raises(ValueError, match="use_backend: expected one of 'cpu', 'triton', 'reference', got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="use_backend: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'gpu'"
+    ):
         effattn.use_backend("gpu").__enter__()
 
 
@@ -154,7 +156,7 @@ def test_backend_from_the_environment():
     assert run(code, EFFATTN_BACKEND="reference").stdout.strip() == "reference"
     wrong = run(code, EFFATTN_BACKEND="quick")
     assert wrong.returncode != 0
-    assert "EFFATTN_BACKEND: expected one of 'cpu', 'triton', 'reference', got 'quick'" in wrong.stderr
+    assert "EFFATTN_BACKEND: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'quick'" in wrong.stderr
 
 
 def test_instruction_set_from_the_environment():
@@ -202,7 +204,7 @@ def test_a_missing_library_leaves_the_reference(tmp_path):
         "assert effattn.__file__.startswith(sys.path[0])\n"
         "t = torch.ones(3, 3)\n"
         "assert torch.equal(effattn.relu_linear_attention(t, t, t), t)\n"
-        "cpu, triton, reference = effattn.backends()\n"
+        "cpu, triton, cuda, reference = effattn.backends()\n"
         "assert 'libeffattn.so' in cpu.reason and not cpu.available and reference.available\n"
         "assert 'libeffattn.so' in triton.reason and not triton.available\n"
         "try:\n"

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "cascade_problem.h"
+#include "../cascade_problem.h"
 
 namespace effattn {
 namespace {
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, Tensors qkv, Tensors dw, Ten
   TrainingProblem problem("cascaded_group_attention_batch_norm", x, qkv, dw, norm_weights, norm_biases, bias,
                           eps, scale, window_height, window_width);
   const std::vector<int64_t> shape = problem.statistics_shape();
-  Tensor statistics = empty_strided(shape, contiguous_strides(shape), ScalarType::Float);
+  Tensor statistics = empty_floats(x, shape);
   problem.p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   Tensor out = new_image(x, shape_of(x, x.size(1)), problem.of.p.out);
   problem.p.cascade = problem.of.p;
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
   const char* const op = "cascaded_group_attention_batch_norm_backward";
   TrainingProblem problem(op, x, qkv, dw, norm_weights, norm_biases, bias, eps, scale, window_height,
                           window_width);
-  cpu::CascadedGroupAttention& p = problem.of.p;
+  CascadedGroupAttention& p = problem.of.p;
   Tensors& alive = problem.of.alive;
   for (const auto& [name, t, into] :
        {std::tuple{"grad_out", &grad_out, &p.grad_out}, std::tuple{"out", &out, &p.out}}) {
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
       const_cast<float*>(floats(op, "statistics", statistics, problem.statistics_shape(), alive));
   std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> all;
   std::get<0>(all) = new_image(x, shape_of(x, x.size(1)), p.grad_x);
-  std::vector<cpu::HeadWeights<float>> gradients(p.heads);
+  std::vector<HeadWeights<float>> gradients(p.heads);
   std::vector<cpu::HeadNorms<float>> norm_gradients(p.heads);
   for (int64_t h = 0; h < p.heads; ++h) {
     std::get<1>(all).push_back(new_floats(qkv[h], gradients[h].qkv));

@@ -5,20 +5,20 @@
 
 #include <optional>
 
-#include "multi_scale_problem.h"
+#include "../multi_scale_problem.h"
 
 namespace effattn {
 namespace {
 
-Tensor lite_mla(const Tensor& x, const Tensor& qkv_weight, std::optional<Tensor> qkv_bias, Tensors dw,
-                Tensors pw, Tensors dw_biases, Tensors pw_biases, const Tensor& proj_weight,
+Tensor lite_mla(const Tensor& x, const Tensor& qkv_weight, std::optional<Tensor> qkv_bias, MaybeTensors dw,
+                MaybeTensors pw, MaybeTensors dw_biases, MaybeTensors pw_biases, const Tensor& proj_weight,
                 std::optional<Tensor> proj_bias, int64_t head_dim, double eps) {
   const char* const op = "lite_mla";
   EFFATTN_REQUIRE(qkv_weight.dim() == 2 && proj_weight.dim() == 2, op,
                   ": qkv_weight and proj_weight must have 2 dimensions (outputs, inputs), got shapes ",
                   shape_text(qkv_weight), " and ", shape_text(proj_weight));
   const int64_t channels = qkv_weight.size(0), out_channels = proj_weight.size(0);
-  Problem problem(op, "x", x, channels, {dw, pw, dw_biases, pw_biases}, head_dim);
+  Problem problem(op, "x", x, channels, {given(dw), given(pw), given(dw_biases), given(pw_biases)}, head_dim);
   problem.attend_with(op, eps);
   cpu::LiteMLA p{};
   p.in_channels = x.size(1);

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <optional>
 
-#include "images.h"
-#include "talking_heads.h"
-#include "weights.h"
+#include "../images.h"
+#include "../talking_heads.h"
+#include "packed.h"
 
 namespace effattn {
 namespace {
@@ -29,7 +29,7 @@ cpu::Depthwise depthwise_of(const char* op, const char* names[2], const std::opt
   if (!taps) return {};
   EFFATTN_REQUIRE(taps->dim() == 3 && side_of(taps->size(1)) > 0, op, ": ", names[0],
                   " must have shape (blocks, k * k, ", width, ") with an odd k, got ", shape_text(*taps));
-  const int64_t blocks = cpu::ceil_div(channels, width);
+  const int64_t blocks = ceil_div(channels, width);
   return {side_of(taps->size(1)), floats(op, names[0], *taps, {blocks, taps->size(1), width}, alive),
           floats(op, names[1], *bias, {blocks * width}, alive)};
 }
@@ -37,7 +37,7 @@ cpu::Depthwise depthwise_of(const char* op, const char* names[2], const std::opt
 Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
                            std::optional<Tensor> halving_bias, std::optional<Tensor> q,
                            std::optional<Tensor> q_bias, const Tensor& qkv, const Tensor& qkv_bias,
-                           const Tensor& bias, Tensors talking_heads, std::optional<Tensor> taps,
+                           const Tensor& bias, MaybeTensors talking_heads, std::optional<Tensor> taps,
                            std::optional<Tensor> tap_bias, const Tensor& proj, const Tensor& proj_bias,
                            int64_t key_dim, int64_t value_dim, double scale, int64_t activation,
                            int64_t out_height, int64_t out_width) {
@@ -63,7 +63,7 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
   p.halving = depthwise_of(op, of_halving, halving_taps, halving_bias, p.channels, alive);
   EFFATTN_REQUIRE(halving_taps || !q, op, ": q must be None where no halving_taps make its image");
   p.x_size = p.size = p.query_size = {x.size(2), x.size(3)};
-  if (halving_taps) p.query_size = {cpu::ceil_div(x.size(2), 2), cpu::ceil_div(x.size(3), 2)};
+  if (halving_taps) p.query_size = {ceil_div(x.size(2), 2), ceil_div(x.size(3), 2)};
   if (!q) p.size = p.query_size;
   p.out_size = {out_height, out_width};
   EFFATTN_REQUIRE(out_height >= p.query_size.height && out_width >= p.query_size.width, op,
@@ -73,7 +73,7 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
   p.heads = {heads,   queries,        keys, key_dim, value_dim, static_cast<float>(scale),
              nullptr, queries * keys, {}};
   p.heads.bias = floats(op, "bias", bias, {heads, queries, keys}, alive);
-  p.heads.mix = talking_heads_of(op, talking_heads, heads, alive);
+  p.heads.mix = talking_heads_of(op, given(talking_heads), heads, alive);
   cpu::ProjectionWeights of_q{};
   if (q) {
     of_q = packed_projection(op, "q", *q, &*q_bias, x.size(1), p.keys(), alive);

@@ -1,61 +1,20 @@
-// Cascaded group attention on the CPU: EfficientViT of Microsoft.
-//
-// The channels of x are cut into as many groups as there are heads. Head i takes
-//
-//   feat_i = x_i + out_(i-1)    [q | k | v] = 1x1(feat_i)    q' = depthwise(q)
-//   out_i = softmax(scale q' k^T + bias_i) v
-//
-// each window of the image for itself, with zeros for what a window at the border has too much. A window
-// stays in one thread's cache from its input to its output.
+// Cascaded group attention on the CPU. A window stays in one thread's cache from its input to its output.
 #pragma once
 
+#include "../cascaded_group_attention.h"
 #include "parallel.h"
 #include "project_tokens.h"
 #include "softmax_attention.h"
 
 namespace effattn::cpu {
 
-// Of one head; contiguous floats, biases may be null.
-template <class Float>
-struct HeadWeights {
-  Float* qkv;             // (2 key_dim + value_dim, value_dim)
-  Float* qkv_bias;        // (2 key_dim + value_dim)
-  Float* depthwise;       // (key_dim, kernel, kernel)
-  Float* depthwise_bias;  // (key_dim)
-};
-
-// Of all heads, as the passes read them: a row an input or a tap, and each of q, k and v a whole number of
-// vectors.
-struct PackedHeads {
-  const float *qkv, *qkv_bias;   // (heads, value_dim, q | k | v), (heads, q | k | v)
-  const float *taps, *tap_bias;  // (taps of all heads, q), (heads, q)
-};
-
-struct CascadedGroupAttention {
-  DType dtype;
-  int64_t batch, heads, key_dim, value_dim, height, width, window_height, window_width;
-  float scale;
-  const int64_t* kernels;                   // a head each, odd
-  const HeadWeights<const float>* weights;  // a head each; null if they are packed, forward only
-  PackedHeads packed;
-  const float* bias;  // (heads, window tokens, window tokens)
-  Image x;
-  Image out;               // forward
-  Image grad_out, grad_x;  // backward; grad_out is read only
-  const HeadWeights<float>* gradients;
-  float* grad_bias;
-
-  int64_t channels() const { return heads * value_dim; }
-  int64_t window_tokens() const { return window_height * window_width; }
-  int64_t windows_down() const { return ceil_div(height, window_height); }
-  int64_t windows_across() const { return ceil_div(width, window_width); }
-  int64_t windows() const { return windows_down() * windows_across(); }
-};
-
 // `projection`: what follows in the networks, relu and a 1x1 convolution; or null, and out has the channels
 // of x.
 void cascaded_group_attention(const CascadedGroupAttention& problem, const ProjectionWeights* projection,
                               const Parallel& parallel);
+inline void cascaded_group_attention(const CascadedGroupAttention& problem, const Parallel& parallel) {
+  cascaded_group_attention(problem, nullptr, parallel);
+}
 void cascaded_group_attention_backward(const CascadedGroupAttention& problem, const Parallel& parallel);
 
 }  // namespace effattn::cpu

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd.h"
-#include "sizes.h"
+#include "../sizes.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 

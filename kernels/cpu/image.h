@@ -1,16 +1,9 @@
-// Images as kernels see them.
+// Parts of images.
 #pragma once
 
-#include "dtype.h"
-#include "sizes.h"
+#include "../image.h"
 
 namespace effattn::cpu {
-
-// A tensor (batch, channels, height * width); strides count elements.
-struct Image {
-  void* data;
-  int64_t batch_stride, channel_stride, token_stride;
-};
 
 // One image of the batch, from a channel and a token on.
 inline Image channels_from(DType dtype, const Image& image, int64_t batch, int64_t channel,

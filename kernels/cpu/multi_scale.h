@@ -1,48 +1,17 @@
-// Multi-scale aggregation and multi-scale linear attention on the CPU: the problem, and the entry points.
+// Multi-scale aggregation and multi-scale linear attention on the CPU: the plan and the entry points.
 //
-// qkv has 3 * heads groups of head_dim channels: q, k and v of one head after the other. A scale convolves
-// every channel with a k x k kernel of its own, then mixes the channels of each group:
-//
-//   mixed_c = depthwise_c * qkv_c    scale_o = sum_c pointwise_oc mixed_c
-//
-// The heads of qkv itself are scale 0. Everything is computed on rows of the image in float, channel by
-// channel, whatever the memory order; the depthwise result and the scale never leave a thread's cache.
+// Everything is computed on rows of the image in float, channel by channel, whatever the memory order; the
+// depthwise result and the scale never leave a thread's cache.
 #pragma once
 
 #include <cstdint>
 
+#include "../multi_scale.h"
 #include "image.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace effattn::cpu {
-
-// One scale. Contiguous floats; biases may be null.
-template <class Float>
-struct ScaleWeights {
-  Float* depthwise;       // (3 * heads * head_dim, kernel, kernel)
-  Float* pointwise;       // (3 * heads * head_dim, head_dim), a row an output
-  Float* depthwise_bias;  // (3 * heads * head_dim)
-  Float* pointwise_bias;
-};
-
-struct MultiScale {
-  static constexpr int kMaxScales = 8;
-
-  DType dtype;
-  int64_t batch, heads, head_dim, height, width;
-  int scales;  // beside qkv itself
-  int64_t kernels[kMaxScales];
-  ScaleWeights<const float> weights[kMaxScales];
-  Image qkv;
-  Image out;                                  // forward
-  Image grad_out, grad_qkv;                   // backward; grad_out is read only
-  ScaleWeights<float> gradients[kMaxScales];  // backward
-  float eps;                                  // of the attention
-
-  int64_t tokens() const { return height * width; }
-  int64_t all_heads() const { return (1 + scales) * heads; }
-};
 
 struct MultiScalePlan {
   int64_t rows;            // of the image, taken at once; a function of the sizes only

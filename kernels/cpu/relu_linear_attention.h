@@ -1,43 +1,13 @@
-// ReLU linear attention on the CPU: the problem, the plan, and the entry points.
-//
-//   S = sum_m relu(k_m)^T v_m    z = sum_m relu(k_m)    out_n = relu(q_n) S / (relu(q_n) . z + eps)
-//
-// Torch-free. Sizes may be zero; strides may be anything that addresses valid memory.
+// ReLU linear attention on the CPU: the plan and the entry points.
 #pragma once
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "../relu_linear_attention.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace effattn::cpu {
-
-constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the sums of a group then take 16 GiB
-
-// One tensor (..., tokens, channels). Strides count elements; the leading ones belong to the sizes
-// in Problem::lead_sizes.
-struct Operand {
-  void* data;
-  const int64_t* lead_strides;
-  int64_t token_stride;
-  int64_t channel_stride;
-};
-
-struct ReluLinearAttention {
-  DType dtype;
-  int lead_rank;
-  const int64_t* lead_sizes;
-  int64_t groups;                              // the product of lead_sizes
-  int64_t queries, keys, head_dim, value_dim;  // N, M, D, Dv
-  float eps;
-  Operand q, k, v;
-  Operand out;                               // forward
-  Operand grad_out, grad_q, grad_k, grad_v;  // backward; grad_out is read only
-
-  // Elements of the sums of one group: S^T and below it z, (value_dim + 1, head_dim).
-  int64_t sums_size() const { return head_dim * (value_dim + 1); }
-};
 
 // What a call will do, for given sizes; kernels, glue, tests and benchmarks all read it from here.
 struct ReluLinearAttentionPlan {

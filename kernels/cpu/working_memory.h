@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "sizes.h"
+#include "../sizes.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
-OPS = torch.ops.effattn_triton
 
 
 def problem(device, lead, queries, keys, head_dim, value_dim, dtype=torch.float32, layout="token_major", scale=1.0):
@@ -189,17 +188,17 @@ def test_nothing(device, sizes):
         assert torch.equal(a, b)
 
 
-def test_sizes_out_of_range_are_named(device):
-    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels, not 129"):
+def test_sizes_out_of_range_are_named(device, backend):
+    with pytest.raises(RuntimeError, match=rf"{backend}: takes heads of up to 128 channels, not 129"):
         relu_linear_attention(*problem(device, (2,), 5, 5, 129, 3)[:3])
 
 
-def test_opcheck(device):
+def test_opcheck(device, ops):
     q, k, v, _ = problem(device, (2, 3), 20, 24, 13, 8, layout="channel_major")
     for name in ("relu_linear_attention", "relu_linear_attention_forward"):
-        torch.library.opcheck(getattr(OPS, name).default, (q, k, v, 1e-6))
+        torch.library.opcheck(getattr(ops, name).default, (q, k, v, 1e-6))
     leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(OPS.relu_linear_attention_forward.default, (*leaves, 1e-6))
+    torch.library.opcheck(ops.relu_linear_attention_forward.default, (*leaves, 1e-6))
 
 
 def test_double_backward(device):
@@ -212,7 +211,7 @@ def test_double_backward(device):
         (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
         expected = torch.autograd.grad(grad.square().sum(), leaves)
     for a, b in zip(second, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        assert error(a, b.double()) <= FLOAT32_GRADIENT_TOLERANCE * b.norm()
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
@@ -244,30 +243,30 @@ def test_autocast_keeps_what_comes(device):
 
 
 WRONG = {
-    "dtype": ((torch.ones(2, 3, 4), torch.ones(2, 3, 4).half(), torch.ones(2, 3, 4)), "one dtype"),
+    "dtype": ((torch.ones(2, 3, 4), torch.ones(2, 3, 4).half(), torch.ones(2, 3, 4)), "one dtype|dtype of q"),
     "head_dim": ((torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.ones(2, 3, 4)), "head_dim of q"),
     "keys": ((torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(2, 4, 4)), "as many tokens as k"),
-    "lead": ((torch.ones(2, 3, 4), torch.ones(1, 3, 4), torch.ones(2, 3, 4)), "same leading sizes"),
+    "lead": ((torch.ones(2, 3, 4), torch.ones(1, 3, 4), torch.ones(2, 3, 4)), "same leading sizes|leading sizes of q"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_direct_calls_are_checked(device, name):
+def test_direct_calls_are_checked(device, ops, name):
     arguments, message = WRONG[name]
     with pytest.raises(RuntimeError, match=message):
-        OPS.relu_linear_attention(*(t.to(device) for t in arguments), 1e-15)
+        ops.relu_linear_attention(*(t.to(device) for t in arguments), 1e-15)
 
 
-def test_direct_calls_with_too_many_channels_are_refused(device):
+def test_direct_calls_with_too_many_channels_are_refused(device, ops):
     wide = torch.ones(2, 3, 129, device=device)
     for arguments in ((wide, wide, wide[..., :4]), (wide[..., :4], wide[..., :4], wide)):
         with pytest.raises(RuntimeError, match="the kernels take heads of up to 128 channels, not 129"):
-            OPS.relu_linear_attention(*arguments, 1e-15)
+            ops.relu_linear_attention(*arguments, 1e-15)
 
 
-def test_wrong_gradients_are_refused(device):
+def test_wrong_gradients_are_refused(device, ops):
     q, k, v, grad_out = problem(device, (2,), 5, 6, 4, 3)
     sums = torch.zeros(2, 4, 4, device=device)
     for wrong in ((grad_out[:, 1:], sums), (grad_out, sums[:, 1:]), (grad_out.half(), sums), (grad_out, sums.half())):
         with pytest.raises(RuntimeError, match=r"grad_out|sums"):
-            OPS.relu_linear_attention_backward(wrong[0], q, k, v, wrong[1], 1e-15)
+            ops.relu_linear_attention_backward(wrong[0], q, k, v, wrong[1], 1e-15)

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "../../kernels/cpu/multi_scale.h"
-#include "../../kernels/cpu/relu_linear_attention.h"
+#include "../kernels/multi_scale.h"
+#include "../kernels/relu_linear_attention.h"
 #include "images.h"
 #include "weights.h"
 
@@ -19,7 +19,7 @@ struct Weights {
 
 // The problem without its results, and the tensors that it points into.
 struct Problem {
-  cpu::MultiScale sizes{};
+  MultiScale sizes{};
   Tensors alive;
 
   Problem(const char* op, const Tensor& qkv, const Weights& weights, int64_t head_dim)
@@ -31,12 +31,12 @@ struct Problem {
   // Of `channels` channels that are made of those of `x`, an image of the same size.
   Problem(const char* op, const char* argument, const Tensor& x, int64_t channels, const Weights& weights,
           int64_t head_dim) {
-    cpu::MultiScale& p = sizes;
+    MultiScale& p = sizes;
     p.dtype = kernel_dtype(op, argument, x);
     EFFATTN_REQUIRE(x.dim() == 4, op, ": ", argument, " must have 4 dimensions (B, C, H, W), got shape ",
                     shape_text(x));
-    EFFATTN_REQUIRE(head_dim > 0 && head_dim <= cpu::kMaxDim, op, ": head_dim must be in 1 to ", cpu::kMaxDim,
-                    ", got ", head_dim);
+    EFFATTN_REQUIRE(head_dim > 0 && head_dim <= kMaxDim, op, ": head_dim must be in 1 to ", kMaxDim, ", got ",
+                    head_dim);
     EFFATTN_REQUIRE(channels % (3 * head_dim) == 0, op,
                     ": qkv must have a multiple of 3 * head_dim = ", 3 * head_dim, " channels, got ",
                     channels);
@@ -46,7 +46,7 @@ struct Problem {
     p.height = x.size(2);
     p.width = x.size(3);
     const size_t scales = weights.depthwise.size();
-    EFFATTN_REQUIRE(scales <= cpu::MultiScale::kMaxScales, op, ": at most ", cpu::MultiScale::kMaxScales,
+    EFFATTN_REQUIRE(scales <= MultiScale::kMaxScales, op, ": at most ", MultiScale::kMaxScales,
                     " scales are supported, got ", scales);
     EFFATTN_REQUIRE(weights.pointwise.size() == scales, op, ": pw_weights must have ", scales,
                     " tensors, one a scale, got ", weights.pointwise.size());
@@ -62,7 +62,7 @@ struct Problem {
       EFFATTN_REQUIRE(dw.dim() == 4 && dw.size(2) % 2 == 1, op, ": dw_weights", at,
                       " must have shape (C, 1, k, k) with an odd k, got ", shape_text(dw));
       const int64_t kernel = p.kernels[s] = dw.size(2);
-      cpu::ScaleWeights<const float>& w = p.weights[s];
+      ScaleWeights<const float>& w = p.weights[s];
       w.depthwise = floats(op, "dw_weights" + at, dw, {channels, 1, kernel, kernel}, alive);
       w.pointwise = floats(op, "pw_weights" + at, weights.pointwise[s], {channels, head_dim, 1, 1}, alive);
       w.depthwise_bias = w.pointwise_bias = nullptr;

@@ -1,6 +1,4 @@
-// Multi-scale aggregation and attention for CPU tensors: checks, allocation, launch, registration.
-#include <torch/csrc/stable/library.h>
-
+// Multi-scale aggregation and attention as torch operators: checks, allocation, launch, registration.
 #include <tuple>
 
 #include "multi_scale_problem.h"
@@ -15,12 +13,12 @@ Gradients new_gradients(Problem& problem, const Tensor& qkv, const Weights& weig
   Gradients all;
   std::get<0>(all) =
       new_image(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, problem.sizes.grad_qkv);
-  const auto allocate = [&](const Tensors& like, Tensors& into, float* cpu::ScaleWeights<float>::* member) {
+  const auto allocate = [&](const Tensors& like, Tensors& into, float* ScaleWeights<float>::* member) {
     for (size_t s = 0; s < like.size(); ++s) {
       into.push_back(new_floats(like[s], problem.sizes.gradients[s].*member));
     }
   };
-  using W = cpu::ScaleWeights<float>;
+  using W = ScaleWeights<float>;
   allocate(weights.depthwise, std::get<1>(all), &W::depthwise);
   allocate(weights.pointwise, std::get<2>(all), &W::pointwise);
   allocate(weights.depthwise_biases, std::get<3>(all), &W::depthwise_bias);
@@ -35,67 +33,66 @@ void take_grad_out(const char* op, Problem& problem, const Tensor& grad_out, con
   problem.sizes.grad_out = image(problem.alive.back());
 }
 
-Tensor aggregation(const Tensor& qkv, Tensors dw, Tensors pw, Tensors dw_biases, Tensors pw_biases,
-                   int64_t head_dim) {
-  Problem problem("multi_scale_aggregation", qkv, {dw, pw, dw_biases, pw_biases}, head_dim);
+Tensor aggregation(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTensors dw_biases,
+                   MaybeTensors pw_biases, int64_t head_dim) {
+  Problem problem("multi_scale_aggregation", qkv, {given(dw), given(pw), given(dw_biases), given(pw_biases)},
+                  head_dim);
   Tensor out = new_image(qkv, problem.shape(true), problem.sizes.out);
-  cpu::aggregate(problem.sizes, torch_threads());
+  kernels::aggregate(problem.sizes, execution(qkv, problem.alive));
   return out;
 }
 
-Gradients aggregation_backward(const Tensor& grad_out, const Tensor& qkv, Tensors dw, Tensors pw,
-                               Tensors dw_biases, Tensors pw_biases, int64_t head_dim) {
+Gradients aggregation_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTensors dw, MaybeTensors pw,
+                               MaybeTensors dw_biases, MaybeTensors pw_biases, int64_t head_dim) {
   const char* const op = "multi_scale_aggregation_backward";
-  const Weights weights{dw, pw, dw_biases, pw_biases};
+  const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
   Problem problem(op, qkv, weights, head_dim);
   take_grad_out(op, problem, grad_out, qkv, true);
   Gradients gradients = new_gradients(problem, qkv, weights);
-  cpu::aggregate_backward(problem.sizes, torch_threads());
+  kernels::aggregate_backward(problem.sizes, execution(qkv, problem.alive));
   return gradients;
 }
 
-Tensor attention(const Tensor& qkv, Tensors dw, Tensors pw, Tensors dw_biases, Tensors pw_biases,
-                 int64_t head_dim, double eps) {
+Tensor attention(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTensors dw_biases,
+                 MaybeTensors pw_biases, int64_t head_dim, double eps) {
   const char* const op = "multi_scale_linear_attention";
-  Problem problem(op, qkv, {dw, pw, dw_biases, pw_biases}, head_dim);
+  Problem problem(op, qkv, {given(dw), given(pw), given(dw_biases), given(pw_biases)}, head_dim);
   problem.attend_with(op, eps);
   Tensor out = new_image(qkv, problem.shape(false), problem.sizes.out);
-  cpu::attend(problem.sizes, nullptr, torch_threads());
+  kernels::attend(problem.sizes, nullptr, execution(qkv, problem.alive));
   return out;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, Tensors dw, Tensors pw, Tensors dw_biases,
-                                             Tensors pw_biases, int64_t head_dim, double eps) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw,
+                                             MaybeTensors dw_biases, MaybeTensors pw_biases, int64_t head_dim,
+                                             double eps) {
   const char* const op = "multi_scale_linear_attention_forward";
-  Problem problem(op, qkv, {dw, pw, dw_biases, pw_biases}, head_dim);
+  Problem problem(op, qkv, {given(dw), given(pw), given(dw_biases), given(pw_biases)}, head_dim);
   problem.attend_with(op, eps);
   Tensor out = new_image(qkv, problem.shape(false), problem.sizes.out);
   const std::vector<int64_t> shape = problem.sums_shape();
-  Tensor sums = empty_strided(shape, contiguous_strides(shape), ScalarType::Float);
-  cpu::attend(problem.sizes, static_cast<float*>(sums.mutable_data_ptr()), torch_threads());
+  Tensor sums = empty_floats(qkv, shape);
+  kernels::attend(problem.sizes, static_cast<float*>(sums.mutable_data_ptr()), execution(qkv, problem.alive));
   return {out, sums};
 }
 
-Gradients attention_backward(const Tensor& grad_out, const Tensor& qkv, Tensors dw, Tensors pw,
-                             Tensors dw_biases, Tensors pw_biases, const Tensor& sums, int64_t head_dim,
-                             double eps) {
+Gradients attention_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTensors dw, MaybeTensors pw,
+                             MaybeTensors dw_biases, MaybeTensors pw_biases, const Tensor& sums,
+                             int64_t head_dim, double eps) {
   const char* const op = "multi_scale_linear_attention_backward";
-  const Weights weights{dw, pw, dw_biases, pw_biases};
+  const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
   Problem problem(op, qkv, weights, head_dim);
   problem.attend_with(op, eps);
   take_grad_out(op, problem, grad_out, qkv, false);
-  EFFATTN_REQUIRE(sums.is_cpu() && sums.scalar_type() == ScalarType::Float, op,
-                  ": sums must be float32 on the CPU");
-  require_shape(op, "sums", sums, problem.sums_shape());
-  EFFATTN_REQUIRE(sums.is_contiguous(), op, ": sums must be contiguous");
+  const float* const kept = kept_floats(op, "sums", sums, problem.sums_shape());
   Gradients gradients = new_gradients(problem, qkv, weights);
-  cpu::attend_backward(problem.sizes, static_cast<const float*>(sums.const_data_ptr()), torch_threads());
+  kernels::attend_backward(problem.sizes, kept, execution(qkv, problem.alive, sums));
   return gradients;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) {
+EFFATTN_OPERATORS(m) {
   m.impl("multi_scale_aggregation", TORCH_BOX(&aggregation));
   m.impl("multi_scale_aggregation_forward", TORCH_BOX(&aggregation));
   m.impl("multi_scale_aggregation_backward", TORCH_BOX(&aggregation_backward));

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../../kernels/cpu/image.h"
-#include "../tensor.h"
+#include "../kernels/image.h"
+#include "tensor.h"
 
 namespace effattn {
 
@@ -14,12 +14,12 @@ inline Tensor with_mergeable_rows(const Tensor& t) {
   return mergeable ? t : torch::stable::contiguous(t);
 }
 
-inline cpu::Image image(const Tensor& t) {
+inline Image image(const Tensor& t) {
   const int64_t token_stride = t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : 1;
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.size(1) == 1 ? 1 : t.stride(1), token_stride};
 }
 
-inline Tensor new_image(const Tensor& like, const std::vector<int64_t>& shape, cpu::Image& into) {
+inline Tensor new_image(const Tensor& like, const std::vector<int64_t>& shape, Image& into) {
   Tensor t = empty_in_order_of(like, shape, Kind::kImage);
   into = image(t);
   return t;

@@ -1,8 +1,4 @@
-// EfficientFormer's attention for CPU tensors: checks, allocation, launch, registration.
-#include "../../kernels/cpu/biased_attention.h"
-
-#include <torch/csrc/stable/library.h>
-
+// EfficientFormer's attention as a torch operator: checks, allocation, launch, registration.
 #include <cmath>
 #include <tuple>
 
@@ -12,14 +8,14 @@
 namespace effattn {
 namespace {
 
-cpu::HeadsOperand operand(const Tensor& t) {
+HeadsOperand operand(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2),
           t.size(3) == 1 ? 1 : t.stride(3)};
 }
 
 // The problem without its results, and the tensors that it points into.
 struct Problem {
-  cpu::BiasedAttention p{};
+  BiasedAttention p{};
   Tensors alive;
 
   Problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
@@ -46,22 +42,22 @@ struct Problem {
   }
 };
 
-Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias, Tensors talking_heads,
-               double scale) {
-  Problem problem("biased_attention", q, k, v, bias, talking_heads, scale);
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
+               MaybeTensors talking_heads, double scale) {
+  Problem problem("biased_attention", q, k, v, bias, given(talking_heads), scale);
   Tensor out = empty_in_order_of(q, shape_with_last(q, v.size(3)));
   problem.p.out = operand(out);
-  cpu::biased_attention(problem.p, torch_threads());
+  kernels::biased_attention(problem.p, execution(q, problem.alive));
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> backward(const Tensor& grad_out, const Tensor& q,
                                                              const Tensor& k, const Tensor& v,
-                                                             const Tensor& bias, Tensors talking_heads,
+                                                             const Tensor& bias, MaybeTensors talking_heads,
                                                              double scale) {
   const char* const op = "biased_attention_backward";
-  Problem problem(op, q, k, v, bias, talking_heads, scale);
-  cpu::BiasedAttention& p = problem.p;
+  Problem problem(op, q, k, v, bias, given(talking_heads), scale);
+  BiasedAttention& p = problem.p;
   require_like(op, "grad_out", grad_out, q, "q");
   require_shape(op, "grad_out", grad_out, shape_with_last(q, v.size(3)));
   p.grad_out = operand(grad_out);
@@ -77,15 +73,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> backward(const Tensor& grad_
   Tensors grad_mix;
   float** const into[] = {&p.grad_mix.logits, &p.grad_mix.logits_bias, &p.grad_mix.weights,
                           &p.grad_mix.weights_bias};
-  for (size_t i = 0; i < talking_heads.size(); ++i)
-    grad_mix.push_back(new_floats(talking_heads[i], *into[i]));
-  cpu::biased_attention_backward(p, torch_threads());
+  for (size_t i = 0; i < given(talking_heads).size(); ++i)
+    grad_mix.push_back(new_floats(given(talking_heads)[i], *into[i]));
+  kernels::biased_attention_backward(p, execution(q, problem.alive));
   return {grad_q, grad_k, grad_v, grad_bias, grad_mix};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) {
+EFFATTN_OPERATORS(m) {
   m.impl("biased_attention", TORCH_BOX(&forward));
   m.impl("biased_attention_forward", TORCH_BOX(&forward));
   m.impl("biased_attention_backward", TORCH_BOX(&backward));

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../kernels/cpu/cascaded_group_attention.h"
+#include "../kernels/cascaded_group_attention.h"
 #include "images.h"
 #include "weights.h"
 
@@ -20,9 +20,9 @@ struct Weights {
 
 // The problem without its results and weights, and what it points into.
 struct Problem {
-  cpu::CascadedGroupAttention p{};
+  CascadedGroupAttention p{};
   std::vector<int64_t> kernels;
-  std::vector<cpu::HeadWeights<const float>> weights;
+  std::vector<HeadWeights<const float>> weights;
   Tensors alive;
 
   Problem(const char* op, const Tensor& x, int64_t heads, int64_t key_dim, const Tensor& bias, double scale,

@@ -1,19 +1,15 @@
-// relu_linear_attention for CPU tensors: checks, allocation, and the call into kernels/cpu.
-#include "../../kernels/cpu/relu_linear_attention.h"
-
-#include <torch/csrc/stable/library.h>
-
+// relu_linear_attention as a torch operator: checks, allocation, launch, registration.
 #include <cmath>
 #include <tuple>
 
-#include "../tensor.h"
+#include "tensor.h"
 
 namespace effattn {
 namespace {
 
 // The last strides of a tensor as the kernels take them. A dimension of size 1 has no step: its
 // stride says nothing about the memory order, so it reads as contiguous.
-cpu::Operand operand(const Tensor& t) {
+Operand operand(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
   const int64_t rank = t.dim();
@@ -22,9 +18,9 @@ cpu::Operand operand(const Tensor& t) {
 }
 
 // Checks q, k, v and eps, and fills in sizes and inputs.
-cpu::ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                    double eps) {
-  cpu::ReluLinearAttention p{};
+ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                               double eps) {
+  ReluLinearAttention p{};
   p.dtype = kernel_dtype(op, "q", q);
   require_like(op, "k", k, q, "q");
   require_like(op, "v", v, q, "q");
@@ -55,8 +51,8 @@ cpu::ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tenso
                   shape_text(v), " and ", shape_text(k));
   EFFATTN_REQUIRE(eps >= 0 && std::isfinite(eps), op, ": eps must be a finite number >= 0, got ", eps);
   // Scratch and sums are counted in head_dim * value_dim; empty tensors can claim any size.
-  EFFATTN_REQUIRE(p.head_dim <= cpu::kMaxDim && p.value_dim <= cpu::kMaxDim, op,
-                  ": head_dim and value_dim must be at most ", cpu::kMaxDim, ", got ", p.head_dim, " and ",
+  EFFATTN_REQUIRE(p.head_dim <= kMaxDim && p.value_dim <= kMaxDim, op,
+                  ": head_dim and value_dim must be at most ", kMaxDim, ", got ", p.head_dim, " and ",
                   p.value_dim);
   int64_t sums = 0;
   EFFATTN_REQUIRE(!__builtin_mul_overflow(p.groups, 4 * p.sums_size(), &sums), op,
@@ -77,33 +73,30 @@ std::vector<int64_t> sums_shape(const Tensor& q, int64_t value_dim) {
 }
 
 Tensor inference(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
-  cpu::ReluLinearAttention p = problem_of("relu_linear_attention", q, k, v, eps);
+  ReluLinearAttention p = problem_of("relu_linear_attention", q, k, v, eps);
   Tensor out = empty_in_order_of(q, shape_with_last(q, p.value_dim));
   p.out = operand(out);
-  cpu::forward(p, nullptr, torch_threads());
+  kernels::forward(p, nullptr, execution(q));
   return out;
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
-  cpu::ReluLinearAttention p = problem_of("relu_linear_attention_forward", q, k, v, eps);
+  ReluLinearAttention p = problem_of("relu_linear_attention_forward", q, k, v, eps);
   Tensor out = empty_in_order_of(q, shape_with_last(q, p.value_dim));
   p.out = operand(out);
   const std::vector<int64_t> shape = sums_shape(q, p.value_dim);
-  Tensor sums = empty_strided(shape, contiguous_strides(shape), ScalarType::Float);
-  cpu::forward(p, static_cast<float*>(sums.mutable_data_ptr()), torch_threads());
+  Tensor sums = empty_floats(q, shape);
+  kernels::forward(p, static_cast<float*>(sums.mutable_data_ptr()), execution(q));
   return {out, sums};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& sums, double eps) {
   const char* const op = "relu_linear_attention_backward";
-  cpu::ReluLinearAttention p = problem_of(op, q, k, v, eps);
+  ReluLinearAttention p = problem_of(op, q, k, v, eps);
   require_like(op, "grad_out", grad_out, q, "q");
   require_shape(op, "grad_out", grad_out, shape_with_last(q, p.value_dim));
-  EFFATTN_REQUIRE(sums.is_cpu() && sums.scalar_type() == ScalarType::Float, op,
-                  ": sums must be float32 on the CPU");
-  require_shape(op, "sums", sums, sums_shape(q, p.value_dim));
-  EFFATTN_REQUIRE(sums.is_contiguous(), op, ": sums must be contiguous");
+  const float* const kept = kept_floats(op, "sums", sums, sums_shape(q, p.value_dim));
   Tensor grad_q = empty_in_order_of(q, shape_with_last(q, p.head_dim));
   Tensor grad_k = empty_in_order_of(k, shape_with_last(k, p.head_dim));
   Tensor grad_v = empty_in_order_of(v, shape_with_last(v, p.value_dim));
@@ -111,13 +104,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   p.grad_q = operand(grad_q);
   p.grad_k = operand(grad_k);
   p.grad_v = operand(grad_v);
-  cpu::backward(p, static_cast<const float*>(sums.const_data_ptr()), torch_threads());
+  kernels::backward(p, kept, execution(q, sums));
   return {grad_q, grad_k, grad_v};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m) {
+EFFATTN_OPERATORS(m) {
   m.impl("relu_linear_attention", TORCH_BOX(&inference));
   m.impl("relu_linear_attention_forward", TORCH_BOX(&forward));
   m.impl("relu_linear_attention_backward", TORCH_BOX(&backward));

@@ -1,15 +1,15 @@
 // The two 1x1 convolutions over the heads, as a list of four tensors or of none.
 #pragma once
 
-#include "../../kernels/cpu/softmax_attention.h"
+#include "../kernels/biased_attention.h"
 #include "weights.h"
 
 namespace effattn {
 
 constexpr size_t kTalkingHeads = 4;
 
-inline cpu::TalkingHeads<const float> talking_heads_of(const char* op, const Tensors& talking_heads,
-                                                       int64_t heads, Tensors& alive) {
+inline TalkingHeads<const float> talking_heads_of(const char* op, const Tensors& talking_heads, int64_t heads,
+                                                  Tensors& alive) {
   EFFATTN_REQUIRE(talking_heads.empty() || talking_heads.size() == kTalkingHeads, op,
                   ": talking_heads must have no tensors or ", kTalkingHeads, ", got ", talking_heads.size());
   if (talking_heads.empty()) return {};

@@ -12,7 +12,6 @@ from effattn.testing import LAYOUTS, BiasedCase, check_softmax, error, moved, wi
 pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = torch.ops.effattn_triton
 talking_or_not = pytest.mark.parametrize("talking", [False, True], ids=["", "talking"])
 
 CASES = [
@@ -33,32 +32,32 @@ def arguments(device, case, dtype=torch.float32, layout="token_major"):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_float64(device, case, layout):
-    check_softmax(biased_attention, "triton", case, torch.float32, layout, device)
+def test_against_float64(device, backend, case, layout):
+    check_softmax(biased_attention, backend, case, torch.float32, layout, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", [BiasedCase(2, 4, 49, 49, 32, 64), *CASES[2:4]], ids=str)
-def test_narrow_types_against_float64(device, case, dtype):
-    check_softmax(biased_attention, "triton", case, dtype, device=device)
+def test_narrow_types_against_float64(device, backend, case, dtype):
+    check_softmax(biased_attention, backend, case, dtype, device=device)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 7, 9, 17, 33])
-def test_numbers_of_talking_heads(device, heads):
-    check_softmax(biased_attention, "triton", BiasedCase(1, heads, 3, 18, 4, 8, talking=True), device=device)
+def test_numbers_of_talking_heads(device, backend, heads):
+    check_softmax(biased_attention, backend, BiasedCase(1, heads, 3, 18, 4, 8, talking=True), device=device)
 
 
 @talking_or_not
-def test_bias_over_more_images_than_are_added_up_at_once(device, talking, monkeypatch):
+def test_bias_over_more_images_than_are_added_up_at_once(device, backend, talking, monkeypatch):
     monkeypatch.setattr("effattn.kernels.sums.ROWS_ADDED_UP", 4)
-    check_softmax(biased_attention, "triton", BiasedCase(23, 1, 3, 4, 4, 4, talking), device=device)
+    check_softmax(biased_attention, backend, BiasedCase(23, 1, 3, 4, 4, 4, talking), device=device)
 
 
 @talking_or_not
-def test_float16_logits_of_1e4(device, talking):
+def test_float16_logits_of_1e4(device, backend, talking):
     """e^1e4 is infinite in every type: only differences to the largest logit may be taken."""
     case = BiasedCase(1, 2, 49, 49, 32, 32, talking, scale=2e3)
-    results = check_softmax(biased_attention, "triton", case, torch.float16, device=device)
+    results = check_softmax(biased_attention, backend, case, torch.float16, device=device)
     assert all(result.isfinite().all() for result in results.values())
 
 
@@ -100,10 +99,10 @@ def test_not_a_number_as_the_reference_has_it(device, value, talking):
 
 
 @talking_or_not
-def test_same_bits_every_time(device, talking):
+def test_same_bits_every_time(device, backend, talking):
     case = BiasedCase(2, 2, 20, 40, 16, 24, talking)
     first, *others = (
-        with_gradients(biased_attention, "triton", case, case.inputs(), torch.float32, device) for _ in range(3)
+        with_gradients(biased_attention, backend, case, case.inputs(), torch.float32, device) for _ in range(3)
     )
     for results in others:
         assert all(torch.equal(a, b) for a, b in zip(results.values(), first.values(), strict=True))
@@ -115,14 +114,14 @@ def test_same_bits_every_time(device, talking):
     [(0, 2, 5, 6, 4, 8), (2, 0, 5, 6, 4, 8), (2, 2, 0, 6, 4, 8), (2, 2, 5, 0, 4, 8), (2, 2, 5, 6, 4, 0)],
     ids=str,
 )
-def test_empty(device, sizes, talking):
+def test_empty(device, backend, sizes, talking):
     """No batch, heads, queries, keys or values."""
     case = BiasedCase(*sizes, talking)
-    for name, result in with_gradients(biased_attention, "triton", case, case.inputs(), torch.float32, device).items():
+    for name, result in with_gradients(biased_attention, backend, case, case.inputs(), torch.float32, device).items():
         assert torch.equal(result, torch.zeros_like(result)), name
 
 
-def test_results_lie_as_the_other_backends_lay_them(device):
+def test_results_lie_as_the_other_backends_lay_them(device, backend):
     for layout in LAYOUTS:
         case = CASES[1]
 
@@ -133,24 +132,43 @@ def test_results_lie_as_the_other_backends_lay_them(device):
                 out = biased_attention(leaf, *rest[:3])
             return out.stride(), torch.autograd.grad(out.sum(), leaf)[0].stride()
 
-        assert strides("triton", device) == strides("cpu", "cpu")
+        assert strides(backend, device) == strides("cpu", "cpu")
 
 
-def test_sizes_out_of_range_are_named(device):
-    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels, not 129"):
-        biased_attention(*arguments(device, BiasedCase(1, 1, 2, 2, 129, 2))[:4])
-    *rest, mixing = arguments(device, BiasedCase(1, 65, 2, 2, 1, 1, talking=True))
-    with pytest.raises(RuntimeError, match=r"triton: takes up to 64 heads that talk, not 65"):
-        biased_attention(*rest, talking_heads=mixing)
+@pytest.mark.parametrize(
+    ("case", "limit"),
+    [
+        (BiasedCase(1, 1, 2, 2, 129, 2), "heads of up to 128 channels, not 129"),
+        (BiasedCase(1, 65, 2, 2, 1, 1, talking=True), "up to 64 heads that talk, not 65"),
+    ],
+    ids=["channels", "heads"],
+)
+def test_a_limit_is_named_or_there_is_none(device, backend, case, limit):
+    if backend == "cuda":
+        check_softmax(biased_attention, backend, case, device=device)
+        return
+    *rest, mixing = arguments(device, case)
+    with pytest.raises(RuntimeError, match=f"triton: takes {limit}"):
+        biased_attention(*rest, talking_heads=mixing or None)
+
+
+def test_logits_that_fit_nowhere_are_named(device, backend):
+    """Triton's kernels walk over the keys; CUDA's have those of a query in shared memory."""
+    q, k, v, bias, _ = arguments(device, BiasedCase(1, 1, 2, 30000, 2, 2))
+    if backend == "cuda":
+        with pytest.raises(RuntimeError, match="fit into shared memory, got 1 heads .* times 30000 keys"):
+            biased_attention(q, k, v, bias)
+    else:
+        assert biased_attention(q, k, v, bias).isfinite().all()
 
 
 @talking_or_not
-def test_opcheck(device, talking):
+def test_opcheck(device, ops, talking):
     for layout in LAYOUTS[:2]:
         call = arguments(device, BiasedCase(1, 2, 5, 6, 4, 8, talking), layout=layout)
-        torch.library.opcheck(OPS.biased_attention.default, (*call, 0.5))
+        torch.library.opcheck(ops.biased_attention.default, (*call, 0.5))
         leaves = [t.detach().requires_grad_() for t in (*call[:4], *call[4])]
-        torch.library.opcheck(OPS.biased_attention_forward.default, (*leaves[:4], leaves[4:], 0.5))
+        torch.library.opcheck(ops.biased_attention_forward.default, (*leaves[:4], leaves[4:], 0.5))
 
 
 @talking_or_not
@@ -171,7 +189,7 @@ def test_compile_without_graph_breaks(device, talking):
     assert counter.frame_count == first, "recompiled for another size"
 
 
-def test_module_of_a_model(device):
+def test_module_of_a_model(device, backend):
     """EfficientFormerV2's attention in training and in evaluation, its parameters' gradients too."""
     from effattn.nn import EfficientFormerV2Attention
 
@@ -181,7 +199,7 @@ def test_module_of_a_model(device):
     for training in (True, False):
         module.train(training)
         got, expected = [], []
-        for backend, results in (("triton", got), ("reference", expected)):
+        for backend, results in ((backend, got), ("reference", expected)):
             with use_backend(backend):
                 out = module(x)
                 results += [out, *torch.autograd.grad(out, [*module.parameters()], grad_out)]

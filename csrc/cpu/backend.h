@@ -1,0 +1,52 @@
+// What the glue of the operators has of the CPU.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <exception>
+
+#include "../../kernels/cpu/biased_attention.h"
+#include "../../kernels/cpu/cascaded_group_attention.h"
+#include "../../kernels/cpu/multi_scale.h"
+#include "../../kernels/cpu/relu_linear_attention.h"
+
+#define EFFATTN_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m)
+
+namespace effattn {
+
+using torch::stable::Tensor;
+namespace kernels = cpu;
+
+constexpr const char* kBackend = "cpu";
+constexpr const char* kHere = "the CPU";
+inline bool is_here(const Tensor& t) { return t.is_cpu(); }
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+
+// Torch's own pool, never a second one. An error goes around the C interface of the pool, which would replace
+// its text; if several threads fail, one of them is heard.
+inline cpu::Parallel torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
+            std::exception_ptr error;
+            std::atomic_flag failed;
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              try {
+                body(context, begin, end);
+              } catch (...) {
+                if (!failed.test_and_set()) error = std::current_exception();
+              }
+            });
+            if (error != nullptr) std::rethrow_exception(error);
+          }};
+}
+
+// How a call on tensors is run; those that are kept for it lie where all CPU tensors lie.
+template <class... Kept>
+cpu::Parallel execution(const Tensor&, const Kept&...) {
+  return torch_threads();
+}
+
+}  // namespace effattn

@@ -1,0 +1,112 @@
+// What the glue of the operators has of CUDA: the same glue as the CPU's, in a library of its own. With
+// EFFATTN_EMULATED it takes tensors of the CPU, for tests.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "../../kernels/cuda/biased_attention.h"
+#include "../../kernels/cuda/cascaded_group_attention.h"
+#include "../../kernels/cuda/multi_scale.h"
+#include "../../kernels/cuda/relu_linear_attention.h"
+
+#ifdef EFFATTN_EMULATED
+#define EFFATTN_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m)
+#else
+#define EFFATTN_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(effattn, CUDA, m)
+#endif
+
+namespace effattn {
+
+using torch::stable::Tensor;
+namespace kernels = cuda;
+
+constexpr const char* kBackend = "cuda";
+
+#ifdef EFFATTN_EMULATED
+
+constexpr const char* kHere = "the CPU";
+inline bool is_here(const Tensor& t) { return t.is_cpu(); }
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t) {}
+  void* stream() const { return nullptr; }
+  cuda::Card card() const;  // emulated.cpp: as tests ask for it
+};
+
+#else
+
+constexpr const char* kHere = "a CUDA device";
+inline bool is_here(const Tensor& t) { return t.is_cuda(); }
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+
+// Makes a device the current one, for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t index) : index_(index), guard_(index) {}
+  void* stream() const {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+  cuda::Card card() const { return cuda::card(index_); }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#endif
+
+// How a call on tensors is run: on their device, on torch's current stream, with workspace from torch's
+// allocator, which hands it to the next call on the stream.
+class Execution {
+ public:
+  explicit Execution(const Tensor& of) : device_(of.get_device_index()), index_(of.get_device_index()) {}
+  Execution(const Execution&) = delete;
+
+  operator cuda::Execution() {
+    return {device_.stream(), device_.card(), this, [](void* self, int64_t floats) {
+              Execution& e = *static_cast<Execution*>(self);
+              const int64_t stride = 1;
+              AtenTensorHandle handle = nullptr;
+              TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &floats, &stride, aoti_torch_dtype_float32(),
+                                                              device_type(), e.index_, &handle));
+              e.workspace_.emplace_back(handle);
+              return static_cast<float*>(e.workspace_.back().mutable_data_ptr());
+            }};
+  }
+
+ private:
+  OnDevice device_;
+  int32_t index_;
+  std::vector<Tensor> workspace_;
+};
+
+inline void require_together(const Tensor& first, const Tensor& t) {
+  if (t.get_device_index() != first.get_device_index()) {
+    throw std::runtime_error("effattn: weights, biases and sums must be on the device of the images, " +
+                             std::to_string(first.get_device_index()) + ", got " +
+                             std::to_string(t.get_device_index()));
+  }
+}
+inline void require_together(const Tensor& first, const std::vector<Tensor>& all) {
+  for (const Tensor& t : all) require_together(first, t);
+}
+
+// `kept`: what the call reads beside `of`.
+template <class... Kept>
+Execution execution(const Tensor& of, const Kept&... kept) {
+  (require_together(of, kept), ...);
+  return Execution(of);
+}
+
+}  // namespace effattn

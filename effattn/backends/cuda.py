@@ -1,0 +1,117 @@
+"""The CUDA kernels of kernels/cuda, as torch operators of libeffattn_cuda: those of libeffattn, for other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from effattn import _library
+from effattn.backends._base import Backend, Fused
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The most channels of a head of linear attention; ``kMostChannels`` of kernels/cuda.
+MOST_CHANNELS = 128
+_LINEAR = ("relu_linear_attention", "multi_scale_aggregation", "multi_scale_linear_attention")
+
+_DIFFERENTIABLE = (
+    "relu_linear_attention",
+    "multi_scale_aggregation",
+    "multi_scale_linear_attention",
+    "cascaded_group_attention",
+    "biased_attention",
+)
+
+
+class Measurement(NamedTuple):
+    """Where these kernels were found to be faster than Triton's."""
+
+    op: str
+    card: str
+    date: str
+    #: Triton's time in units of theirs, the least over the sizes that were measured.
+    ratio: float
+
+
+#: None yet: no card has been measured, and Triton's kernels are asked first.
+MEASURED: tuple[Measurement, ...] = ()
+
+
+def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] | None = None) -> bool:
+    """Whether the table has these kernels in front of Triton's."""
+    table = [m for m in (MEASURED if measured is None else measured) if m.op == op and m.ratio > 1]
+    return bool(table) and device.type == "cuda" and _card(device) in {m.card for m in table}
+
+
+def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
+    if _library.cuda_error is not None:
+        return {}
+    return {
+        name: Fused(
+            inference=getattr(torch.ops.effattn, name).default,
+            forward=getattr(torch.ops.effattn, f"{name}_forward").default,
+        )
+        for name in _DIFFERENTIABLE
+    }
+
+
+_FUNCTIONS = _functions()
+
+
+def _unavailable() -> str | None:
+    if _library.cuda_error is not None or _library.cuda_is_emulated:
+        return _library.cuda_error
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
+    reasons = []
+    if op not in _FUNCTIONS:
+        reasons.append(f"has no {op}")
+    mine = "cpu" if _library.cuda_is_emulated else "cuda"
+    if device.type != mine:
+        reasons.append(f"takes {mine.upper()} tensors, not {device.type}")
+    elif mine == "cuda" and _unavailable() is None:
+        capability = _capability(device)
+        if not runs_on(capability, _library.cuda_archs):
+            found = ".".join(map(str, capability))
+            archs = ", ".join(_library.cuda_archs)
+            reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
+    if dtype not in DTYPES:
+        reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+    if op in _LINEAR:
+        wide = [count for count in channels if count > MOST_CHANNELS]
+        reasons += [f"takes heads of up to {MOST_CHANNELS} channels, not {count}" for count in wide]
+    return reasons
+
+
+def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Whether a card can run what was compiled for these: "80" runs on 8.0 and later minors of 8, "90a" on 9.0 alone,
+    and what has "+PTX" on every later card."""
+    for arch in archs:
+        number = int(arch.removesuffix("+PTX").rstrip("af"))
+        compiled = divmod(number, 10)
+        if arch[-1] == "a":
+            if compiled == capability:
+                return True
+        elif compiled[0] == capability[0] and compiled <= capability:
+            return True
+        elif arch.endswith("+PTX") and compiled <= capability:
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+BACKEND = Backend("cuda", _unavailable, _reasons, _FUNCTIONS)

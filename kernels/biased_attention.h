@@ -1,0 +1,52 @@
+// EfficientFormer's attention, whatever computes it: the problem. Softmax attention with a bias on every pair
+// of tokens:
+//
+//   L = scale q k^T + bias    P = softmax(L)    out = P v
+//
+// and with talking heads, which mix the heads' logits and weights:
+//
+//   L'_g = sum_h mix_logits(g, h) L_h + mix_logits_bias(g)    P = softmax(L')
+//   P'_g = sum_h mix_weights(g, h) P_h + mix_weights_bias(g)    out = P' v
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace effattn {
+
+// The mixing of heads: (heads, heads) and (heads) contiguous floats; all null where heads do not talk.
+template <class Float>
+struct TalkingHeads {
+  Float *logits, *logits_bias, *weights, *weights_bias;
+};
+
+// The heads of one image that are computed together.
+struct SoftmaxHeads {
+  int64_t heads, queries, keys, head_dim, value_dim;
+  float scale;
+  const float* bias;    // (queries, keys) contiguous, for every head
+  int64_t bias_stride;  // from head to head: more than queries * keys where these are some of more queries
+  TalkingHeads<const float> mix;
+
+  bool talk() const { return mix.logits != nullptr; }
+};
+
+// A tensor (batch, heads, tokens, channels); strides count elements.
+struct HeadsOperand {
+  void* data;
+  int64_t batch_stride, head_stride, token_stride, channel_stride;
+};
+
+struct BiasedAttention {
+  DType dtype;
+  int64_t batch;
+  SoftmaxHeads heads;  // all of them
+  HeadsOperand q, k, v;
+  HeadsOperand out;                               // forward
+  HeadsOperand grad_out, grad_q, grad_k, grad_v;  // backward; grad_out is read only
+  float* grad_bias;                               // (heads, queries, keys)
+  TalkingHeads<float> grad_mix;
+};
+
+}  // namespace effattn

@@ -1,0 +1,287 @@
+// Threads of a block as fibers of the C library. A fiber runs until it has to wait for others, then the next
+// one runs.
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace effattn::cuda {
+namespace {
+
+constexpr int kLanesOfWarp = 32;
+constexpr size_t kStackBytes = 96 * 1024;
+
+// What threads that meet at a barrier leave for each other. A round is over when all have come; the last one
+// computes what the others wait for.
+struct Meeting {
+  int members = 0, come = 0;
+  int64_t round = 0;
+  int kind = 0;  // of what the first one came for: threads that diverged would hang on a card
+};
+
+struct Warp {
+  Meeting meeting;
+  float in[kLanesOfWarp], exchanged[kLanesOfWarp], a[kLanesOfWarp][4], b[kLanesOfWarp][2], c[kLanesOfWarp][4];
+};
+
+struct Block {
+  int64_t index = 0;
+  int rank = 0;
+  std::unique_ptr<char[]> shared;
+  Meeting meeting;
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* asan = nullptr;
+  Block* block = nullptr;
+  int thread = 0;
+  bool done = false;
+};
+
+struct Machine {
+  std::vector<Block> blocks;  // of one cluster
+  std::vector<Fiber> fibers;
+  Meeting cluster;
+  int64_t shared_bytes = 0;
+  size_t running = 0, alive = 0;
+  ucontext_t caller;
+  void* caller_asan = nullptr;
+  const void* caller_stack = nullptr;
+  size_t caller_stack_bytes = 0;
+  void (*body)(const void*) = nullptr;
+  const void* context = nullptr;
+};
+
+Machine machine;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+Fiber& self() { return machine.fibers[machine.running]; }
+Warp& warp() { return self().block->warps[self().thread / kLanesOfWarp]; }
+int lane() { return self().thread % kLanesOfWarp; }
+
+void switched(void* asan) {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* stack;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(asan, &stack, &bytes);
+  if (machine.caller_stack == nullptr) machine.caller_stack = stack, machine.caller_stack_bytes = bytes;
+#else
+  (void)asan;
+#endif
+}
+
+// `keep`: where the stack of the one that goes is remembered, null if it never comes back.
+void go_to(ucontext_t* from, ucontext_t* to, [[maybe_unused]] void** keep, [[maybe_unused]] const void* stack,
+           [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(keep, stack, bytes);
+#endif
+  swapcontext(from, to);
+}
+
+void run_next() {
+  Fiber& from = self();
+  do {
+    machine.running = (machine.running + 1) % machine.fibers.size();
+  } while (self().done);
+  Fiber& to = self();
+  if (&to == &from) return;
+  go_to(&from.context, &to.context, &from.asan, to.stack.get(), kStackBytes);
+  switched(from.asan);
+}
+
+void start() {
+  switched(nullptr);
+  machine.body(machine.context);
+  Fiber& fiber = self();
+  fiber.done = true;
+  if (--machine.alive > 0) {
+    do {
+      machine.running = (machine.running + 1) % machine.fibers.size();
+    } while (self().done);
+    go_to(&fiber.context, &self().context, nullptr, self().stack.get(), kStackBytes);
+  } else {
+    go_to(&fiber.context, &machine.caller, nullptr, machine.caller_stack, machine.caller_stack_bytes);
+  }
+}
+
+// Waits until all members came; `last` is called by the one that comes last.
+template <class F>
+void meet(Meeting& meeting, int kind, F last) {
+  if (meeting.come == 0) meeting.kind = kind;
+  if (meeting.kind != kind) fail("threads of a group wait at different barriers");
+  const int64_t round = meeting.round;
+  if (++meeting.come == meeting.members) {
+    last();
+    meeting.come = 0;
+    ++meeting.round;
+    return;
+  }
+  const size_t alive = machine.alive;
+  for (int64_t turns = 0; meeting.round == round; ++turns) {
+    if (turns > int64_t{1} << 20 && machine.alive == alive) fail("threads wait for some that do not come");
+    run_next();
+  }
+}
+
+enum Kind { kBlock, kCluster, kWarp, kExchange, kMultiply };
+
+// As cards do it at worst: products exact, their sum with c rounded towards zero.
+float towards_zero(double x) {
+  float y = static_cast<float>(x);
+  if (std::isfinite(x) && std::fabs(static_cast<double>(y)) > std::fabs(x)) y = std::nextafterf(y, 0.0f);
+  return y;
+}
+
+void multiply(Warp& w) {
+  for (int row = 0; row < 16; ++row) {
+    for (int col = 0; col < 8; ++col) {
+      float& c = w.c[row % 8 * 4 + col / 2][row / 8 * 2 + col % 2];
+      double sum = c;
+      for (int k = 0; k < 8; ++k) {
+        const double a = w.a[row % 8 * 4 + k % 4][k / 4 * 2 + row / 8];
+        sum += a * static_cast<double>(w.b[col * 4 + k % 4][k / 4]);
+      }
+      c = towards_zero(sum);
+    }
+  }
+}
+
+void check_tf32(float x) {
+  if (std::isfinite(x) && (bits_of(x) & 0x1fff) != 0) fail("an operand of a product is not in TF32");
+}
+
+}  // namespace
+
+int thread_index() { return self().thread; }
+int64_t block_index() { return self().block->index; }
+int cluster_rank() { return self().block->rank; }
+char* shared_memory() { return self().block->shared.get(); }
+void sync_block() {
+  meet(self().block->meeting, kBlock, [] {});
+}
+void sync_warp() {
+  meet(warp().meeting, kWarp, [] {});
+}
+void sync_cluster() {
+  meet(machine.cluster, kCluster, [] {});
+}
+
+float exchange(float x, int bits) {
+  Warp& w = warp();
+  w.in[lane()] = x;
+  // Copied, since the first to go on may be back before the last has read.
+  meet(w.meeting, kExchange, [&] { std::memcpy(w.exchanged, w.in, sizeof w.in); });
+  return w.exchanged[lane() ^ bits];
+}
+
+float of_cluster(const float* shared, int rank) {
+  const char* const begin = self().block->shared.get();
+  const int64_t offset = reinterpret_cast<const char*>(shared) - begin;
+  if (offset < 0 || offset + 4 > machine.shared_bytes)
+    fail("an address of the cluster is not in shared memory");
+  if (rank < 0 || rank >= static_cast<int>(machine.blocks.size()))
+    fail("there is no such block in the cluster");
+  float x;
+  std::memcpy(&x, machine.blocks[rank].shared.get() + offset, 4);
+  return x;
+}
+
+void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  for (const float x : a) check_tf32(x);
+  for (const float x : b) check_tf32(x);
+  Warp& w = warp();
+  const int l = lane();
+  std::memcpy(w.a[l], a, sizeof a);
+  std::memcpy(w.b[l], b, sizeof b);
+  std::memcpy(w.c[l], c, sizeof c);
+  meet(w.meeting, kMultiply, [&] { multiply(w); });
+  std::memcpy(c, w.c[l], sizeof c);
+}
+
+float widened(Float16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x, 2);
+  return static_cast<float>(h);
+}
+template <>
+float narrowed<float>(float x) {
+  return x;
+}
+template <>
+Float16 narrowed<Float16>(float x) {
+  const _Float16 h = static_cast<_Float16>(x);
+  Float16 y;
+  std::memcpy(&y, &h, 2);
+  return y;
+}
+template <>
+BFloat16 narrowed<BFloat16>(float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, void (*body)(const void*),
+             const void* context) {
+  if (threads % kLanesOfWarp != 0) fail("a block must have whole warps");
+  machine.body = body;
+  machine.context = context;
+  machine.shared_bytes = shared_bytes;
+  machine.blocks = std::vector<Block>(cluster);
+  const size_t fibers = static_cast<size_t>(cluster) * threads;
+  machine.fibers.resize(fibers);
+  const char* const order = std::getenv("EFFATTN_EMULATOR_ORDER");
+  const bool backwards = order != nullptr && std::string(order) == "backwards";
+  for (int64_t first = 0; first < blocks; first += cluster) {
+    for (int rank = 0; rank < cluster; ++rank) {
+      Block& block = machine.blocks[rank];
+      block.index = first + rank;
+      block.rank = rank;
+      block.shared.reset(new char[shared_bytes]);  // anew, or a block would find what another one left
+      std::memset(block.shared.get(), 0xff, shared_bytes);
+      block.meeting = {threads, 0, 0, 0};
+      block.warps = std::vector<Warp>(threads / kLanesOfWarp);
+      for (Warp& w : block.warps) w.meeting.members = kLanesOfWarp;
+      for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = machine.fibers[rank * threads + i];
+        fiber.block = &block;
+        fiber.thread = backwards ? threads - 1 - i : i;
+        fiber.done = false;
+        if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, start, 0);
+      }
+    }
+    machine.cluster = {static_cast<int>(fibers), 0, 0, 0};
+    machine.alive = fibers;
+    machine.running = 0;
+    go_to(&machine.caller, &machine.fibers[0].context, &machine.caller_asan, machine.fibers[0].stack.get(),
+          kStackBytes);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(machine.caller_asan, nullptr, nullptr);
+#endif
+  }
+}
+
+}  // namespace effattn::cuda

@@ -1,0 +1,29 @@
+// What a call runs on, without knowing whose stream and whose memory it is given.
+#pragma once
+
+#include <cstdint>
+
+namespace effattn::cuda {
+
+// What a plan depends on beside the sizes of a problem.
+struct Card {
+  int capability;  // 90 for 9.0
+  int multiprocessors;
+
+  bool has_clusters() const { return capability >= 90; }
+};
+
+// Of the device with this number; asked for once.
+Card card(int device);
+
+struct Execution {
+  void* stream;
+  Card card;
+  void* owner;
+  float* (*allocate)(void* owner, int64_t floats);
+
+  // Workspace, which lasts as long as the launches that follow on the stream. Its size is that of the plan.
+  float* workspace(int64_t floats) const { return floats > 0 ? allocate(owner, floats) : nullptr; }
+};
+
+}  // namespace effattn::cuda

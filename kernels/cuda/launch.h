@@ -1,0 +1,75 @@
+// How kernels are launched.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "execution.h"
+
+namespace effattn::cuda {
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes = 0;
+  int cluster = 1;  // blocks that run at the same time, and divide all blocks
+};
+
+constexpr int64_t kMostBlocks = INT32_MAX;
+
+#ifdef EFFATTN_EMULATED
+
+template <class Parameters>
+void launch(void (*kernel)(const Parameters&), const Grid& grid, const Execution&,
+            const Parameters& parameters) {
+  struct Call {
+    void (*kernel)(const Parameters&);
+    const Parameters& parameters;
+  } call{kernel, parameters};
+  const auto body = [](const void* context) {
+    const Call& c = *static_cast<const Call*>(context);
+    c.kernel(c.parameters);
+  };
+  emulate(grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, body, &call);
+}
+
+#else
+
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // which would be the next call's otherwise
+  throw std::runtime_error(std::string("effattn: ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <class Parameters>
+void launch(void (*kernel)(const Parameters), const Grid& grid, const Execution& execution,
+            const Parameters& parameters) {
+  static_assert(sizeof(Parameters) <= 4096);
+  if (grid.blocks == 0) return;
+  if (grid.blocks > kMostBlocks) {
+    throw std::runtime_error("effattn: too large for one launch, " + std::to_string(grid.blocks) + " blocks");
+  }
+  if (grid.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared_bytes)),
+          "shared memory of a kernel");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(execution.stream);
+  cudaLaunchAttribute cluster{};
+  if (grid.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, parameters), "launch of a kernel");
+}
+
+#endif
+
+}  // namespace effattn::cuda

@@ -1,0 +1,198 @@
+// Tiles of pixels of an image, with what lies around them, in shared memory; and what blocks sum over them.
+#pragma once
+
+#include "../image.h"
+#include "block.h"
+
+namespace effattn::cuda {
+
+// An image (batch, channels, height * width) of any type.
+struct Picture {
+  Image image;
+  DType dtype;
+  int height, width;
+
+  EFFATTN_DEVICE bool has(int row, int col) const {
+    return row >= 0 && row < height && col >= 0 && col < width;
+  }
+  EFFATTN_DEVICE int64_t at(int64_t batch, int64_t channel, int row, int col) const {
+    return batch * image.batch_stride + channel * image.channel_stride +
+           (static_cast<int64_t>(row) * width + col) * image.token_stride;
+  }
+  // Outside of the image 0.
+  EFFATTN_DEVICE float load(int64_t batch, int64_t channel, int row, int col) const {
+    return has(row, col) ? element(image.data, dtype, at(batch, channel, row, col)) : 0.0f;
+  }
+  EFFATTN_DEVICE void store(int64_t batch, int64_t channel, int row, int col, float x) const {
+    if (has(row, col)) set_element(image.data, dtype, at(batch, channel, row, col), x);
+  }
+};
+
+constexpr int kPixelWarps = 8, kPixelThreads = kPixelWarps * kLanes;
+
+// Of heads of up to kPadded channels.
+template <int kPadded>
+struct PixelTiles {
+  static constexpr int kWidth = 16,
+                       kHeight = kPadded <= 16   ? 8
+                                 : kPadded <= 64 ? 4
+                                                 : 2,
+                       kPixels = kWidth * kHeight;
+  // Of a multiprocessor, as registers allow.
+  static constexpr int kBlocks = kPadded <= 64 ? 2 : 1;
+  static constexpr int kStrip = 8;  // pixels of a row that a thread convolves
+  // Channels that are staged with their surroundings at once, at most.
+  static constexpr int kChunk = least(kPadded, 32);
+  // Floats from one channel to the next of all pixels, and from one pixel to the next of all channels; both
+  // so that the lanes of a product meet in no bank.
+  static constexpr int kByChannel = kPixels + 8, kByPixel = kPadded + 8;
+
+  // Floats of a staged channel; odd, or lanes that take a channel each would meet in one bank.
+  EFFATTN_INLINE static constexpr int staged(int kernel) {
+    return (kHeight + kernel - 1) * (kWidth + kernel - 1) | 1;
+  }
+};
+
+// The first pixel of a tile.
+struct Corner {
+  int row, col;
+};
+
+EFFATTN_DEVICE int row_of(const Corner& at, int pixel) { return at.row + pixel / 16; }
+EFFATTN_DEVICE int col_of(const Corner& at, int pixel) { return at.col + pixel % 16; }
+
+// Some channels of a tile, and what a kernel x kernel convolution reads around it.
+template <class Tiles>
+EFFATTN_DEVICE void stage(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
+                          int kernel, float* to) {
+  const int height = Tiles::kHeight + kernel - 1, width = Tiles::kWidth + kernel - 1, pixels = height * width;
+  const int row0 = at.row - kernel / 2, col0 = at.col - kernel / 2;
+  const bool is_channels_last = x.image.channel_stride == 1;  // what lies side by side is taken side by side
+  for_each<kPixelThreads>(channels * pixels, [&](int i) {
+    const int c = is_channels_last ? i % channels : i / pixels,
+              pixel = is_channels_last ? i / channels : i % pixels;
+    to[c * Tiles::staged(kernel) + pixel] =
+        x.load(batch, first + c, row0 + pixel / width, col0 + pixel % width);
+  });
+}
+
+// Strips of the depthwise convolution of what is staged, with taps (channels, kernel, kernel): f(channel,
+// pixel, strip). The transposed one if kSign is -1. kKernel is the size, if it is known, or 0.
+template <class Tiles, int kKernel, int kSign, class F>
+EFFATTN_DEVICE void convolve(const float* staged, const float* taps, int channels, int size, F f) {
+  constexpr int across = Tiles::kWidth / Tiles::kStrip;
+  const int kernel = kKernel > 0 ? kKernel : size, width = Tiles::kWidth + kernel - 1;
+  for_each<kPixelThreads>(channels * Tiles::kHeight * across, [&](int item) {
+    const int c = item / (Tiles::kHeight * across), row = item / across % Tiles::kHeight;
+    const int col = item % across * Tiles::kStrip;
+    const float* const of_channel = taps + c * kernel * kernel;
+    const auto tap = [&](int i, int j) {
+      return kSign > 0 ? of_channel[i * kernel + j] : of_channel[(kernel - 1 - i) * kernel + kernel - 1 - j];
+    };
+    float total[Tiles::kStrip] = {};
+    EFFATTN_NOT_UNROLLED
+    for (int i = 0; i < kernel; ++i) {
+      const float* const line = staged + c * Tiles::staged(kernel) + (row + i) * width + col;
+      if constexpr (kKernel > 0) {
+        float x[Tiles::kStrip + kKernel - 1];
+        EFFATTN_UNROLL
+        for (int j = 0; j < Tiles::kStrip + kKernel - 1; ++j) x[j] = line[j];
+        EFFATTN_UNROLL
+        for (int j = 0; j < kKernel; ++j) {
+          const float factor = tap(i, j);
+          EFFATTN_UNROLL
+          for (int e = 0; e < Tiles::kStrip; ++e) total[e] += factor * x[e + j];
+        }
+      } else {
+        for (int j = 0; j < kernel; ++j) {
+          const float factor = tap(i, j);
+          EFFATTN_UNROLL
+          for (int e = 0; e < Tiles::kStrip; ++e) total[e] += factor * line[e + j];
+        }
+      }
+    }
+    f(c, row * Tiles::kWidth + col, total);
+  });
+}
+
+// kPadded x kPadded sums over pixels, in the registers of a block from tile to tile.
+template <int kPadded>
+class MatrixTotal {
+  static constexpr int kAcross = kPadded / kTileCols;
+  static constexpr int kTiles = kPadded / kTileRows * kAcross;
+  static constexpr int kSlices = most(1, kPixelWarps / kTiles), kPerWarp = most(1, kTiles / kPixelWarps);
+  static constexpr int kPixels = PixelTiles<kPadded>::kPixels / kSlices;
+
+  float total_[kPerWarp][kTileCols / 8][4] = {};
+
+  EFFATTN_DEVICE static int row(int i) { return tile(i) / kAcross * kTileRows; }
+  EFFATTN_DEVICE static int col(int i) { return tile(i) % kAcross * kTileCols; }
+  EFFATTN_DEVICE static int tile(int i) {
+    return warp_index() % least(kTiles, kPixelWarps) + i * kPixelWarps;
+  }
+  EFFATTN_DEVICE static int slice() { return warp_index() / least(kTiles, kPixelWarps); }
+
+ public:
+  static constexpr int64_t kSharedBytes = int64_t{4} * kSlices * kPadded * kPadded;
+
+  // Adds a(row, pixel) b(pixel, col) of a tile.
+  template <class A, class B>
+  EFFATTN_DEVICE void add(int rows, int cols, A a, B b) {
+    const int first = slice() * kPixels;
+    EFFATTN_UNROLL
+    for (int i = 0; i < kPerWarp; ++i) {
+      tile_product<false, false>(
+          total_[i], row(i), rows, col(i), cols, kPixels, [&](int r, int k) { return a(r, first + k); },
+          [&](int k, int c) { return b(first + k, c); });
+    }
+  }
+
+  // out(row, col, sum), through shared memory that is free.
+  template <class Out>
+  EFFATTN_DEVICE void finish(float* shared, int rows, int cols, Out out) {
+    EFFATTN_UNROLL
+    for (int i = 0; i < kPerWarp; ++i) {
+      each_of_tile(total_[i], row(i), rows, col(i), cols,
+                   [&](int r, int c, float x) { shared[(slice() * kPadded + r) * kPadded + c] = x; });
+    }
+    sync_block();
+    for_each<kPixelThreads>(rows * cols, [&](int i) {
+      const int r = i / cols, c = i % cols;
+      float total = 0;
+      for (int s = 0; s < kSlices; ++s) total += shared[(s * kPadded + r) * kPadded + c];
+      out(r, c, total);
+    });
+    sync_block();
+  }
+};
+
+// kPadded sums over pixels, likewise.
+template <int kPadded>
+class VectorTotal {
+  static constexpr int kSlices = kPixelThreads / kPadded;
+
+  float total_ = 0;
+
+ public:
+  template <class X>
+  EFFATTN_DEVICE void add(int channels, X x) {
+    const int c = thread_index() % kPadded;
+    if (c >= channels) return;
+    for (int pixel = thread_index() / kPadded; pixel < PixelTiles<kPadded>::kPixels; pixel += kSlices) {
+      total_ += x(pixel, c);
+    }
+  }
+  template <class Out>
+  EFFATTN_DEVICE void finish(float* shared, int channels, Out out) {
+    shared[thread_index()] = total_;
+    sync_block();
+    for_each<kPixelThreads>(channels, [&](int c) {
+      float total = 0;
+      for (int s = 0; s < kSlices; ++s) total += shared[s * kPadded + c];
+      out(c, total);
+    });
+    sync_block();
+  }
+};
+
+}  // namespace effattn::cuda

@@ -1,0 +1,14 @@
+// ReLU linear attention on a card: entry points, as those of the CPU.
+#pragma once
+
+#include "../relu_linear_attention.h"
+#include "execution.h"
+
+namespace effattn::cuda {
+
+// `sums`: groups x (value_dim + 1, head_dim) floats to keep for the backward pass, or null.
+void forward(const ReluLinearAttention& problem, float* sums, const Execution& execution);
+// `sums`: those of the forward pass.
+void backward(const ReluLinearAttention& problem, const float* sums, const Execution& execution);
+
+}  // namespace effattn::cuda

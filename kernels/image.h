@@ -1,0 +1,15 @@
+// Images as kernels see them.
+#pragma once
+
+#include "dtype.h"
+#include "sizes.h"
+
+namespace effattn {
+
+// A tensor (batch, channels, height * width); strides count elements.
+struct Image {
+  void* data;
+  int64_t batch_stride, channel_stride, token_stride;
+};
+
+}  // namespace effattn

@@ -1,0 +1,40 @@
+// ReLU linear attention, whatever computes it: the problem.
+//
+//   S = sum_m relu(k_m)^T v_m    z = sum_m relu(k_m)    out_n = relu(q_n) S / (relu(q_n) . z + eps)
+//
+// Sizes may be zero; strides may be anything that addresses valid memory.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace effattn {
+
+constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the sums of a group then take 16 GiB
+
+// One tensor (..., tokens, channels). Strides count elements; the leading ones belong to the sizes
+// in Problem::lead_sizes.
+struct Operand {
+  void* data;
+  const int64_t* lead_strides;
+  int64_t token_stride;
+  int64_t channel_stride;
+};
+
+struct ReluLinearAttention {
+  DType dtype;
+  int lead_rank;
+  const int64_t* lead_sizes;
+  int64_t groups;                              // the product of lead_sizes
+  int64_t queries, keys, head_dim, value_dim;  // N, M, D, Dv
+  float eps;
+  Operand q, k, v;
+  Operand out;                               // forward
+  Operand grad_out, grad_q, grad_k, grad_v;  // backward; grad_out is read only
+
+  // Elements of the sums of one group: S^T and below it z, (value_dim + 1, head_dim).
+  int64_t sums_size() const { return head_dim * (value_dim + 1); }
+};
+
+}  // namespace effattn

@@ -1,0 +1,20 @@
+// Arithmetic on sizes. Inlined everywhere: a copy that the linker shares between instruction sets could be
+// the one that an older processor cannot run.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define EFFATTN_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
+#define EFFATTN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace effattn {
+
+EFFATTN_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+EFFATTN_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+EFFATTN_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+EFFATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+}  // namespace effattn
