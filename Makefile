@@ -4,11 +4,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# The cards that CUDA kernels are compiled for here, where there is an nvcc; a wheel has more (csrc/build.py).
+export EFFATTN_CUDA_ARCHS ?= 80 90a
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py') setup.py pyproject.toml
+NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install gpu clean
+.PHONY: help demo train test bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install cpp-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,19 +28,26 @@ train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated
 bench: $(VENV)/.build $(VENV)/.bench ## the short benchmark set, under five minutes
 	$(BIN)/python -m benchmarks run --short
 
+cpp-example: $(VENV)/.build $(VENV)/.cpp ## an accelerated model, compiled ahead of time, in a C++ program without Python
+	$(BIN)/python examples/cpp/export.py --output build/cpp
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S examples/cpp -B build/cpp \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
+	cd build/cpp && ./classify $(abspath effattn/libeffattn.so) model.pt2 input.pt expected.pt
+
 lint: $(VENV)/.lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc kernels examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc kernels examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 test-python: $(VENV)/.build $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton --ignore tests/device
+	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton --ignore tests/device --ignore tests/cuda
 
 test-triton: $(VENV)/.build $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
 	$(BIN)/python -m pytest tests/triton/test_compiled.py -q -n auto
@@ -46,7 +55,8 @@ test-triton: $(VENV)/.build $(VENV)/.test ## Triton's kernels: compiled for card
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  $(BIN)/python -m pytest tests/triton tests/device -q --ignore tests/triton/test_compiled.py
 
-test-cuda: $(VENV)/.build $(VENV)/.test ## CUDA's kernels: emulated under AddressSanitizer, and compiled where there is an nvcc
+test-cuda: $(VENV)/.build $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
+	$(BIN)/python -m pytest tests/cuda -q -n auto
 	$(BIN)/python tests/emulated.py
 
 test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
@@ -102,7 +112,11 @@ $(VENV)/.diffusers: $(VENV)/.timm
 	$(PIP) install diffusers
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers
+$(VENV)/.cpp: $(VENV)/.timm
+	@command -v cmake >/dev/null || $(PIP) install cmake
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers $(VENV)/.cpp
 	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis psutil tabulate
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@

@@ -13,12 +13,14 @@ import build as native  # noqa: E402  (csrc/build.py)
 
 
 class NinjaBuild(build_ext):
-    """Lets ninja make both shared objects, in place for an editable install."""
+    """Lets ninja make the shared objects, in place for an editable install."""
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
         package = ROOT / "effattn" if in_place else Path(self.build_lib).resolve() / "effattn"
-        self._built = native.build(native.Target.native(), package, Path(self.build_temp).resolve())
+        # pip's folder for objects is a new one every time; in place, only what changed is compiled again.
+        objects = ROOT / "build" / "editable" if in_place else Path(self.build_temp).resolve()
+        self._built = native.build(native.Target.native(), package, objects)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in self._built]

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -123,8 +124,11 @@ class Cuda:
         known = {code.removeprefix("sm_") for code in _output(nvcc, "--list-gpu-code").split()}
         asked = os.environ.get("EFFATTN_CUDA_ARCHS", "").split()
         archs = asked or [arch for arch in CUDA_ARCHS if _capability(arch) in known]
+        if not any(arch.endswith("+PTX") for arch in archs) and not asked:
+            archs.append(f"{_capability(archs[-1])}+PTX")  # an nvcc that does not know the newest cards
         for arch in archs:
-            if _capability(arch) not in known:
+            # What is for one card alone ("90a") cannot be translated for another.
+            if _capability(arch) not in known or re.search(r"[af]\+PTX$", arch):
                 raise SystemExit(
                     f"EFFATTN_CUDA_ARCHS: expected compute capabilities that {nvcc} knows, separated by spaces "
                     f"({', '.join(sorted(known, key=int))}; 90a, 100+PTX), got {arch!r}"
@@ -265,8 +269,8 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
     outputs = [library]
     if target.emulate_cuda:
-        flags = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED"]
-        parts = [compile(source, [*flags, "-x c++"], "emulated") for source in (*CUDA, *CUDA_EMULATED, *SHARED)]
+        emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
+        parts = [compile(source, emulated, "emulated") for source in (*CUDA, *CUDA_EMULATED, *SHARED)]
         outputs.append(output / CUDA_LIBRARY)
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
     if target.cuda is not None:
@@ -302,6 +306,7 @@ def _add_cuda(
         "-std=c++20",
         "-O3",
         "--expt-relaxed-constexpr",
+        "--threads 4",  # several cards' code at once: the largest source would be waited for
         f"-ccbin {target.compiler}",
         "-Xcompiler -fPIC,-fvisibility=hidden,-Wall",
         *cuda.flags(),
@@ -315,7 +320,7 @@ def _add_cuda(
     )
     ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}"
-    glue_flags = [*torch_flags, "-DEFFATTN_CUDA", "-DUSE_CUDA", f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"]
+    glue_flags = [*torch_flags, "-DEFFATTN_CUDA", f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"]
     parts = []
     for source in (*CUDA, *CUDA_DEVICE, *SHARED):
         if source.endswith(".cu"):

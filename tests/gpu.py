@@ -24,10 +24,10 @@ BENCHMARK = [sys.executable, "-m", "benchmarks", "gpu", "--rounds", "9", "--comp
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 #: A few of each operator's kernels, forward and backward, small enough for instrumented code.
 SMALL = [
-    "tests/triton/test_relu_linear_attention.py::test_against_float64",
-    "tests/triton/test_multi_scale.py::test_memory_formats_against_float64",
-    "tests/triton/test_biased_attention.py::test_numbers_of_talking_heads",
-    "tests/triton/test_cascaded_group_attention.py::test_programs_that_take_several_windows",
+    "tests/device/test_relu_linear_attention.py::test_against_float64",
+    "tests/device/test_multi_scale.py::test_memory_formats_against_float64",
+    "tests/device/test_biased_attention.py::test_numbers_of_talking_heads",
+    "tests/device/test_cascaded_group_attention.py::test_programs_that_take_several_windows",
 ]
 #: Kept for the benchmark, whatever the steps before it would like.
 RESERVED = 240
@@ -54,7 +54,7 @@ class Step:
 
 
 def steps(output: Path, left: float) -> list[Step]:
-    kernels = ["tests/triton", "--ignore", "tests/triton/test_compiled.py"]
+    kernels = ["tests/triton", "tests/device", "--ignore", "tests/triton/test_compiled.py"]
     parallel = ["-n", str(min(8, os.cpu_count() or 1))]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
@@ -84,8 +84,12 @@ def main() -> int:
     missing = sorted(package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None)
     if missing:
         parser.error(f"this Python lacks {', '.join(missing)}")
-    if not importlib.import_module("torch").cuda.is_available():
+    cuda = importlib.import_module("torch").cuda
+    if not cuda.is_available():
         parser.error("torch sees no GPU")
+    # One card's code is compiled in less time than all of it.
+    major, minor = cuda.get_device_capability()
+    os.environ["EFFATTN_CUDA_ARCHS"] = f"{major}{minor}" + ("a" if major == 9 else "")
     begin, summary, failed = time.monotonic(), [], False
     for step in steps(output, arguments.seconds):
         left = arguments.seconds - (time.monotonic() - begin)

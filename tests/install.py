@@ -8,6 +8,8 @@ the one of the environment that runs this.
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,8 @@ package = pathlib.Path(effattn.__file__).parent
 from effattn.kernels import configs  # lies elsewhere in the repository
 assert (pathlib.Path(configs.__file__).parent / "relu_linear_attention.py").exists()
 assert (package / "py.typed").exists()
+cuda = next(b for b in effattn.backends() if b.name == "cuda")
+assert ("is not compiled in" not in (cuda.reason or "")) == bool(int(sys.argv[3])), cuda
 print(f"{sys.argv[1]}: effattn {effattn.__version__} in {package.name}, {_C.active_isa()}")
 inside = package.is_relative_to(sys.argv[2])
 assert inside == (sys.argv[1] == "editable"), package
@@ -39,10 +43,12 @@ def run(*command: str | Path, cwd: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(sys.executable, "-c", USE, "editable", ROOT, cwd=folder)
+        has_cuda = str(int(shutil.which("nvcc") is not None))
+        run(sys.executable, "-c", USE, "editable", ROOT, has_cuda, cwd=folder)
         run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, ROOT, cwd=folder)
         (sdist,) = folder.glob("effattn-*.tar.gz")
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+        os.environ["EFFATTN_CUDA_ARCHS"] = "80"  # one will do: that a wheel has them is what counts
         run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, sdist, cwd=folder)
         (wheel,) = folder.glob("effattn-*.whl")
         assert "none-any" not in wheel.name, "a wheel with binaries names its platform"
@@ -52,7 +58,7 @@ def main() -> None:
         names = sorted(path.name for path in target.iterdir() if not path.name.endswith(".dist-info"))
         assert names == ["effattn"], names
         check = f"import sys; sys.path.insert(0, {str(target)!r})\n{USE}"
-        run(sys.executable, "-c", check, "wheel", ROOT, cwd=folder)
+        run(sys.executable, "-c", check, "wheel", ROOT, has_cuda, cwd=folder)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+import effattn
 from benchmarks import peers, report, results
 from benchmarks.gpu import cases, runner, session
 from benchmarks.gpu.cases import NARROW
 from benchmarks.gpu.clock import WallClock
+from effattn.registry import BackendStatus
 from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
 
 MEASURE = runner.measure
@@ -130,6 +132,19 @@ def test_everyone_can_be_compiled(tmp_path, monkeypatch):
         assert any("max-autotune" in row.candidate for row in rows)
         assert all(row.reason is None for row in rows), [(row.candidate, row.reason) for row in rows]
     assert set(modes) == {"default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"}
+
+
+def test_every_backend_of_a_card_is_measured(monkeypatch):
+    """Where several serve, each of them under its name; else whatever serves."""
+    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
+    names = {way.candidate for way in runner.ways(case, False)}
+    assert runner.OURS in names and f"{runner.OURS} cuda" not in names
+    status = [BackendStatus(name, None) for name in ("cpu", "triton", "cuda", "reference")]
+    monkeypatch.setattr(effattn, "backends", lambda: status)
+    names = {way.candidate for way in runner.ways(case, False)}
+    assert {f"{runner.OURS} triton", f"{runner.OURS} cuda"} <= names and runner.OURS not in names
+    with pytest.raises(RuntimeError, match="cuda: "):
+        runner._ours(case.ours)[f"{runner.OURS} cuda"](*case.make())
 
 
 def test_the_cases_of_a_gpu_can_be_made():

@@ -7,10 +7,12 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.gpu.clock import SAMPLE_SECONDS, Call, Clock
@@ -69,7 +71,8 @@ def ways(case: GpuCase, compiled: bool = True) -> list[Way]:
     found = []
     for graph in (True, False):
         variant = "graph" if graph else "calls"
-        found.append(Way(OURS, variant, Role.OURS, case.ours, graph=graph))
+        for name, function in _ours(case.ours).items():
+            found.append(Way(name, variant, Role.OURS, function, graph=graph))
         for name, function in case.peers.items():
             found.append(Way(f"{name} eager", variant, Role.PEER, function, graph=graph))
             if compiled:
@@ -87,6 +90,17 @@ def ways(case: GpuCase, compiled: bool = True) -> list[Way]:
         captured = "max-autotune-no-cudagraphs"
         found.append(Way(f"{name} max-autotune", "graph", role, function, captured, graph=True))
     return found
+
+
+def _ours(function: Function) -> dict[str, Function]:
+    """By each backend for cards, where there are several; what the registry's table of them is made from."""
+    here = [b.name for b in effattn.backends() if b.available and b.name in ("triton", "cuda")]
+
+    def by(backend: str, *arguments: Any) -> torch.Tensor:
+        with effattn.use_backend(backend):
+            return function(*arguments)
+
+    return {f"{OURS} {name}": partial(by, name) for name in here} if len(here) > 1 else {OURS: function}
 
 
 def measure(

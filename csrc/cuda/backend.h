@@ -2,6 +2,7 @@
 // EFFATTN_EMULATED it takes tensors of the CPU, for tests.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -9,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../../kernels/cuda/biased_attention.h"
@@ -48,13 +50,27 @@ constexpr const char* kHere = "a CUDA device";
 inline bool is_here(const Tensor& t) { return t.is_cuda(); }
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
 
+// aoti_torch_get_current_cuda_stream, looked up when it is needed: a torch without CUDA lacks it, and loads
+// this library all the same, to say what it is for; and one build serves every torch.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** ret_stream);
+inline CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    const char* const name = "aoti_torch_get_current_cuda_stream";
+    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    void* const symbol = dlsym(torch_cuda != nullptr ? torch_cuda : RTLD_DEFAULT, name);
+    if (symbol == nullptr) throw std::runtime_error(std::string("effattn: this torch has no ") + name);
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return found;
+}
+
 // Makes a device the current one, for as long as it lives.
 class OnDevice {
  public:
-  explicit OnDevice(int32_t index) : index_(index), guard_(index) {}
+  explicit OnDevice(int32_t index) : index_(index), guard_(index) { cuda::make_current(index); }
   void* stream() const {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
     return stream;
   }
   cuda::Card card() const { return cuda::card(index_); }

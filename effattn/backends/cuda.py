@@ -92,14 +92,12 @@ def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
     """Whether a card can run what was compiled for these: "80" runs on 8.0 and later minors of 8, "90a" on 9.0 alone,
     and what has "+PTX" on every later card."""
     for arch in archs:
-        number = int(arch.removesuffix("+PTX").rstrip("af"))
-        compiled = divmod(number, 10)
-        if arch[-1] == "a":
-            if compiled == capability:
-                return True
-        elif compiled[0] == capability[0] and compiled <= capability:
-            return True
-        elif arch.endswith("+PTX") and compiled <= capability:
+        compiled = divmod(int(arch.removesuffix("+PTX").rstrip("af")), 10)
+        if arch.endswith("a"):
+            fits = compiled == capability
+        else:
+            fits = compiled <= capability and (arch.endswith("+PTX") or compiled[0] == capability[0])
+        if fits:
             return True
     return False
 

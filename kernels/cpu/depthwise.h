@@ -1,8 +1,8 @@
 // Depthwise k x k convolution of one channel and its gradient, on rows of float between zeros.
 #pragma once
 
-#include "simd.h"
 #include "../sizes.h"
+#include "simd.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 

@@ -1,4 +1,5 @@
-// Softmax attention (../biased_attention.h) for the few tokens that the efficient networks have where they use it.
+// Softmax attention (../biased_attention.h) for the few tokens that the efficient networks have where they
+// use it.
 //
 // Float only, rows of channels. A block of queries has all its logits in cache at once.
 #pragma once

@@ -2,8 +2,8 @@
 // any dtype and any strides. What float32 tensors can do without them is read in place.
 #pragma once
 
-#include "simd.h"
 #include "../sizes.h"
+#include "simd.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 

@@ -17,12 +17,11 @@ namespace effattn::cuda {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kLanes;
-// The least that a card since 8.0 lets a block have, less what it keeps.
-constexpr int64_t kSharedBytes = 98 * 1024;
 constexpr int kMostQueries = 64;
+// Heads whose mixing is in shared memory, at most.
+constexpr int kMostSharedMix = 32;
 
 struct Attention {
-  DType dtype;
   HeadsOperand q, k, v, out;  // out: of the backward grad_out
   const float* bias;
   TalkingHeads<const float> mix;
@@ -32,36 +31,58 @@ struct Attention {
   int rows;      // queries of a block
   int stride;    // of logits in shared memory
   int tiles;
+  int64_t count, blocks;  // tiles of all heads and images; a block takes each `blocks`-th
+  // Of the buffers of logits those in shared memory; and where the others are, of every block.
+  int in_shared, spilled_buffers;
+  bool mix_is_shared;
+  float* spilled;
   // Backward, of all pairs (batch, heads, queries, keys); and of each block, sums for the mixing of heads.
   float *weights, *grad_logits;
   TalkingHeads<float> grad_mix;
 
   constexpr bool talk() const { return mix.logits != nullptr; }
-  constexpr int buffer() const { return together * rows * stride; }
+  constexpr int64_t mix_floats() const { return mix_is_shared ? int64_t{2} * heads * heads : 0; }
+  constexpr int64_t buffer() const { return int64_t{together} * rows * stride; }
 };
 
-EFFATTN_DEVICE float load(const HeadsOperand& t, DType dtype, int64_t batch, int64_t head, int64_t token,
-                          int64_t channel) {
-  return element(
-      t.data, dtype,
-      batch * t.batch_stride + head * t.head_stride + token * t.token_stride + channel * t.channel_stride);
+// Logits of all pairs of a block, or what becomes of them.
+EFFATTN_DEVICE float* buffer(const Attention& p, int i) {
+  if (i < p.in_shared) return reinterpret_cast<float*>(shared_memory()) + p.mix_floats() + i * p.buffer();
+  return p.spilled + (block_index() * p.spilled_buffers + i - p.in_shared) * p.buffer();
 }
-EFFATTN_DEVICE void store(const HeadsOperand& t, DType dtype, int64_t batch, int64_t head, int64_t token,
-                          int64_t channel, float x) {
-  set_element(
-      t.data, dtype,
-      batch * t.batch_stride + head * t.head_stride + token * t.token_stride + channel * t.channel_stride, x);
+
+EFFATTN_DEVICE int64_t offset(const HeadsOperand& t, int64_t batch, int64_t head, int64_t token,
+                              int64_t channel) {
+  return batch * t.batch_stride + head * t.head_stride + token * t.token_stride + channel * t.channel_stride;
 }
+// One head of a tensor, or some of them from one on.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t head_stride, token_stride, channel_stride;
+
+  EFFATTN_DEVICE Heads(const HeadsOperand& t, int64_t batch, int64_t head)
+      : data(static_cast<T*>(t.data) + offset(t, batch, head, 0, 0)),
+        head_stride(t.head_stride),
+        token_stride(t.token_stride),
+        channel_stride(t.channel_stride) {}
+  EFFATTN_DEVICE T& operator()(int head, int token, int channel) const {
+    return data[head * head_stride + token * token_stride + channel * channel_stride];
+  }
+};
+
+template <class T>
+constexpr bool kExact = sizeof(T) == 2;  // in TF32
 
 // What a block works on.
 struct Place {
   int64_t batch;
   int head, query;
 
-  EFFATTN_DEVICE explicit Place(const Attention& p) {
+  EFFATTN_DEVICE Place(const Attention& p, int64_t index) {
     const int groups = p.heads / p.together;
-    const int64_t group = block_index() / p.tiles;
-    query = static_cast<int>(block_index() % p.tiles) * p.rows;
+    const int64_t group = index / p.tiles;
+    query = static_cast<int>(index % p.tiles) * p.rows;
     head = static_cast<int>(group % groups) * p.together;
     batch = group / groups;
   }
@@ -69,87 +90,122 @@ struct Place {
 
 // to[row][key] of each head = a b^T over the channels of both, 0 behind the last query; then f(head, row,
 // key, sum).
-template <bool kNarrow, class F>
-EFFATTN_DEVICE void pairs(const Attention& p, const Place& at, const HeadsOperand& a, const HeadsOperand& b,
-                          int channels, float* to, F f) {
-  products<kNarrow, kNarrow>(
+template <class T, class F>
+EFFATTN_DEVICE void pairs(const Attention& p, const Place& at, const HeadsOperand& of_queries,
+                          const HeadsOperand& of_keys, int channels, float* to, F f) {
+  const Heads<const T> a(of_queries, at.batch, at.head), b(of_keys, at.batch, at.head);
+  products<kExact<T>, kExact<T>>(
       kWarps, p.together, p.rows, p.keys, channels,
       [&](int i, int row, int c) {
         const int query = at.query + row;
-        return query < p.queries ? load(a, p.dtype, at.batch, at.head + i, query, c) : 0.0f;
+        return query < p.queries ? widened(a(i, query, c)) : 0.0f;
       },
-      [&](int i, int c, int key) { return load(b, p.dtype, at.batch, at.head + i, key, c); },
+      [&](int i, int c, int key) { return widened(b(i, key, c)); },
       [&](int i, int row, int key, float x) {
-        to[(i * p.rows + row) * p.stride + key] = at.query + row < p.queries ? f(i, row, key, x) : 0.0f;
+        to[(i * p.rows + row) * int64_t{p.stride} + key] =
+            at.query + row < p.queries ? f(i, row, key, x) : 0.0f;
       });
 }
 
-template <bool kNarrow>
+template <class T>
 EFFATTN_DEVICE void logits(const Attention& p, const Place& at, float* to) {
-  pairs<kNarrow>(p, at, p.q, p.k, p.head_dim, to, [&](int i, int row, int key, float x) {
+  pairs<T>(p, at, p.q, p.k, p.head_dim, to, [&](int i, int row, int key, float x) {
     const int64_t pair = (static_cast<int64_t>(at.head + i) * p.queries + at.query + row) * p.keys + key;
     return p.scale * x + p.bias[pair];
   });
 }
 
 // to_g = sum over h of matrix(g, h) from_h + bias_g, of all pairs of a block; the matrix may be transposed,
-// the bias null.
+// the bias null. Some g at a time, so that what is read of from_h is used for all of them.
 EFFATTN_DEVICE void mix_heads(const Attention& p, const float* matrix, const float* bias, bool transposed,
                               const float* from, float* to) {
-  const int one = p.rows * p.stride;
+  constexpr int kAtATime = 4;
+  const int64_t one = int64_t{p.rows} * p.stride;
+  const int row = transposed ? 1 : p.heads, col = transposed ? p.heads : 1;
   for_each<kThreads>(p.rows * p.keys, [&](int i) {
-    const int pair = i / p.keys * p.stride + i % p.keys;
-    for (int g = 0; g < p.heads; ++g) {
-      float total = bias != nullptr ? bias[g] : 0.0f;
-      for (int h = 0; h < p.heads; ++h) {
-        total += matrix[transposed ? h * p.heads + g : g * p.heads + h] * from[h * one + pair];
+    const int64_t pair = i / p.keys * int64_t{p.stride} + i % p.keys;
+    for (int first = 0; first < p.heads; first += kAtATime) {
+      float total[kAtATime];
+      EFFATTN_UNROLL
+      for (int e = 0; e < kAtATime; ++e) {
+        total[e] = bias != nullptr && first + e < p.heads ? bias[first + e] : 0.0f;
       }
-      to[g * one + pair] = total;
+      for (int h = 0; h < p.heads; ++h) {
+        const float x = from[h * one + pair];
+        EFFATTN_UNROLL
+        for (int e = 0; e < kAtATime; ++e) {
+          if (first + e < p.heads) total[e] += matrix[(first + e) * row + h * col] * x;
+        }
+      }
+      EFFATTN_UNROLL
+      for (int e = 0; e < kAtATime; ++e) {
+        if (first + e < p.heads) to[(first + e) * one + pair] = total[e];
+      }
     }
   });
 }
 
-template <bool kNarrow>
-EFFATTN_KERNEL(kThreads, 4)
-attend(EFFATTN_PARAMETERS(Attention) p) {
-  float* first = reinterpret_cast<float*>(shared_memory());
-  float* second = first + p.buffer();
-  const Place at(p);
-  logits<kNarrow>(p, at, first);
+// The matrices of the mixing in shared memory.
+EFFATTN_DEVICE TalkingHeads<const float> shared_mix(const Attention& p) {
+  TalkingHeads<const float> mix = p.mix;
+  if (!p.mix_is_shared) return mix;
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const int one = p.heads * p.heads;
+  for_each<kThreads>(one, [&](int i) {
+    shared[i] = mix.logits[i];
+    shared[one + i] = mix.weights[i];
+  });
   sync_block();
-  if (p.talk()) {
-    mix_heads(p, p.mix.logits, p.mix.logits_bias, false, first, second);
-    sync_block();
-    softmax_rows(kWarps, second, p.together * p.rows, p.keys, p.stride);
-    sync_block();
-    mix_heads(p, p.mix.weights, p.mix.weights_bias, false, second, first);
-  } else {
-    softmax_rows(kWarps, first, p.together * p.rows, p.keys, p.stride);
-  }
-  sync_block();
-  products<false, kNarrow>(
-      kWarps, p.together, least(p.rows, p.queries - at.query), p.value_dim, p.keys,
-      [&](int i, int row, int key) { return first[(i * p.rows + row) * p.stride + key]; },
-      [&](int i, int key, int c) { return load(p.v, p.dtype, at.batch, at.head + i, key, c); },
-      [&](int i, int row, int c, float x) {
-        store(p.out, p.dtype, at.batch, at.head + i, at.query + row, c, x);
-      });
+  mix.logits = shared;
+  mix.weights = shared + one;
+  return mix;
 }
 
-// sums[g][h] of this block = sum over all pairs of a_g b_h, and vector[g] that of a_g.
-EFFATTN_DEVICE void sum_pairs(const Attention& p, const float* a, const float* b, float* sums,
+template <class T>
+EFFATTN_KERNEL(kThreads, 4)
+attend(EFFATTN_PARAMETERS(Attention) p) {
+  float* const first = buffer(p, 0);
+  const TalkingHeads<const float> mix = shared_mix(p);
+  for (int64_t index = block_index(); index < p.count; index += p.blocks) {
+    const Place at(p, index);
+    logits<T>(p, at, first);
+    sync_block();
+    if (p.talk()) {
+      float* const second = buffer(p, 1);
+      mix_heads(p, mix.logits, mix.logits_bias, false, first, second);
+      sync_block();
+      softmax_rows(kWarps, second, p.together * p.rows, p.keys, p.stride);
+      sync_block();
+      mix_heads(p, mix.weights, mix.weights_bias, false, second, first);
+    } else {
+      softmax_rows(kWarps, first, p.together * p.rows, p.keys, p.stride);
+    }
+    sync_block();
+    const Heads<const T> v(p.v, at.batch, at.head);
+    const Heads<T> out(p.out, at.batch, at.head);
+    products<false, kExact<T>>(
+        kWarps, p.together, least(p.rows, p.queries - at.query), p.value_dim, p.keys,
+        [&](int i, int row, int key) { return first[(i * p.rows + row) * int64_t{p.stride} + key]; },
+        [&](int i, int key, int c) { return widened(v(i, key, c)); },
+        [&](int i, int row, int c, float x) { out(i, at.query + row, c) = narrowed<T>(x); });
+    sync_block();
+  }
+}
+
+// sums[g][h] of a tile = sum over all pairs of a_g b_h, and vector[g] that of a_g.
+EFFATTN_DEVICE void sum_pairs(const Attention& p, int64_t index, const float* a, const float* b, float* sums,
                               float* vector) {
-  const int one = p.rows * p.stride;
+  const int64_t one = int64_t{p.rows} * p.stride;
   const auto pair = [&](int k) { return k / p.keys * p.stride + k % p.keys; };
   products<false, false>(
       kWarps, 1, p.heads, p.heads, p.rows * p.keys, [&](int, int g, int k) { return a[g * one + pair(k)]; },
       [&](int, int k, int h) { return b[h * one + pair(k)]; },
-      [&](int, int g, int h, float x) { sums[block_index() * p.heads * p.heads + g * p.heads + h] = x; });
+      [&](int, int g, int h, float x) { sums[(index * p.heads + g) * p.heads + h] = x; });
   for (int g = warp_index(); g < p.heads; g += kWarps) {
     float total = 0;
     for (int k = lane_index(); k < p.rows * p.keys; k += kLanes) total += a[g * one + pair(k)];
     total = sum_of_warp(total);
-    if (lane_index() == 0) vector[block_index() * p.heads + g] = total;
+    if (lane_index() == 0) vector[index * p.heads + g] = total;
   }
 }
 
@@ -159,20 +215,20 @@ EFFATTN_DEVICE void keep(const Attention& p, const Place& at, const float* from,
     const int head = i / (p.rows * p.keys), row = i / p.keys % p.rows, key = i % p.keys;
     if (at.query + row >= p.queries) return;
     const int64_t of = (at.batch * p.heads + at.head + head) * p.queries + at.query + row;
-    to[of * p.keys + key] = from[(head * p.rows + row) * p.stride + key];
+    to[of * p.keys + key] = from[(head * p.rows + row) * int64_t{p.stride} + key];
   });
 }
 
-template <bool kNarrow>
-EFFATTN_KERNEL(kThreads, 4)
-softmax_gradients(EFFATTN_PARAMETERS(Attention) p) {
-  float* softmax = reinterpret_cast<float*>(shared_memory());
-  float* grad = softmax + p.buffer();
-  const Place at(p);
+template <class T>
+EFFATTN_DEVICE void gradients_of_tile(const Attention& p, const TalkingHeads<const float>& mix,
+                                      int64_t index) {
+  const Place at(p, index);
   const int rows = p.together * p.rows;
+  float* const softmax = buffer(p, 0);
+  float* const grad = buffer(p, 1);
   if (!p.talk()) {
-    logits<kNarrow>(p, at, softmax);
-    pairs<kNarrow>(p, at, p.out, p.v, p.value_dim, grad, [](int, int, int, float x) { return x; });
+    logits<T>(p, at, softmax);
+    pairs<T>(p, at, p.out, p.v, p.value_dim, grad, [](int, int, int, float x) { return x; });
     sync_block();
     softmax_rows(kWarps, softmax, rows, p.keys, p.stride);
     sync_block();
@@ -182,33 +238,42 @@ softmax_gradients(EFFATTN_PARAMETERS(Attention) p) {
     keep(p, at, grad, p.grad_logits);
     return;
   }
-  float* mixed = grad + p.buffer();
-  float* unmixed = mixed + p.buffer();
-  logits<kNarrow>(p, at, unmixed);
-  pairs<kNarrow>(p, at, p.out, p.v, p.value_dim, mixed, [](int, int, int, float x) { return x; });
+  float* const mixed = buffer(p, 2);
+  float* const unmixed = buffer(p, 3);
+  logits<T>(p, at, unmixed);
+  pairs<T>(p, at, p.out, p.v, p.value_dim, mixed, [](int, int, int, float x) { return x; });
   sync_block();
-  mix_heads(p, p.mix.logits, p.mix.logits_bias, false, unmixed, softmax);
-  mix_heads(p, p.mix.weights, nullptr, true, mixed, grad);
+  mix_heads(p, mix.logits, mix.logits_bias, false, unmixed, softmax);
+  mix_heads(p, mix.weights, nullptr, true, mixed, grad);
   sync_block();
   softmax_rows(kWarps, softmax, rows, p.keys, p.stride);
   sync_block();
-  sum_pairs(p, mixed, softmax, p.grad_mix.weights, p.grad_mix.weights_bias);
+  sum_pairs(p, index, mixed, softmax, p.grad_mix.weights, p.grad_mix.weights_bias);
   softmax_rows_backward(kWarps, softmax, grad, rows, p.keys, p.stride);
   sync_block();
-  mix_heads(p, p.mix.weights, p.mix.weights_bias, false, softmax, mixed);
-  sum_pairs(p, grad, unmixed, p.grad_mix.logits, p.grad_mix.logits_bias);
+  mix_heads(p, mix.weights, mix.weights_bias, false, softmax, mixed);
+  sum_pairs(p, index, grad, unmixed, p.grad_mix.logits, p.grad_mix.logits_bias);
   sync_block();
   keep(p, at, mixed, p.weights);
-  mix_heads(p, p.mix.logits, nullptr, true, grad, unmixed);
+  mix_heads(p, mix.logits, nullptr, true, grad, unmixed);
   sync_block();
   keep(p, at, unmixed, p.grad_logits);
+}
+
+template <class T>
+EFFATTN_KERNEL(kThreads, 4)
+softmax_gradients(EFFATTN_PARAMETERS(Attention) p) {
+  const TalkingHeads<const float> mix = shared_mix(p);
+  for (int64_t index = block_index(); index < p.count; index += p.blocks) {
+    gradients_of_tile<T>(p, mix, index);
+    sync_block();
+  }
 }
 
 // out = factor matrix x, or of the transposed matrix: (rows, inners) of every head in float32, contiguous.
 struct Multiply {
   const float* matrix;
   HeadsOperand x, out;
-  DType dtype;
   float factor;
   int heads, rows, inners, channels, tiles;
   bool transposed;
@@ -216,32 +281,31 @@ struct Multiply {
 
 constexpr int kMultiplied = 64;  // rows of a block
 
-template <bool kNarrow>
+template <class T>
 EFFATTN_KERNEL(kThreads, 4)
 multiply_heads(EFFATTN_PARAMETERS(Multiply) p) {
   const int64_t group = block_index() / p.tiles, batch = group / p.heads, head = group % p.heads;
   const int first = static_cast<int>(block_index() % p.tiles) * kMultiplied;
   const float* const matrix = p.matrix + group * p.rows * p.inners;
+  const Heads<const T> x(p.x, batch, head);
+  const Heads<T> out(p.out, batch, head);
   const int64_t row_stride = p.transposed ? 1 : p.inners, inner_stride = p.transposed ? p.rows : 1;
-  products<false, kNarrow>(
+  products<false, kExact<T>>(
       kWarps, 1, least(kMultiplied, p.rows - first), p.channels, p.inners,
       [&](int, int row, int k) { return matrix[(first + row) * row_stride + k * inner_stride]; },
-      [&](int, int k, int c) { return load(p.x, p.dtype, batch, head, k, c); },
-      [&](int, int row, int c, float x) {
-        store(p.out, p.dtype, batch, head, first + row, c, p.factor * x);
-      });
+      [&](int, int k, int c) { return widened(x(0, k, c)); },
+      [&](int, int row, int c, float value) { out(0, first + row, c) = narrowed<T>(p.factor * value); });
 }
 
 // --- launches ---------------------------------------------------------------------------------------
 
-Attention attention_of(const BiasedAttention& problem, int buffers) {
+Attention attention_of(const BiasedAttention& problem, int buffers, const Execution& execution) {
   const SoftmaxHeads& heads = problem.heads;
   Attention p{};
   for (const int64_t size : {heads.heads, heads.queries, heads.keys, heads.head_dim, heads.value_dim}) {
     if (size > INT32_MAX / 64)
       throw std::runtime_error("effattn: sizes must be below 2^25, got " + std::to_string(size));
   }
-  p.dtype = problem.dtype;
   p.q = problem.q;
   p.k = problem.k;
   p.v = problem.v;
@@ -255,63 +319,61 @@ Attention attention_of(const BiasedAttention& problem, int buffers) {
   p.value_dim = static_cast<int>(heads.value_dim);
   p.together = p.talk() ? p.heads : 1;
   p.stride = shared_stride(p.keys);
+  p.mix_is_shared = p.talk() && p.heads <= kMostSharedMix;
   p.rows = kMostQueries;
-  const auto bytes = [&] { return int64_t{4} * buffers * p.together * p.rows * p.stride; };
-  while (p.rows > 1 && (bytes() > kSharedBytes || p.rows / 2 >= p.queries)) p.rows /= 2;
-  if (bytes() > kSharedBytes) {
-    throw std::runtime_error("effattn: the logits of a query must fit into shared memory, got " +
-                             std::to_string(p.together) + " heads that talk to each other times " +
-                             std::to_string(p.keys) + " keys");
-  }
+  while (p.rows > 1 && p.rows / 2 >= p.queries) p.rows /= 2;
+  // Fewer rows than a product has are no gain.
+  while (p.rows > kTileRows && 4 * (buffers * p.buffer() + p.mix_floats()) > kMostSharedBytes) p.rows /= 2;
+  const int64_t left = kMostSharedBytes - 4 * p.mix_floats();
+  p.in_shared = static_cast<int>(smaller(buffers, left / larger(1, 4 * p.buffer())));
+  p.spilled_buffers = buffers - p.in_shared;
   p.tiles = static_cast<int>(ceil_div(p.queries, p.rows));
+  p.count = p.blocks = problem.batch * (p.heads / most(p.together, 1)) * p.tiles;
+  if (p.spilled_buffers > 0) {
+    p.blocks = smaller(p.count, 2 * execution.card.multiprocessors);
+    p.spilled = execution.workspace(p.blocks * p.spilled_buffers * p.buffer());
+  }
   return p;
 }
 
-Grid grid_of(const BiasedAttention& problem, const Attention& p, int buffers) {
-  return {problem.batch * (p.heads / most(p.together, 1)) * p.tiles, kThreads,
-          int64_t{4} * buffers * p.buffer()};
-}
-
-template <class F>
-void with_narrow(DType dtype, F f) {
-  if (dtype == DType::kFloat32) {
-    f(std::false_type{});
-  } else {
-    f(std::true_type{});
-  }
+Grid grid_of(const Attention& p) {
+  return {p.blocks, kThreads, 4 * (p.in_shared * p.buffer() + p.mix_floats())};
 }
 
 }  // namespace
 
 void biased_attention(const BiasedAttention& problem, const Execution& execution) {
   const int buffers = problem.heads.talk() ? 2 : 1;
-  Attention p = attention_of(problem, buffers);
+  Attention p = attention_of(problem, buffers, execution);
   p.out = problem.out;
-  with_narrow(problem.dtype,
-              [&](auto narrow) { launch(attend<narrow()>, grid_of(problem, p, buffers), execution, p); });
+  with_dtype(problem.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(attend<T>, grid_of(p), execution, p);
+  });
 }
 
 void biased_attention_backward(const BiasedAttention& problem, const Execution& execution) {
   const int buffers = problem.heads.talk() ? 4 : 2;
-  Attention p = attention_of(problem, buffers);
+  Attention p = attention_of(problem, buffers, execution);
   p.out = problem.grad_out;
   const int64_t heads = p.heads, one = int64_t{p.heads} * p.queries * p.keys;
   p.weights = execution.workspace(problem.batch * one);
   p.grad_logits = execution.workspace(problem.batch * one);
-  const Grid grid = grid_of(problem, p, buffers);
+  const Grid grid = grid_of(p);
   if (p.talk()) {
-    p.grad_mix = {execution.workspace(grid.blocks * heads * heads), execution.workspace(grid.blocks * heads),
-                  execution.workspace(grid.blocks * heads * heads), execution.workspace(grid.blocks * heads)};
+    p.grad_mix = {execution.workspace(p.count * heads * heads), execution.workspace(p.count * heads),
+                  execution.workspace(p.count * heads * heads), execution.workspace(p.count * heads)};
   }
-  with_narrow(problem.dtype, [&](auto narrow) {
-    launch(softmax_gradients<narrow()>, grid, execution, p);
+  with_dtype(problem.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(softmax_gradients<T>, grid, execution, p);
     const auto multiply = [&](const float* matrix, bool transposed, const HeadsOperand& x,
                               const HeadsOperand& out, int channels, float factor) {
       const int rows = transposed ? p.keys : p.queries;
       const int tiles = static_cast<int>(ceil_div(rows, kMultiplied));
-      launch(multiply_heads<narrow()>, {problem.batch * heads * tiles, kThreads}, execution,
-             Multiply{matrix, x, out, p.dtype, factor, p.heads, rows, transposed ? p.queries : p.keys,
-                      channels, tiles, transposed});
+      launch(multiply_heads<T>, {problem.batch * heads * tiles, kThreads}, execution,
+             Multiply{matrix, x, out, factor, p.heads, rows, transposed ? p.queries : p.keys, channels, tiles,
+                      transposed});
     };
     multiply(p.grad_logits, false, p.k, problem.grad_q, p.head_dim, p.scale);
     multiply(p.grad_logits, true, p.q, problem.grad_k, p.head_dim, p.scale);
@@ -320,7 +382,7 @@ void biased_attention_backward(const BiasedAttention& problem, const Execution& 
   add_up(p.grad_logits, problem.grad_bias, 1, problem.batch, one, execution);
   if (!p.talk()) return;
   const auto add = [&](const float* partial, float* sums, int64_t floats) {
-    add_up(partial, sums, 1, grid.blocks, floats, execution);
+    add_up(partial, sums, 1, p.count, floats, execution);
   };
   add(p.grad_mix.logits, problem.grad_mix.logits, heads * heads);
   add(p.grad_mix.logits_bias, problem.grad_mix.logits_bias, heads);

@@ -15,9 +15,7 @@ namespace effattn::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kLanes;
-constexpr int kMostHeads = 32;
-// The least that a card since 8.0 lets a block have, less what it keeps.
-constexpr int64_t kSharedBytes = 98 * 1024;
+constexpr int kMostHeads = 64;
 // Small windows go together until a block has so many tokens.
 constexpr int kTokens = 64;
 // Queries whose logits are there at once, where those of all do not fit.
@@ -336,22 +334,18 @@ tap_gradients(EFFATTN_PARAMETERS(WeightGradients) p) {
   }
 }
 
-// Gradients of the bias: rows of logits without what lies between them.
-struct BiasGradients {
-  const float* grad_logits;
-  float* sums;
-  int64_t windows, rows;  // rows of all heads
-  int keys, stride, pieces;
+// Rows of logits without what lies between them.
+struct Compact {
+  const float* from;
+  float* to;
+  int64_t rows;
+  int cols, stride;
 };
 
 EFFATTN_KERNEL(kThreads, 2)
-bias_gradients(EFFATTN_PARAMETERS(BiasGradients) p) {
+compact(EFFATTN_PARAMETERS(Compact) p) {
   const int64_t i = block_index() * kThreads + thread_index();
-  if (i >= p.rows * p.keys) return;
-  const float* from = p.grad_logits + i / p.keys * p.stride + i % p.keys;
-  float total = 0;
-  for (int64_t window = 0; window < p.windows; ++window) total += from[window * p.rows * p.stride];
-  p.sums[i] = total;
+  if (i < p.rows * p.cols) p.to[i] = p.from[i / p.cols * p.stride + i % p.cols];
 }
 
 // --- launches ---------------------------------------------------------------------------------------
@@ -361,8 +355,8 @@ Cascade cascade_of(const CascadedGroupAttention& problem) {
     throw std::runtime_error("effattn: the kernels take cascades of up to " + std::to_string(kMostHeads) +
                              " heads, not " + std::to_string(problem.heads));
   }
-  const int64_t row = larger(problem.window_tokens(), 2 * problem.key_dim + problem.value_dim) + 8;
-  if (problem.window_tokens() * row > INT32_MAX) {
+  const int64_t row = larger(problem.window_tokens(), 2 * problem.key_dim + problem.value_dim) + 11;
+  if (problem.window_tokens() * row > INT32_MAX || row * problem.value_dim > INT32_MAX) {
     throw std::runtime_error(
         "effattn: the kernels take windows whose tokens times what is kept of each are below 2^31, "
         "got " +
@@ -395,8 +389,8 @@ Cascade cascade_of(const CascadedGroupAttention& problem) {
 // Where each piece of a block's memory goes: what does not fit is the workspace's. Returns the shared bytes.
 int64_t place(Cascade& p, bool all_kept, const Execution& execution) {
   const auto logits = [&] { return int64_t{4} * p.together * p.rows * p.logit_stride(); };
-  if (logits() > kSharedBytes / 2) p.rows = least(p.rows, kFewQueries);
-  int64_t left = kSharedBytes;
+  if (logits() > kMostSharedBytes / 2) p.rows = least(p.rows, kFewQueries);
+  int64_t left = kMostSharedBytes;
   const int64_t blocks = ceil_div(p.windows, p.together), places = int64_t{p.together} * p.tokens();
   const auto fit = [&](float*& piece, int64_t floats) {
     if (4 * floats <= left) {
@@ -411,7 +405,7 @@ int64_t place(Cascade& p, bool all_kept, const Execution& execution) {
     fit(p.qkvs, places * p.qkv_stride());
     fit(p.qs, places * p.q_stride());
   }
-  return kSharedBytes - left;
+  return kMostSharedBytes - left;
 }
 
 }  // namespace
@@ -445,8 +439,10 @@ void cascaded_group_attention_backward(const CascadedGroupAttention& problem, co
   launch(walk_back, {p.windows, kThreads}, execution, p);
 
   const int64_t rows = int64_t{p.heads} * p.tokens();
-  launch(bias_gradients, {ceil_div(rows * p.tokens(), kThreads), kThreads}, execution,
-         BiasGradients{p.grad_logits, problem.grad_bias, p.windows, rows, p.tokens(), p.logit_stride(), 0});
+  float* const grad_bias = execution.workspace(rows * p.logit_stride());
+  add_up(p.grad_logits, grad_bias, 1, p.windows, rows * p.logit_stride(), execution);
+  launch(compact, {ceil_div(rows * p.tokens(), kThreads), kThreads}, execution,
+         Compact{grad_bias, problem.grad_bias, rows, p.tokens(), p.logit_stride()});
   const Split parts = split(p.heads, tokens, p.tokens(), Card{});
   for (int head = 0; head < p.heads; ++head) {
     const HeadWeights<float>& into = problem.gradients[head];

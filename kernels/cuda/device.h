@@ -59,6 +59,7 @@ EFFATTN_DEVICE int cluster_rank() {
 }
 EFFATTN_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // it is for warps that are together
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __syncthreads();
@@ -123,18 +124,12 @@ EFFATTN_DEVICE void store_words(void* to, const Words& x) {
   }
 }
 
-// To the nearest number with 10 bits of mantissa, away from zero between two.
-EFFATTN_DEVICE float tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return float_of(bits);
-}
-
 // c += a b, of a warp: a 16 x 8, b 8 x 8, in TF32, whose last 13 bits of a float are zero. With g = lane / 4
 // and t = lane % 4, a lane holds a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4); b(t, g), b(t + 4, g);
 // c(g, 2 t), c(g, 2 t + 1), c(g + 8, 2 t), c(g + 8, 2 t + 1).
 EFFATTN_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])), "r"(bits_of(b[0])),

@@ -57,6 +57,7 @@ struct Machine {
   Meeting cluster;
   int64_t shared_bytes = 0;
   size_t running = 0, alive = 0;
+  int64_t progress = 0;  // threads that came to a barrier or to their end
   ucontext_t caller;
   void* caller_asan = nullptr;
   const void* caller_stack = nullptr;
@@ -112,6 +113,7 @@ void start() {
   machine.body(machine.context);
   Fiber& fiber = self();
   fiber.done = true;
+  ++machine.progress;
   if (--machine.alive > 0) {
     do {
       machine.running = (machine.running + 1) % machine.fibers.size();
@@ -128,16 +130,18 @@ void meet(Meeting& meeting, int kind, F last) {
   if (meeting.come == 0) meeting.kind = kind;
   if (meeting.kind != kind) fail("threads of a group wait at different barriers");
   const int64_t round = meeting.round;
+  ++machine.progress;
   if (++meeting.come == meeting.members) {
     last();
     meeting.come = 0;
     ++meeting.round;
     return;
   }
-  const size_t alive = machine.alive;
-  for (int64_t turns = 0; meeting.round == round; ++turns) {
-    if (turns > int64_t{1} << 20 && machine.alive == alive) fail("threads wait for some that do not come");
+  while (meeting.round == round) {
+    const int64_t before = machine.progress;
     run_next();
+    // Every other thread had its turn since.
+    if (meeting.round == round && machine.progress == before) fail("threads wait for some that do not come");
   }
 }
 

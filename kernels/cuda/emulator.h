@@ -41,11 +41,6 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-inline float tf32(float x) {
-  const uint32_t bits = bits_of(x);
-  return (bits & 0x7f800000u) == 0x7f800000u ? x : float_of((bits + 0x1000u) & 0xffffe000u);
-}
-
 inline float exponential(float x) { return std::exp(x); }
 
 inline float widened(float x) { return x; }

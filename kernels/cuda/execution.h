@@ -7,14 +7,16 @@ namespace effattn::cuda {
 
 // What a plan depends on beside the sizes of a problem.
 struct Card {
-  int capability;  // 90 for 9.0
+  int capability;  // 90 for 9.0; of what the kernels are compiled for, if that is less
   int multiprocessors;
 
   bool has_clusters() const { return capability >= 90; }
 };
 
-// Of the device with this number; asked for once.
+// Of the device with this number, which is the current one; asked for once.
 Card card(int device);
+// For the runtime that this library is linked with, which may be another copy than torch's.
+void make_current(int device);
 
 struct Execution {
   void* stream;

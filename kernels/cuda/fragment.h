@@ -132,7 +132,7 @@ struct Fragment {
     const int access = accessible(from, first_row, first_col);
     if (access == 16) {
       load_vectors<16>(from, first_row, first_col);
-    } else if (access == 4) {
+    } else if (sizeof(T) < 4 && access == 4) {
       load_vectors<4>(from, first_row, first_col);
     } else {
       each([&](float& value, int r, int c) {
@@ -146,7 +146,7 @@ struct Fragment {
     const int access = accessible(to, first_row, first_col);
     if (access == 16) {
       store_vectors<16>(to, first_row, first_col);
-    } else if (access == 4) {
+    } else if (sizeof(T) < 4 && access == 4) {
       store_vectors<4>(to, first_row, first_col);
     } else {
       each([&](float& value, int r, int c) {
@@ -183,7 +183,7 @@ struct Fragment {
   }
   template <int kAccess>
   EFFATTN_DEVICE void load_vectors(const Matrix<const T>& from, int first_row, int first_col) {
-    if constexpr (kAlong * sizeof(T) >= 4) {
+    if constexpr (kAlong * sizeof(T) >= 4 && kAccess >= sizeof(T)) {
       each_vector(from, first_row, first_col, [&](int r, int c, const T* at, bool inside) {
         Packed<T, kAlong> packed{};
         if (inside) packed.template load<kAccess>(at);
@@ -207,37 +207,37 @@ struct Fragment {
 
 // --- products ---------------------------------------------------------------------------------------
 
-// What TF32 holds of the rest of a float. Nothing is left of infinity.
+// The nearest number of TF32, away from zero between two. Of NaN it may be anything: the rest is NaN. In
+// integers, since with the conversion's own instruction the assembler splits far ahead, and spills.
+EFFATTN_DEVICE float high(float x) { return float_of((bits_of(x) + 0x1000u) & 0xffffe000u); }
+// The same of the rest. Nothing is left of infinity.
 EFFATTN_DEVICE float low(float x) {
-  const float high = tf32(x);
-  return x == high ? 0.0f : tf32(x - high);
+  const float rest = x - high(x);
+  return x == high(x) ? 0.0f : rest == rest ? high(rest) : rest;
 }
 // For the product with a rest, which is no part of infinity times anything.
-EFFATTN_DEVICE float finite_high(float x) {
-  return (bits_of(x) & 0x7f800000u) == 0x7f800000u && x == x ? 0.0f : tf32(x);
-}
+EFFATTN_DEVICE float finite(float high) { return (bits_of(high) & 0x7f800000u) == 0x7f800000u ? 0.0f : high; }
 
-// c += a b, as exact as float32: operands that are not exact in TF32 are taken in two parts. Of infinity
-// times a part the sign is that of the whole; the product of two rests is below the last place.
+// c += a b, as exact as float32: operands that are not exact in TF32 are taken in two parts. The product of
+// two rests is below the last place.
 template <bool kExactA, bool kExactB>
 EFFATTN_DEVICE void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  float high_a[4], high_b[2];
+  EFFATTN_UNROLL
+  for (int i = 0; i < 4; ++i) high_a[i] = kExactA ? a[i] : high(a[i]);
+  EFFATTN_UNROLL
+  for (int i = 0; i < 2; ++i) high_b[i] = kExactB ? b[i] : high(b[i]);
   if constexpr (!kExactB) {
-    const float whole[4] = {finite_high(a[0]), finite_high(a[1]), finite_high(a[2]), finite_high(a[3])};
+    const float whole[4] = {finite(high_a[0]), finite(high_a[1]), finite(high_a[2]), finite(high_a[3])};
     const float rest[2] = {low(b[0]), low(b[1])};
     multiply_tf32(c, whole, rest);
   }
   if constexpr (!kExactA) {
     const float rest[4] = {low(a[0]), low(a[1]), low(a[2]), low(a[3])};
-    const float whole[2] = {finite_high(b[0]), finite_high(b[1])};
+    const float whole[2] = {finite(high_b[0]), finite(high_b[1])};
     multiply_tf32(c, rest, whole);
   }
-  if constexpr (kExactA && kExactB) {
-    multiply_tf32(c, a, b);
-  } else {
-    const float all_a[4] = {tf32(a[0]), tf32(a[1]), tf32(a[2]), tf32(a[3])};
-    const float all_b[2] = {tf32(b[0]), tf32(b[1])};
-    multiply_tf32(c, all_a, all_b);
-  }
+  multiply_tf32(c, high_a, high_b);
 }
 
 // The sum over the four lanes that share rows.

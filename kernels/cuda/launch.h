@@ -17,6 +17,8 @@ struct Grid {
 };
 
 constexpr int64_t kMostBlocks = INT32_MAX;
+// Of shared memory: the least that a card since 8.0 lets a block have, less what it keeps.
+constexpr int kMostSharedBytes = 98 * 1024;
 
 #ifdef EFFATTN_EMULATED
 
@@ -50,9 +52,8 @@ void launch(void (*kernel)(const Parameters), const Grid& grid, const Execution&
   if (grid.blocks > kMostBlocks) {
     throw std::runtime_error("effattn: too large for one launch, " + std::to_string(grid.blocks) + " blocks");
   }
-  if (grid.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_bytes)),
+  if (grid.shared_bytes > 48 * 1024) {  // always to the same: another thread may launch the kernel too
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes),
           "shared memory of a kernel");
   }
   cudaLaunchConfig_t config{};

@@ -18,9 +18,6 @@
 namespace effattn::cuda {
 namespace {
 
-// The least that a card since 8.0 lets a block have, less what it keeps.
-constexpr int64_t kMostSharedBytes = 98 * 1024;
-
 // One scale of an image, and the heads of the image itself where they are taken along.
 struct Scale {
   Picture x;
@@ -394,21 +391,23 @@ class Call {
 
   Picture picture(const Image& image) const { return picture(image, p_.dtype); }
   Picture picture(const Image& image, DType dtype) const {
-    return {image, dtype, static_cast<int>(p_.height), static_cast<int>(p_.width)};
+    const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+    const bool by_channels = image.channel_stride == 1;
+    // What must be a multiple of 16 bytes: the address, and every step but that of one element.
+    const int64_t steps[] = {image.batch_stride, by_channels ? image.token_stride : image.channel_stride,
+                             by_channels ? 0 : p_.width};
+    uint64_t all = reinterpret_cast<uintptr_t>(image.data);
+    for (const int64_t step : steps) all |= static_cast<uint64_t>(step * size);
+    const bool is_aligned = all % 16 == 0 && (by_channels || image.token_stride == 1);
+    return {image, dtype, static_cast<int>(p_.height), static_cast<int>(p_.width),
+            is_aligned ? static_cast<int>(16 / size) : 0};
   }
-  // Of so many channels, in float32; some channels of one.
+  // Of so many channels, in float32.
   Picture new_picture(int64_t channels) const {
     const int64_t tokens = p_.tokens();
     return picture({execution_.workspace(p_.batch * channels * tokens), channels * tokens, tokens, 1},
                    DType::kFloat32);
   }
-  Picture from_channel(Picture picture, int64_t channel) const {
-    const int64_t size = picture.dtype == DType::kFloat32 ? 4 : 2;
-    picture.image.data =
-        static_cast<char*>(picture.image.data) + channel * picture.image.channel_stride * size;
-    return picture;
-  }
-
   void copy(const Picture& from, const Picture& to, int64_t channels) const {
     const int64_t all = p_.batch * channels * p_.tokens();
     launch(copy_picture, {ceil_div(all, kPixelThreads), kPixelThreads}, execution_,
@@ -535,8 +534,15 @@ class Call {
       }
       launch(pointwise_backward<padded(), kernel()>, {groups * b.parts, kPixelThreads, bytes<padded()>(s)},
              execution_, b);
+      // Of any heads: as many channels as there are rows of taps for threads.
+      b.scale.chunk = static_cast<int>(smaller(kStagedChannels, all));
+      while (b.scale.chunk > s.chunk && 8 * b.scale.chunk * Tiles::staged(s.kernel) > kMostSharedBytes) {
+        b.scale.chunk /= 2;
+      }
+      b.scale.chunk = most(b.scale.chunk, s.chunk);
       launch(depthwise_backward<padded(), kernel()>,
-             {ceil_div(all, s.chunk) * b.parts, kPixelThreads, bytes<padded()>(s)}, execution_, b);
+             {ceil_div(all, b.scale.chunk) * b.parts, kPixelThreads, bytes<padded()>(b.scale)}, execution_,
+             b);
       for (int i = 0; i < 4 && b.parts > 1; ++i) {
         if (into.*members[i] != nullptr)
           add_up(b.sums.*members[i], into.*members[i], 1, b.parts, floats[i], execution_);
@@ -567,8 +573,9 @@ class Call {
     r.head_dim = r.value_dim = p_.head_dim;
     r.eps = p_.eps;
     const auto operand = [&](const Picture& picture, int which) {
-      const Image image = from_channel(picture, which * p_.head_dim).image;
-      return Operand{image.data, of_three, image.token_stride, image.channel_stride};
+      const Image& image = picture.image;
+      float* const data = static_cast<float*>(image.data) + which * p_.head_dim * image.channel_stride;
+      return Operand{data, of_three, image.token_stride, image.channel_stride};
     };
     r.q = operand(aggregated, 0);
     r.k = operand(aggregated, 1);

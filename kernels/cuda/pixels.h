@@ -11,6 +11,8 @@ struct Picture {
   Image image;
   DType dtype;
   int height, width;
+  int vector =
+      0;  // elements of 16 bytes, along channels if they are neighbours, else along columns; 0 if not aligned
 
   EFFATTN_DEVICE bool has(int row, int col) const {
     return row >= 0 && row < height && col >= 0 && col < width;
@@ -28,6 +30,7 @@ struct Picture {
   }
 };
 
+constexpr int kStagedChannels = 32;
 constexpr int kPixelWarps = 8, kPixelThreads = kPixelWarps * kLanes;
 
 // Of heads of up to kPadded channels.
@@ -42,7 +45,7 @@ struct PixelTiles {
   static constexpr int kBlocks = kPadded <= 64 ? 2 : 1;
   static constexpr int kStrip = 8;  // pixels of a row that a thread convolves
   // Channels that are staged with their surroundings at once, at most.
-  static constexpr int kChunk = least(kPadded, 32);
+  static constexpr int kChunk = least(kPadded, kStagedChannels);
   // Floats from one channel to the next of all pixels, and from one pixel to the next of all channels; both
   // so that the lanes of a product meet in no bank.
   static constexpr int kByChannel = kPixels + 8, kByPixel = kPadded + 8;
@@ -61,10 +64,10 @@ struct Corner {
 EFFATTN_DEVICE int row_of(const Corner& at, int pixel) { return at.row + pixel / 16; }
 EFFATTN_DEVICE int col_of(const Corner& at, int pixel) { return at.col + pixel % 16; }
 
-// Some channels of a tile, and what a kernel x kernel convolution reads around it.
+// Some channels of a tile, and what a kernel x kernel convolution reads around it, element by element.
 template <class Tiles>
-EFFATTN_DEVICE void stage(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
-                          int kernel, float* to) {
+EFFATTN_DEVICE void stage_elements(const Picture& x, int64_t batch, int64_t first, int channels,
+                                   const Corner& at, int kernel, float* to) {
   const int height = Tiles::kHeight + kernel - 1, width = Tiles::kWidth + kernel - 1, pixels = height * width;
   const int row0 = at.row - kernel / 2, col0 = at.col - kernel / 2;
   const bool is_channels_last = x.image.channel_stride == 1;  // what lies side by side is taken side by side
@@ -74,6 +77,58 @@ EFFATTN_DEVICE void stage(const Picture& x, int64_t batch, int64_t first, int ch
     to[c * Tiles::staged(kernel) + pixel] =
         x.load(batch, first + c, row0 + pixel / width, col0 + pixel % width);
   });
+}
+
+// The same by vectors of channels, or of the tile's own columns; columns beside it are elements.
+template <class T, class Tiles>
+EFFATTN_DEVICE void stage_vectors(const Picture& x, int64_t batch, int64_t first, int channels,
+                                  const Corner& at, int kernel, float* to) {
+  constexpr int vector = kVector<T>, own = Tiles::kWidth / vector;
+  const int height = Tiles::kHeight + kernel - 1, width = Tiles::kWidth + kernel - 1, halo = kernel / 2;
+  const T* const data = static_cast<const T*>(x.image.data);
+  const auto load = [&](int64_t channel, int row, int col) {
+    Packed<T, vector> packed{};
+    if (x.has(row, col)) packed.template load<16>(data + x.at(batch, channel, row, col));
+    return packed;
+  };
+  if (x.image.channel_stride == 1) {
+    const int pieces = channels / vector;
+    for_each<kPixelThreads>(height * width * pieces, [&](int i) {
+      const int c = i % pieces * vector, pixel = i / pieces;
+      const auto packed = load(first + c, at.row - halo + pixel / width, at.col - halo + pixel % width);
+      EFFATTN_UNROLL
+      for (int e = 0; e < vector; ++e) to[(c + e) * Tiles::staged(kernel) + pixel] = packed.get(e);
+    });
+    return;
+  }
+  const int pieces = own + kernel - 1;
+  for_each<kPixelThreads>(channels * height * pieces, [&](int i) {
+    const int piece = i % pieces, line = i / pieces, c = line / height, row = at.row - halo + line % height;
+    float* const of_line = to + c * Tiles::staged(kernel) + line % height * width;
+    if (piece < own) {
+      const auto packed = load(first + c, row, at.col + piece * vector);
+      EFFATTN_UNROLL
+      for (int e = 0; e < vector; ++e) of_line[halo + piece * vector + e] = packed.get(e);
+    } else {
+      const int beside = piece - own, col = beside < halo ? beside : beside + Tiles::kWidth;
+      of_line[col] = x.load(batch, first + c, row, at.col - halo + col);
+    }
+  });
+}
+
+template <class Tiles>
+EFFATTN_DEVICE void stage(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
+                          int kernel, float* to) {
+  const bool by_channels = x.image.channel_stride == 1;
+  if (x.vector == 0 || (by_channels && (first % x.vector != 0 || channels % x.vector != 0))) {
+    stage_elements<Tiles>(x, batch, first, channels, at, kernel, to);
+  } else if (x.dtype == DType::kFloat32) {
+    stage_vectors<float, Tiles>(x, batch, first, channels, at, kernel, to);
+  } else if (x.dtype == DType::kBFloat16) {
+    stage_vectors<BFloat16, Tiles>(x, batch, first, channels, at, kernel, to);
+  } else {
+    stage_vectors<Float16, Tiles>(x, batch, first, channels, at, kernel, to);
+  }
 }
 
 // Strips of the depthwise convolution of what is staged, with taps (channels, kernel, kernel): f(channel,

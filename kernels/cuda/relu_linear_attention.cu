@@ -123,53 +123,68 @@ EFFATTN_DEVICE int shared_place(int i, int head_dim, int value_dim) {
   return (row == value_dim ? kPadded : row) * kPadded + col;
 }
 
-template <class T, int kPadded, bool kTokenMajor, bool kScaled>
-EFFATTN_KERNEL(SumTiles<kPadded>::kThreads, 1)
-sum_tokens(EFFATTN_PARAMETERS(SumTokens) p) {
+// The slices of a block's sums, f(number, where it stands in the first slice, sum).
+template <int kPadded, class F>
+EFFATTN_DEVICE void each_sum(float* shared, int head_dim, int value_dim, F f) {
   using Tiles = SumTiles<kPadded>;
-  float* const shared = reinterpret_cast<float*>(shared_memory());
-  const int64_t group = block_index() / p.split.parts;
-  const int part = static_cast<int>(block_index() % p.split.parts);
-  sum_part<T, kPadded, kTokenMajor, kScaled>(p, group, part, shared);
-  sync_block();
-  const int floats = (p.value_dim + 1) * p.head_dim, cluster = p.split.cluster;
-  float* const to = p.sums + (group * p.split.rows() + part / cluster) * floats;
-  for (int i = thread_index(); i < floats; i += Tiles::kThreads) {
-    const int at = shared_place<kPadded>(i, p.head_dim, p.value_dim);
-    float total = shared[at];
-    for (int slice = 1; slice < Tiles::kSlices; ++slice) total += shared[slice * Tiles::kFloats + at];
-    if (cluster == 1) {
-      to[i] = total;
-    } else {
-      shared[at] = total;
-    }
+  for (int i = thread_index(); i < (value_dim + 1) * head_dim; i += Tiles::kThreads) {
+    float* const at = shared + shared_place<kPadded>(i, head_dim, value_dim);
+    float total = *at;
+    for (int slice = 1; slice < Tiles::kSlices; ++slice) total += at[slice * Tiles::kFloats];
+    f(i, at, total);
   }
-  if (cluster == 1) return;
+}
+
+// The sums of all blocks of a cluster: f(number, sum), each in one of the blocks.
+template <int kPadded, class F>
+EFFATTN_DEVICE void each_sum_of_cluster(float* shared, int cluster, int head_dim, int value_dim, F f) {
+  each_sum<kPadded>(shared, head_dim, value_dim, [](int, float* at, float total) { *at = total; });
   sync_cluster();
-  for (int i = cluster_rank() * Tiles::kThreads + thread_index(); i < floats;
-       i += cluster * Tiles::kThreads) {
-    const float* const at = shared + shared_place<kPadded>(i, p.head_dim, p.value_dim);
+  const int step = SumTiles<kPadded>::kThreads;
+  for (int i = cluster_rank() * step + thread_index(); i < (value_dim + 1) * head_dim; i += cluster * step) {
+    const float* const at = shared + shared_place<kPadded>(i, head_dim, value_dim);
     float total = 0;
     for (int rank = 0; rank < cluster; ++rank) total += of_cluster(at, rank);
-    to[i] = total;
+    f(i, total);
   }
   sync_cluster();  // nobody may leave while others read
 }
 
+template <class T, int kPadded, bool kTokenMajor, bool kScaled>
+EFFATTN_KERNEL(SumTiles<kPadded>::kThreads, 1)
+sum_tokens(EFFATTN_PARAMETERS(SumTokens) p) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const int64_t group = block_index() / p.split.parts;
+  const int part = static_cast<int>(block_index() % p.split.parts), cluster = p.split.cluster;
+  sum_part<T, kPadded, kTokenMajor, kScaled>(p, group, part, shared);
+  sync_block();
+  float* const to = p.sums + (group * p.split.rows() + part / cluster) * (p.value_dim + 1) * p.head_dim;
+  if (cluster == 1) {
+    each_sum<kPadded>(shared, p.head_dim, p.value_dim, [&](int i, float*, float total) { to[i] = total; });
+  } else {
+    each_sum_of_cluster<kPadded>(shared, cluster, p.head_dim, p.value_dim,
+                                 [&](int i, float total) { to[i] = total; });
+  }
+}
+
 // --- what uses the sums, a token a row --------------------------------------------------------------
 
-template <class T, int kPadded, bool kTokenMajor>
+// Rows of a tile are tokens: vectors of them in channel-major, so many in token-major that registers suffice.
+template <class T, int kPadded, bool kTokenMajor, int kMostRows = 8>
 struct TokenTiles {
-  static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
-  static constexpr int kRows = kPadded <= 32 ? kVector<T> : most(2, kVector<T> * 32 / kPadded);
+  static constexpr int kWarps = SumTiles<kPadded>::kWarps, kThreads = kWarps * kLanes;
+  static constexpr int kWantedRows = kPadded <= 32 ? kVector<T> : most(2, kVector<T> * 32 / kPadded);
+  static constexpr int kRows = kTokenMajor ? least(kWantedRows, kMostRows) : kWantedRows;
   static constexpr int kCols = kPadded / 4;
   static constexpr int kTokens = kWarps * 8 * kRows;  // of a block
   static constexpr int kRowVector = kTokenMajor ? 1 : least(kVector<T>, kRows);
   // Two columns at least are neighbours: so the registers of a result are those of an operand.
   static constexpr int kColVector = kTokenMajor ? least(kVector<T>, kCols) : 2;
-  // A result with all its channels, and what is loaded at a time.
+  // A result with all its channels, and what is loaded at a time: less of it where the result takes all
+  // registers.
+  static constexpr int kAtATime = least(kCols, kPadded > 64 && sizeof(T) == 4 ? 4 : 8);
   using Piece = Fragment<T, kRows, kCols, kRowVector, kColVector, !kTokenMajor>;
-  using Chunk = Fragment<T, kRows, least(kCols, 8), kRowVector, kColVector, !kTokenMajor>;
+  using Chunk = Fragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>;
 
   // Of the sums in shared memory: rows lie so far apart that lanes meet in few banks.
   static constexpr int kStride = kPadded + 8;
@@ -184,29 +199,34 @@ struct Sums {
   EFFATTN_DEVICE float vector(int channel) const { return (*this)(vector_row, channel); }
 };
 
-// The sums of a group to shared memory, with zeros behind the last row and column.
-template <class Tiles, int kPadded>
-EFFATTN_DEVICE Sums load_sums(const float* all, int64_t group, int head_dim, int value_dim) {
-  const float* const sums = all + group * (value_dim + 1) * head_dim;
-  float* const shared = reinterpret_cast<float*>(shared_memory());
+// The sums of a group to shared memory, number i by get(i), with zeros behind the last row and column.
+template <class Tiles, int kPadded, class F>
+EFFATTN_DEVICE Sums place_sums(float* shared, int head_dim, int value_dim, F get) {
   for (int i = thread_index(); i < (kPadded + 1) * kPadded; i += Tiles::kThreads) {
     const int row = i / kPadded, col = i % kPadded;
     const bool inside = col < head_dim && (row < value_dim || row == kPadded);
     shared[row * Tiles::kStride + col] =
-        inside ? sums[(row == kPadded ? value_dim : row) * head_dim + col] : 0.0f;
+        inside ? get((row == kPadded ? value_dim : row) * head_dim + col) : 0.0f;
   }
   sync_block();
   return {shared, Tiles::kStride, kPadded};
+}
+template <class Tiles, int kPadded>
+EFFATTN_DEVICE Sums load_sums(const float* all, int64_t group, int head_dim, int value_dim) {
+  const float* const sums = all + group * (value_dim + 1) * head_dim;
+  return place_sums<Tiles, kPadded>(reinterpret_cast<float*>(shared_memory()), head_dim, value_dim,
+                                    [&](int i) { return sums[i]; });
 }
 
 // out += x m, where m(k, n) is what channel k of x gives to channel n of out.
 template <class Piece, class Chunk, class M>
 EFFATTN_DEVICE void multiply_add(Piece& out, const Chunk& x, M m) {
+  // What of x is split in two parts for a product is so for all of them, and then done with.
   EFFATTN_UNROLL
-  for (int j = 0; j < Piece::kColRegisters; j += 2) {
-    const int n = Piece::col_of(j + row_lane() % 2, row_lane() / 2);
+  for (int s = 0; s < Chunk::kColRegisters; s += 2) {
     EFFATTN_UNROLL
-    for (int s = 0; s < Chunk::kColRegisters; s += 2) {
+    for (int j = 0; j < Piece::kColRegisters; j += 2) {
+      const int n = Piece::col_of(j + row_lane() % 2, row_lane() / 2);
       const float b[2] = {m(Chunk::col(s), n), m(Chunk::col(s + 1), n)};
       EFFATTN_UNROLL
       for (int i = 0; i < Piece::kRowRegisters; i += 2) {
@@ -244,21 +264,19 @@ struct Place {
               warp_index() * Tiles::Piece::kAllRows) {}
 };
 
+// The output of a warp's tile of queries.
 template <class T, int kPadded, bool kTokenMajor>
-EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads), 1)
-attend(EFFATTN_PARAMETERS(Queries) p) {
+EFFATTN_DEVICE void attend_tile(const Queries& p, const Sums& sums, int64_t group, int token) {
   using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
   using Chunk = typename Tiles::Chunk;
-  const Place<Tiles> at(p.tiles);
-  const Sums sums = load_sums<Tiles, kPadded>(p.sums, at.group, p.head_dim, p.value_dim);
-  const Matrix<const T> q = by_token<const T>(p.q, p.groups, at.group, p.tokens, p.head_dim);
+  const Matrix<const T> q = by_token<const T>(p.q, p.groups, group, p.tokens, p.head_dim);
   typename Tiles::Piece out;
   out.clear();
   float inverse[Tiles::kRows] = {};
   EFFATTN_NOT_UNROLLED
   for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
     Chunk query;
-    query.load(q, at.token, first);
+    query.load(q, token, first);
     query.relu();
     query.each([&](float& x, int r, int c) { inverse[r] += x * sums.vector(first + Chunk::col(c)); });
     multiply_add(out, query, [&](int k, int n) { return sums(n, first + k); });
@@ -266,7 +284,64 @@ attend(EFFATTN_PARAMETERS(Queries) p) {
   EFFATTN_UNROLL
   for (int r = 0; r < Tiles::kRows; ++r) inverse[r] = 1 / divisible(sum_of_cols(inverse[r]) + p.eps);
   out.each([&](float& x, int r, int) { x *= inverse[r]; });
-  out.store(by_token<T>(p.out, p.groups, at.group, p.tokens, p.value_dim), at.token, 0);
+  out.store(by_token<T>(p.out, p.groups, group, p.tokens, p.value_dim), token, 0);
+}
+
+template <class T, int kPadded, bool kTokenMajor>
+EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads), 1)
+attend(EFFATTN_PARAMETERS(Queries) p) {
+  using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
+  const Place<Tiles> at(p.tiles);
+  const Sums sums = load_sums<Tiles, kPadded>(p.sums, at.group, p.head_dim, p.value_dim);
+  attend_tile<T, kPadded, kTokenMajor>(p, sums, at.group, at.token);
+}
+
+// All of it for a group in one cluster, where its tokens are few: a launch less, or two.
+struct AtOnce {
+  SumTokens keys;
+  Queries queries;  // of the same groups
+  float* sums;      // to keep, or null
+};
+
+template <class T, int kPadded, bool kTokenMajor>
+struct AtOnceTiles : TokenTiles<T, kPadded, kTokenMajor> {
+  using Tokens = TokenTiles<T, kPadded, kTokenMajor>;
+  using Sums = SumTiles<kPadded>;
+  // Where a block's share of the cluster's sums stands, behind the slices of its own; behind it all of them.
+  static constexpr int kShare = Sums::kSlices * Sums::kFloats, kAll = kShare + Sums::kFloats;
+  static constexpr int64_t kSharedBytes = 4 * kAll + Tokens::kSharedBytes;
+};
+
+template <class T, int kPadded, bool kTokenMajor>
+EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads), 1)
+attend_at_once(EFFATTN_PARAMETERS(AtOnce) p) {
+  using Tiles = AtOnceTiles<T, kPadded, kTokenMajor>;
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  float* const share = shared + Tiles::kShare;
+  const SumTokens& keys = p.keys;
+  const int cluster = keys.split.cluster, rank = cluster_rank();
+  const int64_t group = block_index() / cluster;
+  sum_part<T, kPadded, kTokenMajor, false>(keys, group, rank, shared);
+  sync_block();
+  const auto keep = [&](int i, float total) {
+    share[i] = total;
+    if (p.sums != nullptr) p.sums[group * (keys.value_dim + 1) * keys.head_dim + i] = total;
+  };
+  if (cluster == 1) {
+    each_sum<kPadded>(shared, keys.head_dim, keys.value_dim,
+                      [&](int i, float*, float total) { keep(i, total); });
+    sync_block();
+  } else {
+    each_sum_of_cluster<kPadded>(shared, cluster, keys.head_dim, keys.value_dim, keep);
+  }
+  const Sums sums = place_sums<Tiles, kPadded>(
+      shared + Tiles::kAll, keys.head_dim, keys.value_dim,
+      [&](int i) { return cluster == 1 ? share[i] : of_cluster(share + i, i / Tiles::kThreads % cluster); });
+  for (int64_t tile = rank; tile < p.queries.tiles; tile += cluster) {
+    const int token = static_cast<int>(tile) * Tiles::kTokens + warp_index() * Tiles::Piece::kAllRows;
+    attend_tile<T, kPadded, kTokenMajor>(p.queries, sums, group, token);
+  }
+  if (cluster > 1) sync_cluster();
 }
 
 template <class T, int kPadded, bool kTokenMajor>
@@ -336,9 +411,12 @@ struct Keys {
 };
 
 template <class T, int kPadded, bool kTokenMajor>
-EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads), 1)
+using KeyTiles = TokenTiles<T, kPadded, kTokenMajor, 4>;
+
+template <class T, int kPadded, bool kTokenMajor>
+EFFATTN_KERNEL((KeyTiles<T, kPadded, kTokenMajor>::kThreads), 1)
 key_gradients(EFFATTN_PARAMETERS(Keys) p) {
-  using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
+  using Tiles = KeyTiles<T, kPadded, kTokenMajor>;
   using Chunk = typename Tiles::Chunk;
   const Place<Tiles> at(p.tiles);
   const Sums grads = load_sums<Tiles, kPadded>(p.grad_sums, at.group, p.head_dim, p.value_dim);
@@ -372,6 +450,11 @@ key_gradients(EFFATTN_PARAMETERS(Keys) p) {
 
 // --- launches ---------------------------------------------------------------------------------------
 
+// When a cluster does all of a group: its blocks are more while they have so many tokens each and the launch
+// has fewer blocks than this, and have no more tokens than that. By argument, not by measurement.
+constexpr int64_t kTokensAtOnce = 256, kBlocksAtOnce = 256, kMostTokensAtOnce = 512;
+constexpr int kMostAtOnce = 64;  // channels: the sums stand three times in shared memory
+
 // What the launches of a call share.
 class Call {
  public:
@@ -403,12 +486,9 @@ class Call {
 
   // Fills `sums` with those over the tokens of k and v.
   void sum_over(const Operand& k, const Operand& v, int64_t tokens, const float* scales, float* sums) const {
-    SumTokens s{};
+    SumTokens s = keys(tokens);
     s.groups = take({&k, &v}, {&s.k, &s.v});
     s.scales = scales;
-    s.tokens = static_cast<int>(tokens);
-    s.head_dim = static_cast<int>(p_.head_dim);
-    s.value_dim = static_cast<int>(p_.value_dim);
     with_instance([&](auto type, auto padded, auto token_major) {
       using T = decltype(type);
       using Tiles = SumTiles<padded()>;
@@ -420,6 +500,33 @@ class Call {
       const Grid grid{p_.groups * s.split.parts, Tiles::kThreads, Tiles::kSharedBytes, s.split.cluster};
       launch(kernel, grid, execution_, s);
       if (rows > 1) add_up(s.sums, sums, p_.groups, rows, p_.sums_size(), execution_);
+    });
+  }
+
+  // Whether a group's tokens are few enough for one cluster, and how large that is; 0 if not.
+  int cluster_at_once() const {
+    const int64_t tokens = larger(p_.queries, p_.keys);
+    if (larger(p_.head_dim, p_.value_dim) > kMostAtOnce) return 0;
+    const int64_t blocks = smaller(ceil_div(tokens, kTokensAtOnce), ceil_div(kBlocksAtOnce, p_.groups));
+    const int cluster = cluster_of(blocks, execution_.card);
+    return tokens <= kMostTokensAtOnce * cluster ? cluster : 0;
+  }
+
+  void attend_at_once_to(int cluster, float* sums) const {
+    AtOnce s{keys(p_.keys), queries(nullptr), sums};
+    s.keys.groups = s.queries.groups =
+        take({&p_.k, &p_.v, &p_.q, &p_.out}, {&s.keys.k, &s.keys.v, &s.queries.q, &s.queries.out});
+    with_instance([&](auto type, auto padded, auto token_major) {
+      using T = decltype(type);
+      if constexpr (padded() <= kMostAtOnce) {
+        using Tiles = AtOnceTiles<T, padded(), token_major()>;
+        // Whole tiles: what a warp loads at a time is of one part.
+        const int64_t part = round_up(ceil_div(p_.keys, cluster), SumTiles<padded()>::kTokens);
+        s.keys.split = {static_cast<int>(part), cluster, cluster};
+        s.queries.tiles = ceil_div(p_.queries, Tiles::kTokens);
+        launch(attend_at_once<T, padded(), token_major()>,
+               {p_.groups * cluster, Tiles::kThreads, Tiles::kSharedBytes, cluster}, execution_, s);
+      }
     });
   }
 
@@ -451,7 +558,7 @@ class Call {
     s.groups = take({&p_.k, &p_.v, &p_.grad_k, &p_.grad_v}, {&s.k, &s.v, &s.grad_k, &s.grad_v});
     with_instance([&](auto type, auto padded, auto token_major) {
       using T = decltype(type);
-      launch_tiles<TokenTiles<T, padded(), token_major()>>(key_gradients<T, padded(), token_major()>, s);
+      launch_tiles<KeyTiles<T, padded(), token_major()>>(key_gradients<T, padded(), token_major()>, s);
     });
   }
 
@@ -467,6 +574,14 @@ class Call {
         }
       });
     });
+  }
+
+  SumTokens keys(int64_t tokens) const {
+    SumTokens s{};
+    s.tokens = static_cast<int>(tokens);
+    s.head_dim = static_cast<int>(p_.head_dim);
+    s.value_dim = static_cast<int>(p_.value_dim);
+    return s;
   }
 
   Queries queries(const float* sums) const {
@@ -495,6 +610,7 @@ class Call {
 void forward(const ReluLinearAttention& problem, float* sums, const Execution& execution) {
   if (problem.groups == 0) return;
   const Call call(problem, execution);
+  if (const int cluster = call.cluster_at_once(); cluster > 0) return call.attend_at_once_to(cluster, sums);
   if (sums == nullptr) sums = execution.workspace(problem.groups * problem.sums_size());
   call.sum_over(problem.k, problem.v, problem.keys, nullptr, sums);
   call.attend_to(sums);

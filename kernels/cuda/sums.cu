@@ -11,29 +11,37 @@ constexpr int64_t kMostParts = 64;
 constexpr int kMostCluster = 8;
 
 constexpr int kThreads = 128;
+// Of more rows than these, parts are added up by themselves first.
+constexpr int64_t kMostRows = 64;
 
 struct AddUp {
   const float* partial;
   float* sums;
-  int64_t floats, pieces;
-  int rows;
+  int64_t floats, pieces, rows, part_rows, parts;
 };
 
 EFFATTN_KERNEL(kThreads, 1) add_up_kernel(EFFATTN_PARAMETERS(AddUp) p) {
-  const int64_t group = block_index() / p.pieces, i = block_index() % p.pieces * kThreads + thread_index();
+  const int64_t part = block_index() / p.pieces, i = block_index() % p.pieces * kThreads + thread_index();
   if (i >= p.floats) return;
-  const float* from = p.partial + group * p.rows * p.floats + i;
+  const int64_t group = part / p.parts, begin = part % p.parts * p.part_rows;
+  const float* from = p.partial + (group * p.rows + begin) * p.floats + i;
   float total = 0;
-  for (int row = 0; row < p.rows; ++row) total += from[row * p.floats];
-  p.sums[group * p.floats + i] = total;
+  for (int64_t row = 0; row < smaller(p.part_rows, p.rows - begin); ++row) total += from[row * p.floats];
+  p.sums[part * p.floats + i] = total;
 }
 
 }  // namespace
 
+int cluster_of(int64_t blocks, const Card& card) {
+  int cluster = 1;
+  while (card.has_clusters() && cluster < kMostCluster && 2 * cluster <= blocks) cluster *= 2;
+  return cluster;
+}
+
 Split split(int64_t groups, int64_t tokens, int step, const Card& card) {
   const int64_t wanted = smaller(ceil_div(kBlocks, larger(groups, 1)), kMostParts);
   int64_t parts = larger(1, smaller(wanted, tokens / kLeastTokens));
-  const int cluster = card.has_clusters() ? static_cast<int>(smaller(parts, kMostCluster)) : 1;
+  const int cluster = cluster_of(parts, card);
   parts = round_up(parts, cluster);
   const int64_t part_tokens = larger(1, ceil_div(tokens, parts * step)) * step;
   return {static_cast<int>(part_tokens), static_cast<int>(parts), cluster};
@@ -42,8 +50,14 @@ Split split(int64_t groups, int64_t tokens, int step, const Card& card) {
 void add_up(const float* partial, float* sums, int64_t groups, int64_t rows, int64_t floats,
             const Execution& execution) {
   const int64_t pieces = ceil_div(floats, kThreads);
-  launch(add_up_kernel, {groups * pieces, kThreads}, execution,
-         AddUp{partial, sums, floats, pieces, static_cast<int>(rows)});
+  int64_t parts = 1;
+  while (rows > kMostRows * parts && parts * parts < rows) ++parts;
+  const int64_t part_rows = ceil_div(rows, parts);
+  parts = larger(1, ceil_div(rows, larger(1, part_rows)));
+  float* const to = parts == 1 ? sums : execution.workspace(groups * parts * floats);
+  launch(add_up_kernel, {groups * parts * pieces, kThreads}, execution,
+         AddUp{partial, to, floats, pieces, rows, part_rows, parts});
+  if (parts > 1) add_up(to, sums, groups, parts, floats, execution);
 }
 
 }  // namespace effattn::cuda

@@ -12,6 +12,9 @@ struct Split {
   constexpr int rows() const { return parts / cluster; }
 };
 
+// The largest cluster of up to so many blocks; 1 where there are none.
+int cluster_of(int64_t blocks, const Card& card);
+
 // `step`: tokens that a block takes at a time.
 Split split(int64_t groups, int64_t tokens, int step, const Card& card);
 

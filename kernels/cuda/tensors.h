@@ -14,7 +14,7 @@ constexpr int kMostChannels = 128;
 
 // Leading dimensions, merged where all tensors of a call allow it.
 struct Groups {
-  static constexpr int kMost = 6;
+  static constexpr int kMost = 12;
   int rank = 0;
   uint32_t sizes[kMost];
 };

@@ -166,8 +166,8 @@ def test_module_of_a_model(device, backend):
     for training in (True, False):
         module.train(training)
         got, expected = [], []
-        for backend, results in ((backend, got), ("reference", expected)):
-            with use_backend(backend):
+        for name, results in ((backend, got), ("reference", expected)):
+            with use_backend(name):
                 out = module(x)
                 results += [out, *torch.autograd.grad(out, [*module.parameters()], grad_out)]
         scale = max(b.norm().item() for b in expected[1:])

@@ -23,6 +23,7 @@ from effattn.testing import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("backend"),
 ]
 
 
@@ -83,10 +84,10 @@ def step(function, arguments, leaves):
 
 
 @every_operator
-def test_graphs_replay_what_was_called(name):
+def test_graphs_replay_what_was_called(name, backend):
     """On inputs that change between the recording and the replay."""
     function, arguments, leaves = prepared(name)
-    with torch.no_grad(), use_backend("triton"):
+    with torch.no_grad(), use_backend(backend):
         function(*arguments)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -102,9 +103,9 @@ def test_graphs_replay_what_was_called(name):
 
 
 @every_operator
-def test_graphs_replay_a_training_step(name):
+def test_graphs_replay_a_training_step(name, backend):
     function, arguments, leaves = prepared(name)
-    with use_backend("triton"):
+    with use_backend(backend):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -118,9 +119,9 @@ def test_graphs_replay_a_training_step(name):
 
 
 @every_operator
-def test_training_waits_for_nothing(name):
+def test_training_waits_for_nothing(name, backend):
     function, arguments, leaves = prepared(name)
-    with use_backend("triton"):
+    with use_backend(backend):
         step(function, arguments, leaves)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -131,10 +132,10 @@ def test_training_waits_for_nothing(name):
 
 
 @every_operator
-def test_same_bits_while_the_card_is_busy(name):
+def test_same_bits_while_the_card_is_busy(name, backend):
     function, arguments, leaves = prepared(name, torch.float32)
     noise, other = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
-    with use_backend("triton"):
+    with use_backend(backend):
         first = step(function, arguments, leaves)
         for _ in range(20):
             with torch.cuda.stream(other):
@@ -144,10 +145,10 @@ def test_same_bits_while_the_card_is_busy(name):
 
 
 @every_operator
-def test_another_stream_is_used(name):
+def test_another_stream_is_used(name, backend):
     """Work is queued on the current stream: it sees what was queued there before."""
     function, arguments, leaves = prepared(name)
-    with torch.no_grad(), use_backend("triton"):
+    with torch.no_grad(), use_backend(backend):
         expected = function(*arguments)
         kept = leaves[0].detach().clone()
         leaves[0].zero_()
@@ -163,20 +164,20 @@ def test_another_stream_is_used(name):
 
 @every_operator
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_card_is_used(name):
+def test_another_card_is_used(name, backend):
     results = []
     for device in ("cuda:0", "cuda:1"):
-        with use_backend("triton"):
+        with use_backend(backend):
             results.append([t.cpu() for t in step(*prepared(name, device=device))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @every_operator
-def test_a_training_step_takes_less_memory_than_plain_pytorch(name):
+def test_a_training_step_takes_less_memory_than_plain_pytorch(name, backend):
     function, arguments, leaves = prepared(name)
 
-    def peak(backend):
-        with use_backend(backend):
+    def peak(name):
+        with use_backend(name):
             step(function, arguments, leaves)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -185,7 +186,7 @@ def test_a_training_step_takes_less_memory_than_plain_pytorch(name):
             torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak("triton") < MEMORY.get(name, 0.7) * peak("reference")
+    assert peak(backend) < MEMORY.get(name, 0.7) * peak("reference")
 
 
 def test_addresses_of_a_large_image(device):
@@ -204,6 +205,7 @@ def test_addresses_of_a_large_image(device):
     assert error(out, truth) <= allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_faster_launches_are_looked_for_and_kept(tmp_path, monkeypatch):
     """On request; and what is found computes the same."""
     from effattn.backends.triton import _tuning

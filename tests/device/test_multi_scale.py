@@ -25,6 +25,7 @@ CASES = [
     MultiScaleCase(1, 1, 33, 5, 6, kernels=(3,), biases=True),  # heads in several chunks
     MultiScaleCase(2, 3, 4, 1, 1, kernels=()),
     MultiScaleCase(1, 1, 3, 2, 70, kernels=(3,)),  # several tiles
+    MultiScaleCase(2, 1, 8, 9, 24, kernels=(5,), biases=True),  # rows of whole vectors
 ]
 
 
@@ -50,8 +51,9 @@ def test_memory_formats_against_float64(device, backend, function, memory_format
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_narrow_types_against_float64(device, backend, function, dtype):
     for memory_format in FORMATS[:2]:
-        case = MultiScaleCase(1, 1, 16, 6, 7, kernels=(3,), biases=True)
-        check_multi_scale(function, backend, case, dtype, memory_format, device=device)
+        for height, width in ((6, 7), (3, 24)):
+            case = MultiScaleCase(1, 1, 16, height, width, kernels=(3,), biases=True)
+            check_multi_scale(function, backend, case, dtype, memory_format, device=device)
 
 
 @both
@@ -138,9 +140,9 @@ def test_wrong_arguments_of_the_operators(device, ops):
     with pytest.raises(RuntimeError, match=r"must be float32"):
         ops.multi_scale_aggregation(qkv.half(), [weights[0][0].half()], *weights[1:], 4)
     out, sums = ops.multi_scale_linear_attention_forward(qkv, *weights, 4, 1e-6)
-    with pytest.raises(RuntimeError, match="grad_out must have (the )?shape"):
+    with pytest.raises(RuntimeError, match=r"grad_out must have (the )?shape"):
         ops.multi_scale_linear_attention_backward(out[:, 1:], qkv, *weights, sums, 4, 1e-6)
-    with pytest.raises(RuntimeError, match="sums must have (the )?shape"):
+    with pytest.raises(RuntimeError, match=r"sums must have (the )?shape"):
         ops.multi_scale_linear_attention_backward(out, qkv, *weights, sums[:, 1:], 4, 1e-6)
 
 
@@ -174,8 +176,8 @@ def test_module_of_a_model(device, backend):
     for training in (True, False):
         module.train(training)
         got, expected = [], []
-        for backend, results in ((backend, got), ("reference", expected)):
-            with use_backend(backend):
+        for name, results in ((backend, got), ("reference", expected)):
+            with use_backend(name):
                 out = module(x)
                 results += [out, *torch.autograd.grad(out, [*module.parameters()], grad_out)]
         for a, b in zip(got, expected, strict=True):
