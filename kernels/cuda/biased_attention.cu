@@ -8,8 +8,8 @@
 
 #include <string>
 
-#include "block.h"
 #include "launch.h"
+#include "staged.h"
 #include "sums.h"
 #include "tensors.h"
 
@@ -20,9 +20,16 @@ constexpr int kWarps = 4, kThreads = kWarps * kLanes;
 constexpr int kMostQueries = 64;
 // Heads whose mixing is in shared memory, at most.
 constexpr int kMostSharedMix = 32;
+// Of a tile of keys or values, about.
+constexpr int kMostStagedFloats = 4608;
+
+struct HeadsView {
+  HeadsOperand tensor;
+  int access;  // bytes at once, of Matrix
+};
 
 struct Attention {
-  HeadsOperand q, k, v, out;  // out: of the backward grad_out
+  HeadsView q, k, v, out;  // out: of the backward grad_out
   const float* bias;
   TalkingHeads<const float> mix;
   float scale;
@@ -35,6 +42,8 @@ struct Attention {
   // Of the buffers of logits those in shared memory; and where the others are, of every block.
   int in_shared, spilled_buffers;
   bool mix_is_shared;
+  int staged_keys,
+      staged_stride;  // keys of a staged tile; and of it, and of a tile of queries, floats from row to row
   float* spilled;
   // Backward, of all pairs (batch, heads, queries, keys); and of each block, sums for the mixing of heads.
   float *weights, *grad_logits;
@@ -42,34 +51,34 @@ struct Attention {
 
   constexpr bool talk() const { return mix.logits != nullptr; }
   constexpr int64_t mix_floats() const { return mix_is_shared ? int64_t{2} * heads * heads : 0; }
+  constexpr int64_t staged_floats() const { return int64_t{rows + staged_keys} * staged_stride; }
   constexpr int64_t buffer() const { return int64_t{together} * rows * stride; }
 };
 
+// Shared memory: the matrices of the mixing; a tile of queries, or of the output; a tile of keys or values;
+// logits.
+EFFATTN_DEVICE float* staged_queries(const Attention& p) {
+  return reinterpret_cast<float*>(shared_memory()) + p.mix_floats();
+}
+EFFATTN_DEVICE float* staged_keys(const Attention& p) { return staged_queries(p) + p.rows * p.staged_stride; }
 // Logits of all pairs of a block, or what becomes of them.
 EFFATTN_DEVICE float* buffer(const Attention& p, int i) {
-  if (i < p.in_shared) return reinterpret_cast<float*>(shared_memory()) + p.mix_floats() + i * p.buffer();
+  if (i < p.in_shared) return staged_queries(p) + p.staged_floats() + i * p.buffer();
   return p.spilled + (block_index() * p.spilled_buffers + i - p.in_shared) * p.buffer();
 }
 
-EFFATTN_DEVICE int64_t offset(const HeadsOperand& t, int64_t batch, int64_t head, int64_t token,
-                              int64_t channel) {
-  return batch * t.batch_stride + head * t.head_stride + token * t.token_stride + channel * t.channel_stride;
-}
-// One head of a tensor, or some of them from one on.
+// A head of a tensor, a row a token.
 template <class T>
-struct Heads {
-  T* data;
-  int64_t head_stride, token_stride, channel_stride;
-
-  EFFATTN_DEVICE Heads(const HeadsOperand& t, int64_t batch, int64_t head)
-      : data(static_cast<T*>(t.data) + offset(t, batch, head, 0, 0)),
-        head_stride(t.head_stride),
-        token_stride(t.token_stride),
-        channel_stride(t.channel_stride) {}
-  EFFATTN_DEVICE T& operator()(int head, int token, int channel) const {
-    return data[head * head_stride + token * token_stride + channel * channel_stride];
-  }
-};
+EFFATTN_DEVICE Matrix<T> head_of(const HeadsView& view, int64_t batch, int64_t head, int tokens,
+                                 int channels) {
+  const HeadsOperand& t = view.tensor;
+  return {static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride,
+          t.token_stride,
+          t.channel_stride,
+          tokens,
+          channels,
+          view.access};
+}
 
 template <class T>
 constexpr bool kExact = sizeof(T) == 2;  // in TF32
@@ -88,23 +97,38 @@ struct Place {
   }
 };
 
-// to[row][key] of each head = a b^T over the channels of both, 0 behind the last query; then f(head, row,
-// key, sum).
+// to[row][key] of each head = f(head, row, key, sum of a b^T over the channels), 0 behind the last query.
 template <class T, class F>
-EFFATTN_DEVICE void pairs(const Attention& p, const Place& at, const HeadsOperand& of_queries,
-                          const HeadsOperand& of_keys, int channels, float* to, F f) {
-  const Heads<const T> a(of_queries, at.batch, at.head), b(of_keys, at.batch, at.head);
-  products<kExact<T>, kExact<T>>(
-      kWarps, p.together, p.rows, p.keys, channels,
-      [&](int i, int row, int c) {
-        const int query = at.query + row;
-        return query < p.queries ? widened(a(i, query, c)) : 0.0f;
-      },
-      [&](int i, int c, int key) { return widened(b(i, key, c)); },
-      [&](int i, int row, int key, float x) {
-        to[(i * p.rows + row) * int64_t{p.stride} + key] =
-            at.query + row < p.queries ? f(i, row, key, x) : 0.0f;
-      });
+EFFATTN_DEVICE void pairs(const Attention& p, const Place& at, const HeadsView& of_queries,
+                          const HeadsView& of_keys, int channels, float* to, F f) {
+  float* const queries = staged_queries(p);
+  float* const keys = staged_keys(p);
+  for (int head = 0; head < p.together; ++head) {
+    const auto a = head_of<const T>(of_queries, at.batch, at.head + head, p.queries, channels);
+    const auto b = head_of<const T>(of_keys, at.batch, at.head + head, p.keys, channels);
+    float* const of_head = to + static_cast<int64_t>(head) * p.rows * p.stride;
+    for (int first = 0; first < most(channels, 1); first += kTileChannels) {
+      const int cols = least(kTileChannels, channels - first);
+      const bool is_last = first + kTileChannels >= channels;
+      stage_tile<kThreads>(a, at.query, p.rows, first, cols, queries, p.staged_stride);
+      for (int key0 = 0; key0 < p.keys; key0 += p.staged_keys) {
+        const int count = least(p.staged_keys, p.keys - key0);
+        stage_tile<kThreads>(b, key0, count, first, cols, keys, p.staged_stride);
+        sync_block();
+        products<kExact<T>, kExact<T>>(
+            kWarps, 1, p.rows, count, cols,
+            [&](int, int row, int c) { return queries[row * p.staged_stride + c]; },
+            [&](int, int c, int key) { return keys[key * p.staged_stride + c]; },
+            [&](int, int row, int key, float x) {
+              float& pair = of_head[row * int64_t{p.stride} + key0 + key];
+              const float sum = first == 0 ? x : pair + x;
+              const bool inside = at.query + row < p.queries;
+              pair = !is_last ? sum : inside ? f(head, row, key0 + key, sum) : 0.0f;
+            });
+        sync_block();
+      }
+    }
+  }
 }
 
 template <class T>
@@ -161,6 +185,37 @@ EFFATTN_DEVICE TalkingHeads<const float> shared_mix(const Attention& p) {
   return mix;
 }
 
+// out = weights v, of all heads of a block.
+template <class T>
+EFFATTN_DEVICE void weighted_values(const Attention& p, const Place& at, const float* weights) {
+  float* const sums = staged_queries(p);
+  float* const values = staged_keys(p);
+  for (int head = 0; head < p.together; ++head) {
+    const auto v = head_of<const T>(p.v, at.batch, at.head + head, p.keys, p.value_dim);
+    const auto out = head_of<T>(p.out, at.batch, at.head + head, p.queries, p.value_dim);
+    const float* const of_head = weights + static_cast<int64_t>(head) * p.rows * p.stride;
+    for (int first = 0; first < p.value_dim; first += kTileChannels) {
+      const int cols = least(kTileChannels, p.value_dim - first);
+      for (int key0 = 0; key0 < most(p.keys, 1); key0 += p.staged_keys) {
+        const int count = least(p.staged_keys, p.keys - key0);
+        stage_tile<kThreads>(v, key0, count, first, cols, values, p.staged_stride);
+        sync_block();
+        products<false, kExact<T>>(
+            kWarps, 1, p.rows, cols, count,
+            [&](int, int row, int key) { return of_head[row * int64_t{p.stride} + key0 + key]; },
+            [&](int, int key, int c) { return values[key * p.staged_stride + c]; },
+            [&](int, int row, int c, float x) {
+              float& sum = sums[row * p.staged_stride + c];
+              sum = key0 == 0 ? x : sum + x;
+            });
+        sync_block();
+      }
+      unstage_tile<kThreads>(sums, p.staged_stride, out, at.query, p.rows, first, cols);
+      sync_block();
+    }
+  }
+}
+
 template <class T>
 EFFATTN_KERNEL(kThreads, 4)
 attend(EFFATTN_PARAMETERS(Attention) p) {
@@ -181,14 +236,7 @@ attend(EFFATTN_PARAMETERS(Attention) p) {
       softmax_rows(kWarps, first, p.together * p.rows, p.keys, p.stride);
     }
     sync_block();
-    const Heads<const T> v(p.v, at.batch, at.head);
-    const Heads<T> out(p.out, at.batch, at.head);
-    products<false, kExact<T>>(
-        kWarps, p.together, least(p.rows, p.queries - at.query), p.value_dim, p.keys,
-        [&](int i, int row, int key) { return first[(i * p.rows + row) * int64_t{p.stride} + key]; },
-        [&](int i, int key, int c) { return widened(v(i, key, c)); },
-        [&](int i, int row, int c, float x) { out(i, at.query + row, c) = narrowed<T>(x); });
-    sync_block();
+    weighted_values<T>(p, at, first);
   }
 }
 
@@ -273,31 +321,62 @@ softmax_gradients(EFFATTN_PARAMETERS(Attention) p) {
 // out = factor matrix x, or of the transposed matrix: (rows, inners) of every head in float32, contiguous.
 struct Multiply {
   const float* matrix;
-  HeadsOperand x, out;
+  HeadsView x, out;
   float factor;
   int heads, rows, inners, channels, tiles;
   bool transposed;
 };
 
-constexpr int kMultiplied = 64;  // rows of a block
+constexpr int kMultiplied = 64, kInners = 32;  // rows of a block, and what is summed over at a time
+constexpr int kMatrixStride = shared_stride(kInners), kChannelStride = shared_stride(kTileChannels);
+constexpr int64_t kMultiplyBytes =
+    4 * (kMultiplied * kMatrixStride + (kMultiplied + kInners) * kChannelStride);
 
 template <class T>
 EFFATTN_KERNEL(kThreads, 4)
 multiply_heads(EFFATTN_PARAMETERS(Multiply) p) {
+  float* const matrix = reinterpret_cast<float*>(shared_memory());
+  float* const values = matrix + kMultiplied * kMatrixStride;
+  float* const sums = values + kInners * kChannelStride;
   const int64_t group = block_index() / p.tiles, batch = group / p.heads, head = group % p.heads;
-  const int first = static_cast<int>(block_index() % p.tiles) * kMultiplied;
-  const float* const matrix = p.matrix + group * p.rows * p.inners;
-  const Heads<const T> x(p.x, batch, head);
-  const Heads<T> out(p.out, batch, head);
-  const int64_t row_stride = p.transposed ? 1 : p.inners, inner_stride = p.transposed ? p.rows : 1;
-  products<false, kExact<T>>(
-      kWarps, 1, least(kMultiplied, p.rows - first), p.channels, p.inners,
-      [&](int, int row, int k) { return matrix[(first + row) * row_stride + k * inner_stride]; },
-      [&](int, int k, int c) { return widened(x(0, k, c)); },
-      [&](int, int row, int c, float value) { out(0, first + row, c) = narrowed<T>(p.factor * value); });
+  const int row0 = static_cast<int>(block_index() % p.tiles) * kMultiplied;
+  const float* const data = p.matrix + group * p.rows * p.inners;
+  const Matrix<const float> from{
+      data, p.transposed ? 1 : int64_t{p.inners}, p.transposed ? int64_t{p.rows} : 1, p.rows, p.inners, 0};
+  const auto x = head_of<const T>(p.x, batch, head, p.inners, p.channels);
+  const auto out = head_of<T>(p.out, batch, head, p.rows, p.channels);
+  for (int first = 0; first < p.channels; first += kTileChannels) {
+    const int cols = least(kTileChannels, p.channels - first);
+    for (int inner = 0; inner < most(p.inners, 1); inner += kInners) {
+      const int count = least(kInners, p.inners - inner);
+      stage_tile<kThreads>(from, row0, kMultiplied, inner, count, matrix, kMatrixStride);
+      stage_tile<kThreads>(x, inner, count, first, cols, values, kChannelStride);
+      sync_block();
+      products<false, kExact<T>>(
+          kWarps, 1, kMultiplied, cols, count,
+          [&](int, int row, int k) { return matrix[row * kMatrixStride + k]; },
+          [&](int, int k, int c) { return values[k * kChannelStride + c]; },
+          [&](int, int row, int c, float value) {
+            float& sum = sums[row * kChannelStride + c];
+            sum = (inner == 0 ? 0.0f : sum) + p.factor * value;
+          });
+      sync_block();
+    }
+    unstage_tile<kThreads>(sums, kChannelStride, out, row0, kMultiplied, first, cols);
+    sync_block();
+  }
 }
 
 // --- launches ---------------------------------------------------------------------------------------
+
+HeadsView view_of(const BiasedAttention& problem, const HeadsOperand& t) {
+  const int64_t size = problem.dtype == DType::kFloat32 ? 4 : 2;
+  uint64_t all = reinterpret_cast<uintptr_t>(t.data);
+  const int64_t steps[] = {t.batch_stride, t.head_stride,
+                           t.channel_stride == 1 ? t.token_stride : t.channel_stride};
+  for (const int64_t step : steps) all |= static_cast<uint64_t>(step * size);
+  return {t, all % 16 == 0 && (t.channel_stride == 1 || t.token_stride == 1) ? 16 : 0};
+}
 
 Attention attention_of(const BiasedAttention& problem, int buffers, const Execution& execution) {
   const SoftmaxHeads& heads = problem.heads;
@@ -306,9 +385,9 @@ Attention attention_of(const BiasedAttention& problem, int buffers, const Execut
     if (size > INT32_MAX / 64)
       throw std::runtime_error("effattn: sizes must be below 2^25, got " + std::to_string(size));
   }
-  p.q = problem.q;
-  p.k = problem.k;
-  p.v = problem.v;
+  p.q = view_of(problem, problem.q);
+  p.k = view_of(problem, problem.k);
+  p.v = view_of(problem, problem.v);
   p.bias = heads.bias;
   p.mix = heads.mix;
   p.scale = heads.scale;
@@ -322,10 +401,15 @@ Attention attention_of(const BiasedAttention& problem, int buffers, const Execut
   p.mix_is_shared = p.talk() && p.heads <= kMostSharedMix;
   p.rows = kMostQueries;
   while (p.rows > 1 && p.rows / 2 >= p.queries) p.rows /= 2;
+  const int channels = most(1, least(kTileChannels, most(p.head_dim, p.value_dim)));
+  p.staged_stride = shared_stride(channels);
+  p.staged_keys = most(kTileRows, least(kMostStagedFloats / p.staged_stride, p.keys) / kTileRows * kTileRows);
+  const auto fits = [&](int count) {
+    return 4 * (p.mix_floats() + p.staged_floats() + count * p.buffer()) <= kMostSharedBytes;
+  };
   // Fewer rows than a product has are no gain.
-  while (p.rows > kTileRows && 4 * (buffers * p.buffer() + p.mix_floats()) > kMostSharedBytes) p.rows /= 2;
-  const int64_t left = kMostSharedBytes - 4 * p.mix_floats();
-  p.in_shared = static_cast<int>(smaller(buffers, left / larger(1, 4 * p.buffer())));
+  while (p.rows > kTileRows && !fits(buffers)) p.rows /= 2;
+  while (p.in_shared < buffers && fits(p.in_shared + 1)) ++p.in_shared;
   p.spilled_buffers = buffers - p.in_shared;
   p.tiles = static_cast<int>(ceil_div(p.queries, p.rows));
   p.count = p.blocks = problem.batch * (p.heads / most(p.together, 1)) * p.tiles;
@@ -337,7 +421,7 @@ Attention attention_of(const BiasedAttention& problem, int buffers, const Execut
 }
 
 Grid grid_of(const Attention& p) {
-  return {p.blocks, kThreads, 4 * (p.in_shared * p.buffer() + p.mix_floats())};
+  return {p.blocks, kThreads, 4 * (p.mix_floats() + p.staged_floats() + p.in_shared * p.buffer())};
 }
 
 }  // namespace
@@ -345,7 +429,7 @@ Grid grid_of(const Attention& p) {
 void biased_attention(const BiasedAttention& problem, const Execution& execution) {
   const int buffers = problem.heads.talk() ? 2 : 1;
   Attention p = attention_of(problem, buffers, execution);
-  p.out = problem.out;
+  p.out = view_of(problem, problem.out);
   with_dtype(problem.dtype, [&](auto type) {
     using T = decltype(type);
     launch(attend<T>, grid_of(p), execution, p);
@@ -355,7 +439,7 @@ void biased_attention(const BiasedAttention& problem, const Execution& execution
 void biased_attention_backward(const BiasedAttention& problem, const Execution& execution) {
   const int buffers = problem.heads.talk() ? 4 : 2;
   Attention p = attention_of(problem, buffers, execution);
-  p.out = problem.grad_out;
+  p.out = view_of(problem, problem.grad_out);
   const int64_t heads = p.heads, one = int64_t{p.heads} * p.queries * p.keys;
   p.weights = execution.workspace(problem.batch * one);
   p.grad_logits = execution.workspace(problem.batch * one);
@@ -367,17 +451,17 @@ void biased_attention_backward(const BiasedAttention& problem, const Execution& 
   with_dtype(problem.dtype, [&](auto type) {
     using T = decltype(type);
     launch(softmax_gradients<T>, grid, execution, p);
-    const auto multiply = [&](const float* matrix, bool transposed, const HeadsOperand& x,
+    const auto multiply = [&](const float* matrix, bool transposed, const HeadsView& x,
                               const HeadsOperand& out, int channels, float factor) {
       const int rows = transposed ? p.keys : p.queries;
       const int tiles = static_cast<int>(ceil_div(rows, kMultiplied));
-      launch(multiply_heads<T>, {problem.batch * heads * tiles, kThreads}, execution,
-             Multiply{matrix, x, out, factor, p.heads, rows, transposed ? p.queries : p.keys, channels, tiles,
-                      transposed});
+      launch(multiply_heads<T>, {problem.batch * heads * tiles, kThreads, kMultiplyBytes}, execution,
+             Multiply{matrix, x, view_of(problem, out), factor, p.heads, rows,
+                      transposed ? p.queries : p.keys, channels, tiles, transposed});
     };
     multiply(p.grad_logits, false, p.k, problem.grad_q, p.head_dim, p.scale);
     multiply(p.grad_logits, true, p.q, problem.grad_k, p.head_dim, p.scale);
-    multiply(p.weights, true, problem.grad_out, problem.grad_v, p.value_dim, 1);
+    multiply(p.weights, true, p.out, problem.grad_v, p.value_dim, 1);
   });
   add_up(p.grad_logits, problem.grad_bias, 1, problem.batch, one, execution);
   if (!p.talk()) return;

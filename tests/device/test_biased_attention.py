@@ -139,9 +139,10 @@ def test_results_lie_as_the_other_backends_lay_them(device, backend):
     ("case", "limit"),
     [
         (BiasedCase(1, 1, 2, 2, 129, 2), "heads of up to 128 channels, not 129"),
+        (BiasedCase(1, 2, 5, 40, 8, 140), "heads of up to 128 channels, not 140"),
         (BiasedCase(1, 65, 2, 2, 1, 1, talking=True), "up to 64 heads that talk, not 65"),
     ],
-    ids=["channels", "heads"],
+    ids=["head_dim", "value_dim", "heads"],
 )
 def test_a_limit_is_named_or_there_is_none(device, backend, case, limit):
     if backend == "cuda":
