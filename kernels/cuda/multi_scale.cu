@@ -372,7 +372,7 @@ copy_picture(EFFATTN_PARAMETERS(Copy) p) {
 
 // --- launches ---------------------------------------------------------------------------------------
 
-// Weights of a part of what a tensor of floats holds, for sums over `parts`.
+// What the launches of a call share.
 class Call {
  public:
   Call(const MultiScale& problem, const Execution& execution) : p_(problem), execution_(execution) {

@@ -31,12 +31,13 @@ struct Picture {
 };
 
 constexpr int kStagedChannels = 32;
+constexpr int kTileWidth = 16;
 constexpr int kPixelWarps = 8, kPixelThreads = kPixelWarps * kLanes;
 
 // Of heads of up to kPadded channels.
 template <int kPadded>
 struct PixelTiles {
-  static constexpr int kWidth = 16,
+  static constexpr int kWidth = kTileWidth,
                        kHeight = kPadded <= 16   ? 8
                                  : kPadded <= 64 ? 4
                                                  : 2,
@@ -61,8 +62,8 @@ struct Corner {
   int row, col;
 };
 
-EFFATTN_DEVICE int row_of(const Corner& at, int pixel) { return at.row + pixel / 16; }
-EFFATTN_DEVICE int col_of(const Corner& at, int pixel) { return at.col + pixel % 16; }
+EFFATTN_DEVICE int row_of(const Corner& at, int pixel) { return at.row + pixel / kTileWidth; }
+EFFATTN_DEVICE int col_of(const Corner& at, int pixel) { return at.col + pixel % kTileWidth; }
 
 // Some channels of a tile, and what a kernel x kernel convolution reads around it, element by element.
 template <class Tiles>

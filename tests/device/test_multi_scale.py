@@ -8,7 +8,7 @@ import torch._dynamo.testing
 
 from effattn import multi_scale_aggregation, multi_scale_linear_attention, use_backend
 from effattn.kernels import configs
-from effattn.testing import MultiScaleCase, check_multi_scale, error, moved, with_gradients
+from effattn.testing import MultiScaleCase, check_multi_scale, moved, with_gradients
 
 pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
 
@@ -164,21 +164,3 @@ def test_compile_without_graph_breaks(device, grad):
             a, b = (torch.autograd.grad(out.square().sum(), qkv)[0] for out in outs)
             assert torch.equal(a, b)
     assert counter.frame_count == first, "recompiled for another size"
-
-
-def test_module_of_a_model(device, backend):
-    """LiteMLA in training and in evaluation, its parameters' gradients too."""
-    from effattn.nn import LiteMLA
-
-    torch.manual_seed(0)
-    module = LiteMLA(16, 16, dim=8, scales=(3,)).to(device)
-    x, grad_out = torch.randn(2, 2, 16, 6, 7, device=device)
-    for training in (True, False):
-        module.train(training)
-        got, expected = [], []
-        for name, results in ((backend, got), ("reference", expected)):
-            with use_backend(name):
-                out = module(x)
-                results += [out, *torch.autograd.grad(out, [*module.parameters()], grad_out)]
-        for a, b in zip(got, expected, strict=True):
-            assert error(a, b.double()) <= 1e-5 * b.norm().item()
