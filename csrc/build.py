@@ -90,8 +90,8 @@ CUDA = (
     "kernels/cuda/multi_scale.cu",
 )
 # Of the device; and of the host, where threads of a block are emulated.
-CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp")
-CUDA_EMULATED = ("kernels/cuda/emulator.cpp", "csrc/cuda/emulated.cpp")
+CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp")
+CUDA_EMULATED = ("kernels/cuda/emulator.cpp", "csrc/cuda/emulated.cpp", "csrc/cuda/limits.cpp")
 # Compute capabilities; of the last one also code that newer cards can translate.
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 

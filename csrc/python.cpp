@@ -158,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build") =
       py::dict(py::arg("compiler") = EFFATTN_COMPILER, py::arg("torch") = EFFATTN_TORCH_VERSION,
                py::arg("architecture") = EFFATTN_ARCHITECTURE, py::arg("sanitizer") = EFFATTN_SANITIZER);
+  m.attr("limits") = py::dict(py::arg("scales") = MultiScale::kMaxScales);
   m.def("isas", &isas, "The instruction sets compiled in, from narrow to wide.");
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));

@@ -28,25 +28,30 @@ def _load() -> tuple[ModuleType | None, str | None]:
 _C, error = _load()
 
 
-def _load_cuda() -> tuple[str | None, str | None]:
-    """What the library of CUDA kernels was built with, and for; or why it cannot be used."""
+def _load_cuda() -> tuple[str, str, str | None]:
+    """What the library of CUDA kernels was built with, and for, and its limits; or why it cannot be used."""
     path = library_path.with_name("libeffattn_cuda.so")
     if error is not None:
-        return None, error
+        return "", "", error
     if not path.exists():
-        return None, "is not compiled in: there was no nvcc (EFFATTN_CUDA=1 asks for it)"
+        return "", "", "is not compiled in: there was no nvcc (EFFATTN_CUDA=1 asks for it)"
     try:
         torch.ops.load_library(str(path))
-        describe = ctypes.CDLL(str(path)).effattn_cuda_build
+        library = ctypes.CDLL(str(path))
     except OSError as failure:
-        return None, f"{type(failure).__name__}: {failure}"
-    describe.restype = ctypes.c_char_p
-    return describe().decode(), None
+        return "", "", f"{type(failure).__name__}: {failure}"
+    texts = (library.effattn_cuda_build, library.effattn_cuda_limits)
+    for text in texts:
+        text.restype = ctypes.c_char_p
+    build, limits = (text().decode() for text in texts)
+    return build, limits, None
 
 
-_cuda_build, cuda_error = _load_cuda()
-cuda_compiler, _, _archs = (_cuda_build or "").partition("; ")
+_cuda_build, _cuda_limits, cuda_error = _load_cuda()
+cuda_compiler, _, _archs = _cuda_build.partition("; ")
 #: What the CUDA kernels are compiled for, as EFFATTN_CUDA_ARCHS has it.
 cuda_archs = tuple(_archs.split())
+#: The most that they take of the sizes of a call, by name.
+cuda_limits = {name: int(most) for name, most in (limit.split("=") for limit in _cuda_limits.split())}
 #: Whether they run on the host, for tests.
 cuda_is_emulated = cuda_compiler == "emulated"

@@ -1,4 +1,4 @@
-"""Which backend serves a call: a pure function of the operator, the device, the dtype and the heads' size.
+"""Which backend serves a call: a pure function of the operator, the device, the dtype and a few sizes.
 
 One check both chooses and explains: a backend answers with every reason why it cannot serve, and no
 reason means that it can. The first that can, in the order of
@@ -74,35 +74,36 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _reasons(
-    backend: Backend, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]
-) -> list[str]:
+def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     unavailable = backend.unavailable()
-    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, channels)
+    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
 
 
-def find(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...] = ()) -> Backend:
-    """The backend that serves ``op`` for tensors of ``dtype`` on ``device``, with so many channels a head.
+def find(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Backend:
+    """The backend that serves ``op`` for tensors of ``dtype`` on ``device``, of these sizes.
+
+    Args:
+        sizes: those that backends may have a limit for (:mod:`effattn.backends._sizes`); none where they do not matter.
 
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    backend, refusals = _search(_forced, op, device, dtype, channels)
+    backend, refusals = _search(_forced, op, device, dtype, sizes)
     if backend is None:
         message = f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n"
         raise RuntimeError(message + "\n".join(refusals))
     return backend
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...] = ()) -> Backend:
+def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Backend:
     """:func:`find` that remembers: for eager calls, which it must not hold up.
 
     Not while compiling or tracing, where a table that grows would be a guard that fails, and sizes are no numbers.
     """
-    key = (_forced, op, device, dtype, channels)
+    key = (_forced, op, device, dtype, sizes)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = find(op, device, dtype, channels)
+        backend = _chosen[key] = find(op, device, dtype, sizes)
     return backend
 
 
@@ -122,13 +123,13 @@ def choose_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _search(
-    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]
+    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
     candidates = order(op, device) if forced is None else (_named(forced, "use_backend"),)
     refusals: list[str] = []
     for backend in candidates:
-        reasons = _reasons(backend, op, device, dtype, channels)
+        reasons = _reasons(backend, op, device, dtype, sizes)
         if not reasons:
             return backend, refusals
         refusals.append(f"  {backend.name}: {'; '.join(reasons)}")

@@ -337,7 +337,7 @@ def test_gradient_checkpointing(use_reentrant):
 def test_gradients_of_a_table_of_another_resolution():
     """Through the bicubic resizing: no further from float64 than layers one by one are.
 
-    Eight modules together: of one, in whose nine numbers a head nearly all cancels, either way may be the nearer by luck.
+    Eight modules together: of one, whose nine numbers a head are what nearly cancels, either may be nearer by luck.
     """
 
     def gradient(module, image):

@@ -14,6 +14,8 @@ import torch
 
 import effattn
 from effattn import _library, registry
+from effattn.backends import cuda
+from effattn.backends._sizes import SIZES, beyond
 
 _C = _library._C
 PACKAGE = Path(effattn.__file__).parent
@@ -103,15 +105,17 @@ def test_registry_names_what_triton_lacks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        registry.find("projected_attention", torch.device("cpu"), torch.float64, (3, 200))
+        registry.find("biased_attention", torch.device("cpu"), torch.float64, (3, 200, 65))
     for reason in (
         "the package triton is not installed",
-        "has no projected_attention",
         "takes CUDA tensors, not cpu",
         "takes float32, bfloat16 and float16, not float64",
         "takes heads of up to 128 channels, not 200",
+        "takes up to 64 heads that talk, not 65",
     ):
         assert reason in str(error.value)
+    with effattn.use_backend("triton"), pytest.raises(RuntimeError, match="has no projected_attention"):
+        registry.find("projected_attention", torch.device("cpu"), torch.float32)
 
 
 def test_registry_names_a_card_that_is_too_old(monkeypatch):
@@ -125,6 +129,37 @@ def test_registry_names_a_card_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with effattn.use_backend("triton"), pytest.raises(RuntimeError, match=r"needs .* capability 8.0, this one has 7.5"):
         registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16, (32, 32))
+
+
+BEYOND_CUDA = {
+    "relu_linear_attention": [(129, 1, 3), (1, 129, 3), (1, 1, 15)],
+    "multi_scale_aggregation": [(129, 3, 1), (16, 99, 1), (16, 3, 9)],
+    "multi_scale_linear_attention": [(129, 3, 1), (16, 99, 1), (16, 3, 9)],
+    "cascaded_group_attention": [(16, 16, 3, 65)],
+    "biased_attention": [],
+}
+
+
+@pytest.mark.skipif(_library.cuda_error is not None, reason="the CUDA library is not built")
+def test_the_next_backend_serves_what_the_cuda_kernels_do_not_take(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda, "runs_on", lambda capability, archs: True)
+    for op, too_large in BEYOND_CUDA.items():
+        for sizes, name in [((1, 1, 1, 1), "cuda"), *((sizes, "reference") for sizes in too_large)]:
+            assert registry.find(op, torch.device("cuda"), torch.float16, sizes).name == name
+
+
+def test_limits_have_names():
+    for limits in (_library._C.limits, _library.cuda_limits):
+        for name, most in limits.items():
+            (op,) = [op for op, names in SIZES.items() if name in names][:1]
+            sizes = [most + (found == name) for found in SIZES[op]]
+            assert not beyond(op, [most] * len(sizes), {name: most})
+            assert f"not {most + 1}" in beyond(op, sizes, {name: most})[0]
 
 
 def test_use_backend_nests_and_recovers():

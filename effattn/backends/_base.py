@@ -25,8 +25,7 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device, dtype, channels) cannot be served: those of a head's tensors, one or two, then the
-    #: number of heads that talk, if they do.
+    #: Every reason why (op, device, dtype, sizes) cannot be served; sizes as in :mod:`effattn.backends._sizes`.
     reasons: Callable[[str, torch.device, torch.dtype, tuple[int, ...]], list[str]]
     #: By operator: a Fused; of the reference, a function of differentiable torch operations; of an operator that is
     #: for inference alone, that.

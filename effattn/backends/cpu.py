@@ -8,8 +8,10 @@ import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
+from effattn.backends._sizes import beyond
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LIMITS: dict[str, int] = {} if _library._C is None else _library._C.limits
 
 
 def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
@@ -44,7 +46,7 @@ def _unavailable() -> str | None:
     return _library.error
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
         reasons.append(f"has no {op}")
@@ -52,7 +54,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[
         reasons.append(f"takes CPU tensors, not {device.type}")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    return reasons
+    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, _LIMITS)]
 
 
 BACKEND = Backend("cpu", _unavailable, _reasons, _FUNCTIONS)

@@ -9,11 +9,17 @@ import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
+from effattn.backends._sizes import beyond
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: The most channels of a head of linear attention; ``kMostChannels`` of kernels/cuda.
-MOST_CHANNELS = 128
-_LINEAR = ("relu_linear_attention", "multi_scale_aggregation", "multi_scale_linear_attention")
+_MULTI_SCALE = ("channels", "kernel", "scales")
+#: By operator, which of the library's limits count.
+_LIMITED = {
+    "relu_linear_attention": ("channels", "dimensions"),
+    "multi_scale_aggregation": _MULTI_SCALE,
+    "multi_scale_linear_attention": _MULTI_SCALE,
+    "cascaded_group_attention": ("heads",),
+}
 
 _DIFFERENTIABLE = (
     "relu_linear_attention",
@@ -67,7 +73,7 @@ def _unavailable() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
         reasons.append(f"has no {op}")
@@ -82,10 +88,8 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[
             reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    if op in _LINEAR:
-        wide = [count for count in channels if count > MOST_CHANNELS]
-        reasons += [f"takes heads of up to {MOST_CHANNELS} channels, not {count}" for count in wide]
-    return reasons
+    limits = {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
+    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, limits)]
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:

@@ -326,7 +326,7 @@ def _unavailable() -> str | None:
     return None
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in FUNCTIONS:
         reasons.append(f"has no {op}")

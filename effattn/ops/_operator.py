@@ -35,8 +35,8 @@ class Operator(NamedTuple):
     check: Callable[..., None]
     #: Of the output, whose dimensions lie in memory like those of the first image.
     shape: Callable[..., Sequence[int]]
-    #: Of arguments, the channels of a head's tensors; backends may have a limit.
-    channels: Callable[..., tuple[int, ...]]
+    #: Of arguments, what backends may have a limit for (:mod:`effattn.backends._sizes`).
+    sizes: Callable[..., tuple[int, ...]]
     #: Of what ``_forward`` returns beside the output, in float32; None if nothing.
     kept_shape: Callable[..., Sequence[int]] | None = None
     #: Of an output or a gradient of an image, for fake tensors.
@@ -47,10 +47,10 @@ class Operator(NamedTuple):
     def __call__(self, *arguments_and_options: Any) -> Any:
         """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
         image = arguments_and_options[0]
-        channels = self.channels(*arguments_and_options)
-        is_traced = torch.compiler.is_compiling() or not all(type(count) is int for count in channels)
+        sizes = self.sizes(*arguments_and_options)
+        is_traced = torch.compiler.is_compiling() or not all(type(size) is int for size in sizes)
         find = registry.find if is_traced else registry.choose
-        backend = find(self.name, image.device, image.dtype, channels)
+        backend = find(self.name, image.device, image.dtype, sizes)
         function = backend.functions[self.name]
         if not isinstance(function, Fused):
             self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
@@ -89,7 +89,7 @@ class Operator(NamedTuple):
         self.check(*arguments)
         for weight in _flat(arguments[self.images : self.arguments]):
             torch._check(weight.dtype == torch.float32, lambda: "weights must be float32")
-        triton.check_channels(self.channels(*arguments))
+        triton.check_sizes(self.name, self.sizes(*arguments))
 
     def _check_backward_for_triton(self, grad_out: torch.Tensor, *rest: Any) -> None:
         kept = 0 if self.kept_shape is None else 1

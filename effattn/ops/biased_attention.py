@@ -42,12 +42,11 @@ def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[
     return *q.shape[:3], v.shape[3]
 
 
-def _channels(
+def _sizes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
 ) -> tuple[int, ...]:
-    """And the number of heads, where they talk."""
-    return (q.shape[3], v.shape[3], q.shape[1]) if talking_heads else (q.shape[3], v.shape[3])
+    return q.shape[3], v.shape[3], q.shape[1] if talking_heads else 0
 
 
-biased_attention = Operator("biased_attention", 3, 5, _check, _shape, _channels)
+biased_attention = Operator("biased_attention", 3, 5, _check, _shape, _sizes)
 biased_attention.register()

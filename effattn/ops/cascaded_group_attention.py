@@ -63,14 +63,14 @@ def _shape(x: torch.Tensor, *_: Any) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _channels(
+def _sizes(
     x: torch.Tensor, qkv: Tensors, qkv_biases: Tensors, dw: Tensors, dw_biases: Tensors, bias: torch.Tensor, *_: Any
-) -> tuple[int, int]:
-    return x.shape[1] // len(qkv), dw[0].shape[0]
+) -> tuple[int, int, int, int]:
+    return x.shape[1] // len(qkv), dw[0].shape[0], max([weight.shape[-1] for weight in dw]), len(qkv)
 
 
 cascaded_group_attention = Operator(
-    "cascaded_group_attention", 1, 6, _check, _shape, _channels, empty=empty_image_in_order_of
+    "cascaded_group_attention", 1, 6, _check, _shape, _sizes, empty=empty_image_in_order_of
 )
 cascaded_group_attention.register()
 
@@ -117,7 +117,7 @@ batch_norm = Operator(
     6,
     _check_batch_norm,
     _shape,
-    lambda x, qkv, dw, *_: (x.shape[1] // len(qkv), dw[0].shape[0]),
+    lambda *_: (),
     _statistics_shape,
     empty_image_in_order_of,
     whole=True,

@@ -62,17 +62,17 @@ def _sums_shape(
     return qkv.shape[0], (1 + len(dw)) * (qkv.shape[1] // (3 * head_dim)), head_dim + 1, head_dim
 
 
-def _channels(
+def _sizes(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, *_: Any
-) -> tuple[int]:
-    return (head_dim,)
+) -> tuple[int, int, int]:
+    return head_dim, max([0, *(weight.shape[-1] for weight in dw)]), len(dw)
 
 
 multi_scale_aggregation = Operator(
-    "multi_scale_aggregation", 1, 5, _check, _aggregation_shape, _channels, empty=empty_image_in_order_of
+    "multi_scale_aggregation", 1, 5, _check, _aggregation_shape, _sizes, empty=empty_image_in_order_of
 )
 multi_scale_linear_attention = Operator(
-    "multi_scale_linear_attention", 1, 5, _check, _attention_shape, _channels, _sums_shape, empty_image_in_order_of
+    "multi_scale_linear_attention", 1, 5, _check, _attention_shape, _sizes, _sums_shape, empty_image_in_order_of
 )
 multi_scale_aggregation.register()
 multi_scale_linear_attention.register()

@@ -23,10 +23,10 @@ NAME = "relu_linear_attention"
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
-    channels = (q.shape[-1], v.shape[-1])
-    is_traced = torch.compiler.is_compiling() or type(channels[0]) is not int or type(channels[1]) is not int
+    sizes = (q.shape[-1], v.shape[-1], q.dim())
+    is_traced = torch.compiler.is_compiling() or type(sizes[0]) is not int or type(sizes[1]) is not int
     find = registry.find if is_traced else registry.choose
-    function = find(NAME, q.device, q.dtype, channels).functions[NAME]
+    function = find(NAME, q.device, q.dtype, sizes).functions[NAME]
     if not isinstance(function, Fused):
         _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)
@@ -132,7 +132,7 @@ def _register(namespace: str) -> None:
 
 def _check_for_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
     _check(q, k, v, eps)
-    triton.check_channels((q.shape[-1], v.shape[-1]))
+    triton.check_sizes(NAME, (q.shape[-1], v.shape[-1], q.dim()))
 
 
 def _check_backward_for_triton(

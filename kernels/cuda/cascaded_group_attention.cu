@@ -9,13 +9,13 @@
 
 #include "block.h"
 #include "launch.h"
+#include "limits.h"
 #include "sums.h"
 
 namespace effattn::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = kWarps * kLanes;
-constexpr int kMostHeads = 64;
 // Small windows go together until a block has so many tokens.
 constexpr int kTokens = 64;
 // Queries whose logits are there at once, where those of all do not fit.

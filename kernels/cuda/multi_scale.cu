@@ -48,8 +48,8 @@ struct Memory {
     mixed = convolved + s.head_dim * Tiles::kByChannel;
   }
   // `mixed`: how many tiles of them.
-  static int64_t bytes(const Scale& s, int mixed) {
-    return 4 * (int64_t{s.chunk} * Tiles::staged(s.kernel) + s.head_dim * Tiles::kByChannel +
+  static constexpr int64_t bytes(int chunk, int kernel, int head_dim, int mixed) {
+    return 4 * (int64_t{chunk} * Tiles::staged(kernel) + head_dim * Tiles::kByChannel +
                 int64_t{mixed} * Tiles::kPixels * Tiles::kByPixel);
   }
 };
@@ -380,6 +380,13 @@ class Call {
       throw std::runtime_error("effattn: the kernels take heads of up to " + std::to_string(kMostChannels) +
                                " channels, not " + std::to_string(problem.head_dim));
     }
+    for (int i = 0; i < problem.scales; ++i) {
+      if (problem.kernels[i] > kMostKernel) {
+        throw std::runtime_error("effattn: the kernels take convolutions of up to " +
+                                 std::to_string(kMostKernel) + " x " + std::to_string(kMostKernel) +
+                                 ", not " + std::to_string(problem.kernels[i]));
+      }
+    }
     if (problem.tokens() > INT32_MAX / 2 || problem.heads > INT32_MAX / 6) {
       throw std::runtime_error("effattn: the kernels take up to 2^30 pixels and 2^28 heads, got " +
                                std::to_string(problem.tokens()) + " and " + std::to_string(problem.heads));
@@ -426,21 +433,17 @@ class Call {
       s.kernel = 1;
       if (p_.scales > 0) {
         s.weights = p_.weights[i];
-        s.kernel = static_cast<int>(smaller(p_.kernels[i], INT16_MAX));
+        s.kernel = static_cast<int>(p_.kernels[i]);
         s.heads = static_cast<int>(heads);
       }
       with_channels(p_.head_dim, [&](auto padded) {
         using Tiles = PixelTiles<padded()>;
+        static_assert(bytes<padded()>(1, kMostKernel, padded()) <= kMostSharedBytes);
         s.down = static_cast<int>(ceil_div(p_.height, Tiles::kHeight));
         s.across = static_cast<int>(ceil_div(p_.width, Tiles::kWidth));
         for (s.chunk = least(Tiles::kChunk, s.head_dim);
              s.chunk > 1 && bytes<padded()>(s) > kMostSharedBytes;) {
           s.chunk /= 2;
-        }
-        if (bytes<padded()>(s) > kMostSharedBytes) {
-          throw std::runtime_error(
-              "effattn: a tile and its surroundings must fit into shared memory, got a kernel of " +
-              std::to_string(p_.kernels[i]));
         }
         if (s.kernel == 3) return f(padded, std::integral_constant<int, 3>{}, s, i);
         if (s.kernel == 5) return f(padded, std::integral_constant<int, 5>{}, s, i);
@@ -452,9 +455,13 @@ class Call {
   // What every kernel finds enough.
   template <int kPadded>
   static int64_t bytes(const Scale& s) {
+    return bytes<kPadded>(s.chunk, s.kernel, s.head_dim);
+  }
+  template <int kPadded>
+  static constexpr int64_t bytes(int chunk, int kernel, int head_dim) {
     using Tiles = PixelTiles<kPadded>;
-    const int64_t staged_twice = int64_t{8} * s.chunk * Tiles::staged(s.kernel);
-    return larger(larger(Memory<Tiles>::bytes(s, 2), staged_twice),
+    const int64_t staged_twice = int64_t{8} * chunk * Tiles::staged(kernel);
+    return larger(larger(Memory<Tiles>::bytes(chunk, kernel, head_dim, 2), staged_twice),
                   larger(MatrixTotal<kPadded>::kSharedBytes, 4 * kPixelThreads));
   }
 

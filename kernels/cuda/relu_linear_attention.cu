@@ -13,7 +13,8 @@ namespace {
 
 // --- sums over tokens -------------------------------------------------------------------------------
 
-// A warp sums kChunk x kChunk of them over 32 tokens at a time.
+// A warp sums kChunk x kChunk of them over 32 tokens at a time, 16 of float32: more would not fit into
+// registers.
 template <int kPadded>
 struct SumTiles {
   static constexpr int kChunk = least(kPadded, 32);
@@ -35,16 +36,16 @@ struct SumTokens {
 };
 
 template <class T, int kPadded, bool kTokenMajor>
-using ChannelFragment = Fragment<T, SumTiles<kPadded>::kChunk / 8, 8,
+using ChannelFragment = Fragment<T, SumTiles<kPadded>::kChunk / 8, kVector<T>,
                                  kTokenMajor ? least(kVector<T>, SumTiles<kPadded>::kChunk / 8) : 1,
-                                 kTokenMajor ? 1 : least(kVector<T>, 8), kTokenMajor>;
+                                 kTokenMajor ? 1 : kVector<T>, kTokenMajor>;
 
 // sum v relu(k)^T and sum relu(k) over a part of the tokens, in `shared`, whole after a barrier.
 template <class T, int kPadded, bool kTokenMajor, bool kScaled>
 EFFATTN_DEVICE void sum_part(const SumTokens& p, int64_t group, int part, float* shared) {
   using Tiles = SumTiles<kPadded>;
   using Piece = ChannelFragment<T, kPadded, kTokenMajor>;
-  constexpr int rows = Tiles::kChunk / 8;
+  constexpr int rows = Tiles::kChunk / 8, cols = Piece::kColRegisters;
   const Matrix<const T> k = by_channel<const T>(p.k, p.groups, group, p.tokens, p.head_dim);
   const Matrix<const T> v = by_channel<const T>(p.v, p.groups, group, p.tokens, p.value_dim);
   const int begin = part * p.split.part_tokens, end = least(begin + p.split.part_tokens, p.tokens);
@@ -54,15 +55,16 @@ EFFATTN_DEVICE void sum_part(const SumTokens& p, int64_t group, int part, float*
     const int first_v = chunk / Tiles::kAcross * Tiles::kChunk,
               first_k = chunk % Tiles::kAcross * Tiles::kChunk;
     float total[rows / 2][rows][4] = {}, keys[rows] = {};
-    for (int token = begin + slice * Tiles::kTokens; token < end; token += Tiles::kSlices * Tiles::kTokens) {
+    for (int token = begin + slice * Piece::kAllCols; token < end;
+         token += Tiles::kSlices * Piece::kAllCols) {
       Piece key, value;
       key.load(k, first_k, token);
       value.load(v, first_v, token);
       key.relu();
-      float of_matrix[8], of_vector[8];
+      float of_matrix[cols], of_vector[cols];
       if constexpr (kScaled) {
         EFFATTN_UNROLL
-        for (int c = 0; c < 8; ++c) {
+        for (int c = 0; c < cols; ++c) {
           const int at = token + Piece::col(c);
           const Words<2> two =
               at < p.tokens ? load_words<Words<2>>(p.scales + 2 * (group * p.tokens + at)) : Words<2>{};
@@ -78,7 +80,7 @@ EFFATTN_DEVICE void sum_part(const SumTokens& p, int64_t group, int part, float*
       // From zero, since tensor cores round towards it: a long sum would fall behind.
       float tile[rows / 2][rows][4] = {};
       EFFATTN_UNROLL
-      for (int s = 0; s < 8; s += 2) {
+      for (int s = 0; s < cols; s += 2) {
         EFFATTN_UNROLL
         for (int j = 0; j < rows; ++j) {
           const float b[2] = {key.x[j][s], key.x[j][s + 1]};
@@ -170,7 +172,7 @@ sum_tokens(EFFATTN_PARAMETERS(SumTokens) p) {
 // --- what uses the sums, a token a row --------------------------------------------------------------
 
 // Rows of a tile are tokens: vectors of them in channel-major, so many in token-major that registers suffice.
-template <class T, int kPadded, bool kTokenMajor, int kMostRows = 8>
+template <class T, int kPadded, bool kTokenMajor, int kMostRows = 8, int kMostAtATime = 8>
 struct TokenTiles {
   static constexpr int kWarps = SumTiles<kPadded>::kWarps, kThreads = kWarps * kLanes;
   static constexpr int kWantedRows = kPadded <= 32 ? kVector<T> : most(2, kVector<T> * 32 / kPadded);
@@ -182,7 +184,7 @@ struct TokenTiles {
   static constexpr int kColVector = kTokenMajor ? least(kVector<T>, kCols) : 2;
   // A result with all its channels, and what is loaded at a time: less of it where the result takes all
   // registers.
-  static constexpr int kAtATime = least(kCols, kPadded > 64 && sizeof(T) == 4 ? 4 : 8);
+  static constexpr int kAtATime = least(kCols, kPadded > 64 && sizeof(T) == 4 ? 4 : kMostAtATime);
   using Piece = Fragment<T, kRows, kCols, kRowVector, kColVector, !kTokenMajor>;
   using Chunk = Fragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>;
 
@@ -411,7 +413,7 @@ struct Keys {
 };
 
 template <class T, int kPadded, bool kTokenMajor>
-using KeyTiles = TokenTiles<T, kPadded, kTokenMajor, 4>;
+using KeyTiles = TokenTiles<T, kPadded, kTokenMajor, 4, kTokenMajor ? 8 : 4>;
 
 template <class T, int kPadded, bool kTokenMajor>
 EFFATTN_KERNEL((KeyTiles<T, kPadded, kTokenMajor>::kThreads), 1)

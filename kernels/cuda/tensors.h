@@ -6,15 +6,13 @@
 #include "../relu_linear_attention.h"
 #include "fragment.h"
 #include "launch.h"
+#include "limits.h"
 
 namespace effattn::cuda {
 
-// The most channels of a head.
-constexpr int kMostChannels = 128;
-
 // Leading dimensions, merged where all tensors of a call allow it.
 struct Groups {
-  static constexpr int kMost = 12;
+  static constexpr int kMost = kMostGroups;
   int rank = 0;
   uint32_t sizes[kMost];
 };

@@ -14,6 +14,7 @@ import torch
 
 from effattn import _library
 from effattn.backends._base import Backend, Fused
+from effattn.backends._sizes import beyond
 from effattn.backends.triton import (
     _tuning,
     biased_attention,
@@ -28,6 +29,7 @@ NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
 LEAST_CAPABILITY = (8, 0)
+_LIMITS = {"channels": MOST_CHANNELS, "talking_heads": MOST_TALKING_HEADS}
 
 
 def _unavailable() -> str | None:
@@ -40,7 +42,7 @@ def _unavailable() -> str | None:
     return None
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[int, ...]) -> list[str]:
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
         reasons.append(f"has no {op}")
@@ -54,14 +56,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, channels: tuple[
             reasons.append(f"needs a card of compute capability {needed}, this one has {found}")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    return reasons + [f"takes {most}, not {count}" for most, count in _out_of_range(channels)]
-
-
-def _out_of_range(channels: tuple[int, ...]) -> list[tuple[str, int]]:
-    """What is the most, and how many there are."""
-    found = [(f"heads of up to {MOST_CHANNELS} channels", count) for count in channels[:2] if count > MOST_CHANNELS]
-    talking = [(f"up to {MOST_TALKING_HEADS} heads that talk", n) for n in channels[2:] if n > MOST_TALKING_HEADS]
-    return found + talking
+    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, _LIMITS)]
 
 
 @torch.compiler.assume_constant_result
@@ -96,10 +91,10 @@ BACKEND = Backend("triton", _unavailable, _reasons, _FUNCTIONS)
 _OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def check_channels(channels: tuple[int, ...]) -> None:
+def check_sizes(op: str, sizes: tuple[int, ...]) -> None:
     """Raises RuntimeError where :func:`_reasons` would name them."""
-    for most, count in _out_of_range(channels):
-        torch._check(False, lambda most=most, count=count: f"the kernels take {most}, not {count}")
+    for limit in beyond(op, sizes, _LIMITS):
+        torch._check(False, lambda limit=limit: f"the kernels take {limit}")
 
 
 def register(name: str, check: Callable[..., None], check_backward: Callable[..., None]) -> bool:
