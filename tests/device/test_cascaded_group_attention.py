@@ -7,15 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from effattn import cascaded_group_attention, use_backend
-from effattn.testing import (
-    FLOAT32_FORWARD_TOLERANCE,
-    FLOAT32_GRADIENT_TOLERANCE,
-    CascadeCase,
-    check_softmax,
-    error,
-    moved,
-    with_gradients,
-)
+from effattn.testing import CascadeCase, check_softmax, moved, with_gradients
 
 pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
 
@@ -122,32 +114,14 @@ def test_results_lie_as_the_other_backends_lay_them(device, backend, memory_form
     assert strides(backend, device) == strides("cpu", "cpu")
 
 
-LIMITS = {
-    "value_dim": (CascadeCase(1, 129, 2, 2, 2, None, (3,)), "triton", "heads of up to 128 channels, not 129"),
-    "key_dim": (CascadeCase(1, 2, 129, 2, 2, None, (3,)), "triton", "heads of up to 128 channels, not 129"),
-    "heads": (CascadeCase(1, 65, 1, 1, 2, None, (1,) * 65), "cuda", "cascades of up to 64 heads, not 65"),
-}
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_a_limit_is_named_or_there_is_none(device, backend, name):
-    case, limited, limit = LIMITS[name]
-    if backend != limited:
+@pytest.mark.parametrize("case", [CascadeCase(1, 129, 2, 2, 2, None, (3,)), CascadeCase(1, 2, 129, 2, 2, None, (3,))])
+def test_a_limit_is_named_or_there_is_none(device, backend, case):
+    if backend == "cuda":
         check_softmax(cascaded_group_attention, backend, case, device=device)
         return
     x, *weights = arguments(device, case)
-    with pytest.raises(RuntimeError, match=f"{backend}: takes {limit}"):
+    with pytest.raises(RuntimeError, match=r"triton: takes heads of up to 128 channels, not 129"):
         cascaded_group_attention(x, *weights)
-
-
-def test_the_most_heads(device, backend):
-    """Of what goes through all of them: a weight's gradient may nearly vanish, in a chain this long."""
-    case = CascadeCase(1, 64, 1, 1, 2, None, (1,) * 64)
-    inputs = case.inputs()
-    results = with_gradients(cascaded_group_attention, backend, case, inputs, torch.float32, device)
-    truth = with_gradients(cascaded_group_attention, "reference", case, inputs, torch.float64)
-    for name, tolerance in (("out", FLOAT32_FORWARD_TOLERANCE), ("grad x", FLOAT32_GRADIENT_TOLERANCE)):
-        assert error(results[name], truth[name]) <= tolerance * truth[name].norm()
 
 
 def test_opcheck(device, ops):

@@ -193,21 +193,6 @@ def test_sizes_out_of_range_are_named(device, backend):
         relu_linear_attention(*problem(device, (2,), 5, 5, 129, 3)[:3])
 
 
-@pytest.mark.parametrize("rank", [14, 15])
-def test_dimensions_that_cannot_be_merged(device, backend, rank):
-    """Twelve leading ones are what a launch of CUDA's has room for."""
-    dims = (*reversed(range(rank - 2)), rank - 2, rank - 1)
-    q, k, v = (t.permute(dims) for t in problem(device, (2,) * (rank - 2), 2, 3, 2, 3)[:3])
-    if backend == "cuda" and rank == 15:
-        with pytest.raises(RuntimeError, match="cuda: takes tensors of up to 14 dimensions, not 15"):
-            relu_linear_attention(q, k, v)
-    else:
-        with use_backend("reference"):
-            truth = relu_linear_attention(*(t.double().cpu() for t in (q, k, v)))
-        out = relu_linear_attention(q, k, v).cpu()
-        assert error(out, truth) <= FLOAT32_FORWARD_TOLERANCE * truth.norm()
-
-
 def test_opcheck(device, ops):
     q, k, v, _ = problem(device, (2, 3), 20, 24, 13, 8, layout="channel_major")
     for name in ("relu_linear_attention", "relu_linear_attention_forward"):
