@@ -82,12 +82,8 @@ template <class Tiles, int kKernel>
 EFFATTN_DEVICE void aggregate_head(const Scale& s, const Memory<Tiles>& memory, bool is_own, int64_t batch,
                                    int64_t channel, const Corner& at, float* to) {
   if (is_own) {
-    const bool is_channels_last = s.x.image.channel_stride == 1;
-    for_each<kPixelThreads>(s.head_dim * Tiles::kPixels, [&](int i) {
-      const int c = is_channels_last ? i % s.head_dim : i / Tiles::kPixels;
-      const int pixel = is_channels_last ? i / s.head_dim : i % Tiles::kPixels;
-      to[pixel * Tiles::kByPixel + c] = s.x.load(batch, channel + c, row_of(at, pixel), col_of(at, pixel));
-    });
+    load_tile<Tiles>(s.x, batch, channel, s.head_dim, at,
+                     [&](int pixel, int c, float x) { to[pixel * Tiles::kByPixel + c] = x; });
   } else {
     convolve_head<Tiles, kKernel>(s, memory, batch, channel, at);
     products<false, false>(
@@ -173,6 +169,7 @@ attend_tile(EFFATTN_PARAMETERS(Attention) p) {
   const int64_t head = place.batch * p.all_heads + p.first_head + place.head;
   const float* const sums = p.sums + head * (s.head_dim + 1) * s.head_dim;
   float* const queries = memory.mixed;
+  float* const outputs = queries + Tiles::kPixels * Tiles::kByPixel;
   aggregate_head<Tiles, kKernel>(s, memory, place.is_own, place.batch, place.channel, at, queries);
   float* const inverse = memory.staged;
   for_each<kPixelThreads>(Tiles::kPixels, [&](int pixel) {
@@ -187,10 +184,11 @@ attend_tile(EFFATTN_PARAMETERS(Attention) p) {
       kPixelWarps, 1, Tiles::kPixels, s.head_dim, s.head_dim,
       [&](int, int pixel, int k) { return relu(queries[pixel * Tiles::kByPixel + k]); },
       [&](int, int k, int c) { return sums[c * s.head_dim + k]; },
-      [&](int, int pixel, int c, float x) {
-        const int64_t channel = static_cast<int64_t>(p.first_head + place.head) * s.head_dim + c;
-        p.out.store(place.batch, channel, row_of(at, pixel), col_of(at, pixel), x * inverse[pixel]);
-      });
+      [&](int, int pixel, int c, float x) { outputs[pixel * Tiles::kByPixel + c] = x * inverse[pixel]; });
+  sync_block();
+  const int64_t channel = static_cast<int64_t>(p.first_head + place.head) * s.head_dim;
+  store_tile<Tiles>(p.out, place.batch, channel, s.head_dim, at,
+                    [&](int pixel, int c) { return outputs[pixel * Tiles::kByPixel + c]; });
 }
 
 // --- aggregation ------------------------------------------------------------------------------------
@@ -212,14 +210,9 @@ aggregate_tile(EFFATTN_PARAMETERS(Aggregation) p) {
   const Corner at = corner_of<Tiles>(s, place.piece);
   const int64_t from = place.channel / 3;
   aggregate_head<Tiles, kKernel>(s, memory, place.is_own, place.batch, from, at, memory.mixed);
-  const bool is_channels_last = p.out.image.channel_stride == 1;
   const int64_t to = p.first_channel + static_cast<int64_t>(place.head) * s.head_dim;
-  for_each<kPixelThreads>(s.head_dim * Tiles::kPixels, [&](int i) {
-    const int c = is_channels_last ? i % s.head_dim : i / Tiles::kPixels;
-    const int pixel = is_channels_last ? i / s.head_dim : i % Tiles::kPixels;
-    p.out.store(place.batch, to + c, row_of(at, pixel), col_of(at, pixel),
-                memory.mixed[pixel * Tiles::kByPixel + c]);
-  });
+  store_tile<Tiles>(p.out, place.batch, to, s.head_dim, at,
+                    [&](int pixel, int c) { return memory.mixed[pixel * Tiles::kByPixel + c]; });
 }
 
 struct AggregationBackward {
@@ -255,16 +248,14 @@ pointwise_backward(EFFATTN_PARAMETERS(AggregationBackward) p) {
   const int64_t part = block_index() % p.parts, channel = block_index() / p.parts * s.head_dim;
   const int64_t channels = static_cast<int64_t>(s.heads) * s.head_dim;
   float* const grads = memory.mixed;
+  float* const through = grads + Tiles::kPixels * Tiles::kByPixel;
   MatrixTotal<kPadded> matrix;
   VectorTotal<kPadded> vector;
   const int64_t end = smaller((part + 1) * p.part_tiles, p.batch * s.tiles());
   for (int64_t tile = part * p.part_tiles; tile < end; ++tile) {
     const TileOfBatch of = tile_of_batch<Tiles>(s, tile);
-    for_each<kPixelThreads>(s.head_dim * Tiles::kPixels, [&](int i) {
-      const int c = i / Tiles::kPixels, pixel = i % Tiles::kPixels;
-      grads[pixel * Tiles::kByPixel + c] = p.grad_out.load(of.batch, p.first_channel + channel + c,
-                                                           row_of(of.at, pixel), col_of(of.at, pixel));
-    });
+    load_tile<Tiles>(p.grad_out, of.batch, p.first_channel + channel, s.head_dim, of.at,
+                     [&](int pixel, int c, float x) { grads[pixel * Tiles::kByPixel + c] = x; });
     convolve_head<Tiles, kKernel>(s, memory, of.batch, channel, of.at);
     const auto grad = [&](int c, int pixel) { return grads[pixel * Tiles::kByPixel + c]; };
     matrix.add(s.head_dim, s.head_dim, grad,
@@ -274,10 +265,10 @@ pointwise_backward(EFFATTN_PARAMETERS(AggregationBackward) p) {
         kPixelWarps, 1, Tiles::kPixels, s.head_dim, s.head_dim,
         [&](int, int pixel, int c) { return grad(c, pixel); },
         [&](int, int k, int c) { return s.weights.pointwise[(channel + k) * s.head_dim + c]; },
-        [&](int, int pixel, int c, float x) {
-          p.grad_convolved.store(of.batch, channel + c, row_of(of.at, pixel), col_of(of.at, pixel), x);
-        });
+        [&](int, int pixel, int c, float x) { through[pixel * Tiles::kByPixel + c] = x; });
     sync_block();
+    store_tile<Tiles>(p.grad_convolved, of.batch, channel, s.head_dim, of.at,
+                      [&](int pixel, int c) { return through[pixel * Tiles::kByPixel + c]; });
   }
   matrix.finish(memory.staged, s.head_dim, s.head_dim, [&](int r, int c, float x) {
     p.sums.pointwise[(part * channels + channel + r) * s.head_dim + c] = x;
@@ -312,12 +303,12 @@ depthwise_backward(EFFATTN_PARAMETERS(AggregationBackward) p) {
     sync_block();
     convolve<Tiles, kKernel, -1>(grads, s.weights.depthwise + first * kernel * kernel, channels, kernel,
                                  [&](int c, int pixel, const float (&strip)[Tiles::kStrip]) {
+                                   const int row = row_of(of.at, pixel), col = col_of(of.at, pixel);
+                                   float total[Tiles::kStrip];
+                                   load_strip(p.before, of.batch, first + c, row, col, total);
                                    EFFATTN_UNROLL
-                                   for (int e = 0; e < Tiles::kStrip; ++e) {
-                                     const int row = row_of(of.at, pixel + e), col = col_of(of.at, pixel + e);
-                                     p.grad_x.store(of.batch, first + c, row, col,
-                                                    strip[e] + p.before.load(of.batch, first + c, row, col));
-                                   }
+                                   for (int e = 0; e < Tiles::kStrip; ++e) total[e] += strip[e];
+                                   store_strip(p.grad_x, of.batch, first + c, row, col, total);
                                  });
     // A thread a row of taps: it owns them, so that they are added up in the order of the tiles.
     for_each<kPixelThreads>(channels * kernel, [&](int item) {

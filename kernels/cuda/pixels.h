@@ -30,6 +30,22 @@ struct Picture {
   }
 };
 
+// f, with a number of the image's type, if some of its channels can be had by whole vectors; whether they
+// can.
+template <class F>
+EFFATTN_DEVICE bool by_vectors(const Picture& x, int64_t first, int channels, F f) {
+  const bool by_channels = x.image.channel_stride == 1;
+  if (x.vector == 0 || (by_channels && (first % x.vector != 0 || channels % x.vector != 0))) return false;
+  if (x.dtype == DType::kFloat32) {
+    f(float{});
+  } else if (x.dtype == DType::kBFloat16) {
+    f(BFloat16{});
+  } else {
+    f(Float16{});
+  }
+  return true;
+}
+
 constexpr int kStagedChannels = 32;
 constexpr int kTileWidth = 16;
 constexpr int kPixelWarps = 8, kPixelThreads = kPixelWarps * kLanes;
@@ -120,16 +136,129 @@ EFFATTN_DEVICE void stage_vectors(const Picture& x, int64_t batch, int64_t first
 template <class Tiles>
 EFFATTN_DEVICE void stage(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
                           int kernel, float* to) {
-  const bool by_channels = x.image.channel_stride == 1;
-  if (x.vector == 0 || (by_channels && (first % x.vector != 0 || channels % x.vector != 0))) {
+  const auto vectors = [&](auto type) {
+    stage_vectors<decltype(type), Tiles>(x, batch, first, channels, at, kernel, to);
+  };
+  if (!by_vectors(x, first, channels, vectors)) {
     stage_elements<Tiles>(x, batch, first, channels, at, kernel, to);
-  } else if (x.dtype == DType::kFloat32) {
-    stage_vectors<float, Tiles>(x, batch, first, channels, at, kernel, to);
-  } else if (x.dtype == DType::kBFloat16) {
-    stage_vectors<BFloat16, Tiles>(x, batch, first, channels, at, kernel, to);
-  } else {
-    stage_vectors<Float16, Tiles>(x, batch, first, channels, at, kernel, to);
   }
+}
+
+// Number i of the pieces of a tile, kCount elements that are neighbours in an image. Of rows of pixels the
+// channels follow each other, so that lanes meet in few banks where a pixel's channels are neighbours.
+template <class Tiles, int kCount>
+struct PieceOfTile {
+  int pixel, channel;
+  bool by_channels;
+
+  EFFATTN_DEVICE PieceOfTile(const Picture& x, int channels, int i)
+      : by_channels(x.image.channel_stride == 1) {
+    if (by_channels) {
+      const int pieces = channels / kCount;
+      pixel = i / pieces;
+      channel = i % pieces * kCount;
+    } else {
+      constexpr int pieces = kTileWidth / kCount;
+      pixel = i / (pieces * channels) * kTileWidth + i % pieces * kCount;
+      channel = i / pieces % channels;
+    }
+  }
+  // f(pixel, channel) of element e.
+  template <class F>
+  EFFATTN_DEVICE auto element(int e, F f) const {
+    return by_channels ? f(pixel, channel + e) : f(pixel + e, channel);
+  }
+};
+
+// Some channels of a tile from an image, put(pixel, channel, x); 0 outside of the image.
+template <class Tiles, class Put>
+EFFATTN_DEVICE void load_tile(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
+                              Put put) {
+  const auto vectors = [&](auto type) {
+    using T = decltype(type);
+    for_each<kPixelThreads>(channels * Tiles::kPixels / kVector<T>, [&](int i) {
+      const PieceOfTile<Tiles, kVector<T>> piece(x, channels, i);
+      const int row = row_of(at, piece.pixel), col = col_of(at, piece.pixel);
+      Packed<T, kVector<T>> packed{};
+      if (x.has(row, col)) {
+        packed.template load<16>(static_cast<const T*>(x.image.data) +
+                                 x.at(batch, first + piece.channel, row, col));
+      }
+      EFFATTN_UNROLL
+      for (int e = 0; e < kVector<T>; ++e) {
+        piece.element(e, [&](int pixel, int c) { put(pixel, c, packed.get(e)); });
+      }
+    });
+  };
+  if (by_vectors(x, first, channels, vectors)) return;
+  for_each<kPixelThreads>(channels * Tiles::kPixels, [&](int i) {
+    const PieceOfTile<Tiles, 1> one(x, channels, i);
+    put(one.pixel, one.channel,
+        x.load(batch, first + one.channel, row_of(at, one.pixel), col_of(at, one.pixel)));
+  });
+}
+
+// And to an image, get(pixel, channel).
+template <class Tiles, class Get>
+EFFATTN_DEVICE void store_tile(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
+                               Get get) {
+  const auto vectors = [&](auto type) {
+    using T = decltype(type);
+    for_each<kPixelThreads>(channels * Tiles::kPixels / kVector<T>, [&](int i) {
+      const PieceOfTile<Tiles, kVector<T>> piece(x, channels, i);
+      const int row = row_of(at, piece.pixel), col = col_of(at, piece.pixel);
+      if (!x.has(row, col)) return;
+      Packed<T, kVector<T>> packed{};
+      EFFATTN_UNROLL
+      for (int e = 0; e < kVector<T>; ++e) packed.set(e, piece.element(e, get));
+      packed.template store<16>(static_cast<T*>(x.image.data) + x.at(batch, first + piece.channel, row, col));
+    });
+  };
+  if (by_vectors(x, first, channels, vectors)) return;
+  for_each<kPixelThreads>(channels * Tiles::kPixels, [&](int i) {
+    const PieceOfTile<Tiles, 1> one(x, channels, i);
+    x.store(batch, first + one.channel, row_of(at, one.pixel), col_of(at, one.pixel),
+            get(one.pixel, one.channel));
+  });
+}
+
+// Some pixels of a row of one channel, the first in a column that is a multiple of their number.
+template <int kCount>
+EFFATTN_DEVICE void load_strip(const Picture& x, int64_t batch, int64_t channel, int row, int col,
+                               float (&to)[kCount]) {
+  const auto vectors = [&](auto type) {
+    using T = decltype(type);
+    EFFATTN_UNROLL
+    for (int v = 0; v < kCount; v += kVector<T>) {
+      Packed<T, kVector<T>> packed{};
+      if (x.has(row, col + v)) {
+        packed.template load<16>(static_cast<const T*>(x.image.data) + x.at(batch, channel, row, col + v));
+      }
+      EFFATTN_UNROLL
+      for (int e = 0; e < kVector<T>; ++e) to[v + e] = packed.get(e);
+    }
+  };
+  if (by_vectors(x, channel, 1, vectors)) return;
+  EFFATTN_UNROLL
+  for (int e = 0; e < kCount; ++e) to[e] = x.load(batch, channel, row, col + e);
+}
+template <int kCount>
+EFFATTN_DEVICE void store_strip(const Picture& x, int64_t batch, int64_t channel, int row, int col,
+                                const float (&from)[kCount]) {
+  const auto vectors = [&](auto type) {
+    using T = decltype(type);
+    EFFATTN_UNROLL
+    for (int v = 0; v < kCount; v += kVector<T>) {
+      if (!x.has(row, col + v)) continue;
+      Packed<T, kVector<T>> packed{};
+      EFFATTN_UNROLL
+      for (int e = 0; e < kVector<T>; ++e) packed.set(e, from[v + e]);
+      packed.template store<16>(static_cast<T*>(x.image.data) + x.at(batch, channel, row, col + v));
+    }
+  };
+  if (by_vectors(x, channel, 1, vectors)) return;
+  EFFATTN_UNROLL
+  for (int e = 0; e < kCount; ++e) x.store(batch, channel, row, col + e, from[e]);
 }
 
 // Strips of the depthwise convolution of what is staged, with taps (channels, kernel, kernel): f(channel,
