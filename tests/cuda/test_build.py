@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -189,3 +190,10 @@ def test_the_compiler_here_is_the_one_in_the_path(monkeypatch):
     monkeypatch.delenv("EFFATTN_CUDA", raising=False)
     monkeypatch.setenv("EFFATTN_CUDA_ARCHS", "80")
     assert module.Cuda.found().nvcc == shutil.which("nvcc") or "CUDA_HOME" in os.environ
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+def test_torch_has_its_current_stream_where_the_library_looks():
+    """csrc/cuda/backend.h: in what torch has loaded, for itself alone."""
+    torch_cuda = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+    assert torch_cuda.aoti_torch_get_current_cuda_stream

@@ -153,13 +153,6 @@ def test_a_limit_is_named_or_there_is_none(device, backend, case, limit):
         biased_attention(*rest, talking_heads=mixing or None)
 
 
-@pytest.mark.parametrize(
-    "case", [BiasedCase(1, 8, 17, 430, 4, 4, talking=True), BiasedCase(2, 1, 3, 26000, 2, 2)], ids=["heads", "keys"]
-)
-def test_logits_that_do_not_fit_into_shared_memory(device, backend, case):
-    check_softmax(biased_attention, backend, case, device=device)
-
-
 @talking_or_not
 def test_opcheck(device, ops, talking):
     for layout in LAYOUTS[:2]:

@@ -1,4 +1,4 @@
-"""Sizes that only the CUDA kernels have a limit for: right up to there, named beyond."""
+"""Sizes that only the CUDA kernels have a limit for: right up to there, named beyond, or slower."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from effattn import (
     _library,
+    biased_attention,
     cascaded_group_attention,
     multi_scale_aggregation,
     multi_scale_linear_attention,
@@ -17,9 +18,11 @@ from effattn import (
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
+    BiasedCase,
     CascadeCase,
     MultiScaleCase,
     check_multi_scale,
+    check_softmax,
     error,
     make_tensor,
     with_gradients,
@@ -79,6 +82,13 @@ def test_the_most_dimensions():
 @pytest.mark.parametrize("function", [multi_scale_aggregation, multi_scale_linear_attention])
 def test_the_largest_kernel(function):
     check_multi_scale(function, "cuda", MultiScaleCase(1, 1, 2, 2, 19, kernels=(97,)), device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "case", [BiasedCase(1, 8, 17, 430, 4, 4, talking=True), BiasedCase(2, 1, 3, 26000, 2, 2)], ids=["heads", "keys"]
+)
+def test_logits_that_do_not_fit_into_shared_memory(case):
+    check_softmax(biased_attention, "cuda", case, device=DEVICE)
 
 
 def test_the_most_heads():
