@@ -47,6 +47,13 @@ def _load_cuda() -> tuple[str, str, str | None]:
     return build, limits, None
 
 
+def cuda_driver_error() -> str | None:
+    """Why the driver cannot run the CUDA kernels; where there is a card, and the library is loaded."""
+    ask = ctypes.CDLL(str(library_path.with_name("libeffattn_cuda.so"))).effattn_cuda_driver
+    ask.restype = ctypes.c_char_p
+    return ask().decode() or None
+
+
 _cuda_build, _cuda_limits, cuda_error = _load_cuda()
 cuda_compiler, _, _archs = _cuda_build.partition("; ")
 #: What the CUDA kernels are compiled for, as EFFATTN_CUDA_ARCHS has it.

@@ -26,9 +26,12 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 SMALL = [
     "tests/device/test_relu_linear_attention.py::test_against_float64",
     "tests/device/test_multi_scale.py::test_memory_formats_against_float64",
+    "tests/device/test_multi_scale.py::test_narrow_types_against_float64",
     "tests/device/test_biased_attention.py::test_numbers_of_talking_heads",
     "tests/device/test_cascaded_group_attention.py::test_programs_that_take_several_windows",
 ]
+#: Whether the CUDA kernels can be used, or why not.
+CUDA = "import sys; from effattn.backends import cuda; sys.exit(cuda.BACKEND.unavailable())"
 #: Kept for the benchmark, whatever the steps before it would like.
 RESERVED = 240
 #: What building and testing need beside Python: module, and the package that has it.
@@ -41,7 +44,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Step:
-    """``most`` seconds are spent on it, or what is left; ``tool`` is what it needs beside Python.
+    """``most`` seconds are spent on it, or what is left; ``tools`` are what it needs beside Python.
 
     A step that ``may_end_early`` is no failure if its time is over: what it has seen until then was right.
     """
@@ -49,23 +52,32 @@ class Step:
     name: str
     command: list[str]
     most: float
-    tool: str | None = None
+    tools: tuple[str, ...] = ()
     may_end_early: bool = False
 
 
 def steps(output: Path, left: float) -> list[Step]:
     kernels = ["tests/triton", "tests/device", "--ignore", "tests/triton/test_compiled.py"]
     parallel = ["-n", str(min(8, os.cpu_count() or 1))]
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+
+    def sanitized(tool: str, backend: str, most: float, *tools: str) -> Step:
+        command = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool]
+        tests = [*PYTEST, "-v", *SMALL, "-k", backend]
+        return Step(f"{tool}-{backend}", [*command, *tests], most, (command[0], *tools), may_end_early=True)
+
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     return [
-        Step("card", ["nvidia-smi"], 20, "nvidia-smi"),
+        Step("card", ["nvidia-smi"], 20, ("nvidia-smi",)),
         Step("build", [*pip, "install", "--no-build-isolation", "--no-deps", "-e", "."], 200),
         Step("info", [sys.executable, "-m", "effattn", "info"], 60),
+        Step("cuda", [sys.executable, "-c", CUDA], 30, ("nvcc",)),
         Step("tests", [*PYTEST, *kernels, *parallel], 200),
-        Step("memcheck", [*sanitizer, "memcheck", *PYTEST, "-v", *SMALL], 60, sanitizer[0], may_end_early=True),
-        # Of shared memory: what the cascade passes through global memory is held together by barriers it cannot see.
-        Step("racecheck", [*sanitizer, "racecheck", *PYTEST, "-v", *SMALL], 40, sanitizer[0], may_end_early=True),
+        # The CUDA backend first: what Triton compiles while it runs takes most of the time.
+        sanitized("memcheck", "cuda", 40, "nvcc"),
+        sanitized("memcheck", "triton", 40),
+        # Of shared memory: what passes through global memory is held together by barriers that it cannot see.
+        sanitized("racecheck", "cuda", 30, "nvcc"),
+        sanitized("racecheck", "triton", 25),
         Step(
             "benchmark",
             [*BENCHMARK, "--seconds", "{left}", "--output", str(output)],
@@ -93,17 +105,18 @@ def main() -> int:
     begin, summary, failed = time.monotonic(), [], False
     for step in steps(output, arguments.seconds):
         left = arguments.seconds - (time.monotonic() - begin)
-        if step.tool is not None and shutil.which(step.tool) is None:
-            summary.append(f"{step.name:10} not run: there is no {step.tool} here")
+        absent = [tool for tool in step.tools if shutil.which(tool) is None]
+        if absent:
+            summary.append(f"{step.name:16} not run: there is no {' and no '.join(absent)} here")
             continue
         limit = min(step.most, left if step.name == "benchmark" else left - RESERVED)
         if limit < 5:
-            summary.append(f"{step.name:10} not run: no time was left")
+            summary.append(f"{step.name:16} not run: no time was left")
             failed = True
             continue
         result, seconds = run(step, limit, output)
         failed |= result.startswith("FAILED")
-        summary.append(f"{step.name:10} {result} after {seconds:.0f} s")
+        summary.append(f"{step.name:16} {result} after {seconds:.0f} s")
     print("\n".join(["", *summary, f"logs, JSON and tables: {output}"]))
     return int(failed)
 

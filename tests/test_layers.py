@@ -148,6 +148,7 @@ def test_the_next_backend_serves_what_the_cuda_kernels_do_not_take(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cuda, "runs_on", lambda capability, archs: True)
+    monkeypatch.setattr(cuda, "_driver_error", lambda: None)
     for op, too_large in BEYOND_CUDA.items():
         for sizes, name in [((1, 1, 1, 1), "cuda"), *((sizes, "reference") for sizes in too_large)]:
             assert registry.find(op, torch.device("cuda"), torch.float16, sizes).name == name

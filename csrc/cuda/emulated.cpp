@@ -1,4 +1,5 @@
-// The card that tests emulate: of the kind that EFFATTN_EMULATED_CAPABILITY says, 90 unless told.
+// The card that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and EFFATTN_EMULATED_MULTIPROCESSORS,
+// 132 unless told.
 #include <cstdlib>
 
 #include "backend.h"
@@ -6,10 +7,14 @@
 namespace effattn {
 
 cuda::Card OnDevice::card() const {
-  const char* const capability = std::getenv("EFFATTN_EMULATED_CAPABILITY");
-  return {capability != nullptr ? std::atoi(capability) : 90, 132};
+  const auto told = [](const char* name, int otherwise) {
+    const char* const value = std::getenv(name);
+    return value != nullptr ? std::atoi(value) : otherwise;
+  };
+  return {told("EFFATTN_EMULATED_CAPABILITY", 90), told("EFFATTN_EMULATED_MULTIPROCESSORS", 132)};
 }
 
 }  // namespace effattn
 
 extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_build() { return "emulated; "; }
+extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_driver() { return ""; }

@@ -30,6 +30,10 @@ _DIFFERENTIABLE = (
 )
 
 
+#: Capabilities of systems on a chip, which are no later minors of the cards' (CUDA's guide, binary compatibility).
+_INTEGRATED = ((8, 7), (10, 1))
+
+
 class Measurement(NamedTuple):
     """Where these kernels were found to be faster than Triton's."""
 
@@ -70,7 +74,7 @@ def _unavailable() -> str | None:
         return _library.cuda_error
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    return _driver_error() if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
@@ -94,16 +98,22 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
     """Whether a card can run what was compiled for these: "80" runs on 8.0 and later minors of 8, "90a" on 9.0 alone,
-    and what has "+PTX" on every later card."""
+    and what has "+PTX" on every later card. Those of ``_INTEGRATED`` run no other card's code."""
     for arch in archs:
         compiled = divmod(int(arch.removesuffix("+PTX").rstrip("af")), 10)
         if arch.endswith("a"):
             fits = compiled == capability
         else:
-            fits = compiled <= capability and (arch.endswith("+PTX") or compiled[0] == capability[0])
+            same = compiled == capability if capability in _INTEGRATED else compiled[0] == capability[0]
+            fits = compiled <= capability and (arch.endswith("+PTX") or same)
         if fits:
             return True
     return False
+
+
+@torch.compiler.assume_constant_result
+def _driver_error() -> str | None:
+    return _library.cuda_driver_error()
 
 
 @torch.compiler.assume_constant_result

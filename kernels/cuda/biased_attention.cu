@@ -411,6 +411,11 @@ Attention attention_of(const BiasedAttention& problem, int buffers, const Execut
   while (p.rows > kTileRows && !fits(buffers)) p.rows /= 2;
   while (p.in_shared < buffers && fits(p.in_shared + 1)) ++p.in_shared;
   p.spilled_buffers = buffers - p.in_shared;
+  if (int64_t{p.together} * p.rows * p.stride > INT32_MAX) {
+    throw std::runtime_error("effattn: the kernels take fewer than 2^31 logits at a time, got " +
+                             std::to_string(p.together) + " heads of " + std::to_string(p.rows) + " x " +
+                             std::to_string(p.stride));
+  }
   p.tiles = static_cast<int>(ceil_div(p.queries, p.rows));
   p.count = p.blocks = problem.batch * (p.heads / most(p.together, 1)) * p.tiles;
   if (p.spilled_buffers > 0) {

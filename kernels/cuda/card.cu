@@ -1,4 +1,5 @@
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "fragment.h"
@@ -10,6 +11,19 @@ namespace {
 EFFATTN_KERNEL(kLanes, 1) nothing(EFFATTN_PARAMETERS(int) p) { static_cast<void>(p); }
 
 }  // namespace
+
+const char* unfit_driver() {
+  static const std::string found = [] {
+    int driver = 0, runtime = 0;
+    check(cudaDriverGetVersion(&driver), "version of the driver");
+    check(cudaRuntimeGetVersion(&runtime), "version of the runtime");
+    // Of one major version, every driver runs every library.
+    if (driver / 1000 >= runtime / 1000) return std::string();
+    return "is compiled with CUDA " + std::to_string(runtime / 1000) + ", the driver knows CUDA " +
+           std::to_string(driver / 1000);
+  }();
+  return found.c_str();
+}
 
 void make_current(int device) { check(cudaSetDevice(device), "a device"); }
 

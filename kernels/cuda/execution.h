@@ -15,6 +15,8 @@ struct Card {
 
 // Of the device with this number, which is the current one; asked for once.
 Card card(int device);
+// Why the driver cannot run what this was compiled with, or nothing.
+const char* unfit_driver();
 // For the runtime that this library is linked with, which may be another copy than torch's.
 void make_current(int device);
 

@@ -20,11 +20,23 @@ constexpr int64_t kMostBlocks = INT32_MAX;
 // Of shared memory: the least that a card since 8.0 lets a block have, less what it keeps.
 constexpr int kMostSharedBytes = 98 * 1024;
 
+inline void check(const Grid& grid) {
+  if (grid.blocks > kMostBlocks) {
+    throw std::runtime_error("effattn: too large for one launch, " + std::to_string(grid.blocks) + " blocks");
+  }
+  if (grid.shared_bytes > kMostSharedBytes || grid.blocks % grid.cluster != 0) {
+    throw std::logic_error("effattn: a launch of " + std::to_string(grid.blocks) + " blocks in clusters of " +
+                           std::to_string(grid.cluster) + ", with " + std::to_string(grid.shared_bytes) +
+                           " bytes of shared memory");
+  }
+}
+
 #ifdef EFFATTN_EMULATED
 
 template <class Parameters>
 void launch(void (*kernel)(const Parameters&), const Grid& grid, const Execution&,
             const Parameters& parameters) {
+  check(grid);
   struct Call {
     void (*kernel)(const Parameters&);
     const Parameters& parameters;
@@ -48,10 +60,8 @@ template <class Parameters>
 void launch(void (*kernel)(const Parameters), const Grid& grid, const Execution& execution,
             const Parameters& parameters) {
   static_assert(sizeof(Parameters) <= 4096);
+  check(grid);
   if (grid.blocks == 0) return;
-  if (grid.blocks > kMostBlocks) {
-    throw std::runtime_error("effattn: too large for one launch, " + std::to_string(grid.blocks) + " blocks");
-  }
   if (grid.shared_bytes > 48 * 1024) {  // always to the same: another thread may launch the kernel too
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes),
           "shared memory of a kernel");

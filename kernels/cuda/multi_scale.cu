@@ -269,6 +269,7 @@ pointwise_backward(EFFATTN_PARAMETERS(AggregationBackward) p) {
     sync_block();
     store_tile<Tiles>(p.grad_convolved, of.batch, channel, s.head_dim, of.at,
                       [&](int pixel, int c) { return through[pixel * Tiles::kByPixel + c]; });
+    sync_block();  // sums of wide heads are finished where this stands
   }
   matrix.finish(memory.staged, s.head_dim, s.head_dim, [&](int r, int c, float x) {
     p.sums.pointwise[(part * channels + channel + r) * s.head_dim + c] = x;
@@ -429,7 +430,8 @@ class Call {
       }
       with_channels(p_.head_dim, [&](auto padded) {
         using Tiles = PixelTiles<padded()>;
-        static_assert(bytes<padded()>(1, kMostKernel, padded()) <= kMostSharedBytes);
+        static_assert(bytes<padded()>(1, kMostKernel, padded()) <= kMostSharedBytes &&
+                      8 * Tiles::staged(kMostKernel) <= kMostSharedBytes);
         s.down = static_cast<int>(ceil_div(p_.height, Tiles::kHeight));
         s.across = static_cast<int>(ceil_div(p_.width, Tiles::kWidth));
         for (s.chunk = least(Tiles::kChunk, s.head_dim);
@@ -443,16 +445,14 @@ class Call {
     }
   }
 
-  // What every kernel finds enough.
+  // What every kernel but that of the convolution's gradients finds enough.
   template <int kPadded>
   static int64_t bytes(const Scale& s) {
     return bytes<kPadded>(s.chunk, s.kernel, s.head_dim);
   }
   template <int kPadded>
   static constexpr int64_t bytes(int chunk, int kernel, int head_dim) {
-    using Tiles = PixelTiles<kPadded>;
-    const int64_t staged_twice = int64_t{8} * chunk * Tiles::staged(kernel);
-    return larger(larger(Memory<Tiles>::bytes(chunk, kernel, head_dim, 2), staged_twice),
+    return larger(Memory<PixelTiles<kPadded>>::bytes(chunk, kernel, head_dim, 2),
                   larger(MatrixTotal<kPadded>::kSharedBytes, 4 * kPixelThreads));
   }
 
@@ -534,13 +534,10 @@ class Call {
              execution_, b);
       // Of any heads: as many channels as there are rows of taps for threads.
       b.scale.chunk = static_cast<int>(smaller(kStagedChannels, all));
-      while (b.scale.chunk > s.chunk && 8 * b.scale.chunk * Tiles::staged(s.kernel) > kMostSharedBytes) {
-        b.scale.chunk /= 2;
-      }
-      b.scale.chunk = most(b.scale.chunk, s.chunk);
+      const auto staged_twice = [&] { return int64_t{8} * b.scale.chunk * Tiles::staged(s.kernel); };
+      while (b.scale.chunk > 1 && staged_twice() > kMostSharedBytes) b.scale.chunk /= 2;
       launch(depthwise_backward<padded(), kernel()>,
-             {ceil_div(all, b.scale.chunk) * b.parts, kPixelThreads, bytes<padded()>(b.scale)}, execution_,
-             b);
+             {ceil_div(all, b.scale.chunk) * b.parts, kPixelThreads, staged_twice()}, execution_, b);
       for (int i = 0; i < 4 && b.parts > 1; ++i) {
         if (into.*members[i] != nullptr)
           add_up(b.sums.*members[i], into.*members[i], 1, b.parts, floats[i], execution_);

@@ -105,10 +105,20 @@ def test_without_a_card_the_backend_says_so():
     assert reason == ("torch sees no CUDA device" if torch.version.cuda else "this torch is built without CUDA")
 
 
+@compiled
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_driver_that_is_too_old_is_a_reason(monkeypatch):
+    """One that is not there knows CUDA 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert re.fullmatch(r"is compiled with CUDA \d+, the driver knows CUDA 0", cuda.BACKEND.unavailable())
+
+
 def test_which_cards_run_what():
     assert cuda.runs_on((8, 0), ["80"]) and cuda.runs_on((8, 9), ["80"]) and not cuda.runs_on((7, 5), ["80"])
     assert not cuda.runs_on((9, 0), ["80"]) and cuda.runs_on((9, 0), ["80+PTX"])
     assert cuda.runs_on((9, 0), ["90a"]) and not cuda.runs_on((10, 0), ["90a"]) and not cuda.runs_on((8, 9), ["90a"])
+    assert not cuda.runs_on((8, 7), ["80", "86"]) and cuda.runs_on((8, 7), ["87"]) and cuda.runs_on((8, 7), ["80+PTX"])
     assert cuda.runs_on((10, 3), ["100"]) and not cuda.runs_on((12, 0), ["100"]) and cuda.runs_on((12, 0), ["100+PTX"])
     assert not cuda.runs_on((8, 6), ["89"])
 

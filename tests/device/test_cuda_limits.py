@@ -84,6 +84,14 @@ def test_the_largest_kernel(function):
     check_multi_scale(function, "cuda", MultiScaleCase(1, 1, 2, 2, 19, kernels=(97,)), device=DEVICE)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", [11, 31, 71])
+def test_large_kernels_of_wide_heads(head_dim, kernel):
+    """They leave the least of shared memory for what is staged."""
+    case = MultiScaleCase(1, 1, head_dim, 2, 3, kernels=(kernel,))
+    check_multi_scale(multi_scale_aggregation, "cuda", case, device=DEVICE)
+
+
 @pytest.mark.parametrize(
     "case", [BiasedCase(1, 8, 17, 430, 4, 4, talking=True), BiasedCase(2, 1, 3, 26000, 2, 2)], ids=["heads", "keys"]
 )

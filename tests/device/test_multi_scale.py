@@ -26,6 +26,8 @@ CASES = [
     MultiScaleCase(2, 3, 4, 1, 1, kernels=()),
     MultiScaleCase(1, 1, 3, 2, 70, kernels=(3,)),  # several tiles
     MultiScaleCase(2, 1, 8, 9, 24, kernels=(5,), biases=True),  # rows of whole vectors
+    MultiScaleCase(1, 1, 64, 3, 20, kernels=(3, 1)),
+    MultiScaleCase(1, 1, 128, 3, 20, kernels=(3, 1)),
 ]
 
 
