@@ -1,5 +1,5 @@
-// The card that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and EFFATTN_EMULATED_MULTIPROCESSORS,
-// 132 unless told.
+// The card that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and
+// EFFATTN_EMULATED_MULTIPROCESSORS, 132 unless told.
 #include <cstdlib>
 
 #include "backend.h"
