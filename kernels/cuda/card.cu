@@ -15,8 +15,12 @@ EFFATTN_KERNEL(kLanes, 1) nothing(EFFATTN_PARAMETERS(int) p) { static_cast<void>
 const char* unfit_driver() {
   static const std::string found = [] {
     int driver = 0, runtime = 0;
-    check(cudaDriverGetVersion(&driver), "version of the driver");
-    check(cudaRuntimeGetVersion(&runtime), "version of the runtime");
+    for (const cudaError_t error : {cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime)}) {
+      if (error == cudaSuccess) continue;
+      cudaGetLastError();  // which would be the next call's otherwise
+      return std::string("cannot ask for the driver: ") +
+             cudaGetErrorString(error);  // callers know no exceptions
+    }
     // Of one major version, every driver runs every library.
     if (driver / 1000 >= runtime / 1000) return std::string();
     return "is compiled with CUDA " + std::to_string(runtime / 1000) + ", the driver knows CUDA " +
