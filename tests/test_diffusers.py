@@ -130,7 +130,7 @@ def test_nothing_kept_is_stale(change):
     effattn.accelerate(module)
     with torch.no_grad():
         before = module(x)
-        assert module.__dict__["_effattn_derived"]
+        assert module.__dict__["_effattn_fold_cache"]
     change(module)
     with torch.no_grad():
         out = module(x)

@@ -250,7 +250,7 @@ def test_folded_weights_are_never_stale(change, size):
     x = image(size=size)
     with torch.no_grad():
         before = ours(x)
-        assert ours.__dict__["_effattn_derived"], "nothing was kept, so nothing can be stale"
+        assert ours.__dict__["_effattn_fold_cache"], "nothing was kept, so nothing can be stale"
     change(ours)
     with torch.no_grad():
         out = ours(x)
@@ -277,9 +277,9 @@ def test_weights_are_folded_once(size, name):
     x = image(size=size)
     with torch.no_grad():
         ours(x)
-        kept = ours.__dict__["_effattn_derived"][name].derived
+        kept = ours.__dict__["_effattn_fold_cache"][name].derived
         ours(x)
-        assert ours.__dict__["_effattn_derived"][name].derived is kept
+        assert ours.__dict__["_effattn_fold_cache"][name].derived is kept
 
 
 def test_converted_there_and_back():
@@ -315,7 +315,7 @@ def test_copies_and_pickles_carry_no_folded_weights():
     with torch.no_grad():
         expected = ours(image())
         for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            assert "_effattn_derived" not in twin.__dict__
+            assert "_effattn_fold_cache" not in twin.__dict__
             assert torch.equal(twin(image()), expected)
 
 
@@ -445,7 +445,7 @@ def test_sizes(size):
     x = torch.randn(2, 32, *size)
     with torch.no_grad():
         close(ours(x), stock(x))
-        assert ("at once" in ours.__dict__["_effattn_derived"]) == (size != (20, 21))
+        assert ("at once" in ours.__dict__["_effattn_fold_cache"]) == (size != (20, 21))
 
 
 def test_no_image():

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import effattn
 from effattn import nn as ours
-from effattn.nn import projection
+from effattn.nn import fold_cache
 from effattn.nn.attention_bias import gather_attention_bias
 from effattn.testing import import_timm, randomise_batch_norm
 
@@ -270,7 +270,7 @@ def by_a_part_replaced(case, module):
 
 def by_all_parts_replaced(case, module):
     for part in list(module.modules()):
-        if part.__dict__.get("_effattn_derived"):
+        if part.__dict__.get("_effattn_fold_cache"):
             for name, child in part.named_children():
                 twin = copy.deepcopy(child)
                 with torch.no_grad():
@@ -299,7 +299,7 @@ def test_biases_and_folds_are_never_stale(name, change):
     stock, module = case.pair()
     with torch.no_grad():
         before = module(case.x())
-        kept = [m for m in module.modules() if m.__dict__.get("_effattn_derived")]
+        kept = [m for m in module.modules() if m.__dict__.get("_effattn_fold_cache")]
         assert kept, "nothing was kept, so nothing can be stale"
     change(case, module)
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_what_is_derived_is_made_once(name):
     _, module = case.pair()
 
     def derived():
-        return [kept.derived for m in module.modules() for kept in m.__dict__.get("_effattn_derived", {}).values()]
+        return [kept.derived for m in module.modules() for kept in m.__dict__.get("_effattn_fold_cache", {}).values()]
 
     with torch.no_grad():
         module(case.x())
@@ -331,7 +331,7 @@ def test_images_of_many_sizes_do_not_fill_the_memory():
     with torch.no_grad():
         for size in range(1, 20):
             module(torch.randn(1, 24, size, 3))
-    assert len(module.__dict__["_effattn_derived"]) <= projection._MOST_KEPT
+    assert len(module.__dict__["_effattn_fold_cache"]) <= fold_cache.MAX_ENTRIES
 
 
 @pytest.mark.parametrize("name", ["windows", "v2", "v2, downsampling"])
@@ -365,7 +365,7 @@ def test_pickles_and_copies_carry_nothing_derived():
     with torch.no_grad():
         expected = module(case.x())
         for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert "_effattn_derived" not in twin.attn.__dict__
+            assert "_effattn_fold_cache" not in twin.attn.__dict__
             assert torch.equal(twin(case.x()), expected)
 
 

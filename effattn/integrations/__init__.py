@@ -14,7 +14,7 @@ from torch import nn
 
 from effattn import nn as ours
 from effattn.integrations import efficientformer, efficientvit_msra, lite_mla, sana
-from effattn.nn.projection import forget_derived
+from effattn.nn.fold_cache import invalidate
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def restore(model: nn.Module) -> int:
         if original is not None:
             module.__class__ = original
             if isinstance(module, nn.Module):
-                forget_derived(module)
+                invalidate(module)
                 _forget_what_it_kept(module)
             count += 1
     return count

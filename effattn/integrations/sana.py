@@ -10,11 +10,12 @@ from torch import nn
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import why_not_a_scale
 from effattn.integrations.structure import why_not_its_parts
+from effattn.nn.fold_cache import FoldCache
 from effattn.nn.lite_mla import attend
-from effattn.nn.projection import KeepsDerived, can_fold, is_plain, pointwise_convolution
+from effattn.nn.projection import can_fold, fold_batch_norm, is_plain, pointwise_convolution
 
 
-class SanaMultiscaleLinearAttention(KeepsDerived):
+class SanaMultiscaleLinearAttention(FoldCache):
     """LiteMLA with linear layers for projections, as the deep compression autoencoder (arXiv 2410.10733) has it."""
 
     to_q: nn.Module
@@ -33,7 +34,7 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
         layers = [self.to_q, self.to_k, self.to_v]
         if all(is_plain(layer, nn.Linear) for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
-            matrix = self._derived("qkv", layers, lambda: torch.cat(weights))
+            matrix = self._cached("qkv", layers, lambda: torch.cat(weights))
             qkv = pointwise_convolution(hidden_states, matrix, None)
         else:  # adapters, quantised layers
             qkv = torch.cat([_on_channels(layer, hidden_states) for layer in layers], dim=1)
@@ -46,7 +47,7 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
         if not (isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear)):
             x = _on_channels(layer, x)
         elif can_fold(norm):
-            return pointwise_convolution(x, *self._folded("out", layer, norm))
+            return pointwise_convolution(x, *self._cached("out", (layer, norm), lambda: fold_batch_norm(layer, norm)))
         else:
             x = pointwise_convolution(x, layer.weight, layer.bias)
         return _on_channels(norm, x) if self.norm_type == "rms_norm" else norm(x)

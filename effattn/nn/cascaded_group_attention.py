@@ -14,12 +14,11 @@ from effattn.functional import biased_attention, cascaded_group_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
 from effattn.nn.batch_norm import training_pair, update_running_statistics
+from effattn.nn.fold_cache import FoldCache, invalidate
 from effattn.nn.projection import (
-    KeepsDerived,
     calls_in_order,
     fold_batch_norm,
     folded_pair,
-    forget_derived,
     is_autocast,
     is_overridden,
     is_plain,
@@ -28,7 +27,7 @@ from effattn.nn.projection import (
 from effattn.ops import cascaded_group_attention as _operator
 
 
-class CascadedGroupAttention(KeepsDerived):
+class CascadedGroupAttention(FoldCache):
     """Cascaded group attention with its projection, EfficientViT (arXiv 2305.07027), section 3.2.
 
     Names of parts are those of timm's ``efficientvit_msra.CascadedGroupAttention``; state dicts of timm and of the
@@ -89,13 +88,13 @@ class CascadedGroupAttention(KeepsDerived):
         if is_autocast(x) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
-            packed = self._derived(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
+            packed = self._cached(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
             if packed is None:
                 return self._unfolded(x, size)
             if x.shape[1] != packed.proj.shape[1]:
                 raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
             return _operator.projected(x, packed, self.scale, *size)
-        weights = self._derived(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
+        weights = self._cached(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
         if weights is None:
             return self._unfolded(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
@@ -138,14 +137,14 @@ class CascadedGroupAttention(KeepsDerived):
         """After to_empty(), as timm has it: the index is in no state dict."""
         size = (self.resolution, self.resolution)
         self.attention_bias_idxs = attention_bias_index(size, device=self.attention_biases.device)
-        forget_derived(self)
+        invalidate(self)
 
     def set_resolution(self, resolution: int) -> None:
         """Resizes the table of biases for good, as timm does; images of any size are taken without."""
         require_positive(resolution=resolution)
         if resolution == self.resolution:
             return
-        forget_derived(self)
+        invalidate(self)
         side, size = self.resolution, (resolution, resolution)
         table = resize_attention_biases(self.attention_biases.detach(), (side, side), size, antialias=True)
         self.attention_biases = nn.Parameter(table.contiguous(), self.attention_biases.requires_grad)

@@ -13,11 +13,10 @@ from torch.nn import functional
 from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias
+from effattn.nn.fold_cache import FoldCache, invalidate
 from effattn.nn.projection import (
-    KeepsDerived,
     fold_batch_norm,
     folded_pair,
-    forget_derived,
     is_autocast,
     is_dense,
     is_overridden,
@@ -32,7 +31,7 @@ _QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
 _TOKENS_AT_ONCE = 400
 
 
-class EfficientFormerAttention(KeepsDerived):
+class EfficientFormerAttention(FoldCache):
     """Attention with a learned bias over distances, EfficientFormer (arXiv 2206.01191).
 
     Names of parts are those of timm's ``efficientformer.Attention`` and of the official ``Attention``, so that either's
@@ -83,11 +82,11 @@ class EfficientFormerAttention(KeepsDerived):
         batch, tokens, _ = x.shape
         if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
             parts = (*self._modules.values(), self._parameters, self._buffers)
-            packed = self._derived(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
+            packed = self._cached(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
             if packed is not None:
                 # As an image of one row: of one column, neither memory order would be the tokens'.
                 return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
-        bias = self._derived(
+        bias = self._cached(
             f"bias {tokens} {size}", (self._parameters, self._buffers), lambda: self._bias(tokens, size)
         )
         heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
@@ -148,7 +147,7 @@ class _ConvNorm(nn.Module):
         return self.bn(self.conv(x))
 
 
-class _V2(KeepsDerived):
+class _V2(FoldCache):
     """What EfficientFormerV2's two attentions share: values that also go through a depthwise convolution of their own,
     parts with BatchNorm folded in where it can be, biases of any resolution.
 
@@ -168,12 +167,12 @@ class _V2(KeepsDerived):
         """After to_empty(), as timm has it: the index is in no state dict."""
         index = attention_bias_index(pair(self.resolution), self.queries_stride, self.attention_bias_idxs.device)
         self.attention_bias_idxs = index
-        forget_derived(self)
+        invalidate(self)
 
     def _projected(self, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
         """1x1 convolutions of x by the names of their parts: one product, if all can be."""
         parts = [self._modules[name] for name in names]
-        folded = self._derived(" ".join(names), parts, lambda: _folded_together(parts))
+        folded = self._cached(" ".join(names), parts, lambda: _folded_together(parts))
         if folded is None:
             return [part(x) for part in parts if part is not None]
         sizes, weight, bias = folded
@@ -181,7 +180,7 @@ class _V2(KeepsDerived):
 
     def _convolved(self, name: str, x: torch.Tensor) -> torch.Tensor:
         part: Any = self._modules[name]
-        folded = self._derived(name, (part,), lambda: _folded_together([part]))
+        folded = self._cached(name, (part,), lambda: _folded_together([part]))
         if folded is None:
             out: torch.Tensor = part(x)
             return out
@@ -217,12 +216,12 @@ class _V2(KeepsDerived):
         if self.attention_biases.dtype == torch.float64:
             return None
         parts = (*self._modules.values(), self._parameters, self._buffers)
-        return self._derived(f"packed {x.shape[2]}x{x.shape[3]}", parts, make)
+        return self._cached(f"packed {x.shape[2]}x{x.shape[3]}", parts, make)
 
     def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
         proj = self.proj
         act = self._modules.get("act")
-        folded = self._derived("proj", (proj,), lambda: _folded_together([proj], self._in_front("proj")))
+        folded = self._cached("proj", (proj,), lambda: _folded_together([proj], self._in_front("proj")))
         if folded is None:
             out: torch.Tensor = proj(x if act is None else act(x))
             return out
@@ -236,7 +235,7 @@ class _V2(KeepsDerived):
         return image.reshape(batch, self.num_heads, channels // self.num_heads, height * width).mT
 
     def _bias(self, size: Size) -> torch.Tensor:
-        bias: torch.Tensor = self._derived(
+        bias: torch.Tensor = self._cached(
             f"bias {size[0]}x{size[1]}",
             (self._parameters, self._buffers),
             lambda: gather_attention_bias(

@@ -10,11 +10,10 @@ from torch import nn
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
 from effattn.nn.arguments import require_positive
+from effattn.nn.fold_cache import FoldCache, invalidate
 from effattn.nn.projection import (
-    KeepsDerived,
     can_fold,
     fold_batch_norm,
-    forget_derived,
     is_autocast,
     is_overridden,
     is_plain,
@@ -27,7 +26,7 @@ from effattn.ops import lite_mla as _lite_mla
 _TOKENS_AT_ONCE = 400
 
 
-class LiteMLA(KeepsDerived):
+class LiteMLA(FoldCache):
     """Lightweight multi-scale linear attention, EfficientViT (arXiv 2205.14756), figure 2.
 
     A 1x1 convolution to q, k and v, :func:`effattn.multi_scale_linear_attention`, a 1x1 convolution back. Names of
@@ -36,7 +35,7 @@ class LiteMLA(KeepsDerived):
 
     In evaluation without gradients, a small float32 image is taken from input to output by one operator; else
     1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
-    :class:`effattn.nn.projection.KeepsDerived` for how long the folded weights are kept.
+    :class:`effattn.nn.fold_cache.FoldCache` for how long the folded weights are kept.
 
     Args:
         in_channels: channels of the input.
@@ -93,7 +92,7 @@ class LiteMLA(KeepsDerived):
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
-                forget_derived(self)  # what follows may be an optimiser's step
+                invalidate(self)  # what follows may be an optimiser's step
         elif x.dtype == torch.float32 and not _is_recorded() and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
             out = self._at_once(x)
             if out is not None:
@@ -104,7 +103,7 @@ class LiteMLA(KeepsDerived):
     def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
         parts = self._modules
-        found = self._derived("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
+        found = self._cached("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
         if found is None or not _lite_mla.serves(x) or is_autocast(x):
             return None
         weights, act = found
@@ -146,7 +145,7 @@ class LiteMLA(KeepsDerived):
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm):
-            out = pointwise_convolution(x, *self._folded(name, conv, norm))
+            out = pointwise_convolution(x, *self._cached(name, (conv, norm), lambda: fold_batch_norm(conv, norm)))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
             out = out if norm is None else norm(out)
