@@ -79,7 +79,7 @@ SHARED = (
     "csrc/biased_attention.cpp",
     "csrc/cascaded_group_attention.cpp",
 )
-PYTHON = ("csrc/python.cpp",)
+PYTHON = ("csrc/python.cpp", "csrc/fingerprint.cpp")
 
 CUDA = (
     "kernels/cuda/tensors.cu",

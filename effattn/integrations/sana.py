@@ -10,7 +10,7 @@ from torch import nn
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import why_not_a_scale
 from effattn.integrations.structure import why_not_its_parts
-from effattn.nn.fold_cache import FoldCache
+from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.lite_mla import attend
 from effattn.nn.projection import can_fold, fold_batch_norm, is_plain, pointwise_convolution
 
@@ -31,23 +31,24 @@ class SanaMultiscaleLinearAttention(FoldCache):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
+        folds = self._folds()
         layers = [self.to_q, self.to_k, self.to_v]
         if all(is_plain(layer, nn.Linear) for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
-            matrix = self._cached("qkv", layers, lambda: torch.cat(weights))
+            matrix = cached(folds, "qkv", lambda: torch.cat(weights))
             qkv = pointwise_convolution(hidden_states, matrix, None)
         else:  # adapters, quantised layers
             qkv = torch.cat([_on_channels(layer, hidden_states) for layer in layers], dim=1)
         out = attend(qkv, self.to_qkv_multiscale, head_dim=self.attention_head_dim, eps=self.eps)
-        out = self._project(out)
+        out = self._project(out, folds)
         return out + hidden_states if self.residual_connection else out
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor:
         layer, norm = self.to_out, self.norm_out
         if not (isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear)):
             x = _on_channels(layer, x)
         elif can_fold(norm):
-            return pointwise_convolution(x, *self._cached("out", (layer, norm), lambda: fold_batch_norm(layer, norm)))
+            return pointwise_convolution(x, *cached(folds, "out", lambda: fold_batch_norm(layer, norm)))
         else:
             x = pointwise_convolution(x, layer.weight, layer.bias)
         return _on_channels(norm, x) if self.norm_type == "rms_norm" else norm(x)

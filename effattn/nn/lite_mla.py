@@ -10,7 +10,7 @@ from torch import nn
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
 from effattn.nn.arguments import require_positive
-from effattn.nn.fold_cache import FoldCache, invalidate
+from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.projection import (
     can_fold,
     fold_batch_norm,
@@ -90,20 +90,19 @@ class LiteMLA(FoldCache):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
-        if torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                invalidate(self)  # what follows may be an optimiser's step
-        elif x.dtype == torch.float32 and not _is_recorded() and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
-            out = self._at_once(x)
+        folds = self._folds()
+        is_inference = not torch.is_grad_enabled() and not _is_recorded()
+        if is_inference and x.dtype == torch.float32 and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
+            out = self._at_once(x, folds)
             if out is not None:
                 return out
-        qkv = self._project("qkv", x)
-        return self._project("proj", attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps))
+        qkv = self._project("qkv", x, folds)
+        attended = attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps)
+        return self._project("proj", attended, folds)
 
-    def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _at_once(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
-        parts = self._modules
-        found = self._cached("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
+        found = cached(folds, "at once", self._all_weights)
         if found is None or not _lite_mla.serves(x) or is_autocast(x):
             return None
         weights, act = found
@@ -134,7 +133,7 @@ class LiteMLA(FoldCache):
         act = last.get("act")
         return weights, None if _is_nothing(act) else act
 
-    def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, name: str, x: torch.Tensor, folds: Folds | None) -> torch.Tensor:
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
         part = self._modules[name]
         assert part is not None
@@ -145,7 +144,7 @@ class LiteMLA(FoldCache):
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm):
-            out = pointwise_convolution(x, *self._cached(name, (conv, norm), lambda: fold_batch_norm(conv, norm)))
+            out = pointwise_convolution(x, *cached(folds, name, lambda: fold_batch_norm(conv, norm)))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
             out = out if norm is None else norm(out)
