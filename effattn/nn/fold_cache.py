@@ -73,6 +73,7 @@ class Fingerprint:
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
         self._add_contents(module)
+        self._contents = self._children[:3]
         self._were_empty = [not hooks for hooks in self._hooks]
         self._classes = [part.__class__ for part in self._modules]
         self._own = [part.__dict__ for part in self._modules]
@@ -112,11 +113,15 @@ class Fingerprint:
         self._names.append(name)
         self._found.append(found)
 
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this is the module's, not that of the one it was copied from, and nothing has changed."""
         assert _C is not None
+        parameters, buffers, parts = self._contents
         held: bool = (
             self._step == _steps()
+            and module._parameters is parameters
+            and module._buffers is buffers
+            and module._modules is parts
             and _C.same_emptiness(self._hooks, self._were_empty)
             and _C.same_modules(self._modules, self._classes, self._own, self._had_forward, self._children, self._sizes)
             and _C.same_items(self._owners, self._names, self._found)
@@ -176,7 +181,7 @@ class FoldCache(nn.Module):
             invalidate(self)
             return None
         folds: Folds | None = self.__dict__.get(_KEY)
-        if folds is not None and folds.fingerprint.holds():
+        if folds is not None and folds.fingerprint.holds(self):
             return folds
         try:
             folds = Folds(Fingerprint(self))

@@ -254,4 +254,5 @@ def _is_recorded() -> bool:
 
 def _matrix_and_bias(conv: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight, bias = (conv.weight, conv.bias) if _is_nothing(norm) else fold_batch_norm(conv, norm)
-    return weight.flatten(1), bias
+    # Detached: a view of a parameter that is kept would keep torch from swapping the parameter.
+    return weight.detach().flatten(1), bias
