@@ -180,7 +180,8 @@ def _machine(facts: dict[str, object]) -> str:
     if "gpu" in facts:
         machine = f"{facts['gpu']}, driver {facts['driver']}; torch {versions['torch']}, triton {versions['triton']}"
         return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
+    named = ("torch", "onnxruntime", "openvino", "ai-edge-litert", "executorch")
+    packages = ", ".join(f"{name} {versions[name]}" for name in named if versions.get(name))
     machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}; {packages}; {facts['threads']} threads"
     return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"
 
