@@ -15,7 +15,7 @@ from benchmarks import environment
 if TYPE_CHECKING:
     from benchmarks.results import Results
 
-FULL_ROUNDS, SHORT_ROUNDS = 15, 7
+FULL_ROUNDS, SHORT_ROUNDS = 15, 5
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -34,6 +34,8 @@ class SuiteName(StrEnum):
     SOFTMAX = "softmax"
     SOFTMAX_TRAINING = "softmax-training"
     SOFTMAX_MODELS = "softmax-models"
+    RESTED = "rested"
+    RESTS = "rests"
     SCALING = "scaling"
     CALL = "call"
     MEMORY = "memory"

@@ -139,7 +139,8 @@ def tflite_call(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Ca
 def executorch_call(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
     """A module, in evaluation, on ExecuTorch, what XNNPACK takes delegated to it; reads ``inputs`` where they are.
 
-    Of contiguous tensors: as of 1.5, channels_last ones save XNNPACK nothing, and whole models fail to lower. The result is a view of the program's memory, which the next call writes.
+    Inputs are contiguous: as of 1.5, channels_last ones save XNNPACK nothing, and whole models fail to lower. The
+    result is a view of the program's memory, which the next call writes.
     """
     with _without_warnings():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

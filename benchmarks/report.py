@@ -115,7 +115,7 @@ def _suite_table(data: Results, suite: str, markdown: bool) -> str:
         head += ["best peer", "speed-up", "floor", "over floor", "check"]
     columns = [i for i in range(len(head)) if any(row[i] != "-" for row in body)]
     head, body = [head[i] for i in columns], [[row[i] for i in columns] for row in body]
-    rounds = part["settings"]["rounds"]
+    rounds = max((len(row.samples) for case in found for row in case.rows), default=0)
     lines = [
         f"### {part['title']}",
         "",
