@@ -128,6 +128,17 @@ def table(file: Path) -> None:
 
 
 @app.command()
+def compare(before: Path, after: Path) -> None:
+    """Prints the speed-ups of two results files beside each other, and marks those that moved by more than a tenth."""
+    from benchmarks import report, results
+
+    try:
+        typer.echo(report.comparison(results.read(before), results.read(after)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
 def plot(file: Path) -> None:
     """Draws the pictures of a results file beside it."""
     from benchmarks import results

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import relu_linear_attention as rla
+from benchmarks.modules import NO_FLOOR
 from benchmarks.relu_linear_attention import LAYOUTS
 from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Call, Candidate, Case, Role
 from benchmarks.suites.attention import ATTENTION
@@ -59,12 +60,11 @@ def _rests_cases(short: bool) -> list[Case]:
 
 
 def _rested_cases(short: bool) -> list[Case]:
-    """Cases of other suites, with all of their candidates."""
+    """Cases of other suites, with all of their candidates; of a first call there is no floor."""
     if short:
         return []
-    labels = {ATTENTION: "attention", LITE_MLA: "LiteMLA"}  # their cases have the same names
     return [
-        replace(case, name=f"{labels.get(suite, '')} {case.name}".strip(), protocol=RESTED)
+        replace(case, name=f"{suite.name}: {case.name}", protocol=RESTED, work=NO_FLOOR)
         for suite in (ATTENTION, LITE_MLA, SOFTMAX, SOFTMAX_MODELS, EFFICIENTVIT)
         for case in suite.cases(False)
         if (suite.name, case.name) in REPRESENTATIVE
