@@ -12,7 +12,7 @@ import torch
 from benchmarks import relu_linear_attention as rla
 from benchmarks.modules import NO_FLOOR
 from benchmarks.relu_linear_attention import LAYOUTS
-from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Call, Candidate, Case, Role
+from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Call, Candidate, Case, Protocol, Role
 from benchmarks.suites.attention import ATTENTION
 from benchmarks.suites.base import TimedSuite
 from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA
@@ -21,6 +21,8 @@ from effattn.testing import ATTENTION_CASES
 
 #: A call that is over within a tick of the scheduler, and one that onnxruntime's spinning threads outlast.
 DISTURBED = ("b1 stage 3 @224", "l2 SAM stage 4 @1024")
+#: What a call takes in a loop that goes on for long: what both protocols should find, whatever came before.
+LOOP = Protocol("loop", rest=0.0, warm_up=0.2, timed=1e-3)
 #: Just short of what the engine would give fewer rounds.
 PAUSE_SECONDS = 0.09
 
@@ -55,7 +57,7 @@ def _rests_cases(short: bool) -> list[Case]:
         for case in ATTENTION_CASES
         if case.name in DISTURBED
         for disturber in _disturbers()
-        for protocol in (FORMER, STEADY)
+        for protocol in (FORMER, STEADY, LOOP)
     ]
 
 
