@@ -111,8 +111,11 @@ $(VENV)/.demo: $(VENV)/.timm
 	$(PIP) install scikit-learn matplotlib rich
 	@touch $@
 
+# litert-torch requires an xdsl that wants an older typing_extensions than the rest, and transformers; converting takes neither.
 $(VENV)/.bench: $(VENV)/.diffusers $(VENV)/.demo
 	$(PIP) install onnx onnxscript onnxruntime openvino tqdm tabulate typer pytest pytest-benchmark
+	$(PIP) install executorch 'ai-edge-litert==2.3.*' jax absl-py immutabledict
+	$(PIP) install --no-deps 'litert-torch==0.10.*' 'litert-converter==0.5.*' 'ai-edge-quantizer==0.10.*'
 	@touch $@
 
 $(VENV)/.diffusers: $(VENV)/.timm
