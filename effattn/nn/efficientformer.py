@@ -15,14 +15,16 @@ from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias
 from effattn.nn.projection import (
     KeepsDerived,
+    at_once_under_autocast,
+    cast_by_autocast,
     fold_batch_norm,
+    folded_convolution,
     folded_pair,
     forget_derived,
     is_autocast,
     is_dense,
     is_overridden,
     is_plain,
-    pointwise_convolution,
 )
 from effattn.ops import projected_attention as _operator
 
@@ -177,7 +179,7 @@ class _V2(KeepsDerived):
         if folded is None:
             return [part(x) for part in parts if part is not None]
         sizes, weight, bias = folded
-        return list(pointwise_convolution(x, weight, bias).split(sizes, dim=1))
+        return list(folded_convolution(x, weight, bias).split(sizes, dim=1))
 
     def _convolved(self, name: str, x: torch.Tensor) -> torch.Tensor:
         part: Any = self._modules[name]
@@ -185,8 +187,9 @@ class _V2(KeepsDerived):
         if folded is None:
             out: torch.Tensor = part(x)
             return out
+        _, weight, bias = folded
         conv, _ = part._modules.values()
-        return functional.conv2d(x, *folded[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
+        return folded_convolution(x, weight, bias, conv)
 
     def _folded_parts(self, *names: str) -> list[_operator.Pair] | None:
         """Weights and biases of convolutions, matrices where they are 1x1; None if a part must be called."""
@@ -212,9 +215,9 @@ class _V2(KeepsDerived):
 
     def _packed_if_served(self, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, kept, for so many keys; None where no kernel serves, or gradients are asked for."""
-        if torch.is_grad_enabled() or tokens > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
+        if torch.is_grad_enabled() or tokens > _TOKENS_AT_ONCE or not _operator.serves(x):
             return None
-        if self.attention_biases.dtype == torch.float64:
+        if self.attention_biases.dtype == torch.float64 or not at_once_under_autocast(x):
             return None
         parts = (*self._modules.values(), self._parameters, self._buffers)
         return self._derived(f"packed {x.shape[2]}x{x.shape[3]}", parts, make)
@@ -228,7 +231,7 @@ class _V2(KeepsDerived):
             return out
         if act is None and self._in_front("proj"):
             act, *_ = proj._modules.values()
-        return pointwise_convolution(x if act is None else act(x), *folded[1:])
+        return folded_convolution(x if act is None else act(x), *folded[1:])
 
     def _heads(self, image: torch.Tensor) -> torch.Tensor:
         """(B, heads * channels, H, W) -> (B, heads, H * W, channels)"""
@@ -330,6 +333,7 @@ class EfficientFormerV2Attention(_V2):
         packed = self._packed_if_served(x, attended[0] * attended[1], lambda: self._packed(attended))
         if packed is not None:
             weights, activation = packed
+            x = cast_by_autocast(x)
             return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
         if self.stride_conv is not None:
             x = self._convolved("stride_conv", x)
@@ -425,7 +429,7 @@ class EfficientFormerV2AttentionDownsample(_V2):
         packed = self._packed_if_served(x, size[0] * size[1], lambda: self._packed(size))
         if packed is not None:
             weights, activation = packed
-            return _operator.projected_attention(x, weights, self.scale, activation=activation)
+            return _operator.projected_attention(cast_by_autocast(x), weights, self.scale, activation=activation)
         k, v = self._projected(x, "k", "v")
         local = self._convolved("v_local", v)
         q, k, v = (self._heads(t) for t in (self.q(x), k, v))

@@ -12,8 +12,11 @@ from effattn.functional import multi_scale_linear_attention, relu_linear_attenti
 from effattn.nn.arguments import require_positive
 from effattn.nn.projection import (
     KeepsDerived,
+    at_once_under_autocast,
     can_fold,
+    cast_by_autocast,
     fold_batch_norm,
+    folded_convolution,
     forget_derived,
     is_autocast,
     is_overridden,
@@ -94,8 +97,13 @@ class LiteMLA(KeepsDerived):
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 forget_derived(self)  # what follows may be an optimiser's step
-        elif x.dtype == torch.float32 and not _is_recorded() and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
-            out = self._at_once(x)
+        elif (
+            (x.dtype == torch.float32 or is_autocast(x))
+            and not _is_recorded()
+            and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE
+            and at_once_under_autocast(x)
+        ):
+            out = self._at_once(cast_by_autocast(x))
             if out is not None:
                 return out
         qkv = self._project("qkv", x)
@@ -105,7 +113,7 @@ class LiteMLA(KeepsDerived):
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
         parts = self._modules
         found = self._derived("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
-        if found is None or not _lite_mla.serves(x) or is_autocast(x):
+        if found is None or not _lite_mla.serves(x):
             return None
         weights, act = found
         out = _lite_mla.lite_mla(x, weights, self.dim, self.eps)
@@ -146,7 +154,7 @@ class LiteMLA(KeepsDerived):
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm):
-            out = pointwise_convolution(x, *self._folded(name, conv, norm))
+            out = folded_convolution(x, *self._folded(name, conv, norm))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
             out = out if norm is None else norm(out)
