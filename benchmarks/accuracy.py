@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from statistics import fmean, median, stdev
 
 import torch
+from tabulate import tabulate
 from torch import nn
 
 import effattn
@@ -21,52 +21,44 @@ MODELS = (
 )
 
 
-class Ratio(NamedTuple):
-    """Of the error of accelerated models to that of stock ones, over seeds.
+def table(models: Iterable[str], seeds: int, size: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    """A row a model: median errors, and the geometric mean of their ratio with its standard error.
 
-    Args:
-        mean: geometric.
-        standard_error: of the mean, as a part of it.
+    A mean that is above 1 by less than two standard errors is noise.
     """
+    rows = []
+    for name in models:
+        pairs = [errors(name, seed, size, dtype) for seed in range(seeds)]
+        stock, fast = (f"{median(column):.2e}" for column in zip(*pairs, strict=True))
+        ratios = [fast / stock for stock, fast in pairs]
+        mean, standard_error = geometric_mean(ratios)
+        rows.append([name, stock, fast, f"{mean:.3f} ± {standard_error:.3f}", min(ratios), max(ratios)])
+    headers = ["model", "stock", "effattn", "ratio", "smallest", "largest"]
+    return tabulate(rows, headers, tablefmt="github", floatfmt=".3f", disable_numparse=[1, 2, 3])
 
-    mean: float
-    standard_error: float
-    smallest: float
-    largest: float
 
-    @staticmethod
-    def of(ratios: Sequence[float]) -> Ratio:
-        logs = [math.log(ratio) for ratio in ratios]
-        return Ratio(math.exp(fmean(logs)), stdev(logs) / len(logs) ** 0.5, min(ratios), max(ratios))
+def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:
+    """And its standard error."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = math.exp(fmean(logs))
+    return mean, mean * stdev(logs) / len(logs) ** 0.5
 
 
-def errors(name: str, seed: int, dtype: torch.dtype, size: int = 224) -> tuple[float, float]:
-    """Relative errors (norm) of a model of timm, stock and accelerated, under autocast on the CPU."""
+def errors(name: str, seed: int, size: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Relative errors (norm) of a model of timm under autocast on the CPU, stock and accelerated, on one image."""
     torch.manual_seed(seed)
     stock: nn.Module = testing.import_timm().create_model(name)
     testing.randomise_batch_norm(stock, seed)
     testing.randomise_what_starts_at_zero(stock, seed)
-    stock.train(False)  # some of timm's return nothing
+    stock.train(False)  # timm's eval() fails: some of its train() return nothing
     fast = copy.deepcopy(stock)
     effattn.accelerate(fast)
     x = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        # effattn's reference: timm's attention computes in float32 whatever comes.
+        # By effattn's reference: timm's LiteMLA computes in float32 whatever comes.
         truth = copy.deepcopy(fast).double()(x.double())
         with torch.autocast("cpu", dtype):
             outs = stock(x), fast(x)
-    scale = torch.linalg.vector_norm(truth).item()
-    stock_error, fast_error = (testing.error(out, truth) / scale for out in outs)
+    norm = torch.linalg.vector_norm(truth).item()
+    stock_error, fast_error = (testing.error(out, truth) / norm for out in outs)
     return stock_error, fast_error
-
-
-def rows(models: Iterable[str], seeds: int, dtype: torch.dtype = torch.bfloat16) -> Iterable[list[Any]]:
-    """A row a model, as :data:`HEADERS` says."""
-    for name in models:
-        pairs = [errors(name, seed, dtype) for seed in range(seeds)]
-        ratio = Ratio.of([fast / stock for stock, fast in pairs])
-        medians = (sorted(column)[seeds // 2] for column in zip(*pairs, strict=True))
-        yield [name, *medians, ratio.mean, ratio.standard_error, ratio.smallest, ratio.largest]
-
-
-HEADERS = ("model", "stock", "effattn", "ratio", "± ", "smallest", "largest")

@@ -161,6 +161,32 @@ def test_folded_convolution_is_differentiable():
         assert (narrow - wide).norm() <= 4 * torch.finfo(torch.bfloat16).eps * wide.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_folded_convolution_in_transforms(dtype):
+    torch.manual_seed(0)
+    x, weights, bias = torch.ones(1, 8, 3, 3), torch.randn(4, 5, 8), torch.ones(5)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        together = torch.func.vmap(lambda weight: folded_convolution(x, weight, bias))(weights)
+        one_by_one = torch.stack([folded_convolution(x, weight, bias) for weight in weights])
+        _, tangent = torch.func.jvp(lambda bias: folded_convolution(x, weights[0], bias), (bias,), (bias,))
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(together, one_by_one, rtol=tolerance, atol=tolerance)
+    assert (tangent == 1).all()
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "inference"])
+@pytest.mark.parametrize("name", ["LiteMLA", "cascade in windows", "V2, stride"])
+def test_compiled_without_a_break(name, grad, monkeypatch):
+    """As near as two roundings of the same numbers: a graph may round a convolution before its bias is added."""
+    monkeypatch.setattr(projection, "_NARROW_AT_ONCE", 0)
+    _, fast, _, x = modules(name, 0)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        expected, out = fast(x), compiled(x)
+    assert out.dtype == expected.dtype
+    assert (out - expected).norm() <= 2 * torch.finfo(out.dtype).eps * expected.norm()
+
+
 def test_what_is_done_at_once(monkeypatch):
     """Small batches: for large ones narrow products, called one by one, are faster."""
     _, fast, _, x = modules("LiteMLA", 0)

@@ -37,8 +37,8 @@ class LiteMLA(KeepsDerived):
     parts are those of timm's ``efficientvit_mit.LiteMLA`` and of the official ``LiteMLA``, so that either's
     state dict loads. Arguments are timm's.
 
-    In evaluation without gradients, a small float32 image is taken from input to output by one operator; else
-    1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
+    In evaluation without gradients, a small image is taken from input to output by one operator, if the module is of
+    float32, under autocast too; else 1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
     :class:`effattn.nn.projection.KeepsDerived` for how long the folded weights are kept.
 
     Args:

@@ -333,7 +333,7 @@ def folded_convolution(
         (B, C_out, H', W'), of x's memory format.
     """
     x = cast_by_autocast(x)
-    if torch.promote_types(bias.dtype, x.dtype) == x.dtype:
+    if torch.promote_types(bias.dtype, x.dtype) == x.dtype or x.numel() == 0:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         if like is None:
             return pointwise_convolution(x, weight, bias)
@@ -346,7 +346,15 @@ def folded_convolution(
     if not isinstance(padding, str) and _is_eager_inference(x) and _adds_wide_bias(x.dtype):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
     out = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
-    return (out + bias.unsqueeze(-1).unsqueeze(-1)).to(x.dtype)
+    if _is_transformed():  # transforms know no batch_norm of two dtypes
+        return (out + bias.unsqueeze(-1).unsqueeze(-1)).to(x.dtype)
+    # BatchNorm with nothing but a bias adds in float32 and rounds in one pass.
+    mean, variance = torch.zeros_like(bias), torch.ones_like(bias)
+    return functional.batch_norm(out, mean, variance, torch.ones_like(bias), bias, eps=0.0)
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_eager_inference(x: torch.Tensor) -> bool:
@@ -356,9 +364,8 @@ def _is_eager_inference(x: torch.Tensor) -> bool:
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
+        or _is_transformed()
     )
 
 
