@@ -120,6 +120,18 @@ def gpu(
 
 
 @app.command()
+def accuracy(
+    model: Annotated[list[str] | None, typer.Option(help="Which models of timm; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Of weights and input.")] = 20,
+    size: Annotated[int, typer.Option(min=32, help="Rows and columns of the image.")] = 224,
+) -> None:
+    """Prints how far models under bfloat16 autocast are from float64, accelerated and stock."""
+    from benchmarks import accuracy as suite
+
+    typer.echo(suite.table(model or suite.MODELS, seeds, size))
+
+
+@app.command()
 def table(file: Path) -> None:
     """Prints the tables of a results file, in markdown."""
     from benchmarks import report, results

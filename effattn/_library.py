@@ -34,7 +34,8 @@ def _load_cuda() -> tuple[str, str, str | None]:
     if error is not None:
         return "", "", error
     if not path.exists():
-        return "", "", "is not compiled in: that takes an nvcc and a torch with CUDA, or EFFATTN_CUDA=1 when effattn is built"
+        reason = "is not compiled in: that takes an nvcc and a torch with CUDA, or EFFATTN_CUDA=1 when effattn is built"
+        return "", "", reason
     try:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))

@@ -12,7 +12,7 @@ from effattn.integrations.lite_mla import why_not_a_scale
 from effattn.integrations.structure import why_not_its_parts
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.lite_mla import attend
-from effattn.nn.projection import can_fold, fold_batch_norm, is_plain, pointwise_convolution
+from effattn.nn.projection import can_fold, fold_batch_norm, folded_convolution, is_plain, pointwise_convolution
 
 
 class SanaMultiscaleLinearAttention(FoldCache):
@@ -48,7 +48,7 @@ class SanaMultiscaleLinearAttention(FoldCache):
         if not (isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear)):
             x = _on_channels(layer, x)
         elif can_fold(norm):
-            return pointwise_convolution(x, *cached(folds, "out", lambda: fold_batch_norm(layer, norm)))
+            return folded_convolution(x, *cached(folds, "out", lambda: fold_batch_norm(layer, norm)))
         else:
             x = pointwise_convolution(x, layer.weight, layer.bias)
         return _on_channels(norm, x) if self.norm_type == "rms_norm" else norm(x)

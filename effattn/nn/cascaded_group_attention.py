@@ -17,12 +17,12 @@ from effattn.nn.batch_norm import training_pair, update_running_statistics
 from effattn.nn.fold_cache import FoldCache, cached, invalidate
 from effattn.nn.projection import (
     calls_in_order,
+    cast_by_autocast,
     fold_batch_norm,
+    folded_convolution,
     folded_pair,
-    is_autocast,
     is_overridden,
     is_plain,
-    pointwise_convolution,
 )
 from effattn.ops import cascaded_group_attention as _operator
 
@@ -85,9 +85,8 @@ class CascadedGroupAttention(FoldCache):
         """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
         size = (x.shape[2], x.shape[3]) if window is None else window
         folds = self._folds()
-        if is_autocast(x) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
+        x = cast_by_autocast(x)
+        if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
             packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
             if packed is None:
                 return self._unfolded(x, size)
@@ -98,7 +97,7 @@ class CascadedGroupAttention(FoldCache):
         if weights is None:
             return self._unfolded(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
-        return pointwise_convolution(out.relu(), weights.proj_weight.to(x.dtype), weights.proj_bias.to(x.dtype))
+        return folded_convolution(out.relu(), weights.proj_weight, weights.proj_bias)
 
     def _packed(self, size: tuple[int, int]) -> _operator.Packed | None:
         weights = self._all_weights(size)

@@ -15,13 +15,15 @@ from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias
 from effattn.nn.fold_cache import FoldCache, Folds, cached, invalidate
 from effattn.nn.projection import (
+    at_once_under_autocast,
+    cast_by_autocast,
     fold_batch_norm,
+    folded_convolution,
     folded_pair,
     is_autocast,
     is_dense,
     is_overridden,
     is_plain,
-    pointwise_convolution,
 )
 from effattn.ops import projected_attention as _operator
 
@@ -174,7 +176,7 @@ class _V2(FoldCache):
         if folded is None:
             return [part(x) for part in parts if part is not None]
         sizes, weight, bias = folded
-        return list(pointwise_convolution(x, weight, bias).split(sizes, dim=1))
+        return list(folded_convolution(x, weight, bias).split(sizes, dim=1))
 
     def _convolved(self, folds: Folds | None, name: str, x: torch.Tensor) -> torch.Tensor:
         part: Any = self._modules[name]
@@ -182,8 +184,9 @@ class _V2(FoldCache):
         if folded is None:
             out: torch.Tensor = part(x)
             return out
+        _, weight, bias = folded
         conv, _ = part._modules.values()
-        return functional.conv2d(x, *folded[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
+        return folded_convolution(x, weight, bias, conv)
 
     def _folded_parts(self, *names: str) -> list[_operator.Pair] | None:
         """Weights and biases of convolutions, matrices where they are 1x1; None if a part must be called."""
@@ -209,9 +212,9 @@ class _V2(FoldCache):
 
     def _packed_if_served(self, folds: Folds | None, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, kept, for so many keys; None where no kernel serves, or gradients are asked for."""
-        if torch.is_grad_enabled() or tokens > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
+        if torch.is_grad_enabled() or tokens > _TOKENS_AT_ONCE or not _operator.serves(x):
             return None
-        if self.attention_biases.dtype == torch.float64:
+        if self.attention_biases.dtype == torch.float64 or not at_once_under_autocast(x):
             return None
         return cached(folds, f"packed {x.shape[2]}x{x.shape[3]}", make)
 
@@ -224,7 +227,7 @@ class _V2(FoldCache):
             return out
         if act is None and self._in_front("proj"):
             act, *_ = proj._modules.values()
-        return pointwise_convolution(x if act is None else act(x), *folded[1:])
+        return folded_convolution(x if act is None else act(x), *folded[1:])
 
     def _heads(self, image: torch.Tensor) -> torch.Tensor:
         """(B, heads * channels, H, W) -> (B, heads, H * W, channels)"""
@@ -326,6 +329,7 @@ class EfficientFormerV2Attention(_V2):
         packed = self._packed_if_served(folds, x, attended[0] * attended[1], lambda: self._packed(attended))
         if packed is not None:
             weights, activation = packed
+            x = cast_by_autocast(x)
             return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
         if self.stride_conv is not None:
             x = self._convolved(folds, "stride_conv", x)
@@ -421,7 +425,7 @@ class EfficientFormerV2AttentionDownsample(_V2):
         packed = self._packed_if_served(folds, x, size[0] * size[1], lambda: self._packed(size))
         if packed is not None:
             weights, activation = packed
-            return _operator.projected_attention(x, weights, self.scale, activation=activation)
+            return _operator.projected_attention(cast_by_autocast(x), weights, self.scale, activation=activation)
         k, v = self._projected(folds, x, "k", "v")
         local = self._convolved(folds, "v_local", v)
         q, k, v = (self._heads(t) for t in (self.q(x), k, v))

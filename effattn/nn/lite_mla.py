@@ -12,8 +12,11 @@ from effattn.functional import multi_scale_linear_attention, relu_linear_attenti
 from effattn.nn.arguments import require_positive
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.projection import (
+    at_once_under_autocast,
     can_fold,
+    cast_by_autocast,
     fold_batch_norm,
+    folded_convolution,
     is_autocast,
     is_overridden,
     is_plain,
@@ -33,8 +36,8 @@ class LiteMLA(FoldCache):
     parts are those of timm's ``efficientvit_mit.LiteMLA`` and of the official ``LiteMLA``, so that either's
     state dict loads. Arguments are timm's.
 
-    In evaluation without gradients, a small float32 image is taken from input to output by one operator; else
-    1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
+    In evaluation without gradients, a small image is taken from input to output by one operator, if the module is of
+    float32, under autocast too; else 1x1 convolutions are matrix products with the BatchNorm behind them folded in. See
     :class:`effattn.nn.fold_cache.FoldCache` for how long the folded weights are kept.
 
     Args:
@@ -91,9 +94,14 @@ class LiteMLA(FoldCache):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
         folds = self._folds()
-        is_inference = not torch.is_grad_enabled() and not _is_recorded()
-        if is_inference and x.dtype == torch.float32 and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
-            out = self._at_once(x, folds)
+        if (
+            not torch.is_grad_enabled()
+            and (x.dtype == torch.float32 or is_autocast(x))
+            and not _is_recorded()
+            and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE
+            and at_once_under_autocast(x)
+        ):
+            out = self._at_once(cast_by_autocast(x), folds)
             if out is not None:
                 return out
         qkv = self._project("qkv", x, folds)
@@ -103,7 +111,7 @@ class LiteMLA(FoldCache):
     def _at_once(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
         found = cached(folds, "at once", self._all_weights)
-        if found is None or not _lite_mla.serves(x) or is_autocast(x):
+        if found is None or not _lite_mla.serves(x):
             return None
         weights, act = found
         out = _lite_mla.lite_mla(x, weights, self.dim, self.eps)
@@ -144,7 +152,7 @@ class LiteMLA(FoldCache):
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm):
-            out = pointwise_convolution(x, *cached(folds, name, lambda: fold_batch_norm(conv, norm)))
+            out = folded_convolution(x, *cached(folds, name, lambda: fold_batch_norm(conv, norm)))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
             out = out if norm is None else norm(out)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -19,6 +21,24 @@ _PRODUCTS_ARE_SLOW = _C is not None and _C.is_amd() and torch.backends.mkl.is_av
 def is_autocast(x: torch.Tensor) -> bool:
     """The meta device knows no autocast and refuses to be asked."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+# Elements times channels of what one operator with float32 weights is faster for than calls of narrow products.
+_NARROW_AT_ONCE = 2**23
+
+
+def at_once_under_autocast(x: torch.Tensor) -> bool:
+    """Whether a module's inference as one operator on ``x`` takes less time than what autocast makes of its parts.
+
+    The operator multiplies in float32, the parts in narrow products, which are faster but have to be called one by one
+    and round in between. True without autocast.
+    """
+    return not is_autocast(x) or x.numel() * x.shape[1] <= _NARROW_AT_ONCE
+
+
+def cast_by_autocast(x: torch.Tensor) -> torch.Tensor:
+    """In the dtype that autocast gives the arguments of a convolution."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) and x.dtype != torch.float64 else x
 
 
 def is_overridden(module: nn.Module) -> bool:
@@ -140,3 +160,73 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
         if bias is not None:
             out = out + bias.unsqueeze(-1) if grad else out.add_(bias.unsqueeze(-1))
     return out.reshape(batch, weight.shape[0], height, width)
+
+
+def folded_convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, like: nn.Conv2d | None = None
+) -> torch.Tensor:
+    """A convolution with BatchNorm folded in, in the dtype of x or of autocast, whose bias is not rounded to it.
+
+    BatchNorm adds its bias in float32. A folded one may be most of what a channel holds: rounded before it is added, it
+    puts the error of one more rounding on every pixel.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C_out, C / groups, k, k), or (C_out, C) of a 1x1 convolution; at least as wide as x.
+        bias: (C_out,), of weight's dtype.
+        like: has the stride, padding, dilation and groups; None: of a 1x1 convolution.
+
+    Returns:
+        (B, C_out, H', W'), of x's memory format.
+    """
+    x = cast_by_autocast(x)
+    if torch.promote_types(bias.dtype, x.dtype) == x.dtype or x.numel() == 0:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        if like is None:
+            return pointwise_convolution(x, weight, bias)
+        return functional.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
+    weight = weight.to(x.dtype)
+    weight = weight if weight.dim() == 4 else weight.unsqueeze(-1).unsqueeze(-1)
+    stride, padding, dilation, groups = (
+        ((1, 1), (0, 0), (1, 1), 1) if like is None else (like.stride, like.padding, like.dilation, like.groups)
+    )
+    if not isinstance(padding, str) and _is_eager_inference(x) and _adds_wide_bias(x.dtype):
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+    out = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if _is_transformed():  # transforms know no batch_norm of two dtypes
+        return (out + bias.unsqueeze(-1).unsqueeze(-1)).to(x.dtype)
+    # BatchNorm with nothing but a bias adds in float32 and rounds in one pass.
+    mean, variance = torch.zeros_like(bias), torch.ones_like(bias)
+    return functional.batch_norm(out, mean, variance, torch.ones_like(bias), bias, eps=0.0)
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_eager_inference(x: torch.Tensor) -> bool:
+    """Whether a call is no more than its result: nobody differentiates, transforms or records it."""
+    return not (
+        x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _is_transformed()
+    )
+
+
+@cache
+def _adds_wide_bias(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has convolutions of a narrow dtype on this processor, and adds a float32 bias before it rounds.
+
+    conv2d takes none of another dtype than the image's.
+    """
+    one, step = torch.ones(1, 1, 1, 1, dtype=dtype), torch.finfo(dtype).eps
+    # 1 and a bit more than half a step is the next number; with the bias rounded it is a tie, which goes to 1.
+    bias = torch.tensor([step / 2 * (1 + step / 4)])
+    try:
+        out = torch.mkldnn_convolution(one, one, bias, (0, 0), (1, 1), (1, 1), 1)
+    except (RuntimeError, AttributeError):
+        return False
+    return out.dtype == dtype and out.item() == 1 + step
