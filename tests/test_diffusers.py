@@ -191,8 +191,8 @@ def test_what_is_left_alone_and_why():
     assert {entry.module: entry.detail for entry in report.left_alone} == {
         "processor": "its processor is Other, not SanaMultiscaleAttnProcessor2_0",
         "nonlinearity": "its nonlinearity is GELU, not ReLU",
-        "bias": "to_q, to_k or to_v has a bias",
-        "strided": "to_qkv_multiscale.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
+        "bias": "to_k has a bias",
+        "strided": "to_qkv_multiscale.0.proj_in is not a depthwise convolution of an odd kernel that keeps the size",
         "hooked": "its parts have hooks or forwards of their own: to_out",
         "parts": "it has no residual_connection",
     }
