@@ -57,6 +57,8 @@ _KNOWN = {
     "Attention4DDownsample": _V2_DOWNSAMPLE,
 }
 
+_REPLACEMENTS = {known.replacement for known in _KNOWN.values()} | {sana.SanaLinearAttnProcessor}
+
 
 def _find(thing: Any) -> tuple[type, str | None] | None:
     """What a module or a processor becomes, and why it cannot; None for those that nobody knows."""
@@ -162,6 +164,8 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> int:
     """Gives every module that :func:`accelerate` replaced its original class back.
 
+    One whose class was changed since, by a parametrization of its table of biases, keeps it until that is removed.
+
     Returns:
         How many modules were restored.
 
@@ -171,8 +175,9 @@ def restore(model: nn.Module) -> int:
     _check_model(model)
     count = 0
     for _, module in _candidates(model):
-        original = module.__dict__.pop(ORIGINAL, None)
-        if original is not None:
+        original = module.__dict__.get(ORIGINAL)
+        if original is not None and type(module) in _REPLACEMENTS:
+            del module.__dict__[ORIGINAL]
             module.__class__ = original
             if isinstance(module, nn.Module):
                 invalidate(module)

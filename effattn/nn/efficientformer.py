@@ -29,6 +29,13 @@ from effattn.ops import projected_attention as _operator
 
 # What makes the queries where the image is halved, by class: timm's, ours and the official one.
 QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
+# What the operator calls an activation, by class; timm has a GELU of its own.
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.GELU": "gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.linear.Identity": "none",
+}
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache.
 _TOKENS_AT_ONCE = 400
 
@@ -258,10 +265,9 @@ class _V2(FoldCache):
         act = self._modules["act"] if "act" in self._modules else next(iter(self.proj._modules.values()), None)
         if act is None:
             return None
-        known = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "none"}
         if is_overridden(act) or getattr(act, "approximate", "none") != "none":
             return None
-        return known.get(type(act))
+        return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
     def _packed_if_served(self, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, kept, for so many keys; None where no kernel serves, or gradients are asked for."""
@@ -298,8 +304,8 @@ class _V2(FoldCache):
 
     def _gathered(self, size: Size) -> torch.Tensor:
         if _is_dense_prediction(self):
-            queries = math.prod(-(-n // self.queries_stride) for n in size)
-            return _dense_prediction_bias(self, queries, size[0] * size[1])
+            rows, columns = (-(-size[0] // self.queries_stride), -(-size[1] // self.queries_stride))
+            return _dense_prediction_bias(self, rows * columns, size[0] * size[1])
         own = pair(self.resolution)
         return gather_attention_bias(self.attention_biases, own, size, self.queries_stride, self.attention_bias_idxs)
 
