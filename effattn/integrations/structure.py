@@ -270,7 +270,8 @@ def each(check: Check, length: Callable[[Any], int] | None = None) -> Check:
             return f"{name} is {type(part).__name__}, not ModuleList"
         if length is not None and len(part) != length(root):
             return f"{name} has {len(part)} parts, expected {length(root)}"
-        return _first(check(root, item, f"{name}.{i}") for i, item in part._modules.items())
+        reason = _prefixed(name, _why_not_by_name(part, part._modules))
+        return reason or _first(check(root, item, f"{name}.{i}") for i, item in part._modules.items())
 
     return check_all
 
