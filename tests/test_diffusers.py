@@ -249,7 +249,7 @@ def test_a_processor_set_afterwards_is_called(change, name):
             for m in (module, stock):
                 PROCESSORS[change](m)
             close(module(x), stock(x))
-    if not hasattr(module, "__wrapped__") and change != "module":  # the stock one again
+    if change != "module":  # the stock one again; torch lets no other object take a module's place
         for m in (module, stock):
             m.processor = attention_processor.SanaMultiscaleAttnProcessor2_0()
             m.__dict__.pop("apply_linear_attention", None)
@@ -437,3 +437,15 @@ def test_changes_of_the_transformers_attention_count(change):
         assert (change in ("set", "fused")) == torch.allclose(results[-1], before, rtol=1e-4, atol=1e-5)
     close(results[1], results[0])
     assert len(calls) == (2 if change == "set" else 0)
+
+
+def test_a_processor_of_the_same_name_or_patched_is_left_alone(monkeypatch):
+    model = transformer()
+    impostor = type("SanaLinearAttnProcessor2_0", (), {"__call__": lambda self, attn, x, *args, **kwargs: x})
+    model.transformer_blocks[1].attn1.processor = impostor()
+    report = effattn.accelerate(model)
+    assert len(report.replaced) == 1 and report.left_alone[0].detail == "it is not diffusers' own"
+    effattn.restore(model)
+    stock = attention_processor.SanaLinearAttnProcessor2_0
+    monkeypatch.setattr(stock, "__call__", lambda self, attn, x, *args, **kwargs: x)
+    assert not effattn.accelerate(model).replaced

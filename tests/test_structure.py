@@ -175,15 +175,23 @@ def test_linear_layers_without_a_bias_or_of_another_shape():
 
 # --- code that is not the original's ---------------------------------------------------------------------------
 
-ATTENTION = efficientformer.Attention
+
+class Own(nn.Module):
+    """EfficientFormer's Attention as somebody wrote it anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.key_dim, self.scale, self.val_dim = 3, 5, 5**-0.5, 10
+        self.qkv, self.proj = nn.Linear(24, 60), nn.Linear(30, 24)
+        self.attention_biases = nn.Parameter(torch.randn(3, 16))
+        self.register_buffer("attention_bias_idxs", make("efficientformer")[0].attention_bias_idxs)
 
 
 def of_code(name="Attention", **methods):
-    """A class of its own with the structure of timm's Attention, as somebody's copy is."""
-    own = {key: value for key, value in vars(ATTENTION).items() if key not in ("__dict__", "__weakref__")}
-    module, x = make("efficientformer")
-    module.__class__ = type(name, (nn.Module,), {**own, **methods})
-    return module, x
+    """One whose class has this name and these methods."""
+    module = Own().eval()
+    module.__class__ = type(name, (nn.Module,), {"forward": rewritten, **methods})
+    return module, make("efficientformer")[1]
 
 
 def rewritten(self, x):
@@ -223,6 +231,37 @@ def test_attributes_that_the_original_does_not_read():
     module, _ = of_code()
     module.gain = 2.0  # which nothing reads
     assert len(effattn.accelerate(module).replaced) == 1
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: 2 * rewritten(self, x),
+        lambda self, x: rewritten(self, x).relu(),
+        lambda self, x: rewritten(self, x) + x,
+        lambda self, x: rewritten(self, x.flip(1)),
+    ],
+    ids=["scaled", "activated", "residual", "flipped"],
+)
+def test_code_that_computes_something_else_with_the_same_parts(forward):
+    module, _ = of_code(forward=forward)
+    state = copy.deepcopy(module.state_dict())
+    generator = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert reason(module) == "its forward computes something else"
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
+
+
+def test_a_forward_that_was_patched_on_the_class(monkeypatch):
+    forward = efficientvit_mit.LiteMLA.forward
+    monkeypatch.setattr(efficientvit_mit.LiteMLA, "forward", lambda self, x: 2 * forward(self, x))
+    assert reason(make("lite mla")[0]) == "its forward computes something else"
+
+
+def test_code_that_cannot_be_tried_is_known_by_structure():
+    module, _ = of_code(forward=lambda self, x: 2 * rewritten(self, x))
+    assert len(effattn.accelerate(module.to("meta")).replaced) == 1
 
 
 def test_methods_replaced_on_the_instance():

@@ -14,7 +14,7 @@ from torch import nn
 
 from effattn import nn as ours
 from effattn.integrations import efficientformer, efficientvit_msra, lite_mla, sana
-from effattn.integrations.structure import ORIGINAL, Original, why_not_this_class
+from effattn.integrations.structure import ORIGINAL, Original, why_not_its_answers, why_not_this_class
 from effattn.nn.fold_cache import invalidate
 
 
@@ -73,7 +73,8 @@ def _find(thing: Any) -> tuple[type, str | None] | None:
         return None
     if type(thing) is known.replacement:
         return known.replacement, "effattn's own"
-    return known.replacement, why_not_this_class(thing) or original.why_not(thing)
+    reason = why_not_this_class(thing) or original.why_not(thing)
+    return known.replacement, reason or why_not_its_answers(thing, known.replacement, original)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ EFFICIENTFORMER = Original(
     attributes=("num_heads", "key_dim", "scale"),
     known=_KNOWN,
     check=_why_not_of_a_square,
+    example=lambda m: (1, _tokens(m), m.proj.out_features),
 )
 # Its map is gathered by whatever index there is.
 EFFICIENTFORMER_DENSE = replace(_for_dense_prediction(EFFICIENTFORMER), check=lambda module: None)
@@ -115,6 +116,13 @@ def _table(module: Any) -> int:
 
 def _halved_table(module: Any) -> int:
     return math.prod(-(-n // 2) for n in pair(module.resolution))
+
+
+def _image(module: Any) -> tuple[int, ...]:
+    """Of the size that the module was made for; the resolution is that behind a stride."""
+    stride_conv = getattr(module, "stride_conv", None)
+    stride = 1 if stride_conv is None else convolution_in(stride_conv).stride[0]
+    return (1, _dim(module), *(stride * n for n in pair(module.resolution)))
 
 
 def _v2(stride: int) -> dict[str, Any]:
@@ -165,6 +173,7 @@ V2 = Original(
     known=_KNOWN,
     optional=("act",),
     check=_why_not_its_stride,
+    example=_image,
 )
 V2_DENSE = _for_dense_prediction(V2)
 
@@ -193,5 +202,6 @@ V2_DOWNSAMPLE = Original(
     attributes=("num_heads", "key_dim", "scale", "resolution"),
     known=_KNOWN,
     optional=("act",),
+    example=_image,
 )
 V2_DOWNSAMPLE_DENSE = _for_dense_prediction(V2_DOWNSAMPLE)

@@ -35,6 +35,11 @@ def _why_not_square(module: Any) -> str | None:
     return None if square else f"attention_biases of shape {shape}, not (heads, a square number)"
 
 
+def _window(module: Any) -> tuple[int, ...]:
+    side = math.isqrt(_entries(module))
+    return 1, int(module.num_heads) * _group(module), side, side
+
+
 CASCADE = Original(
     {
         "qkvs": each(
@@ -48,6 +53,7 @@ CASCADE = Original(
     attributes=("num_heads", "key_dim", "scale"),
     known=("ab", "attention_bias_cache", "attn_ratio", "d", "resolution", "training", "val_dim"),
     check=_why_not_square,
+    example=_window,
 )
 
 
@@ -58,4 +64,11 @@ def _cascade(root: Any, part: Any, name: str) -> str | None:
     return None if reason is None else f"its {name} cannot be replaced: {reason}"
 
 
-WINDOWS = Original({"attn": _cascade}, attributes=("window_resolution",), known=("dim", "num_heads", "resolution"))
+def _image(module: Any) -> tuple[int, ...]:
+    """The official one takes no other than its own."""
+    return (*_window(module.attn)[:2], module.resolution, module.resolution)
+
+
+WINDOWS = Original(
+    {"attn": _cascade}, attributes=("window_resolution", "resolution"), known=("dim", "num_heads"), example=_image
+)

@@ -13,6 +13,7 @@ from effattn.integrations.structure import (
     Pointwise,
     any_module,
     convolution,
+    convolution_in,
     each,
     in_order,
     made_of,
@@ -69,5 +70,6 @@ LITE_MLA = Original(
         "kernel_func": only(nn.ReLU),
     },
     attributes=("dim", "eps"),
+    example=lambda m: (1, convolution_in(m.qkv).in_channels, 5, 7),
     check=_why_not_its_heads,
 )

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import scale
-from effattn.integrations.structure import ORIGINAL, Original, any_module, each, made_of, only
+from effattn.integrations.structure import ORIGINAL, Original, any_module, each, is_of_a_library, made_of, only
 from effattn.nn.fold_cache import FoldCache
 from effattn.nn.lite_mla import attend
 from effattn.nn.projection import can_fold, fold_batch_norm, is_dense, is_plain, pointwise_convolution
@@ -152,4 +152,6 @@ class SanaLinearAttnProcessor:
 
 def why_not_processor(processor: object) -> str | None:
     """Why this SanaLinearAttnProcessor2_0 cannot be replaced; None if it can."""
+    if not is_of_a_library(type(processor).__call__):
+        return "it is not diffusers' own"
     return f"it keeps {', '.join(vars(processor))}" if vars(processor) else None

@@ -6,6 +6,7 @@ and buffers by name and shape, and the attributes that its forward reads. What i
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Original:
         attributes: plain ones that must be there.
         known: plain ones that its forward may read beside these.
         check: what else must be so, after all of the above.
+        example: the shape of an input that every module of this kind takes.
     """
 
     parts: Mapping[str, Check]
@@ -44,6 +46,7 @@ class Original:
     known: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     check: Callable[[Any], str | None] = lambda module: None
+    example: Callable[[Any], tuple[int, ...]] | None = None
 
     def missing(self, module: nn.Module) -> list[str]:
         """What a module must have to be a candidate at all."""
@@ -129,6 +132,43 @@ def _read_by(cls: type, name: str, seen: set[str]) -> set[str]:
     seen.add(name)
     names = {used for nested in _codes(code) for used in nested.co_names}
     return {used for other in names for used in _read_by(cls, other, seen)}
+
+
+# Whose code is known.
+_LIBRARIES = ("timm", "diffusers")
+
+
+def is_of_a_library(function: Any) -> bool:
+    """Whether a method is timm's or diffusers' own, not a copy, nor one that took its place."""
+    return getattr(function, "__module__", "").partition(".")[0] in _LIBRARIES
+
+
+def why_not_its_answers(module: Any, replacement: Any, original: Original) -> str | None:
+    """Where the code of a forward that is no library's computes something else with the same parts.
+
+    A copy with random weights, in float64 on the CPU, is asked for one small input, in evaluation. What cannot be
+    tried so (weights on the meta device, parts that need a GPU) is taken by its structure alone.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    plain = all(type(t) in (nn.Parameter, torch.Tensor) and not t.is_meta for t in tensors)
+    if is_of_a_library(type(module).forward) or original.example is None or not plain:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            twin = copy.deepcopy(module).to("cpu", torch.float64)
+            for name, t in (*twin.named_parameters(), *twin.named_buffers()):
+                if t.is_floating_point():
+                    t.uniform_(*((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)), generator=generator)
+            twin.eval()
+            x = torch.rand(original.example(module), dtype=torch.float64, device="cpu", generator=generator)
+            theirs = type(module).forward(twin, x)
+            twin.__class__ = replacement
+            ours = replacement.forward(twin, x)
+            same = theirs.shape == ours.shape and bool((ours - theirs).norm() <= 1e-3 * theirs.norm())
+    except Exception:
+        return None
+    return None if same else "its forward computes something else"
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
