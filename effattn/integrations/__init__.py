@@ -1,6 +1,6 @@
 """``accelerate`` and ``restore``: existing models, the same weights, fused operators.
 
-A module is known by its class name and its structure, so that no model library is imported. Its class
+A module is known by its class name and by all that it is made of, so that no model library is imported. Its class
 is exchanged and nothing else: parameters, buffers, hooks, state dict and the module's identity stay.
 """
 
@@ -125,7 +125,8 @@ def accelerate(model: nn.Module) -> Report:
     (Microsoft: ``CascadedGroupAttention``, ``LocalWindowAttention``), EfficientFormer (``Attention``) and
     EfficientFormerV2 (``Attention2d``, ``Attention2dDownsample``; officially ``Attention4D``), which become modules of
     :mod:`effattn.nn`; and of diffusers the ``SanaMultiscaleLinearAttention`` of DC-AE and the
-    ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Works in training and in evaluation, before or after loading
+    ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Snap's backbones for detection and segmentation are known too.
+    A module that has anything that the original has not, or code that computes something else, is left alone. Works in training and in evaluation, before or after loading
     weights. Hooks of a replaced module run as before. Its parts are not called any more, unless they are given hooks; a
     module whose parts have hooks already is left alone. :func:`restore` undoes it.
 

@@ -64,7 +64,8 @@ def _why_not_of_a_square(module: Any) -> str | None:
     """Replaced modules know no resolution but their index's."""
     index = module.attention_bias_idxs
     side = math.isqrt(len(index))
-    if index.is_meta or torch.equal(index, attention_bias_index((side, side), device=index.device)):
+    unknown = index.is_meta or type(index) is not torch.Tensor  # fakes have no values either
+    if unknown or torch.equal(index, attention_bias_index((side, side), device=index.device)):
         return None
     return "attention_bias_idxs are not those of a square"
 
