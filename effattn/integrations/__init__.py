@@ -126,9 +126,10 @@ def accelerate(model: nn.Module) -> Report:
     EfficientFormerV2 (``Attention2d``, ``Attention2dDownsample``; officially ``Attention4D``), which become modules of
     :mod:`effattn.nn`; and of diffusers the ``SanaMultiscaleLinearAttention`` of DC-AE and the
     ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Snap's backbones for detection and segmentation are known too.
-    A module that has anything that the original has not, or code that computes something else, is left alone. Works in training and in evaluation, before or after loading
-    weights. Hooks of a replaced module run as before. Its parts are not called any more, unless they are given hooks; a
-    module whose parts have hooks already is left alone. :func:`restore` undoes it.
+    A module that has anything that the original has not, or code that computes something else, is left alone. Works in
+    training and in evaluation, before or after loading weights. Hooks of a replaced module run as before. Its parts are
+    not called any more, unless they are given hooks; a module whose parts have hooks already is left alone.
+    :func:`restore` undoes it.
 
     Args:
         model: any module; it may itself be one of the known ones.
