@@ -4,8 +4,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-# The cards that CUDA kernels are compiled for here, where there is an nvcc; a wheel has more (csrc/build.py).
+# The GPUs that CUDA kernels are compiled for here; a wheel has more (csrc/build.py).
 export EFFATTN_CUDA_ARCHS ?= 80 90a
+# The tests compile the CUDA kernels wherever there is an nvcc, whatever torch there is.
+WITH_CUDA := $(or $(EFFATTN_CUDA),$(if $(shell command -v nvcc),1,0))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
@@ -46,33 +48,33 @@ format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	$(BIN)/ruff format .
 	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-test-python: $(VENV)/.build $(VENV)/.test ## the test suite
+test-python: $(VENV)/.build-test $(VENV)/.test ## the test suite
 	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton --ignore tests/device --ignore tests/cuda
 
-test-triton: $(VENV)/.build $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
+test-triton: $(VENV)/.build-test $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
 	$(BIN)/python -m pytest tests/triton/test_compiled.py -q -n auto
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton tests/device -q -n auto --ignore tests/triton/test_compiled.py
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  $(BIN)/python -m pytest tests/triton tests/device -q --ignore tests/triton/test_compiled.py
 
-test-cuda: $(VENV)/.build $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
+test-cuda: $(VENV)/.build-test $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
 	$(BIN)/python -m pytest tests/cuda -q -n auto
 	$(BIN)/python tests/emulated.py
 
-test-sanitizers: $(VENV)/.build $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
+test-sanitizers: $(VENV)/.build-test $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
 	$(BIN)/python tests/sanitizers.py
 
-test-aarch64: $(VENV)/.build $(VENV)/.test ## the numeric tests, cross-compiled for NEON, under qemu
+test-aarch64: $(VENV)/.build-test $(VENV)/.test ## the numeric tests, cross-compiled for NEON, under qemu
 	$(BIN)/python tests/aarch64.py
 
-test-install: $(VENV)/.build $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
-	$(BIN)/python tests/install.py
+test-install: $(VENV)/.build-test $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
+	EFFATTN_CUDA=$(WITH_CUDA) $(BIN)/python tests/install.py
 
 gpu: ## on a machine with a GPU, whose python3 has torch and triton: build, tests, compute-sanitizer, benchmark
 	$(PYTHON) tests/gpu.py
 
 clean: ## removes what was built, not the virtual environment
-	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build
+	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build $(VENV)/.build-test
 
 # --- set-up ---------------------------------------------------------------------------------------
 
@@ -93,6 +95,11 @@ $(VENV)/.build: $(VENV)/.tools $(NATIVE)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
+# What the tests run. Unlike the build that users get, it always has the CUDA kernels where there is an nvcc.
+$(VENV)/.build-test: $(VENV)/.tools $(NATIVE)
+	EFFATTN_CUDA=$(WITH_CUDA) $(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@ $(VENV)/.build
+
 # timm needs the Python half of torchvision only, and torchvision's requirements would replace torch.
 $(VENV)/.timm: $(VENV)/.tools
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(PIP) install --no-deps torchvision==0.28.0
@@ -104,8 +111,11 @@ $(VENV)/.demo: $(VENV)/.timm
 	$(PIP) install scikit-learn matplotlib rich
 	@touch $@
 
+# litert-torch requires an xdsl that wants an older typing_extensions than the rest, and transformers; converting takes neither.
 $(VENV)/.bench: $(VENV)/.diffusers $(VENV)/.demo
 	$(PIP) install onnx onnxscript onnxruntime openvino tqdm tabulate typer pytest pytest-benchmark
+	$(PIP) install executorch 'ai-edge-litert==2.3.*' jax absl-py immutabledict
+	$(PIP) install --no-deps 'litert-torch==0.10.*' 'litert-converter==0.5.*' 'ai-edge-quantizer==0.10.*'
 	@touch $@
 
 $(VENV)/.diffusers: $(VENV)/.timm

@@ -15,7 +15,7 @@ from benchmarks import environment
 if TYPE_CHECKING:
     from benchmarks.results import Results
 
-FULL_ROUNDS, SHORT_ROUNDS = 15, 7
+FULL_ROUNDS, SHORT_ROUNDS = 15, 5
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -34,6 +34,8 @@ class SuiteName(StrEnum):
     SOFTMAX = "softmax"
     SOFTMAX_TRAINING = "softmax-training"
     SOFTMAX_MODELS = "softmax-models"
+    RESTED = "rested"
+    RESTS = "rests"
     SCALING = "scaling"
     CALL = "call"
     MEMORY = "memory"
@@ -123,6 +125,17 @@ def table(file: Path) -> None:
     from benchmarks import report, results
 
     typer.echo(report.table(results.read(file)))
+
+
+@app.command()
+def compare(before: Path, after: Path) -> None:
+    """Prints the speed-ups of two results files beside each other, and marks those that moved by more than a tenth."""
+    from benchmarks import report, results
+
+    try:
+        typer.echo(report.comparison(results.read(before), results.read(after)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()

@@ -35,7 +35,18 @@ RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 CACHE_VARIABLE = "EFFATTN_BENCHMARK_CACHE"
 
 #: Packages whose version decides a number.
-PEERS = ("torch", "triton", "onnx", "onnxruntime", "openvino", "timm", "numpy")
+PEERS = (
+    "torch",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "ai-edge-litert",
+    "litert-torch",
+    "executorch",
+    "timm",
+    "numpy",
+)
 
 
 def restart_with_kept_heap() -> None:

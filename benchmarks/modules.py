@@ -108,6 +108,20 @@ class Inputs:
         return torch.randn(self.case.input_shape)
 
     @cached_property
+    def onnx_model(self) -> Any:
+        """For all runtimes that read ONNX: exporting a whole model takes a while."""
+        import onnx
+
+        file = io.BytesIO()
+        names: dict[str, Any] = {"input_names": ["x"], "output_names": ["out"]}
+        with warnings.catch_warnings(action="ignore"):  # of constants that are left to the runtimes, which fold them
+            if self.case.dynamo_export:
+                torch.onnx.export(self.module, (self.x,), dynamo=True, **names).save(file)
+            else:
+                torch.onnx.export(self.module, (self.x,), file, dynamo=False, opset_version=17, **names)
+        return onnx.load_from_string(file.getvalue())
+
+    @cached_property
     def truth(self) -> tuple[torch.Tensor, ...]:
         """effattn's reference stands in for timm's attention, which computes in float32 whatever comes."""
         module = copy.deepcopy(self.module).double()
@@ -157,27 +171,19 @@ def torch_call(memory_format: torch.memory_format, accelerated: bool, compiled: 
     return step(module, x, data.grad_out.to(memory_format=memory_format) if data.training else None)
 
 
-def _onnx(data: Inputs) -> Any:
-    import onnx
-
-    file = io.BytesIO()
-    with warnings.catch_warnings():  # of constants that are left to the runtimes, which fold them
-        warnings.simplefilter("ignore")
-        if data.case.dynamo_export:
-            program = torch.onnx.export(data.module, (data.x,), dynamo=True, input_names=["x"], output_names=["out"])
-            program.save(file)
-        else:
-            torch.onnx.export(
-                data.module, (data.x,), file, dynamo=False, input_names=["x"], output_names=["out"], opset_version=17
-            )
-    return onnx.load_from_string(file.getvalue())
-
-
-def _runtime_call(run: Callable[..., Callable[[], peers.Tensors]], data: Inputs) -> Call:
+def _onnx_call(run: Callable[..., Callable[[], peers.Tensors]], data: Inputs) -> Call:
     with torch.no_grad():
         outputs = {"out": torch.empty(data.module(data.x).shape)}
-    call = run(_onnx(data), {"x": data.x}, outputs)
+    call = run(data.onnx_model, {"x": data.x}, outputs)
     return lambda: tuple(call().values())
+
+
+def _exported_call(
+    run: Callable[..., Callable[[], torch.Tensor]], memory_format: torch.memory_format, data: Inputs
+) -> Call:
+    x = data.x.to(memory_format=memory_format)
+    call = run(_prepared(data, memory_format, accelerated=False), (x,))
+    return lambda: (call(),)
 
 
 def torch_candidates(accelerated: bool, compiled: bool) -> list[Candidate]:
@@ -196,10 +202,22 @@ def torch_candidates(accelerated: bool, compiled: bool) -> list[Candidate]:
     ]
 
 
-def runtime_candidates() -> list[Candidate]:
+def runtime_candidates(case: ModuleCase) -> list[Candidate]:
+    """Those that read ONNX, and those that torch exports to; TFLite also in its own memory order.
+
+    Not so for whole models, of which that would be three channels of an image: converting takes too long.
+    """
+    onnx = (("onnxruntime", peers.onnxruntime_call), ("OpenVINO", peers.openvino_call))
+    exported = [("TFLite", label, peers.tflite_call) for label in FORMATS] + [
+        ("ExecuTorch", "NCHW", peers.executorch_call)
+    ]
     return [
-        Candidate(name, "NCHW", Role.PEER, partial(_runtime_call, run), gate)
-        for name, run in (("onnxruntime", peers.onnxruntime_call), ("OpenVINO", peers.openvino_call))
+        *(Candidate(name, "NCHW", Role.PEER, partial(_onnx_call, run), gate) for name, run in onnx),
+        *(
+            Candidate(name, label, Role.PEER, partial(_exported_call, run, FORMATS[label]), gate)
+            for name, label, run in exported
+            if label == "NCHW" or not isinstance(case, ModelCase)
+        ),
     ]
 
 
@@ -216,7 +234,7 @@ def make_case(case: ModuleCase, training: bool = False) -> Case:
         candidates=(
             *torch_candidates(accelerated=False, compiled=False),
             *torch_candidates(accelerated=False, compiled=True),
-            *([] if training else runtime_candidates()),
+            *([] if training else runtime_candidates(case)),
             *torch_candidates(accelerated=True, compiled=False),
             *torch_candidates(accelerated=True, compiled=True),
             check_candidate(),

@@ -1,4 +1,4 @@
-"""Ways to run a computation that others offer: torch.compile, onnxruntime, OpenVINO.
+"""Ways to run a computation that others offer: torch.compile, onnxruntime, OpenVINO, TFLite, ExecuTorch.
 
 Each is given what it likes best: fixed shapes, frozen weights, inputs and outputs bound once without a
 copy, every thread that torch has.
@@ -6,7 +6,9 @@ copy, every thread that torch has.
 
 from __future__ import annotations
 
+import os
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +96,89 @@ def openvino_call(model: Any, inputs: Tensors, outputs: Tensors, precision: str 
 
     call.tensors = inputs, outputs  # type: ignore[attr-defined]  # must outlive the request
     return call
+
+
+def tflite_call(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+    """A module, in evaluation, converted by litert-torch, on TFLite's interpreter with XNNPACK, its default delegate.
+
+    An input in channels_last becomes a model of NHWC images, in and out, which is TFLite's own order. Inputs lie in the
+    interpreter's tensors from the start. The result is a view of its output: it refuses to run while that is in use.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    os.environ.setdefault("LITERT_TORCH_SHOW_PROGRESS", "n")
+    import litert_torch
+
+    (out,) = _outputs(module, inputs)
+    nhwc = [i for i, x in enumerate(inputs) if not x.is_contiguous() and x.dim() == 4]
+    if nhwc:
+        module = litert_torch.to_channel_last_io(module, args=nhwc, outputs=[0] if out.dim() == 4 else []).eval()
+        inputs = tuple(x.permute(0, 2, 3, 1) if i in nhwc else x for i, x in enumerate(inputs))
+    for i, x in enumerate(inputs):
+        _must_be_dense(f"input {i}", x)
+    with _without_warnings():
+        content = litert_torch.convert(module, inputs).model_content()
+    interpreter = Interpreter(model_content=content, num_threads=torch.get_num_threads())
+    interpreter.allocate_tensors()
+    signature = interpreter.get_signature_runner()
+    places = signature.get_input_details()
+    for i, x in enumerate(inputs):
+        interpreter.tensor(places[f"args_{i}"]["index"])()[...] = x.numpy()
+    (result,) = signature.get_output_details().values()
+    view = interpreter.tensor(result["index"])
+    swap = bool(nhwc) and out.dim() == 4
+
+    def call() -> torch.Tensor:
+        interpreter.invoke()
+        found = torch.from_numpy(view())
+        return found.permute(0, 3, 1, 2) if swap else found
+
+    return call
+
+
+def executorch_call(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Callable[[], torch.Tensor]:
+    """A module, in evaluation, on ExecuTorch, what XNNPACK takes delegated to it; reads ``inputs`` where they are.
+
+    Inputs are contiguous: as of 1.5, channels_last ones save XNNPACK nothing, and whole models fail to lower. The
+    result is a view of the program's memory, which the next call writes.
+    """
+    with _without_warnings():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
+        from executorch.extension.pybindings import portable_lib
+
+        _outputs(module, inputs)
+        exported = torch.export.export(module, inputs)
+        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        # No memory planned for inputs: the program gets their addresses.
+        planning = MemoryPlanningPass(alloc_graph_input=False)
+        buffer = lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
+    if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
+        portable_lib._unsafe_reset_threadpool(torch.get_num_threads())
+    program = portable_lib._load_program_from_buffer(buffer)
+    method = program.load_method("forward")
+    method.set_inputs(inputs)
+
+    def call() -> torch.Tensor:
+        method.execute()
+        (out,) = method.get_outputs(clone_outputs=False)
+        return out
+
+    call.keeps = inputs, buffer, program  # type: ignore[attr-defined]  # the method holds addresses only
+    return call
+
+
+def _without_warnings() -> warnings.catch_warnings:
+    """Of exporters: about deprecations inside of them, by the hundred."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def _outputs(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What the module returns. Called once before an export, a lazily made buffer is no change that it would refuse."""
+    with torch.no_grad():
+        out = module(*inputs)
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _must_be_dense(name: str, tensor: torch.Tensor) -> None:

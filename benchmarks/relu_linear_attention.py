@@ -38,11 +38,15 @@ PEER_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3
 
 def official(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """As in the authors' repository: channels first, a row of ones under v carries the denominator."""
-    dtype = q.dtype
-    query, key, value = q.mT.relu().float(), k.mT.relu().float(), v.mT.float()
+    return _official(q.mT, k.mT, v.mT, eps).mT
+
+
+def _official(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """On (..., D, N)."""
+    query, key, value = q.relu().float(), k.relu().float(), v.float()
     value = functional.pad(value, (0, 0, 0, 1), mode="constant", value=1.0)
     out = torch.matmul(torch.matmul(value, key.mT), query)
-    return (out[..., :-1, :] / (out[..., -1:, :] + eps)).to(dtype).mT
+    return (out[..., :-1, :] / (out[..., -1:, :] + eps)).to(q.dtype)
 
 
 def timm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -56,6 +60,17 @@ def timm(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-5) -
 
 
 FORMULATIONS: dict[str, Callable[..., torch.Tensor]] = {"official": official, "timm": timm}
+
+
+class Formulation(torch.nn.Module):
+    """The official formulation on (B, h, D, N), or timm's on (B, h, N, D), for what takes a module."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.function = _official if layout == "channel-major" else timm
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.function(q, k, v)
 
 
 def onnx_graph(layout: str, sizes: Iterable[int], dtype: torch.dtype, eps: float = EPS) -> Any:
@@ -190,12 +205,17 @@ def _compiled_call(function: Callable[..., torch.Tensor], layout: str, data: Inp
     return torch_call(peers.compiled(function), layout, data)
 
 
-def _runtime_call(run: Callable[..., Callable[[], peers.Tensors]], layout: str, data: Inputs) -> Call:
+def _onnx_call(run: Callable[..., Callable[[], peers.Tensors]], layout: str, data: Inputs) -> Call:
     inputs = data.separate(layout)
     outputs = {"out": torch.empty_like(inputs["v"])}
     call = run(onnx_graph(layout, inputs["q"].shape, data.dtype), inputs, outputs)
     out = outputs["out"].mT if layout == "channel-major" else outputs["out"]
     return lambda: (call(), out)[1]
+
+
+def _exported_call(run: Callable[..., Callable[[], torch.Tensor]], layout: str, data: Inputs) -> Call:
+    call = run(Formulation(layout).eval(), tuple(data.separate(layout).values()))
+    return (lambda: call().mT) if layout == "channel-major" else call
 
 
 def effattn_candidates() -> list[Candidate]:
@@ -228,15 +248,26 @@ def compiled_candidates(*names: str) -> list[Candidate]:
 
 
 def runtime_candidates(dtype: torch.dtype) -> list[Candidate]:
-    """onnxruntime and OpenVINO; for narrow types OpenVINO also with its own arithmetic in that type."""
+    """onnxruntime and OpenVINO; for narrow types OpenVINO also with its own arithmetic in that type.
+
+    In float32 TFLite and ExecuTorch too.
+    """
     rows = [("onnxruntime", "", peers.onnxruntime_call), ("OpenVINO", "", peers.openvino_call)]
     if dtype != torch.float32:
         hint = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
         rows.append(("OpenVINO", f", {hint} hint", partial(peers.openvino_call, precision=hint)))
+    exported = [("TFLite", peers.tflite_call), ("ExecuTorch", peers.executorch_call)] if dtype == torch.float32 else []
     return [
-        Candidate(name, layout + note, Role.PEER, partial(_runtime_call, run, layout), peer_gate)
-        for name, note, run in rows
-        for layout in LAYOUTS
+        *(
+            Candidate(name, layout + note, Role.PEER, partial(_onnx_call, run, layout), peer_gate)
+            for name, note, run in rows
+            for layout in LAYOUTS
+        ),
+        *(
+            Candidate(name, layout, Role.PEER, partial(_exported_call, run, layout), peer_gate)
+            for name, run in exported
+            for layout in LAYOUTS
+        ),
     ]
 
 

@@ -115,7 +115,7 @@ def _suite_table(data: Results, suite: str, markdown: bool) -> str:
         head += ["best peer", "speed-up", "floor", "over floor", "check"]
     columns = [i for i in range(len(head)) if any(row[i] != "-" for row in body)]
     head, body = [head[i] for i in columns], [[row[i] for i in columns] for row in body]
-    rounds = part["settings"]["rounds"]
+    rounds = max((len(row.samples) for case in found for row in case.rows), default=0)
     lines = [
         f"### {part['title']}",
         "",
@@ -155,7 +155,7 @@ def _verdict(case: CaseResult) -> list[str]:
     best = case.best_peer
     return [
         f"{best.candidate}, {best.variant}" if best else "-",
-        times(case.speed_up) + (" (!)" if case.doubtful else ""),
+        _marked(case),
         milliseconds(case.floor),
         times(case.over_floor),
         "-" if case.check is None else f"{case.check:.2f}",
@@ -174,15 +174,64 @@ def times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
+def _marked(case: CaseResult) -> str:
+    return times(case.speed_up) + (" (!)" if case.doubtful else "")
+
+
 def _machine(facts: dict[str, object]) -> str:
     versions = facts["versions"]
     assert isinstance(versions, dict)
     if "gpu" in facts:
         machine = f"{facts['gpu']}, driver {facts['driver']}; torch {versions['torch']}, triton {versions['triton']}"
         return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
+    named = ("torch", "onnxruntime", "openvino", "ai-edge-litert", "executorch")
+    packages = ", ".join(f"{name} {versions[name]}" for name in named if versions.get(name))
     machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}; {packages}; {facts['threads']} threads"
     return f"{machine}; commit {str(facts['commit'])[:7]}, {str(facts['date'])[:10]}"
+
+
+# --- comparison -----------------------------------------------------------------------------------------
+
+#: A speed-up that changed by more than this from one results file to another is marked.
+MOVED = 0.10
+
+
+def comparison(before: Results, after: Results) -> str:
+    """The speed-ups of two results files, case by case, with those marked that moved.
+
+    Raises:
+        ValueError: if no case has a speed-up in both.
+    """
+    notes, body = [], []
+    for suite in [suite for suite in before["suites"] if suite in after["suites"]]:
+        notes.append(f"{suite}: {_taken(before, suite)} -> {_taken(after, suite)}")
+        found = {case.name: case for case in cases(before, suite)}
+        for case in cases(after, suite):
+            was = found.get(case.name)
+            if was is None or not was.speed_up or not case.speed_up:
+                continue
+            ratio = case.speed_up / was.speed_up
+            cells = [
+                [_named(side.best_peer), milliseconds(side.ours.milliseconds if side.ours else None), _marked(side)]
+                for side in (was, case)
+            ]
+            body.append([suite, case.name, *(cell for pair in zip(*cells, strict=True) for cell in pair)])
+            body[-1] += [f"{ratio:.2f}", "moved" if abs(ratio - 1) > MOVED else ""]
+    if not body:
+        raise ValueError("expected two results files with a case that has a speed-up in both, got none")
+    head = ["suite", "case", "best peer, ms", "now", "effattn, ms", "now", "speed-up", "now", "ratio", ""]
+    return "\n".join([tabulate(body, head, tablefmt="simple", disable_numparse=True), "", *notes])
+
+
+def _taken(data: Results, suite: str) -> str:
+    """Where, and by which protocols: rows from before protocols had names name none."""
+    protocols = sorted({row.protocol for row in results.rows(data, suite) if row.protocol})
+    machine = _machine(data["suites"][suite]["environment"])
+    return f"{machine}; protocol {', '.join(protocols)}" if protocols else machine
+
+
+def _named(row: Row | None) -> str:
+    return f"{row.candidate} {milliseconds(row.milliseconds)}" if row else "-"
 
 
 # --- README ---------------------------------------------------------------------------------------------
@@ -203,22 +252,33 @@ README_SUITES = {
 def readme_table(files: list[Results], picture: str | None) -> str:
     """The suites of the README, each from the last of the files that has it, which it names by a number."""
     machines: dict[str, int] = {}
+
+    def number_of(data: Results, suite: str) -> int:
+        return machines.setdefault(_machine(data["suites"][suite]["environment"]), len(machines) + 1)
+
+    def last_with(suite: str) -> list[Results]:
+        return [data for data in files if suite in data["suites"]][-1:]
+
+    rested = {case.name: case for data in last_with("rested") for case in cases(data, "rested")}
     body = []
     for suite, label in README_SUITES.items():
-        for data in [data for data in files if suite in data["suites"]][-1:]:
-            number = machines.setdefault(_machine(data["suites"][suite]["environment"]), len(machines) + 1)
+        for data in last_with(suite):
+            number = number_of(data, suite)
             for case in cases(data, suite):
-                peer = case.best_peer
                 row = [
                     f"{label} [{number}]",
                     case.name,
-                    f"{peer.candidate} {milliseconds(peer.milliseconds)}" if peer else "-",
+                    _named(case.best_peer),
                     milliseconds(case.ours.milliseconds if case.ours else None),
-                    times(case.speed_up) + (" (!)" if case.doubtful else ""),
+                    _marked(case),
                     milliseconds(case.floor),
                 ]
+                if rested:
+                    first = rested.get(f"{suite}: {case.name}")  # as suites/rests.py names it
+                    row.append(_marked(first) if first else "-")
                 body.append(row)
     head = ["", "case", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
+    head += [f"speed-up, first call after a rest [{number_of(data, 'rested')}]" for data in last_with("rested")]
     notes = "  \n".join(f"[{number}] {machine}." for machine, number in machines.items())
     lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes]
     if picture is not None:

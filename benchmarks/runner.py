@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -19,15 +19,55 @@ from benchmarks.floor import Rates, Work
 Call = Callable[[], Any]
 Tick = Callable[[str, int], None]  # progress: what is being done, and how many steps it was
 
-#: Pools of threads spin for a while after a call and slow whoever comes next.
-SETTLE_SECONDS = 0.02
-#: A sample repeats a short call until it takes this long, and is the median of these calls.
-SAMPLE_SECONDS = 1e-3
 #: Candidates that are listed for context only get fewer rounds if one call takes longer than this.
 SLOW_SECONDS = 0.1
 SLOW_ROUNDS = 3
+#: A call of this length has averaged over the machine's disturbances by itself, and what its first milliseconds
+#: cost is below a hundredth: it needs no warm-up, and no more than this many rounds.
+LONG_SECONDS = 1.0
+LONG_ROUNDS = 5
 #: Progress steps that building one candidate is worth.
 BUILD_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How one sample is taken: a rest, untimed calls (the warm-up), timed calls, whose median it is.
+
+    ``warm_up`` is the least time of the untimed calls, of which there is one at least; None leaves them out. Calls are
+    timed until they should have taken ``timed`` seconds, again one at least. ``name`` stands with every row.
+    """
+
+    name: str
+    rest: float
+    warm_up: float | None
+    timed: float
+
+    def repeats(self, seconds: float) -> int:
+        """The timed calls of a sample, of a call that takes ``seconds``."""
+        return max(1, math.ceil(self.timed / seconds))
+
+    def sample(self, call: Call, repeats: int) -> float:
+        """Seconds of a call."""
+        time.sleep(self.rest)
+        if self.warm_up is not None:
+            start = time.perf_counter()
+            call()
+            while time.perf_counter() - start < self.warm_up:
+                call()
+        # The median within a sample, or one stall would count for each of the calls that share it.
+        return statistics.median(_timed(call) for _ in range(repeats))
+
+
+#: What a loop over a model sees. Rest: idle thread pools spin for a while after a call and take a core from whoever
+#: comes next, onnxruntime's for 35 ms. Warm-up: a thread that has slept may wake up on its caller's core and wait
+#: there for scheduler ticks (of up to 10 ms), and the caller for it at the next barrier; caches are cold too.
+#: Timed: several calls of a short one, since single ones are a clock's resolution and an interrupt.
+STEADY = Protocol("steady", rest=0.06, warm_up=0.025, timed=1e-3)
+#: What the first request after a pause sees: threads asleep, caches cold, all of it counted. No pool spins that long.
+RESTED = Protocol("rested", rest=0.1, warm_up=None, timed=0.0)
+#: How results without a protocol's name were taken: into the spinning of onnxruntime, with an awakening half over.
+FORMER = Protocol("former", rest=0.02, warm_up=0.0, timed=1e-3)
 
 
 class Role(StrEnum):
@@ -62,7 +102,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Case:
-    """``prepare`` makes the data that every candidate is built and checked with."""
+    """``prepare`` makes the data that every candidate is built and checked with; ``protocol`` samples them all."""
 
     name: str
     dtype: torch.dtype
@@ -71,6 +111,7 @@ class Case:
     candidates: tuple[Candidate, ...]
     prepare: Callable[[], Any]
     training: bool = False
+    protocol: Protocol = STEADY
 
 
 @dataclass
@@ -95,6 +136,7 @@ class Row:
     floor_milliseconds: float | None = None
     floor_is: str | None = None
     peak_bytes: int | None = None
+    protocol: str | None = None
 
 
 def new_row(suite: str, case: Case, candidate: Candidate) -> Row:
@@ -108,6 +150,7 @@ def new_row(suite: str, case: Case, candidate: Candidate) -> Row:
         role=candidate.role.value,
         bytes=case.work.bytes,
         flops=case.work.flops,
+        protocol=case.protocol.name,
     )
 
 
@@ -125,14 +168,12 @@ def steps(case: Case, rounds: int) -> int:
 class _Runner:
     row: Row
     call: Call
+    protocol: Protocol
     rounds: int
     repeats: int
 
     def sample(self) -> float:
-        time.sleep(SETTLE_SECONDS)
-        self.call()
-        # The median within a sample, or one stall would count for each of the calls that share it.
-        return statistics.median(_timed(self.call) for _ in range(self.repeats))
+        return self.protocol.sample(self.call, self.repeats)
 
 
 def measure(suite: str, case: Case, rounds: int, tick: Tick) -> list[Row]:
@@ -145,7 +186,7 @@ def measure(suite: str, case: Case, rounds: int, tick: Tick) -> list[Row]:
             tick(f"{case.name}: {candidate.name}", 0)
             row = new_row(suite, case, candidate)
             rows.append(row)
-            runner = _admit(row, candidate, data, rounds)
+            runner = _admit(row, candidate, case.protocol, data, rounds)
             if runner is not None:
                 runners.append(runner)
             tick(f"{case.name}: {candidate.name}", BUILD_STEPS if runner is not None else BUILD_STEPS + rounds)
@@ -172,7 +213,7 @@ def measure(suite: str, case: Case, rounds: int, tick: Tick) -> list[Row]:
     return rows
 
 
-def _admit(row: Row, candidate: Candidate, data: Any, rounds: int) -> _Runner | None:
+def _admit(row: Row, candidate: Candidate, protocol: Protocol, data: Any, rounds: int) -> _Runner | None:
     """Builds a candidate and puts it through the gate; writes down why if it does not get through."""
     try:
         call = candidate.build(data)
@@ -185,10 +226,12 @@ def _admit(row: Row, candidate: Candidate, data: Any, rounds: int) -> _Runner | 
     except Exception as error:
         row.reason = explain(error)
         return None
-    row.repeats = max(1, math.ceil(SAMPLE_SECONDS / one_call))
+    row.repeats = protocol.repeats(one_call)
     if candidate.role is Role.CONTEXT and one_call > SLOW_SECONDS:
         rounds = min(rounds, SLOW_ROUNDS)
-    return _Runner(row, call, rounds, row.repeats)
+    if one_call > LONG_SECONDS:
+        rounds, protocol = min(rounds, LONG_ROUNDS), replace(protocol, warm_up=None)
+    return _Runner(row, call, protocol, rounds, row.repeats)
 
 
 def _timed(call: Call) -> float:

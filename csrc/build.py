@@ -79,7 +79,7 @@ SHARED = (
     "csrc/biased_attention.cpp",
     "csrc/cascaded_group_attention.cpp",
 )
-PYTHON = ("csrc/python.cpp",)
+PYTHON = ("csrc/python.cpp", "csrc/fingerprint.cpp")
 
 CUDA = (
     "kernels/cuda/tensors.cu",
@@ -110,14 +110,17 @@ class Cuda:
     archs: tuple[str, ...]
 
     @classmethod
-    def found(cls) -> Cuda | None:
-        """As EFFATTN_CUDA and EFFATTN_CUDA_ARCHS say; whether there is a GPU plays no part."""
+    def found(cls, torch_has_cuda: bool) -> Cuda | None:
+        """As EFFATTN_CUDA and EFFATTN_CUDA_ARCHS say; whether there is a GPU plays no part.
+
+        Unasked, only for a torch with CUDA: five architectures take ten minutes, which another torch has no use for.
+        """
         wanted = os.environ.get("EFFATTN_CUDA", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"EFFATTN_CUDA: expected 0 or 1, got {wanted!r}")
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-        if wanted == "0" or (nvcc is None and wanted == ""):
+        if wanted == "0" or (wanted == "" and (nvcc is None or not torch_has_cuda)):
             return None
         if nvcc is None:
             raise SystemExit("EFFATTN_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME")
@@ -184,7 +187,7 @@ class Target:
             extension_suffix=sysconfig.get_config_var("EXT_SUFFIX"),
             sanitize=sanitize,
             without=without,
-            cuda=None if sanitize or emulate_cuda else Cuda.found(),
+            cuda=None if sanitize or emulate_cuda else Cuda.found(torch.version.cuda is not None),
             emulate_cuda=emulate_cuda,
         )
 

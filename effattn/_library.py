@@ -34,7 +34,7 @@ def _load_cuda() -> tuple[str, str, str | None]:
     if error is not None:
         return "", "", error
     if not path.exists():
-        return "", "", "is not compiled in: there was no nvcc (EFFATTN_CUDA=1 asks for it)"
+        return "", "", "is not compiled in: that takes an nvcc and a torch with CUDA, or EFFATTN_CUDA=1 when effattn is built"
     try:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))

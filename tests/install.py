@@ -43,7 +43,8 @@ def run(*command: str | Path, cwd: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        has_cuda = str(int(shutil.which("nvcc") is not None))
+        # As the editable install was built (Makefile).
+        has_cuda = os.environ.setdefault("EFFATTN_CUDA", str(int(shutil.which("nvcc") is not None)))
         run(sys.executable, "-c", USE, "editable", ROOT, has_cuda, cwd=folder)
         run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, ROOT, cwd=folder)
         (sdist,) = folder.glob("effattn-*.tar.gz")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 
 import pytest
 import torch
 
 import effattn
-from benchmarks import peers, report, results
+from benchmarks import environment, modules, peers, report, results
+from benchmarks import relu_linear_attention as rla
+from benchmarks import runner as cpu_runner
+from benchmarks.floor import Rates, Work
 from benchmarks.gpu import cases, runner, session
 from benchmarks.gpu.cases import NARROW
 from benchmarks.gpu.clock import WallClock
+from benchmarks.lite_mla import LiteMLACase
+from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Candidate, Case, Role, Row
+from benchmarks.suites import SUITES, Settings, TimedSuite, rests
 from effattn.registry import BackendStatus
 from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
 
@@ -34,6 +41,218 @@ def test_compiled_modules_train():
     module = peers.compiled_module(linear, x)
     module(x).sum().backward()
     assert linear.weight.grad is not None
+
+
+class Machine:
+    """A clock that only sleeping and calling move, and what a machine does to calls in the meantime.
+
+    A call takes 1 ms; 4 ms while the threads of onnxruntime spin, 35 ms after its call; and after 50 ms of idleness
+    9 ms, until 20 ms after the first has begun.
+    """
+
+    def __init__(self):
+        self.now = self.spinning_until = self.waking_until = self.busy_at = 0.0
+        self.done: list[str] = []
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.done.append(f"rest {seconds}")
+        self.now += seconds
+
+    def call(self):
+        if self.now - self.busy_at > 0.05:
+            self.waking_until = self.now + 0.02
+        self.now += 9e-3 if self.now < self.waking_until else 4e-3 if self.now < self.spinning_until else 1e-3
+        self.busy_at = self.now
+        self.done.append("call")
+
+    def onnxruntime(self):
+        self.now += 1e-3
+        self.busy_at, self.spinning_until = self.now, self.now + 0.035
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(cpu_runner, "time", machine)
+    return machine
+
+
+def made_case(*candidates, protocol=STEADY):
+    """A case of calls as they are, all right, by (name, role, call)."""
+    made = [
+        Candidate(name, "NCHW", role, lambda data, call=call: call, lambda data, result: Accuracy(0.0, 0.0))
+        for name, role, call in candidates
+    ]
+    work = Work(bytes=0, flops=0)
+    return Case("made", torch.float32, {}, work, tuple(made), lambda: None, protocol=protocol)
+
+
+def ignore(doing, steps):
+    """Progress that nobody watches."""
+
+
+def test_a_sample_rests_warms_up_and_is_timed(machine):
+    """Three calls of 9 ms are the 25 ms of warm-up; a first call is the 9 ms that it takes."""
+    machine.now = 1.0
+    assert STEADY.sample(machine.call, 3) == pytest.approx(1e-3)
+    assert machine.done == [f"rest {STEADY.rest}", *["call"] * (3 + 3)]
+    machine.done.clear()
+    assert RESTED.sample(machine.call, 1) == pytest.approx(9e-3)
+    assert machine.done == [f"rest {RESTED.rest}", "call"]
+    machine.done.clear()
+    assert FORMER.sample(machine.call, 2) == pytest.approx(1e-3)
+    assert machine.done == [f"rest {FORMER.rest}", *["call"] * (1 + 2)]
+
+
+def test_short_calls_are_repeated_in_a_sample():
+    assert [STEADY.repeats(seconds) for seconds in (1e-4, 3e-4, 1e-3, 2.0)] == [10, 4, 1, 1]
+    assert RESTED.repeats(1e-4) == 1
+
+
+def test_what_comes_before_a_call_disturbs_only_the_former_protocol(machine):
+    """The suite ``rests`` on the simulated machine: a row that warns, and one that does not."""
+    for disturb in (machine.onnxruntime, lambda: machine.sleep(0.09)):
+        for protocol, disturbed in ((FORMER, True), (STEADY, False), (rests.LOOP, False)):
+            stock, again = ("stock", Role.PEER, machine.call), ("stock (again)", Role.CHECK, machine.call)
+            case = made_case(stock, ("disturber", Role.CONTEXT, disturb), again, protocol=protocol)
+            rows = cpu_runner.measure("rests", case, 5, ignore)
+            result = report.CaseResult("made", tuple(rows))
+            assert result.doubtful is disturbed, (protocol.name, result.check)
+            assert disturbed or [row.milliseconds for row in (rows[0], rows[2])] == pytest.approx([1.0, 1.0])
+            assert {row.protocol for row in rows} == {protocol.name}
+
+
+def test_the_stock_formulation_is_timed_after_what_disturbs_it():
+    for case in SUITES["rests"].cases(False):
+        stock, disturber, again = case.candidates
+        assert (stock.role, disturber.role, again.role) == (Role.PEER, Role.CONTEXT, Role.CHECK)
+        assert again.name == stock.name + report.CHECK_SUFFIX and again.variant == stock.variant
+        assert disturber.name in ("onnxruntime", "a pause")
+    protocols = [case.protocol for case in SUITES["rests"].cases(False)]
+    assert protocols.count(FORMER) == protocols.count(STEADY) == protocols.count(rests.LOOP) == 4
+    assert rests.PAUSE_SECONDS < cpu_runner.SLOW_SECONDS
+
+
+def test_calls_of_seconds_take_few_rounds(machine):
+    def call():
+        machine.sleep(2.0)
+
+    (row,) = cpu_runner.measure("suite", made_case(("slow", Role.PEER, call)), 15, ignore)
+    assert row.samples == pytest.approx([2000.0] * cpu_runner.LONG_ROUNDS)
+    # The gate, the length of a call, and no warm-up.
+    assert machine.done.count("rest 2.0") == 2 + cpu_runner.LONG_ROUNDS
+
+
+def test_first_calls_are_those_of_everyone():
+    """``rested``: cases of other suites with all of their candidates, one call after a rest, no floor."""
+    made = SUITES["rested"].cases(False)
+    assert {tuple(case.name.split(": ")) for case in made} == set(rests.REPRESENTATIVE)
+    for case in made:
+        suite, name = case.name.split(": ")
+        (original,) = [other for other in SUITES[suite].cases(False) if other.name == name]
+        assert [c.name for c in case.candidates] == [c.name for c in original.candidates]
+        assert {"onnxruntime", "OpenVINO", "TFLite", "ExecuTorch"} <= {c.name for c in case.candidates}
+        assert case.protocol is RESTED and case.work == Work(bytes=0, flops=0)
+
+
+def test_first_calls_get_more_rounds(machine):
+    case = made_case(("stock", Role.PEER, machine.call), protocol=RESTED)
+    suite = TimedSuite("first", "first", lambda short: [case], rounds_factor=2)
+    (row,) = suite.run(Settings(3), Rates(), ignore)
+    assert row.samples == pytest.approx([9.0] * 6) and row.floor_milliseconds is None
+    assert suite.steps(Settings(3)) == cpu_runner.BUILD_STEPS + 6
+
+
+def test_the_command_line_knows_every_suite():
+    pytest.importorskip("typer")
+    from benchmarks.__main__ import SuiteName
+
+    assert {name.value for name in SuiteName} == {*SUITES, "all"}
+
+
+@pytest.mark.parametrize("package", ["ai_edge_litert.interpreter", "litert_torch", "executorch"])
+def test_a_peer_that_is_not_installed_is_a_reason(package, monkeypatch):
+    """In modules and in the attention alone; in the table it stays."""
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "litert_torch":  # asked for after the interpreter
+        monkeypatch.setitem(sys.modules, "ai_edge_litert", object())
+        monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", Interpreterless)
+    name = "ExecuTorch" if package == "executorch" else "TFLite"
+    module = modules.make_case(LiteMLACase("tiny", 1, 16, 8, 3, 3))
+    attention = rla.make_case(AttentionCase("tiny", 1, 2, 8, 3, 3), rla.runtime_candidates(torch.float32))
+    for case in (module, attention):
+        candidates = [candidate for candidate in case.candidates if candidate.name == name]
+        rows = cpu_runner.measure("suite", dataclasses.replace(case, candidates=tuple(candidates)), 1, ignore)
+        assert rows and all(row.milliseconds is None and package in row.reason for row in rows)
+        assert f"{name}: {rows[0].reason}" in report.table(made_results(rows))
+
+
+class Interpreterless:
+    Interpreter = None
+
+
+@pytest.mark.parametrize(("name", "package"), [("tflite_call", "litert_torch"), ("executorch_call", "executorch.exir")])
+def test_peers_that_torch_exports_to(name, package):
+    """Inputs in their order, in place, again and again; images of TFLite in its own memory order."""
+    pytest.importorskip(package)
+    run = getattr(peers, name)
+    data = rla.Inputs(AttentionCase("tiny", 1, 2, 8, 3, 5), torch.float32)
+    with torch.no_grad():
+        for layout in rla.LAYOUTS:
+            call = rla._exported_call(run, layout, data)
+            for _ in range(3):
+                assert rla.peer_gate(data, call()).passed
+        convolution = torch.nn.Conv2d(3, 5, 3).eval()
+        x = torch.randn(2, 3, 6, 7)
+        for format_ in modules.FORMATS.values() if name == "tflite_call" else [torch.contiguous_format]:
+            call = run(convolution, (x.to(memory_format=format_),))
+            for _ in range(2):
+                torch.testing.assert_close(call(), convolution(x), rtol=1e-4, atol=1e-5)
+
+
+def timed_row(suite, case, candidate, role, milliseconds, protocol="steady"):
+    return Row(suite, case, "float32", {}, candidate, "NCHW", role, milliseconds, [milliseconds], protocol=protocol)
+
+
+def made_results(*parts):
+    """A results file with one suite for each list of rows."""
+    data = {"schema": results.SCHEMA, "suites": {}}
+    for rows in parts:
+        results.add(data, rows[0].suite, rows[0].suite, Settings(1), environment.facts(), Rates(), rows)
+    return data
+
+
+def test_moved_speed_ups_are_marked():
+    def taken(ours, theirs, protocol):
+        return [
+            timed_row("softmax", case, candidate, role, milliseconds, protocol)
+            for case, peer in (("moved", theirs), ("stayed", 2.0))
+            for candidate, role, milliseconds in (("effattn", "ours", ours), ("stock", "peer", peer))
+        ]
+
+    before, after = made_results(taken(1.0, 2.0, None)), made_results(taken(1.0, 3.0, "steady"))
+    lines = report.comparison(before, after).splitlines()
+    (moved,), (stayed,) = ([line.split() for line in lines if name in line.split()[:2]] for name in ("moved", "stayed"))
+    assert moved[-4:] == ["2.00x", "3.00x", "1.50", "moved"]
+    assert stayed[-3:] == ["2.00x", "2.00x", "1.00"]
+    assert lines[-1].startswith("softmax: ") and lines[-1].endswith("protocol steady")
+    assert lines[-1].count("protocol") == 1  # results of before have no name for theirs
+    with pytest.raises(ValueError, match="a case that has a speed-up in both, got none"):
+        report.comparison(before, made_results([timed_row("softmax", "other", "effattn", "ours", 1.0)]))
+
+
+def test_the_readme_has_a_column_for_first_calls():
+    rows = {
+        suite: [timed_row(suite, case, "effattn", "ours", 1.0), timed_row(suite, case, "stock", "peer", factor)]
+        for suite, case, factor in (("softmax", "CGA", 2.0), ("rested", "softmax: CGA", 3.0))
+    }
+    table = report.readme_table([made_results(*rows.values())], None)
+    assert "speed-up, first call after a rest [1]" in table and "| 2.00x" in table and "| 3.00x" in table
+    without = report.readme_table([made_results(rows["softmax"])], None)
+    assert "first call" not in without and "| 2.00x" in without
 
 
 def test_a_rehearsal_of_the_benchmark_of_a_gpu(tmp_path, monkeypatch):

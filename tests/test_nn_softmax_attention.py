@@ -317,7 +317,7 @@ def test_what_is_derived_is_made_once(name):
     _, module = case.pair()
 
     def derived():
-        return [kept.derived for m in module.modules() for kept in m.__dict__.get("_effattn_fold_cache", {}).values()]
+        return [value for m in module.modules() for value in m.__dict__.get("_effattn_fold_cache", {}).values()]
 
     with torch.no_grad():
         module(case.x())

@@ -123,9 +123,7 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
 
 def kept(model: nn.Module) -> dict[str, object]:
     return {
-        name: entry.derived
-        for part in model.modules()
-        for name, entry in part.__dict__.get("_effattn_fold_cache", {}).items()
+        name: entry for part in model.modules() for name, entry in part.__dict__.get("_effattn_fold_cache", {}).items()
     }
 
 

@@ -7,6 +7,7 @@ from benchmarks.suites.base import Settings, Suite, TimedSuite
 from benchmarks.suites.call import CALL
 from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA, LITE_MLA_TRAINING
 from benchmarks.suites.processes import ALLOCATOR, MEMORY
+from benchmarks.suites.rests import RESTED_CALLS, RESTS
 from benchmarks.suites.scaling import SCALING
 from benchmarks.suites.softmax_attention import SOFTMAX, SOFTMAX_MODELS, SOFTMAX_TRAINING
 from benchmarks.suites.training import NARROW_TRAINING, TRAINING
@@ -24,6 +25,8 @@ _IN_ORDER: tuple[Suite, ...] = (
     SOFTMAX,
     SOFTMAX_TRAINING,
     SOFTMAX_MODELS,
+    RESTED_CALLS,
+    RESTS,
     SCALING,
     CALL,
     MEMORY,

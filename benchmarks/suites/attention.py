@@ -10,7 +10,7 @@ from benchmarks.runner import Candidate, Case, Role
 from benchmarks.suites.base import TimedSuite
 from effattn.testing import ATTENTION_CASES
 
-SHORT = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "l2 SAM stage 4 @1024", "b1 stage 3 @1024x2048")
+SHORT = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "b1 stage 3 @1024x2048")
 NARROW = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "b1 stage 3 @1024x2048")
 NARROW_SHORT = ("b1 stage 3 @1024x2048",)
 

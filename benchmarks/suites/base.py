@@ -44,25 +44,26 @@ class Suite(Protocol):
 
 @dataclass(frozen=True)
 class TimedSuite:
-    """``cases`` gives the cases of a short or a full run."""
+    """``cases`` gives the cases of a short or a full run; ``rounds_factor`` is for samples of a single call."""
 
     name: str
     title: str
     cases: Callable[[bool], list[Case]]
     allocator: dict[str, str] | None = None
+    rounds_factor: int = 1
 
     def selected(self, settings: Settings) -> list[Case]:
         return [case for case in self.cases(settings.short) if settings.keeps(case.name)]
 
     def steps(self, settings: Settings) -> int:
-        return sum(runner.steps(case, settings.rounds) for case in self.selected(settings))
+        return sum(runner.steps(case, self.rounds_factor * settings.rounds) for case in self.selected(settings))
 
     def run(self, settings: Settings, rates: Rates, tick: Tick) -> list[Row]:
         cases = self.selected(settings)
         rows: list[Row] = []
         for case in cases:
             rates.measure({case.dtype})
-            rows += runner.measure(self.name, case, settings.rounds, tick)
+            rows += runner.measure(self.name, case, self.rounds_factor * settings.rounds, tick)
         rates.measure({case.dtype for case in cases})
         runner.write_floors(rows, cases, rates)
         return rows

@@ -11,7 +11,7 @@ from torch.nn import functional
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import scale
 from effattn.integrations.structure import ORIGINAL, Original, any_module, each, is_of_a_library, made_of, only
-from effattn.nn.fold_cache import FoldCache
+from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.lite_mla import attend
 from effattn.nn.projection import can_fold, fold_batch_norm, is_dense, is_plain, pointwise_convolution
 
@@ -37,23 +37,24 @@ class SanaMultiscaleLinearAttention(FoldCache):
         if why_not_stock(self, self.__dict__[ORIGINAL]) is not None:
             out: torch.Tensor = self.processor(self, hidden_states)
             return out
+        folds = self._folds()
         layers = [self.to_q, self.to_k, self.to_v]
         if all(_is_matrix(layer) and layer.bias is None for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
-            matrix = self._cached("qkv", layers, lambda: torch.cat(weights))
+            matrix = cached(folds, "qkv", lambda: torch.cat(weights))
             qkv = pointwise_convolution(hidden_states, matrix, None)
         else:  # adapters, quantised layers
             qkv = torch.cat([_on_channels(layer, hidden_states) for layer in layers], dim=1)
         out = attend(qkv, self.to_qkv_multiscale, head_dim=self.attention_head_dim, eps=self.eps)
-        out = self._project(out)
+        out = self._project(out, folds)
         return out + hidden_states if self.residual_connection else out
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor:
         layer, norm = self.to_out, self.norm_out
         if not _is_matrix(layer):
             x = _on_channels(layer, x)
         elif can_fold(norm):
-            return pointwise_convolution(x, *self._cached("out", (layer, norm), lambda: fold_batch_norm(layer, norm)))
+            return pointwise_convolution(x, *cached(folds, "out", lambda: fold_batch_norm(layer, norm)))
         else:
             x = pointwise_convolution(x, layer.weight, layer.bias)
         return _on_channels(norm, x) if self.norm_type == "rms_norm" else norm(x)

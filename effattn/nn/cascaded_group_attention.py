@@ -14,7 +14,7 @@ from effattn.functional import biased_attention, cascaded_group_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
 from effattn.nn.batch_norm import training_pair, update_running_statistics
-from effattn.nn.fold_cache import FoldCache, invalidate
+from effattn.nn.fold_cache import FoldCache, cached, invalidate
 from effattn.nn.projection import (
     calls_in_order,
     fold_batch_norm,
@@ -86,17 +86,17 @@ class CascadedGroupAttention(FoldCache):
     def attend(self, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
         """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
         size = (x.shape[2], x.shape[3]) if window is None else window
-        parts = (*self._modules.values(), self._parameters, self._buffers)
+        folds = self._folds()
         if is_autocast(x) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
-            packed = self._cached(f"packed {size[0]}x{size[1]}", parts, lambda: self._packed(size))
+            packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
             if packed is None:
                 return self._unfolded(x, size)
             if x.shape[1] != packed.proj.shape[1]:
                 raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
             return _operator.projected(x, packed, self.scale, *size)
-        weights = self._cached(f"{size[0]}x{size[1]}", parts, lambda: self._all_weights(size))
+        weights = cached(folds, f"{size[0]}x{size[1]}", lambda: self._all_weights(size))
         if weights is None:
             return self._unfolded(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias, gather_attention_map
-from effattn.nn.fold_cache import FoldCache, invalidate
+from effattn.nn.fold_cache import FoldCache, Folds, cached, invalidate
 from effattn.nn.projection import (
     fold_batch_norm,
     folded_pair,
@@ -97,15 +97,13 @@ class EfficientFormerAttention(FoldCache):
             ValueError: for a number of tokens that is none of these.
         """
         batch, tokens, _ = x.shape
+        folds = self._folds()
         if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
-            parts = (*self._modules.values(), self._parameters, self._buffers)
-            packed = self._cached(f"packed {tokens} {size}", parts, lambda: self._packed(tokens, size))
+            packed = cached(folds, f"packed {tokens} {size}", lambda: self._packed(tokens, size))
             if packed is not None:
                 # As an image of one row: of one column, neither memory order would be the tokens'.
                 return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
-        bias = self._cached(
-            f"bias {tokens} {size}", (self._parameters, self._buffers), lambda: self._bias(tokens, size)
-        )
+        bias = cached(folds, f"bias {tokens} {size}", lambda: self._bias(tokens, size))
         heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = heads.split([self.key_dim, self.key_dim, heads.shape[3] - 2 * self.key_dim], dim=3)
         out = biased_attention(q, k, v, bias, scale=self.scale)
@@ -224,18 +222,18 @@ class _V2(FoldCache):
             self.attention_bias_idxs = index
         invalidate(self)
 
-    def _projected(self, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
+    def _projected(self, folds: Folds | None, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
         """1x1 convolutions of x by the names of their parts: one product, if all can be."""
         parts = [self._modules[name] for name in names]
-        folded = self._cached(" ".join(names), parts, lambda: _folded_together(parts))
+        folded = cached(folds, " ".join(names), lambda: _folded_together(parts))
         if folded is None:
             return [part(x) for part in parts if part is not None]
         sizes, weight, bias = folded
         return list(pointwise_convolution(x, weight, bias).split(sizes, dim=1))
 
-    def _convolved(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _convolved(self, folds: Folds | None, name: str, x: torch.Tensor) -> torch.Tensor:
         part: Any = self._modules[name]
-        folded = self._cached(name, (part,), lambda: _folded_convolution(part))
+        folded = cached(folds, name, lambda: _folded_convolution(part))
         if folded is None:
             out: torch.Tensor = part(x)
             return out
@@ -269,19 +267,18 @@ class _V2(FoldCache):
             return None
         return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
-    def _packed_if_served(self, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
+    def _packed_if_served(self, folds: Folds | None, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, kept, for so many keys; None where no kernel serves, or gradients are asked for."""
         if torch.is_grad_enabled() or tokens > _TOKENS_AT_ONCE or not _operator.serves(x) or is_autocast(x):
             return None
         if self.attention_biases.dtype == torch.float64:
             return None
-        parts = (*self._modules.values(), self._parameters, self._buffers)
-        return self._cached(f"packed {x.shape[2]}x{x.shape[3]}", parts, make)
+        return cached(folds, f"packed {x.shape[2]}x{x.shape[3]}", make)
 
-    def _activated_and_projected(self, x: torch.Tensor) -> torch.Tensor:
+    def _activated_and_projected(self, folds: Folds | None, x: torch.Tensor) -> torch.Tensor:
         proj = self.proj
         act = self._modules.get("act")
-        folded = self._cached("proj", (proj,), lambda: _folded_together([proj], self._in_front("proj")))
+        folded = cached(folds, "proj", lambda: _folded_together([proj], self._in_front("proj")))
         if folded is None:
             out: torch.Tensor = proj(x if act is None else act(x))
             return out
@@ -294,10 +291,10 @@ class _V2(FoldCache):
         batch, channels, height, width = image.shape
         return image.reshape(batch, self.num_heads, channels // self.num_heads, height * width).mT
 
-    def _bias(self, size: Size) -> torch.Tensor:
-        bias: torch.Tensor = self._cached(
+    def _bias(self, size: Size, folds: Folds | None = None) -> torch.Tensor:
+        bias: torch.Tensor = cached(
+            folds,
             f"bias {size[0]}x{size[1]}",
-            (self._parameters, self._buffers),
             lambda: self._gathered(size),
         )
         return bias
@@ -394,25 +391,25 @@ class EfficientFormerV2Attention(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)"""
-        size = (x.shape[2], x.shape[3])
+        size, folds = (x.shape[2], x.shape[3]), self._folds()
         attended = size if self.stride_conv is None else _operator.halved(size)
-        packed = self._packed_if_served(x, attended[0] * attended[1], lambda: self._packed(attended))
+        packed = self._packed_if_served(folds, x, attended[0] * attended[1], lambda: self._packed(attended))
         if packed is not None:
             weights, activation = packed
             return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
         if self.stride_conv is not None:
-            x = self._convolved("stride_conv", x)
-        q, k, v = self._projected(x, "q", "k", "v")
-        local = self._convolved("v_local", v)
+            x = self._convolved(folds, "stride_conv", x)
+        q, k, v = self._projected(folds, x, "q", "k", "v")
+        local = self._convolved(folds, "v_local", v)
         q, k, v = (self._heads(t) for t in (q, k, v))
-        out = self._attend(q, k, v, self._bias((x.shape[2], x.shape[3]))).mT.reshape(local.shape) + local
+        out = self._attend(q, k, v, self._bias((x.shape[2], x.shape[3]), folds)).mT.reshape(local.shape) + local
         if self.upsample is not None:
             upsampled: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
             if upsampled.shape[2:] != size:
                 upsampled = functional.interpolate(out, size=size, mode="bilinear")
             out = upsampled
-        return self._activated_and_projected(out)
+        return self._activated_and_projected(folds, out)
 
     def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
         """All weights of the one operator, and its activation; None if a part must be called."""
@@ -497,16 +494,16 @@ class EfficientFormerV2AttentionDownsample(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))"""
-        size = (x.shape[2], x.shape[3])
-        packed = self._packed_if_served(x, size[0] * size[1], lambda: self._packed(size))
+        size, folds = (x.shape[2], x.shape[3]), self._folds()
+        packed = self._packed_if_served(folds, x, size[0] * size[1], lambda: self._packed(size))
         if packed is not None:
             weights, activation = packed
             return _operator.projected_attention(x, weights, self.scale, activation=activation)
-        k, v = self._projected(x, "k", "v")
-        local = self._convolved("v_local", v)
+        k, v = self._projected(folds, x, "k", "v")
+        local = self._convolved(folds, "v_local", v)
         q, k, v = (self._heads(t) for t in (self.q(x), k, v))
-        out = biased_attention(q, k, v, self._bias(size), scale=self.scale)
-        return self._activated_and_projected(out.mT.reshape(local.shape) + local)
+        out = biased_attention(q, k, v, self._bias(size, folds), scale=self.scale)
+        return self._activated_and_projected(folds, out.mT.reshape(local.shape) + local)
 
     def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
         """All weights of the one operator, and its activation; None if a part must be called."""

@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import is_
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from effattn._library import _C
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+#: Attributes of parts that decide, beside tensors, what is folded or whether it can be.
+_ATTRIBUTES = (
+    *("training", "eps", "inplace", "approximate"),
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("scale_factor", "mode", "align_corners"),
+)
+#: Elements of tensors that a fingerprint compares at most: 2 us, with memory in cache.
+_MAX_ELEMENTS = 4096
+#: Entries that a module keeps (one a size of image, or several); the oldest goes first.
+MAX_ENTRIES = 8
 
-#: What something is derived from: a module with all its parts, or named tensors.
-Part: TypeAlias = nn.Module | dict[str, Any] | None
+
+class _Steps:
+    """The steps of all optimisers, as far as a fold cache must know of them."""
+
+    count = 0
+    #: Set by the hook, counted by whoever looks: a compiled step would be compiled again for every count.
+    pending = False
+
+
+def _note_step(*_: Any) -> None:
+    _Steps.pending = True
+
+
+# torch's fused optimisers change weights without counting versions.
+register_optimizer_step_post_hook(_note_step)
+
+
+def _steps() -> int:
+    if _Steps.pending:
+        _Steps.pending = False
+        _Steps.count += 1
+    return _Steps.count
 
 
 class Fingerprint:
-    """Parts of a module as they were: whether everything that torch counts is as it was.
+    """A module's parameters, buffers and parts as they were, and whether they still are.
 
-    A cascade has some thirty modules and sixty tensors, and may take less time than a walk over them in Python: what is
-    compared lies in flat lists, over which compiled code walks. A module that keeps this hands over its
-    parameters and its parts, not itself, or only the garbage collector could free it.
+    Compared are: which modules and tensors there are; classes, hooks and the attributes that folding reads; version and
+    address of every tensor; on the CPU the content of some elements, one a row and a column, which sees what
+    is written through ``.data``; and whether an optimiser has stepped. It refers to the parts and not to the
+    module, which keeps it, or only the garbage collector could free that.
+
+    Raises:
+        RuntimeError: for inference tensors, which have no version.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, module: nn.Module) -> None:
+        assert _C is not None
+        self._step = _steps()
         self._hooks: list[Any] = []
         # Looked up by name in a dictionary, and what was found there.
         self._owners: list[dict[str, Any]] = []
@@ -37,106 +72,124 @@ class Fingerprint:
         self._children: list[dict[str, Any]] = []
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
-        for part in parts:
-            if isinstance(part, nn.Module):
-                self._add_module(part)
-            elif part is not None:
-                self._add_tensors(part)
-        self._classes = [module.__class__ for module in self._modules]
-        self._own = [module.__dict__ for module in self._modules]
+        self._add_contents(module)
+        self._contents = self._children[:3]
+        self._were_empty = [not hooks for hooks in self._hooks]
+        self._classes = [part.__class__ for part in self._modules]
+        self._own = [part.__dict__ for part in self._modules]
+        self._had_forward = ["forward" in own for own in self._own]
         self._sizes = list(map(len, self._children))
         self._versions = [t._version for t in self._tensors]
         self._addresses = [t.data_ptr() for t in self._tensors]
-        # The tensors' memory is held on to, so that nothing that follows them can come to lie in it.
+        # Keeps the tensors' memory, so that nothing that follows them can come to lie in it, and it can be read.
         self._held = [t.detach() for t in self._tensors]
+        self._sample = _C.ElementSample([_in_memory(t) for t in self._held if _is_readable(t)], _MAX_ELEMENTS)
 
-    def _add_module(self, module: nn.Module) -> None:
-        own, parts = module.__dict__, module._modules
-        self._modules.append(module)
-        self._hooks += (own[name] for name in HOOKS)
-        self._add_tensors(module._parameters)
+    def _add_contents(self, module: nn.Module) -> None:
         # Buffers include the number of batches: it counts, which batch_norm does not, when the statistics move.
-        self._add_tensors(module._buffers)
-        self._children.append(parts)
-        for name in ("training", "eps"):  # what folding reads beside tensors
-            if name in own:
-                self._look_up(own, name, own[name])
+        for tensors in (module._parameters, module._buffers):
+            for name, t in tensors.items():
+                self._look_up(tensors, name, t)
+                if t is not None:
+                    self._tensors.append(t)
+        parts = module._modules
+        self._children += (module._parameters, module._buffers, parts)
         for name, part in parts.items():
             self._look_up(parts, name, part)
             if part is not None:
-                self._add_module(part)
+                self._add_part(part)
 
-    def _add_tensors(self, tensors: dict[str, Any]) -> None:
-        for name, t in tensors.items():
-            self._look_up(tensors, name, t)
-            if t is not None:
-                self._tensors.append(t)
+    def _add_part(self, part: nn.Module) -> None:
+        own = part.__dict__
+        self._modules.append(part)
+        self._hooks += (own[name] for name in HOOKS)
+        for name in _ATTRIBUTES:
+            if name in own:
+                self._look_up(own, name, own[name])
+        self._add_contents(part)
 
     def _look_up(self, owner: dict[str, Any], name: str, found: Any) -> None:
         self._owners.append(owner)
         self._names.append(name)
         self._found.append(found)
 
-    def holds(self, parts: Sequence[Part]) -> bool:
-        """Whether these are the same parts, nothing of them has changed, and nothing listens."""
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this is the module's, not that of the one it was copied from, and nothing has changed."""
         assert _C is not None
-        return (
-            len(parts) == len(self._parts)
-            and all(map(is_, parts, self._parts))
-            and _C.all_empty(self._hooks)
-            and _C.same_modules(self._modules, self._classes, self._own, self._children, self._sizes)
+        parameters, buffers, parts = self._contents
+        held: bool = (
+            self._step == _steps()
+            and module._parameters is parameters
+            and module._buffers is buffers
+            and module._modules is parts
+            and _C.same_emptiness(self._hooks, self._were_empty)
+            and _C.same_modules(self._modules, self._classes, self._own, self._had_forward, self._children, self._sizes)
             and _C.same_items(self._owners, self._names, self._found)
+            # Addresses first: memory that a tensor has given up (by resizing its storage) must not be read.
             and _C.same_tensors(self._tensors, self._versions, self._addresses)
+            and self._sample.holds()
         )
+        return held
 
 
-class _Kept(NamedTuple):
-    watch: Fingerprint
-    derived: Any
+def _is_readable(t: torch.Tensor) -> bool:
+    return t.device.type == "cpu" and t.layout == torch.strided and type(t) is torch.Tensor
 
 
-#: Derivations that a module keeps, by name and size of the image; the oldest goes first.
-MAX_ENTRIES = 8
+def _in_memory(t: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.element_size()
+
+
+class Folds(dict[str, Any]):
+    """What was computed from parameters, by name; valid for the call that got it from :meth:`FoldCache._folds`."""
+
+    def __init__(self, fingerprint: Fingerprint) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+
+
+def cached(folds: Folds | None, name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns: from an earlier call if ``folds`` has it, else made, and kept there if there are any."""
+    if folds is None:
+        return make()
+    if name in folds:
+        return folds[name]
+    made = make()
+    while len(folds) >= MAX_ENTRIES:  # images of many sizes must not fill the memory
+        folds.pop(next(iter(folds)), None)  # another thread may have been faster
+    folds[name] = made
+    return made
+
+
+_KEY = "_effattn_fold_cache"
 
 
 class FoldCache(nn.Module):
-    """A module that keeps what is computed from its parts, in evaluation without gradients.
+    """A module that caches what it computes from its parameters and parts, in evaluation without gradients.
 
-    It is made anew after anything that changes their parameters and buffers in a way torch counts (loading, an
-    optimiser's step, conversions), after a part is exchanged or hooked, after a change of mode, and after a call with
-    gradients, since torch's fused optimisers do not count; only writing to ``.data`` in evaluation mode goes unseen.
+    The cache is emptied by every change of what it was made of that :class:`Fingerprint` knows of, by a change of mode,
+    and by every call that does not use it: with gradients, in training mode, traced. What goes unseen is a
+    write through ``.data`` in evaluation mode that leaves the compared elements as they are, and on other devices
+    than the CPU any write through ``.data``; ``module.eval()`` empties the cache after it.
     """
 
-    def _cached(self, name: str, parts: Sequence[Part], make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, from the last call if what it depends on is the same.
-
-        Args:
-            parts: modules, and dictionaries of parameters of this one.
-        """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _C is None:
-            return make()
-        if torch._C._len_torch_dispatch_stack() > 0:  # fake tensors, tracing: what is made belongs there
-            return make()
-        if torch.is_grad_enabled():
+    def _folds(self) -> Folds | None:
+        """To be called once a forward: the cached ones if nothing has changed, else new ones; None if none are kept."""
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() or self.training or not _is_plain_call():
             invalidate(self)
-            return make()
-        if forward_ad._current_level >= 0:  # a dual number has its primal's address
-            return make()
-        all_kept: dict[str, _Kept] = self.__dict__.setdefault("_effattn_fold_cache", {})
-        kept = all_kept.get(name)
-        if kept is not None and kept.watch.holds(parts):
-            return kept.derived
+            return None
+        folds: Folds | None = self.__dict__.get(_KEY)
+        if folds is not None and folds.fingerprint.holds(self):
+            return folds
         try:
-            watch = Fingerprint(parts)
-        except RuntimeError:  # inference tensors count no versions
-            all_kept.pop(name, None)
-            return make()
-        derived = make()
-        all_kept.pop(name, None)
-        while len(all_kept) >= MAX_ENTRIES:  # what is kept for images of many sizes must not fill the memory
-            all_kept.pop(next(iter(all_kept)), None)  # another thread may have been faster
-        all_kept[name] = _Kept(watch, derived)
-        return derived
+            folds = Folds(Fingerprint(self))
+        except RuntimeError:  # inference tensors
+            invalidate(self)
+            return None
+        self.__dict__[_KEY] = folds
+        return folds
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldCache:
         invalidate(self)
@@ -147,9 +200,20 @@ class FoldCache(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_effattn_fold_cache"}
+        return {name: value for name, value in self.__dict__.items() if name != _KEY}
+
+
+def _is_plain_call() -> bool:
+    """Not one whose tensors belong to a tracer, a mode (fake tensors) or a level of forward mode."""
+    return (
+        _C is not None
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0  # a dual number has its primal's address
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def invalidate(module: nn.Module) -> None:
-    """Drops what :class:`FoldCache` kept."""
-    module.__dict__.pop("_effattn_fold_cache", None)
+    """Empties the cache of a :class:`FoldCache`."""
+    module.__dict__.pop(_KEY, None)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
 from effattn.nn.arguments import require_positive
-from effattn.nn.fold_cache import FoldCache, invalidate
+from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.projection import (
     calls_in_order,
     can_fold,
@@ -98,28 +98,26 @@ class LiteMLA(FoldCache):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
-        if torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                invalidate(self)  # what follows may be an optimiser's step
-        elif x.dtype == torch.float32 and not _is_recorded() and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
-            out = self._at_once(x)
+        folds = self._folds()
+        is_inference = not torch.is_grad_enabled() and not _is_recorded()
+        if is_inference and x.dtype == torch.float32 and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE:
+            out = self._at_once(x, folds)
             if out is not None:
                 return out
-        qkv = self._project("qkv", x)
+        qkv = self._project("qkv", x, folds)
         out = attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps, kernel=self._kernel_func())
-        return self._project("proj", out)
+        return self._project("proj", out, folds)
 
     def _kernel_func(self) -> nn.Module | None:
         """The map of q and k, where it is not the ReLU that the operators have: of a module that was exchanged."""
         kernel = self._modules.get("kernel_func")
         return None if kernel is None or is_plain(kernel, nn.ReLU) else kernel
 
-    def _at_once(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _at_once(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
         if self._kernel_func() is not None:
             return None
-        parts = self._modules
-        found = self._cached("at once", (parts["qkv"], parts["aggreg"], parts["proj"]), self._all_weights)
+        found = cached(folds, "at once", self._all_weights)
         if found is None or not _lite_mla.serves(x) or is_autocast(x):
             return None
         weights, act = found
@@ -150,7 +148,7 @@ class LiteMLA(FoldCache):
         act = last.get("act")
         return weights, None if _is_nothing(act) else act
 
-    def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, name: str, x: torch.Tensor, folds: Folds | None) -> torch.Tensor:
         """A part made of a 1x1 convolution, a norm and an activation, as a matrix product where that can be."""
         part = self._modules[name]
         assert part is not None
@@ -161,7 +159,7 @@ class LiteMLA(FoldCache):
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm) and not _is_nothing(norm):
-            out = pointwise_convolution(x, *self._cached(name, (conv, norm), lambda: fold_batch_norm(conv, norm)))
+            out = pointwise_convolution(x, *cached(folds, name, lambda: fold_batch_norm(conv, norm)))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
             out = out if norm is None else norm(out)
@@ -294,4 +292,5 @@ def _is_recorded() -> bool:
 def _matrix_and_bias(conv: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Without a norm, whatever bias there is, or none."""
     weight, bias = (conv.weight, conv.bias) if _is_nothing(norm) else fold_batch_norm(conv, norm)
-    return weight.flatten(1), bias
+    # Detached: a view of a parameter that is kept would keep torch from swapping the parameter.
+    return weight.detach().flatten(1), bias

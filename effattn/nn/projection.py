@@ -153,8 +153,13 @@ def fold_batch_norm(
     at_least = torch.promote_types(projection.weight.dtype, torch.float32)
     dtype = projection.weight.dtype if rounded else at_least
     if norm is None or type(norm) is nn.Identity:
-        bias = projection.weight.new_zeros(len(projection.weight)) if projection.bias is None else projection.bias
-        return projection.weight.to(dtype), bias.to(dtype)
+        weight, bias = projection.weight, projection.bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        if (
+            not torch.is_grad_enabled()
+        ):  # a view of a parameter that is kept would keep torch from swapping the parameter
+            weight, bias = weight.detach(), bias.detach()
+        return weight.to(dtype), bias.to(dtype)
     tensors: Any = norm  # a BatchNorm, or what has its tensors
     scale = (tensors.running_var.to(at_least) + tensors.eps).rsqrt()
     if tensors.weight is not None:

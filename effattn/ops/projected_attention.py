@@ -89,7 +89,7 @@ def pack(
         pack_projection(weight),
         qkv_bias,
         bias.float().contiguous(),
-        [t.float() for t in talking_heads],
+        [t.detach().float() for t in talking_heads],  # views of parameters, which torch could not swap
         *_packed_depthwise(local),
         pack_projection(of_whole_heads(proj[0].mT, heads).mT),
         proj[1],

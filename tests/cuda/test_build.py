@@ -149,13 +149,13 @@ def found(monkeypatch):
     says = {"--list-gpu-code": "sm_80\nsm_90\nsm_100\n", "--version": "Cuda compilation tools, release 12.8, V12.8.1\n"}
     monkeypatch.setattr(build, "_output", lambda nvcc, option: says[option])
 
-    def search(nvcc="/somewhere/nvcc", **environment):
+    def search(nvcc="/somewhere/nvcc", torch_has_cuda=True, **environment):
         for name in ("EFFATTN_CUDA", "EFFATTN_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(build.shutil, "which", lambda name, path=None: nvcc)
-        return build.Cuda.found()
+        return build.Cuda.found(torch_has_cuda)
 
     return search
 
@@ -166,6 +166,8 @@ def test_cuda_is_found_or_asked_for(found):
     assert default.archs == ("80", "90a", "100+PTX") and default.version == "12.8", (
         "what this nvcc does not know is left out"
     )
+    assert found(torch_has_cuda=False) is None, "ten minutes for kernels that this torch cannot call"
+    assert found(torch_has_cuda=False, EFFATTN_CUDA="1").archs == default.archs
     with pytest.raises(SystemExit, match="EFFATTN_CUDA=1, but there is no nvcc"):
         found(nvcc=None, EFFATTN_CUDA="1")
     with pytest.raises(SystemExit, match="EFFATTN_CUDA: expected 0 or 1, got 'yes'"):
@@ -200,7 +202,7 @@ def test_the_compiler_here_is_the_one_in_the_path(monkeypatch):
     build.loader.exec_module(module)
     monkeypatch.delenv("EFFATTN_CUDA", raising=False)
     monkeypatch.setenv("EFFATTN_CUDA_ARCHS", "80")
-    assert module.Cuda.found().nvcc == shutil.which("nvcc") or "CUDA_HOME" in os.environ
+    assert module.Cuda.found(torch_has_cuda=True).nvcc == shutil.which("nvcc") or "CUDA_HOME" in os.environ
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
