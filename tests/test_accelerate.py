@@ -194,15 +194,15 @@ def test_the_report_tells_what_was_left_alone_and_why():
     assert [entry.module for entry in report.replaced] == ["known"]
     reasons = {entry.module: entry.detail for entry in report.left_alone}
     assert reasons == {
-        "other": "its kernel function is GELU, not ReLU",
+        "other": "kernel_func is GELU, not ReLU",
         "stranger": "it has no qkv, aggreg, proj, kernel_func, dim, eps",
-        "strided": "aggreg.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
+        "strided": "aggreg.0.0 is not a depthwise convolution of an odd kernel that keeps the size",
         "hooked": "its parts have hooks or forwards of their own: proj.conv",
-        "mixed": "aggreg.0: the second is not a 1x1 convolution in groups of 16 channels",
+        "mixed": "aggreg.0.1 is not a 1x1 convolution in 6 groups",
         "ours": "effattn's own",
         "patched": "its forward was replaced on the instance",
         "derived": "its class derives from another of that name",
-        "leaky": "its kernel function is LeakyReLU, not ReLU",
+        "leaky": "kernel_func is LeakyReLU, not ReLU",
     }
     text = str(report)
     assert "1 replaced, 9 left alone" in text and "known" in text and "GELU" in text

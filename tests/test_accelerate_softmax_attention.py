@@ -421,22 +421,34 @@ def set_attribute(path: str, attribute: str, value):
 
 LEFT_ALONE = {
     "hooked": ("cascade", lambda m: m.qkvs[0].c.register_forward_hook(lambda *_: None), "hooks or forwards"),
-    "gelu": ("cascade", set_attribute("proj", "0", nn.GELU()), "proj is not a ReLU and a convolution"),
-    "dilated": ("cascade", set_attribute("dws.1.c", "dilation", (2, 2)), "dws.1 is not a depthwise convolution"),
-    "group norm": ("cascade", set_attribute("qkvs.1", "bn", nn.GroupNorm(1, 26)), "qkvs.1 is not a 1x1 convolution"),
-    "mixed keys": ("cascade", set_attribute("", "key_dim", 6), "qkvs.0 does not make q, k and v"),
-    "heads": ("cascade", set_attribute("", "num_heads", 3), "3 heads with 2 qkvs and 2 dws"),
+    "gelu": ("cascade", set_attribute("proj", "0", nn.GELU()), "proj.0 is GELU, not ReLU"),
+    "dilated": ("cascade", set_attribute("dws.1.c", "dilation", (2, 2)), "dws.1.c is not a depthwise convolution"),
+    "group norm": (
+        "cascade",
+        set_attribute("qkvs.1", "bn", nn.GroupNorm(1, 26)),
+        "qkvs.1.bn is GroupNorm, not a BatchNorm",
+    ),
+    "mixed keys": (
+        "cascade",
+        set_attribute("", "key_dim", 6),
+        r"qkvs.0.c has a weight of shape \(26, 16, 1, 1\), expected \(28, 16, 1, 1\)",
+    ),
+    "heads": ("cascade", set_attribute("", "num_heads", 3), r"attention_biases of shape \(2, 49\), expected \(3, 49\)"),
     "norm in front": (
         "cascade",
         lambda m: m.add_module("norm", nn.Identity()),
-        "parts that the original has not: norm",
+        "unknown part norm",
     ),
-    "windows": ("windows", set_attribute("attn.proj", "0", nn.GELU()), "its attn cannot be replaced: proj is not"),
+    "windows": (
+        "windows",
+        set_attribute("attn.proj", "0", nn.GELU()),
+        "its attn cannot be replaced: proj.0 is GELU, not ReLU",
+    ),
     "linear": ("efficientformer", set_attribute("", "qkv", nn.Sequential(nn.Linear(24, 60))), "not Linear"),
-    "v2 table": ("v2", set_attribute("", "resolution", 6), r"of shape \(4, 25\) for a resolution of 6"),
-    "v2 norm": ("v2", set_attribute("k", "1", nn.Identity()), "k is not a 1x1 convolution with a BatchNorm"),
-    "v2 activated key": ("v2", lambda m: m.k.insert(0, nn.ReLU()), "k is not a 1x1 convolution with a BatchNorm"),
-    "v2 no activation": ("v2", lambda m: m.proj.pop(0), "its activation is no module"),
+    "v2 table": ("v2", set_attribute("", "resolution", 6), r"of shape \(4, 25\), expected \(4, 36\)"),
+    "v2 norm": ("v2", set_attribute("k", "1", nn.GroupNorm(1, 20)), "k.1 is GroupNorm, not a BatchNorm"),
+    "v2 activated key": ("v2", lambda m: m.k.insert(0, nn.ReLU()), "k has parts 0, 1, 2, expected"),
+    "v2 no activation": ("v2", lambda m: m.proj.pop(0), "proj.1 is BatchNorm2d, not Conv2d"),
     "v2 corners": ("v2, stride", set_attribute("upsample", "align_corners", True), "upsample is not bilinear"),
     "v2 factor": ("v2, stride", set_attribute("upsample", "scale_factor", 3.0), "upsample by 3.0 behind a stride of"),
     "v2 no upsampling": (
@@ -450,7 +462,7 @@ LEFT_ALONE = {
         "q.pool does not take every other pixel",
     ),
     "oblong": ("efficientformer", lambda m: m.attention_bias_idxs.zero_(), "not those of a square"),
-    "v2 talking": ("v2", set_attribute("", "talking_head1", nn.Identity()), "talking_head1 is not a 1x1 convolution"),
+    "v2 talking": ("v2", set_attribute("", "talking_head1", nn.Identity()), "talking_head1 is Identity, not Conv2d"),
 }
 
 

@@ -191,11 +191,104 @@ def test_what_is_left_alone_and_why():
     assert {entry.module: entry.detail for entry in report.left_alone} == {
         "processor": "its processor is Other, not SanaMultiscaleAttnProcessor2_0",
         "nonlinearity": "its nonlinearity is GELU, not ReLU",
-        "bias": "to_q, to_k or to_v has a bias",
-        "strided": "to_qkv_multiscale.0: the first is not a depthwise convolution of an odd kernel that keeps the size",
+        "bias": "to_k has a bias",
+        "strided": "to_qkv_multiscale.0.proj_in is not a depthwise convolution of an odd kernel that keeps the size",
         "hooked": "its parts have hooks or forwards of their own: to_out",
         "parts": "it has no residual_connection",
     }
+
+
+class Doubling(attention_processor.SanaMultiscaleAttnProcessor2_0):
+    """A user's, which asks diffusers' own for the rest."""
+
+    def __call__(self, attn, hidden_states):
+        return 2 * super().__call__(attn, hidden_states)
+
+
+class AsModule(nn.Module):
+    """A processor may be a module, with weights and hooks of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, attn, hidden_states):
+        return self.gain * attn.to_q(hidden_states.movedim(1, -1)).movedim(-1, 1)
+
+
+class Impostor:
+    def __call__(self, attn, hidden_states):
+        return hidden_states + 1
+
+
+Impostor.__name__ = "SanaMultiscaleAttnProcessor2_0"
+
+
+def by_apply_linear_attention(module):
+    module.apply_linear_attention = lambda query, key, value: query.float()
+
+
+PROCESSORS = {
+    "subclass": lambda module: setattr(module, "processor", Doubling()),
+    "module": lambda module: setattr(module, "processor", AsModule()),
+    "function": lambda module: setattr(module, "processor", lambda attn, x: x * 2),
+    "of the same name": lambda module: setattr(module, "processor", Impostor()),
+    "method": by_apply_linear_attention,
+}
+
+
+@pytest.mark.parametrize("name", ["DC-AE", "batch norm"])
+@pytest.mark.parametrize("change", PROCESSORS)
+def test_a_processor_set_afterwards_is_called(change, name):
+    """Also for fewer tokens than a head has channels, where diffusers' own takes another method."""
+    module, stock = make(name), make(name)
+    effattn.accelerate(module)
+    for x in (image(), image(1)):
+        with torch.no_grad():
+            module(x)
+            for m in (module, stock):
+                PROCESSORS[change](m)
+            close(module(x), stock(x))
+    if change != "module":  # the stock one again; torch lets no other object take a module's place
+        for m in (module, stock):
+            m.processor = attention_processor.SanaMultiscaleAttnProcessor2_0()
+            m.__dict__.pop("apply_linear_attention", None)
+        with torch.no_grad():
+            close(module(image()), stock(image()))
+
+
+def test_a_processor_whose_call_was_patched_is_called(monkeypatch):
+    module = make()
+    effattn.accelerate(module)
+    own = attention_processor.SanaMultiscaleAttnProcessor2_0.__call__
+    monkeypatch.setattr(
+        attention_processor.SanaMultiscaleAttnProcessor2_0, "__call__", lambda self, attn, x: 2 * own(self, attn, x)
+    )
+    with torch.no_grad():
+        close(module(image()), make()(image()))
+        assert not effattn.accelerate(make()).replaced
+
+
+def test_a_processor_set_afterwards_trains():
+    results = []
+    for accelerated in (False, True):
+        module = make().train()
+        if accelerated:
+            effattn.accelerate(module)
+        module.processor = Doubling()
+        x = image().requires_grad_()
+        results.append(torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()]))
+    for theirs, mine in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_adapters_put_in_before_count():
+    module, stock = make(), make()
+    for m in (module, stock):
+        by_an_adapter(m)
+    assert len(effattn.accelerate(module).replaced) == 1
+    with torch.no_grad():
+        close(module(image()), stock(image()))
 
 
 # --- the processor of the transformer -------------------------------------------------------------------
@@ -309,3 +402,50 @@ def test_a_processor_with_a_state_of_its_own_is_left_alone():
     report = effattn.accelerate(model)
     assert len(report.replaced) == 1
     assert report.left_alone[0].detail == "it keeps strength"
+
+
+@pytest.mark.parametrize("change", ["set", "fused", "norms", "no norm", "adapters", "heads"])
+def test_changes_of_the_transformers_attention_count(change):
+    calls = []
+
+    class Counting(attention_processor.SanaLinearAttnProcessor2_0):
+        def __call__(self, *args, **kwargs):
+            calls.append(1)
+            return super().__call__(*args, **kwargs)
+
+    results = []
+    for accelerated in (False, True):
+        model = transformer(qk_norm="rms_norm_across_heads")
+        if accelerated:
+            effattn.accelerate(model)
+        with torch.no_grad():
+            before = model(**inputs())[0]
+            attention = model.transformer_blocks[0].attn1
+            if change == "set":
+                attention.set_processor(Counting())
+            elif change == "fused":
+                attention.fuse_projections()
+            elif change == "norms":
+                attention.norm_q = nn.LayerNorm(24)
+            elif change == "no norm":
+                attention.norm_k = None
+            elif change == "adapters":
+                attention.to_q = nn.Sequential(attention.to_q, nn.Tanh())
+            else:
+                attention.heads = 6
+            results.append(model(**inputs())[0])
+        assert (change in ("set", "fused")) == torch.allclose(results[-1], before, rtol=1e-4, atol=1e-5)
+    close(results[1], results[0])
+    assert len(calls) == (2 if change == "set" else 0)
+
+
+def test_a_processor_of_the_same_name_or_patched_is_left_alone(monkeypatch):
+    model = transformer()
+    impostor = type("SanaLinearAttnProcessor2_0", (), {"__call__": lambda self, attn, x, *args, **kwargs: x})
+    model.transformer_blocks[1].attn1.processor = impostor()
+    report = effattn.accelerate(model)
+    assert len(report.replaced) == 1 and report.left_alone[0].detail == "it is not diffusers' own"
+    effattn.restore(model)
+    stock = attention_processor.SanaLinearAttnProcessor2_0
+    monkeypatch.setattr(stock, "__call__", lambda self, attn, x, *args, **kwargs: x)
+    assert not effattn.accelerate(model).replaced

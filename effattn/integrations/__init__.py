@@ -1,12 +1,12 @@
 """``accelerate`` and ``restore``: existing models, the same weights, fused operators.
 
-A module is known by its class name and its structure, so that no model library is imported. Its class
+A module is known by its class name and by all that it is made of, so that no model library is imported. Its class
 is exchanged and nothing else: parameters, buffers, hooks, state dict and the module's identity stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,38 +14,67 @@ from torch import nn
 
 from effattn import nn as ours
 from effattn.integrations import efficientformer, efficientvit_msra, lite_mla, sana
+from effattn.integrations.structure import ORIGINAL, Original, why_not_its_answers, why_not_this_class
 from effattn.nn.fold_cache import invalidate
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What an original of a certain class name becomes; ``resembles`` where others use that name for other things."""
+    """What an original becomes, and its form with tables for dense prediction, if there is one."""
 
-    why_not: Callable[[Any], str | None]
+    original: Original
     replacement: type
-    resembles: Callable[[Any], bool] = lambda module: True
+    dense: Original | None = None
+    #: Others use that class name for other things.
+    common_name: bool = False
+
+    def original_of(self, module: nn.Module) -> Original:
+        return self.dense if self.dense is not None and hasattr(module, "attention_biases_seg") else self.original
 
 
-_WINDOWS = _Known(efficientvit_msra.why_not_windows, ours.LocalWindowAttention)
-_V2 = _Known(efficientformer.why_not_v2, ours.EfficientFormerV2Attention)
-_V2_DOWNSAMPLE = _Known(efficientformer.why_not_v2_downsample, ours.EfficientFormerV2AttentionDownsample)
+_V2 = _Known(efficientformer.V2, ours.EfficientFormerV2Attention, efficientformer.V2_DENSE)
+_V2_DOWNSAMPLE = _Known(
+    efficientformer.V2_DOWNSAMPLE,
+    ours.EfficientFormerV2AttentionDownsample,
+    efficientformer.V2_DOWNSAMPLE_DENSE,
+)
 
 # By the class name of the original.
 _KNOWN = {
-    "LiteMLA": _Known(lite_mla.why_not, ours.LiteMLA),
-    "SanaMultiscaleLinearAttention": _Known(sana.why_not_multiscale, sana.SanaMultiscaleLinearAttention),
-    "SanaLinearAttnProcessor2_0": _Known(sana.why_not_processor, sana.SanaLinearAttnProcessor),
-    "CascadedGroupAttention": _Known(efficientvit_msra.why_not_cascade, ours.CascadedGroupAttention),
-    "LocalWindowAttention": _WINDOWS,
-    "Attention": _Known(efficientformer.why_not, ours.EfficientFormerAttention, efficientformer.resembles),
+    "LiteMLA": _Known(lite_mla.LITE_MLA, ours.LiteMLA),
+    "SanaMultiscaleLinearAttention": _Known(sana.MULTISCALE, sana.SanaMultiscaleLinearAttention),
+    "CascadedGroupAttention": _Known(efficientvit_msra.CASCADE, ours.CascadedGroupAttention),
+    "LocalWindowAttention": _Known(efficientvit_msra.WINDOWS, ours.LocalWindowAttention),
+    "Attention": _Known(
+        efficientformer.EFFICIENTFORMER,
+        ours.EfficientFormerAttention,
+        efficientformer.EFFICIENTFORMER_DENSE,
+        common_name=True,
+    ),
     "Attention2d": _V2,
     "Attention4D": _V2,
     "Attention2dDownsample": _V2_DOWNSAMPLE,
     "Attention4DDownsample": _V2_DOWNSAMPLE,
 }
 
-# Where a replaced module or processor keeps its original class.
-_ORIGINAL = "_effattn_original_class"
+_REPLACEMENTS = {known.replacement for known in _KNOWN.values()} | {sana.SanaLinearAttnProcessor}
+
+
+def _find(thing: Any) -> tuple[type, str | None] | None:
+    """What a module or a processor becomes, and why it cannot; None for those that nobody knows."""
+    name = type(thing).__name__
+    if name == "SanaLinearAttnProcessor2_0" and not isinstance(thing, nn.Module):
+        return sana.SanaLinearAttnProcessor, why_not_this_class(thing) or sana.why_not_processor(thing)
+    known = _KNOWN.get(name)
+    if known is None or not isinstance(thing, nn.Module):
+        return None
+    original = known.original_of(thing)
+    if known.common_name and original.missing(thing):
+        return None
+    if type(thing) is known.replacement:
+        return known.replacement, "effattn's own"
+    reason = why_not_this_class(thing) or original.why_not(thing)
+    return known.replacement, reason or why_not_its_answers(thing, known.replacement, original)
 
 
 @dataclass(frozen=True)
@@ -89,14 +118,6 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{name}.processor".lstrip("."), processor
 
 
-def _why_not_this_class(module: Any) -> str | None:
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if sum(base.__name__ == type(module).__name__ for base in type(module).__mro__) > 1:
-        return "its class derives from another of that name"
-    return None
-
-
 def accelerate(model: nn.Module) -> Report:
     """Replaces, in place, every module of ``model`` that effattn knows.
 
@@ -104,9 +125,11 @@ def accelerate(model: nn.Module) -> Report:
     (Microsoft: ``CascadedGroupAttention``, ``LocalWindowAttention``), EfficientFormer (``Attention``) and
     EfficientFormerV2 (``Attention2d``, ``Attention2dDownsample``; officially ``Attention4D``), which become modules of
     :mod:`effattn.nn`; and of diffusers the ``SanaMultiscaleLinearAttention`` of DC-AE and the
-    ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Works in training and in evaluation, before or after loading
-    weights. Hooks of a replaced module run as before. Its parts are not called any more, unless they are given hooks; a
-    module whose parts have hooks already is left alone. :func:`restore` undoes it.
+    ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Snap's backbones for detection and segmentation are known too.
+    A module that has anything that the original has not, or code that computes something else, is left alone. Works in
+    training and in evaluation, before or after loading weights. Hooks of a replaced module run as before. Its parts are
+    not called any more, unless they are given hooks; a module whose parts have hooks already is left alone.
+    :func:`restore` undoes it.
 
     Args:
         model: any module; it may itself be one of the known ones.
@@ -125,24 +148,26 @@ def accelerate(model: nn.Module) -> Report:
         if id(module) in seen:  # a processor of several modules
             continue
         seen.add(id(module))
-        if _ORIGINAL in module.__dict__:
-            report.left_alone.append(Entry(name, _path(module.__dict__[_ORIGINAL]), "accelerated already"))
+        if ORIGINAL in module.__dict__:
+            report.left_alone.append(Entry(name, _path(module.__dict__[ORIGINAL]), "accelerated already"))
             continue
-        known = _KNOWN.get(cls.__name__)
-        if known is None or not known.resembles(module):
+        found = _find(module)
+        if found is None:
             continue
-        reason = "effattn's own" if cls is known.replacement else _why_not_this_class(module) or known.why_not(module)
+        replacement, reason = found
         if reason is not None:
             report.left_alone.append(Entry(name, _path(cls), reason))
             continue
-        module.__dict__[_ORIGINAL] = cls
-        module.__class__ = known.replacement
-        report.replaced.append(Entry(name, _path(cls), _path(known.replacement)))
+        module.__dict__[ORIGINAL] = cls
+        module.__class__ = replacement
+        report.replaced.append(Entry(name, _path(cls), _path(replacement)))
     return report
 
 
 def restore(model: nn.Module) -> int:
     """Gives every module that :func:`accelerate` replaced its original class back.
+
+    One whose class was changed since, by a parametrization of its table of biases, keeps it until that is removed.
 
     Returns:
         How many modules were restored.
@@ -153,8 +178,9 @@ def restore(model: nn.Module) -> int:
     _check_model(model)
     count = 0
     for _, module in _candidates(model):
-        original = module.__dict__.pop(_ORIGINAL, None)
-        if original is not None:
+        original = module.__dict__.get(ORIGINAL)
+        if original is not None and type(module) in _REPLACEMENTS:
+            del module.__dict__[ORIGINAL]
             module.__class__ = original
             if isinstance(module, nn.Module):
                 invalidate(module)

@@ -1,123 +1,208 @@
-"""What makes the attention modules of EfficientFormer and EfficientFormerV2 replaceable: timm's, and Snap's own."""
+"""What the attention modules of EfficientFormer and EfficientFormerV2, timm's or Snap's own, are made of.
+
+Snap's backbones for detection and segmentation have the same parts and a second table of biases, the one that counts.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from effattn.integrations.structure import (
-    is_depthwise,
-    is_pointwise,
-    normed_convolution,
-    why_not_its_own,
-    why_not_its_parts,
-    why_not_named,
+    Depthwise,
+    Original,
+    Pointwise,
+    ShapeOf,
+    any_module,
+    conv_norm,
+    convolution,
+    convolution_in,
+    in_order,
+    linear,
+    made_of,
+    maybe,
+    only,
 )
+from effattn.nn.arguments import pair
 from effattn.nn.attention_bias import attention_bias_index
+from effattn.nn.efficientformer import QUERIES, takes_every_other
+
+_BIASES = ("attention_biases", "attention_bias_idxs")
+_KNOWN = (
+    *("N", "N2", "ab", "attention_bias_cache", "attn_ratio", "d", "dh", "key_attn_dim", "nh_kd", "out_dim"),
+    *("resolution", "resolution2", "training", "val_attn_dim", "val_dim"),
+)
 
 
-def resembles(module: nn.Module) -> bool:
-    """Whether a module of the common name Attention is EfficientFormer's at all. TinyViT's has a norm in front."""
-    names = ("attention_biases", "attention_bias_idxs", "num_heads", "key_dim", "scale", "qkv", "proj")
-    return why_not_named(module, names) is None and why_not_its_own(module, {"qkv", "proj"}) is None
+def _table_of(keys: Any) -> ShapeOf:
+    return lambda m: (m.num_heads, keys(m))
 
 
-def why_not(module: Any) -> str | None:
-    """Why this EfficientFormer Attention cannot be replaced; None if it can."""
-    qkv, proj, heads, key_dim = module.qkv, module.proj, module.num_heads, module.key_dim
-    if type(qkv) is not nn.Linear or type(proj) is not nn.Linear:
-        return f"qkv and proj are {type(qkv).__name__} and {type(proj).__name__}, not Linear"
-    if qkv.out_features != 2 * heads * key_dim + proj.in_features or proj.in_features % heads != 0:
-        return "qkv does not make q, k and v of its heads"
+def _index_of(queries: Any, keys: Any) -> ShapeOf:
+    return lambda m: (queries(m), keys(m))
+
+
+def _for_dense_prediction(original: Original) -> Original:
+    """With tables of classification, of any size, that its forward does not read."""
+    table, index = original.parameters["attention_biases"], original.buffers["attention_bias_idxs"]
+    left_over: dict[str, ShapeOf] = dict.fromkeys(_BIASES, lambda m: None)
+    return replace(
+        original,
+        parameters={"attention_biases_seg": table, "attention_biases": left_over["attention_biases"]},
+        buffers={"attention_bias_idxs_seg": index, **left_over},
+    )
+
+
+# --- EfficientFormer -------------------------------------------------------------------------------------------
+
+
+def _why_not_of_a_square(module: Any) -> str | None:
+    """Replaced modules know no resolution but their index's."""
     index = module.attention_bias_idxs
     side = math.isqrt(len(index))
-    if not index.is_meta and not torch.equal(index, attention_bias_index((side, side), device=index.device)):
-        return "attention_bias_idxs are not those of a square"
-    if module.attention_biases.shape[0] != heads:
-        return f"attention_biases of shape {tuple(module.attention_biases.shape)} for {heads} heads"
-    return why_not_its_parts(module)
+    unknown = index.is_meta or type(index) is not torch.Tensor  # fakes have no values either
+    if unknown or torch.equal(index, attention_bias_index((side, side), device=index.device)):
+        return None
+    return "attention_bias_idxs are not those of a square"
 
 
-def why_not_v2(module: Any) -> str | None:
-    """Why this attention of EfficientFormerV2, at the image's own resolution or below, cannot be replaced."""
-    names = ("q", "talking_head1", "talking_head2", "stride_conv", "upsample")
-    reason = why_not_named(module, names) or _why_not_what_both_have(module, 1)
-    if reason is not None:
-        return reason
-    if not is_pointwise(normed_convolution(module.q)):
-        return "q is not a 1x1 convolution with a BatchNorm"
-    reason = _why_not_its_stride(module.stride_conv, module.upsample)
-    if reason is not None:
-        return reason
-    for name in ("talking_head1", "talking_head2"):
-        conv = getattr(module, name)
-        if type(conv) is not nn.Conv2d or not is_pointwise(conv):
-            return f"{name} is not a 1x1 convolution"
-    return why_not_its_parts(module)
+def _tokens(module: Any) -> int:
+    return len(getattr(module, "attention_bias_idxs_seg", module.attention_bias_idxs))
 
 
-def _why_not_its_stride(stride_conv: Any, upsample: Any) -> str | None:
+def _outputs(module: Any) -> int:
+    """Of q, k and v."""
+    values = module.proj.in_features
+    return 2 * int(module.num_heads * module.key_dim) + (values if values % module.num_heads == 0 else 0)
+
+
+EFFICIENTFORMER = Original(
+    {
+        "qkv": linear(lambda m: m.proj.out_features, _outputs),
+        "proj": linear(lambda m: None, lambda m: None),
+    },
+    parameters={"attention_biases": _table_of(_tokens)},
+    buffers={"attention_bias_idxs": _index_of(_tokens, _tokens)},
+    attributes=("num_heads", "key_dim", "scale"),
+    known=_KNOWN,
+    check=_why_not_of_a_square,
+    example=lambda m: (1, _tokens(m), m.proj.out_features),
+)
+# Its map is gathered by whatever index there is.
+EFFICIENTFORMER_DENSE = replace(_for_dense_prediction(EFFICIENTFORMER), check=lambda module: None)
+
+# --- EfficientFormerV2 -----------------------------------------------------------------------------------------
+
+
+def _dim(module: Any) -> int:
+    return convolution_in(module.k).in_channels
+
+
+def _keys(module: Any) -> int:
+    return int(module.num_heads * module.key_dim)
+
+
+def _values(module: Any) -> int:
+    channels = convolution_in(module.v).out_channels
+    return channels if channels % module.num_heads == 0 else 0
+
+
+def _table(module: Any) -> int:
+    return math.prod(pair(module.resolution))
+
+
+def _halved_table(module: Any) -> int:
+    return math.prod(-(-n // 2) for n in pair(module.resolution))
+
+
+def _image(module: Any) -> tuple[int, ...]:
+    """Of the size that the module was made for; the resolution is that behind a stride."""
+    stride_conv = getattr(module, "stride_conv", None)
+    stride = 1 if stride_conv is None else convolution_in(stride_conv).stride[0]
+    return (1, _dim(module), *(stride * n for n in pair(module.resolution)))
+
+
+def _v2(stride: int) -> dict[str, Any]:
+    """Parts that both have."""
+    return {
+        "k": conv_norm(lambda m: Pointwise(_dim(m), _keys(m))),
+        "v": conv_norm(lambda m: Pointwise(_dim(m), _values(m))),
+        "v_local": conv_norm(lambda m: Depthwise(_values(m), stride)),
+        "act": maybe(any_module),
+        # The official repository has the activation in it.
+        "proj": conv_norm(lambda m: Pointwise(_values(m)), in_front=lambda m: 0 if "act" in m._modules else 1),
+    }
+
+
+_TALKING_HEADS = convolution(lambda m: Pointwise(m.num_heads, m.num_heads))
+
+
+def _stride_conv(root: Any, part: Any, name: str) -> str | None:
+    conv = convolution_in(part)
+    return conv_norm(lambda m: Depthwise(_dim(m), conv.stride[0], 3))(root, part, name)
+
+
+def _why_not_its_stride(module: Any) -> str | None:
+    stride_conv, upsample = module.stride_conv, module.upsample
     if stride_conv is None and upsample is None:
         return None
     if stride_conv is None or upsample is None:
         return "it has one of stride_conv and upsample without the other"
-    conv = normed_convolution(stride_conv)
-    if conv is None:
-        return "stride_conv is not a convolution with a BatchNorm"
-    factor = upsample.scale_factor
-    factors = factor if isinstance(factor, tuple) else (factor, factor)
-    if type(upsample) is not nn.Upsample or upsample.mode != "bilinear" or upsample.align_corners:
+    factor, stride = upsample.scale_factor, convolution_in(stride_conv).stride
+    if upsample.mode != "bilinear" or upsample.align_corners or upsample.size is not None:
         return "upsample is not bilinear with align_corners=False"
-    return None if tuple(factors) == conv.stride else f"upsample by {factor} behind a stride of {conv.stride}"
+    factors = factor if isinstance(factor, tuple) else (factor, factor)
+    return None if tuple(factors) == stride else f"upsample by {factor} behind a stride of {stride}"
 
 
-def why_not_v2_downsample(module: Any) -> str | None:
-    """Why this attention of EfficientFormerV2 that halves the resolution cannot be replaced; None if it can."""
-    return (
-        why_not_named(module, ("q",))
-        or _why_not_what_both_have(module, 2)
-        or _why_not_its_query(module.q)
-        or why_not_its_parts(module)
-    )
+V2 = Original(
+    {
+        "q": conv_norm(lambda m: Pointwise(_dim(m), _keys(m))),
+        **_v2(stride=1),
+        "talking_head1": _TALKING_HEADS,
+        "talking_head2": _TALKING_HEADS,
+        "stride_conv": maybe(_stride_conv),
+        "upsample": maybe(only(nn.Upsample)),
+    },
+    parameters={"attention_biases": _table_of(_table)},
+    buffers={"attention_bias_idxs": _index_of(_table, _table)},
+    attributes=("num_heads", "key_dim", "scale", "resolution"),
+    known=_KNOWN,
+    optional=("act",),
+    check=_why_not_its_stride,
+    example=_image,
+)
+V2_DENSE = _for_dense_prediction(V2)
 
 
-def _why_not_its_query(query: Any) -> str | None:
-    reason = why_not_named(query, ("pool", "local", "proj"))
-    if reason is not None:
-        return f"q: {reason}"
-    pool, (local, *others) = query.pool, [m for m in query.local.modules() if not isinstance(m, nn.Sequential)]
-    if type(pool) is not nn.AvgPool2d or (pool.kernel_size, pool.stride, pool.padding) != (1, 2, 0):
-        return "q.pool does not take every other pixel"
-    if others or type(local) is not nn.Conv2d or not is_depthwise(local, local.in_channels, 2):
-        return "q.local is not a depthwise convolution of stride 2"
-    if local.kernel_size != (3, 3):
-        return "q.local has no kernel of 3x3"
-    return None if is_pointwise(normed_convolution(query.proj)) else "q.proj is not a 1x1 convolution with a BatchNorm"
+def _pool(root: Any, part: Any, name: str) -> str | None:
+    reason = only(nn.AvgPool2d)(root, part, name)
+    return reason or (None if takes_every_other(part) else f"{name} does not take every other pixel")
 
 
-def _why_not_what_both_have(module: Any, stride: int) -> str | None:
-    names = (
-        *("k", "v", "v_local", "proj", "attention_biases", "attention_bias_idxs"),
-        *("num_heads", "key_dim", "scale", "resolution"),
-    )
-    known = {*names, "q", "act", "talking_head1", "talking_head2", "stride_conv", "upsample"}
-    reason = why_not_named(module, names) or why_not_its_own(module, known)
-    if reason is not None:
-        return reason
-    resolution, table = module.resolution, module.attention_biases
-    tokens = math.prod(resolution) if isinstance(resolution, tuple) else resolution**2
-    if tuple(table.shape) != (module.num_heads, tokens):
-        return f"attention_biases of shape {tuple(table.shape)} for a resolution of {resolution}"
-    activated = "act" not in module._modules
-    if activated and (hasattr(module, "act") or len(list(module.proj.children())) != 3):
-        return "its activation is no module"
-    for name in ("k", "v", "proj"):
-        if not is_pointwise(normed_convolution(getattr(module, name), activated=activated and name == "proj")):
-            return f"{name} is not a 1x1 convolution with a BatchNorm"
-    values = normed_convolution(module.v)
-    if values is None or not is_depthwise(normed_convolution(module.v_local), values.out_channels, stride):
-        return f"v_local is not a depthwise convolution of stride {stride} with a BatchNorm"
-    return None
+def _local(root: Any, part: Any, name: str) -> str | None:
+    """The official one is alone in a Sequential."""
+    check = convolution(lambda m: Depthwise(_dim(m), 2, 3))
+    return (check if isinstance(part, nn.Conv2d) else in_order(check))(root, part, name)
+
+
+V2_DOWNSAMPLE = Original(
+    {
+        "q": made_of(
+            QUERIES,
+            {"pool": _pool, "local": _local, "proj": conv_norm(lambda m: Pointwise(_dim(m), _keys(m)))},
+        ),
+        **_v2(stride=2),
+    },
+    parameters={"attention_biases": _table_of(_table)},
+    buffers={"attention_bias_idxs": _index_of(_halved_table, _table)},
+    attributes=("num_heads", "key_dim", "scale", "resolution"),
+    known=_KNOWN,
+    optional=("act",),
+    example=_image,
+)
+V2_DOWNSAMPLE_DENSE = _for_dense_prediction(V2_DOWNSAMPLE)

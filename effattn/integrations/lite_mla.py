@@ -1,44 +1,75 @@
-"""What makes a LiteMLA of timm or of the official repository one that :class:`effattn.nn.LiteMLA` can replace."""
+"""What a LiteMLA of timm or of the official repository is made of."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import nn
 
-from effattn.integrations.structure import is_depthwise, why_not_its_parts, why_not_named
+from effattn.integrations.structure import (
+    Check,
+    Depthwise,
+    Original,
+    Pointwise,
+    any_module,
+    convolution,
+    convolution_in,
+    each,
+    in_order,
+    made_of,
+    maybe,
+    only,
+)
+from effattn.nn.lite_mla import PROJECTIONS
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why this module, of a class named LiteMLA, cannot be replaced; None if it can."""
-    reason = why_not_named(module, ("qkv", "aggreg", "proj", "kernel_func", "dim", "eps"))
-    if reason is not None:
-        return reason
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted"
-    if type(module.kernel_func) is not nn.ReLU:
-        return f"its kernel function is {type(module.kernel_func).__name__}, not ReLU"
-    for i, pair in enumerate(module.aggreg):
-        if not isinstance(pair, nn.Sequential) or len(pair) != 2:
-            return f"aggreg.{i} is not a pair of convolutions"
-        reason = why_not_a_scale(pair[0], pair[1], module.dim)
-        if reason is not None:
-            return f"aggreg.{i}: {reason}"
-    return why_not_its_parts(module)
+def _convolution_or_adapter(root: Any, part: Any, name: str) -> str | None:
+    """What is no convolution is called: an adapter, a quantised layer."""
+    check = convolution(lambda root: Pointwise()) if isinstance(part, nn.Conv2d) else any_module
+    return check(root, part, name)
 
 
-def why_not_a_scale(depthwise: nn.Module, pointwise: nn.Module, head_dim: int) -> str | None:
-    """Why two modules are not the aggregation of a scale; None if they are."""
-    if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
-        return f"expected two convolutions, got {type(depthwise).__name__} and {type(pointwise).__name__}"
-    channels = depthwise.in_channels
-    if channels % (3 * head_dim) != 0:
-        return f"{channels} channels, not a multiple of 3 * {head_dim}"
-    if not is_depthwise(depthwise, channels):
-        return "the first is not a depthwise convolution of an odd kernel that keeps the size"
-    fits = (
-        pointwise.in_channels == pointwise.out_channels == channels
-        and pointwise.groups == channels // head_dim
-        and pointwise.kernel_size == pointwise.stride == (1, 1)
-        and pointwise.padding in ((0, 0), "same", "valid")
-    )
-    return None if fits else f"the second is not a 1x1 convolution in groups of {head_dim} channels"
+_PROJECTION = made_of(
+    PROJECTIONS,
+    {
+        "dropout": maybe(only(nn.Dropout, nn.Dropout2d)),
+        "conv": _convolution_or_adapter,
+        "norm": maybe(any_module),
+        "act": maybe(any_module),
+    },
+    optional=("dropout", "norm", "act"),
+)
+
+
+def scale(head_dim: str) -> tuple[Check, Check]:
+    """The two convolutions of a scale, in groups of as many channels as an attribute of this name says."""
+
+    def mixing(root: Any) -> Pointwise:
+        channels = _channels(root)
+        return Pointwise(channels, channels, channels // getattr(root, head_dim))
+
+    return convolution(lambda root: Depthwise(_channels(root))), convolution(mixing)
+
+
+def _channels(root: Any) -> int:
+    """Of q, k and v of all heads together; one number for all scales."""
+    grouped = (part.in_channels for part in root.modules() if isinstance(part, nn.Conv2d) and part.groups > 1)
+    return next(grouped, 0)
+
+
+def _why_not_its_heads(module: Any) -> str | None:
+    channels = _channels(module)
+    return None if channels % (3 * module.dim) == 0 else f"{channels} channels, not a multiple of 3 * {module.dim}"
+
+
+LITE_MLA = Original(
+    {
+        "qkv": _PROJECTION,
+        "aggreg": each(in_order(*scale("dim"))),
+        "proj": _PROJECTION,
+        "kernel_func": only(nn.ReLU),
+    },
+    attributes=("dim", "eps"),
+    example=lambda m: (1, convolution_in(m.qkv).in_channels, 5, 7),
+    check=_why_not_its_heads,
+)

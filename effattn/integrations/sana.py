@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from effattn.functional import relu_linear_attention
-from effattn.integrations.lite_mla import why_not_a_scale
-from effattn.integrations.structure import why_not_its_parts
+from effattn.integrations.lite_mla import scale
+from effattn.integrations.structure import ORIGINAL, Original, any_module, each, is_of_a_library, made_of, only
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.lite_mla import attend
-from effattn.nn.projection import can_fold, fold_batch_norm, folded_convolution, is_plain, pointwise_convolution
+from effattn.nn.projection import (
+    can_fold,
+    fold_batch_norm,
+    folded_convolution,
+    is_dense,
+    is_plain,
+    pointwise_convolution,
+)
 
 
 class SanaMultiscaleLinearAttention(FoldCache):
@@ -28,12 +36,17 @@ class SanaMultiscaleLinearAttention(FoldCache):
     eps: float
     norm_type: str
     residual_connection: bool
+    nonlinearity: nn.Module
+    processor: Any
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
+        if why_not_stock(self, self.__dict__[ORIGINAL]) is not None:
+            out: torch.Tensor = self.processor(self, hidden_states)
+            return out
         folds = self._folds()
         layers = [self.to_q, self.to_k, self.to_v]
-        if all(is_plain(layer, nn.Linear) for layer in layers):
+        if all(_is_matrix(layer) and layer.bias is None for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
             matrix = cached(folds, "qkv", lambda: torch.cat(weights))
             qkv = pointwise_convolution(hidden_states, matrix, None)
@@ -45,13 +58,32 @@ class SanaMultiscaleLinearAttention(FoldCache):
 
     def _project(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor:
         layer, norm = self.to_out, self.norm_out
-        if not (isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear)):
+        if not _is_matrix(layer):
             x = _on_channels(layer, x)
         elif can_fold(norm):
             return folded_convolution(x, *cached(folds, "out", lambda: fold_batch_norm(layer, norm)))
         else:
             x = pointwise_convolution(x, layer.weight, layer.bias)
         return _on_channels(norm, x) if self.norm_type == "rms_norm" else norm(x)
+
+    # What a processor asks of its module, as diffusers' class has it.
+
+    def apply_linear_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """(B, heads, D, N) of mapped query and key -> (B, heads, D, N) in float32."""
+        value = functional.pad(value, (0, 0, 0, 1), value=1.0)
+        out = (value @ key.mT @ query).float()
+        return out[:, :, :-1] / (out[:, :, -1:] + self.eps)
+
+    def apply_quadratic_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The same, for fewer tokens than channels, in value's dtype."""
+        scores = (key.mT @ query).float()
+        scores = scores / (scores.sum(dim=2, keepdim=True) + self.eps)
+        return value @ scores.to(value.dtype)
+
+
+def _is_matrix(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer's weight can be used in place of calling it."""
+    return isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear) and is_dense(layer.weight)
 
 
 def _on_channels(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -60,27 +92,48 @@ def _on_channels(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out.movedim(-1, 1)
 
 
-def why_not_multiscale(module: nn.Module) -> str | None:
-    """Why this SanaMultiscaleLinearAttention cannot be replaced; None if it can."""
-    names = (*SanaMultiscaleLinearAttention.__annotations__, "nonlinearity", "processor")
-    missing = [name for name in names if not hasattr(module, name)]
-    if missing:
-        return f"it has no {', '.join(missing)}"
-    processor = type(module.processor).__name__
-    if processor != "SanaMultiscaleAttnProcessor2_0":
-        return f"its processor is {processor}, not SanaMultiscaleAttnProcessor2_0"
-    if type(module.nonlinearity) is not nn.ReLU:
-        return f"its nonlinearity is {type(module.nonlinearity).__name__}, not ReLU"
-    if any(getattr(layer, "bias", None) is not None for layer in (module.to_q, module.to_k, module.to_v)):
-        return "to_q, to_k or to_v has a bias"
-    for i, scale in enumerate(module.to_qkv_multiscale):
-        parts = tuple(scale._modules)
-        if parts != ("proj_in", "proj_out"):
-            return f"to_qkv_multiscale.{i} has parts {parts}, not proj_in and proj_out"
-        reason = why_not_a_scale(scale.proj_in, scale.proj_out, module.attention_head_dim)
-        if reason is not None:
-            return f"to_qkv_multiscale.{i}: {reason}"
-    return why_not_its_parts(module)
+_SCALE = dict(zip(("proj_in", "proj_out"), scale("attention_head_dim"), strict=True))
+_PROCESSOR = "SanaMultiscaleAttnProcessor2_0"
+_ASKED_BY_PROCESSORS = ("apply_linear_attention", "apply_quadratic_attention")
+
+
+def why_not_stock(module: Any, original: type) -> str | None:
+    """Why the processor must be called, as diffusers' class does every time, since users set it.
+
+    ``original``: the class that diffusers gave the module; the stock processor stands beside it.
+    """
+    processor, nonlinearity = type(module.processor), module.nonlinearity
+    if processor.__name__ != _PROCESSOR or processor.__module__ != original.__module__:
+        return f"its processor is {processor.__name__}, not {_PROCESSOR}"
+    if processor.__call__.__qualname__ != f"{_PROCESSOR}.__call__":
+        return "the __call__ of its processor was replaced"
+    if any(name in module.__dict__ for name in _ASKED_BY_PROCESSORS):
+        return "a method that its processor asks for was replaced on the instance"
+    return None if is_plain(nonlinearity, nn.ReLU) else f"its nonlinearity is {type(nonlinearity).__name__}, not ReLU"
+
+
+def _linear_or_adapter(root: Any, part: Any, name: str) -> str | None:
+    """What is no linear layer is called: an adapter, a quantised layer."""
+    if not isinstance(part, nn.Linear):
+        return any_module(root, part, name)
+    if type(part) is nn.Linear and part.bias is not None:
+        return f"{name} has a bias"
+    return only(nn.Linear)(root, part, name)
+
+
+MULTISCALE = Original(
+    {
+        "to_q": _linear_or_adapter,
+        "to_k": _linear_or_adapter,
+        "to_v": _linear_or_adapter,
+        "to_qkv_multiscale": each(made_of(("SanaMultiscaleAttentionProjection",), _SCALE)),
+        "to_out": _linear_or_adapter,
+        "norm_out": any_module,
+        "nonlinearity": any_module,
+    },
+    attributes=("attention_head_dim", "eps", "norm_type", "residual_connection", "processor"),
+    check=lambda module: why_not_stock(module, type(module)),
+)
 
 
 class SanaLinearAttnProcessor:
@@ -107,4 +160,6 @@ class SanaLinearAttnProcessor:
 
 def why_not_processor(processor: object) -> str | None:
     """Why this SanaLinearAttnProcessor2_0 cannot be replaced; None if it can."""
+    if not is_of_a_library(type(processor).__call__):
+        return "it is not diffusers' own"
     return f"it keeps {', '.join(vars(processor))}" if vars(processor) else None

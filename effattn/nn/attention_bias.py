@@ -28,6 +28,22 @@ def gather_attention_bias(
     return resize_attention_biases(table, resolution, size)[:, attention_bias_index(size, stride, table.device)]
 
 
+def gather_attention_map(table: torch.Tensor, index: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    """A bias of as many queries and keys as there are: gathered for the table's own, then resized as an image is.
+
+    The authors of EfficientFormer do so for detection and segmentation, whatever the shape of the image.
+
+    Args:
+        table: (heads, entries).
+        index: which entry a pair of tokens has, of the queries and keys that the table was made for.
+        queries, keys: those of the image.
+
+    Returns:
+        (heads, queries, keys), differentiable in the table.
+    """
+    return _resized(table[:, index], (queries, keys))
+
+
 def attention_bias_index(size: Size, stride: int = 1, device: torch.device | None = None) -> torch.Tensor:
     """(queries, H * W): where in a table of ``size`` the bias of a pair stands."""
     y, x = (torch.arange(n, device=device) for n in size)
@@ -41,8 +57,12 @@ def resize_attention_biases(
     table: torch.Tensor, resolution: Size, size: Size, *, antialias: bool = False
 ) -> torch.Tensor:
     """(heads, rh * rw) -> (heads, H * W), bicubically, as the authors of EfficientViT do for detection."""
-    if resolution == size:
-        return table
-    image = table.unflatten(1, resolution).unsqueeze(0)
-    wide = image.to(torch.promote_types(table.dtype, torch.float32))  # narrow types are resized in float32
-    return functional.interpolate(wide, size=size, mode="bicubic", antialias=antialias).to(table.dtype)[0].flatten(1)
+    return _resized(table.unflatten(1, resolution), size, antialias).flatten(1)
+
+
+def _resized(images: torch.Tensor, size: Size, antialias: bool = False) -> torch.Tensor:
+    """(heads, H, W) -> (heads, *size); narrow types are resized in float32."""
+    if images.shape[1:] == size:
+        return images
+    wide = images.unsqueeze(0).to(torch.promote_types(images.dtype, torch.float32))
+    return functional.interpolate(wide, size=size, mode="bicubic", antialias=antialias).to(images.dtype)[0]

@@ -14,10 +14,12 @@ def training_pair(part: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | 
     if pair is None:
         return None
     conv, norm = pair
+    if not isinstance(norm, nn.BatchNorm2d):  # one that takes the statistics of other processes too, or none
+        return None
     tensors = (conv.weight, norm.weight, norm.bias)
     if not norm.training or norm.eps <= 0 or conv.bias is not None:
         return None
-    return pair if all(t is not None and t.dtype == torch.float32 for t in tensors) else None
+    return (conv, norm) if all(t is not None and t.dtype == torch.float32 for t in tensors) else None
 
 
 def update_running_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:

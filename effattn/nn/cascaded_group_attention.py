@@ -21,8 +21,10 @@ from effattn.nn.projection import (
     fold_batch_norm,
     folded_convolution,
     folded_pair,
+    is_depthwise,
     is_overridden,
     is_plain,
+    is_pointwise,
 )
 from effattn.ops import cascaded_group_attention as _operator
 
@@ -107,11 +109,13 @@ class CascadedGroupAttention(FoldCache):
         """With BatchNorm folded in; None if that cannot be, or something listens to a part."""
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [folded_pair(part) for part in parts]
-        if not all(pairs) or not calls_in_order(self.proj) or len(self.proj._modules) != 2:
+        if not self._fits([pair[0] for pair in pairs if pair is not None]):
+            return None
+        if not calls_in_order(self.proj) or len(self.proj._modules) != 2:
             return None
         relu, last = self.proj._modules.values()
         proj = folded_pair(last)
-        if proj is None or not is_plain(relu, nn.ReLU):
+        if proj is None or not is_pointwise(proj[0]) or not is_plain(relu, nn.ReLU):
             return None
         heads = self.num_heads
         folded = (fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None)
@@ -126,6 +130,12 @@ class CascadedGroupAttention(FoldCache):
             proj_weight.flatten(1),
             proj_bias,
         )
+
+    def _fits(self, convolutions: Sequence[nn.Conv2d]) -> bool:
+        """Whether these are the convolutions of all heads, in the form that the operators know."""
+        heads = self.num_heads
+        qkvs, dws = convolutions[:heads], convolutions[heads:]
+        return len(dws) == heads and all(map(is_pointwise, qkvs)) and all(map(is_depthwise, dws))
 
     @property
     def resolution(self) -> int:
@@ -171,7 +181,7 @@ class CascadedGroupAttention(FoldCache):
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [pair for pair in map(training_pair, parts) if pair is not None]
         count = x.numel() // max(x.shape[1], 1)  # of numbers of a channel; torch refuses to normalise one
-        if len(pairs) != len(parts) or count < 2 or not _operator.serves(x):
+        if not self._fits([conv for conv, _ in pairs]) or count < 2 or not _operator.serves(x):
             return None
         if x.dtype != torch.float32 or self.attention_biases.dtype != torch.float32:
             return None

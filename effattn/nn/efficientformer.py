@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_positive
-from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias
+from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias, gather_attention_map
 from effattn.nn.fold_cache import FoldCache, Folds, cached, invalidate
 from effattn.nn.projection import (
     at_once_under_autocast,
@@ -22,13 +22,22 @@ from effattn.nn.projection import (
     folded_pair,
     is_autocast,
     is_dense,
+    is_depthwise,
     is_overridden,
     is_plain,
+    is_pointwise,
 )
 from effattn.ops import projected_attention as _operator
 
 # What makes the queries where the image is halved, by class: timm's, ours and the official one.
-_QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
+QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
+# What the operator calls an activation, by class; timm has a GELU of its own.
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.GELU": "gelu",
+    "timm.layers.activations.GELU": "gelu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.linear.Identity": "none",
+}
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache.
 _TOKENS_AT_ONCE = 400
 
@@ -45,6 +54,9 @@ class EfficientFormerAttention(FoldCache):
         num_heads: heads.
         attn_ratio: channels of v over ``key_dim``.
         resolution: rows and columns of the tokens.
+        dense_prediction: takes the state dict of Snap's backbones for detection and segmentation. Their bias is that of
+            ``attention_biases_seg``, gathered for ``resolution`` and resized bicubically as a map of pairs of tokens
+            where an image has another number of tokens; ``attention_biases`` is left over from classification.
 
     Raises:
         ValueError: for sizes that are not positive.
@@ -57,6 +69,8 @@ class EfficientFormerAttention(FoldCache):
         num_heads: int = 8,
         attn_ratio: float = 4,
         resolution: int | tuple[int, int] = 7,
+        *,
+        dense_prediction: bool = False,
     ) -> None:
         super().__init__()
         require_positive(dim=dim, key_dim=key_dim, num_heads=num_heads, resolution=min(pair(resolution)))
@@ -68,15 +82,18 @@ class EfficientFormerAttention(FoldCache):
         self.qkv = nn.Linear(dim, 2 * self.key_attn_dim + self.val_attn_dim)
         self.proj = nn.Linear(self.val_attn_dim, dim)
         self.resolution = size = pair(resolution)
-        self.attention_biases = nn.Parameter(torch.zeros(num_heads, size[0] * size[1]))
-        self.register_buffer("attention_bias_idxs", attention_bias_index(size))
+        if dense_prediction:
+            _add_dense_prediction_biases(self, size)
+        else:
+            self.attention_biases = nn.Parameter(torch.zeros(num_heads, size[0] * size[1]))
+            self.register_buffer("attention_bias_idxs", attention_bias_index(size))
 
     def forward(self, x: torch.Tensor, size: Size | None = None) -> torch.Tensor:
         """(B, H * W, C) -> (B, H * W, C), tokens row by row.
 
         Args:
             size: (H, W); by default those of the resolution, or, of another number of tokens, those of a square: tokens
-                do not say what image they were.
+                do not say what image they were. Dense prediction's bias does not depend on it.
 
         Raises:
             ValueError: for a number of tokens that is none of these.
@@ -112,6 +129,8 @@ class EfficientFormerAttention(FoldCache):
         return _operator.pack(q, k, v, self._bias(tokens, size), (proj.weight, _bias_of(proj)))
 
     def _bias(self, tokens: int, size: Size | None) -> torch.Tensor:
+        if size is None and _is_dense_prediction(self):
+            return _dense_prediction_bias(self, tokens, tokens)
         table, index = self.attention_biases, self.attention_bias_idxs
         assert isinstance(index, torch.Tensor)
         # Modules that accelerate() exchanged keep no resolution; it has looked at their index, which is of a square.
@@ -121,7 +140,39 @@ class EfficientFormerAttention(FoldCache):
         if size is None or size[0] * size[1] != tokens:
             expected = "a square number of" if size is None else f"{size[0]} x {size[1]}"
             raise ValueError(f"x: expected {expected} tokens, got shape (B, {tokens}, C)")
+        if _is_dense_prediction(self):
+            return _dense_prediction_bias(self, tokens, tokens)
         return gather_attention_bias(table, own, size, index=index)
+
+
+def _add_dense_prediction_biases(module: Any, resolution: Size, stride: int = 1, *, persistent: bool = True) -> None:
+    """What Snap's backbones for detection and segmentation have: a table of their own, beside that of classification.
+
+    Theirs of classification is for 7 x 7 tokens; one of another size is taken as it comes.
+    """
+    heads = module.num_heads
+    module.register_buffer("attention_biases", torch.zeros(heads, 49))
+    module.register_buffer("attention_bias_idxs", torch.zeros(49, 49, dtype=torch.long), persistent=persistent)
+    module.attention_biases_seg = nn.Parameter(torch.zeros(heads, resolution[0] * resolution[1]))
+    index = attention_bias_index(resolution, stride)
+    module.register_buffer("attention_bias_idxs_seg", index, persistent=persistent)
+    module.register_load_state_dict_pre_hook(_take_classification_biases)
+
+
+def _take_classification_biases(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in ("attention_biases", "attention_bias_idxs"):
+        theirs, own = state_dict.get(prefix + name), module._buffers[name]
+        if theirs is not None and own is not None and theirs.shape != own.shape:
+            module._buffers[name] = own.new_zeros(theirs.shape)
+
+
+def _is_dense_prediction(module: nn.Module) -> bool:
+    """A replica of DataParallel has its parameters as attributes."""
+    return hasattr(module, "attention_biases_seg")
+
+
+def _dense_prediction_bias(module: Any, queries: int, keys: int) -> torch.Tensor:
+    return gather_attention_map(module.attention_biases_seg, module.attention_bias_idxs_seg, queries, keys)
 
 
 def _bias_of(layer: nn.Linear) -> torch.Tensor:
@@ -160,13 +211,17 @@ class _V2(FoldCache):
     resolution: int | Size
     attention_biases: torch.Tensor
     attention_bias_idxs: torch.Tensor
+    attention_bias_idxs_seg: torch.Tensor
     proj: nn.Module
     queries_stride = 1
 
     def init_non_persistent_buffers(self) -> None:
         """After to_empty(), as timm has it: the index is in no state dict."""
         index = attention_bias_index(pair(self.resolution), self.queries_stride, self.attention_bias_idxs.device)
-        self.attention_bias_idxs = index
+        if _is_dense_prediction(self):
+            self.attention_bias_idxs_seg = index
+        else:
+            self.attention_bias_idxs = index
         invalidate(self)
 
     def _projected(self, folds: Folds | None, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
@@ -180,21 +235,26 @@ class _V2(FoldCache):
 
     def _convolved(self, folds: Folds | None, name: str, x: torch.Tensor) -> torch.Tensor:
         part: Any = self._modules[name]
-        folded = cached(folds, name, lambda: _folded_together([part]))
+        folded = cached(folds, name, lambda: _folded_convolution(part))
         if folded is None:
             out: torch.Tensor = part(x)
             return out
-        _, weight, bias = folded
-        conv, _ = part._modules.values()
+        conv, weight, bias = folded
         return folded_convolution(x, weight, bias, conv)
 
     def _folded_parts(self, *names: str) -> list[_operator.Pair] | None:
         """Weights and biases of convolutions, matrices where they are 1x1; None if a part must be called."""
         pairs = [folded_pair(self._modules[name], self._in_front(name)) for name in names]
-        if not all(pairs):
+        if not all(pair is not None and self._fits(name, pair[0]) for name, pair in zip(names, pairs, strict=True)):
             return None
         folded = [fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None]
         return [(weight.flatten(1) if weight.shape[2:].numel() == 1 else weight, bias) for weight, bias in folded]
+
+    def _fits(self, name: str, conv: nn.Conv2d) -> bool:
+        """Whether a convolution has the form that the operator knows."""
+        if name == "stride_conv":
+            return is_depthwise(conv, 2)
+        return is_depthwise(conv, self.queries_stride) if name == "v_local" else is_pointwise(conv)
 
     def _in_front(self, name: str) -> int:
         """Modules in front of a part's convolution: the official repository has the activation in ``proj``."""
@@ -205,10 +265,9 @@ class _V2(FoldCache):
         act = self._modules["act"] if "act" in self._modules else next(iter(self.proj._modules.values()), None)
         if act is None:
             return None
-        known = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "none"}
         if is_overridden(act) or getattr(act, "approximate", "none") != "none":
             return None
-        return known.get(type(act))
+        return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
     def _packed_if_served(self, folds: Folds | None, x: torch.Tensor, tokens: int, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, kept, for so many keys; None where no kernel serves, or gradients are asked for."""
@@ -238,31 +297,35 @@ class _V2(FoldCache):
         bias: torch.Tensor = cached(
             folds,
             f"bias {size[0]}x{size[1]}",
-            lambda: gather_attention_bias(
-                self.attention_biases, pair(self.resolution), size, self.queries_stride, self.attention_bias_idxs
-            ),
+            lambda: self._gathered(size),
         )
         return bias
 
+    def _gathered(self, size: Size) -> torch.Tensor:
+        if _is_dense_prediction(self):
+            rows, columns = (-(-size[0] // self.queries_stride), -(-size[1] // self.queries_stride))
+            return _dense_prediction_bias(self, rows * columns, size[0] * size[1])
+        own = pair(self.resolution)
+        return gather_attention_bias(self.attention_biases, own, size, self.queries_stride, self.attention_bias_idxs)
 
-def _is_halving(conv: Any) -> bool:
-    """Whether the operator can stand for a plain depthwise convolution with a stride."""
-    side = conv.kernel_size[0]
-    same = conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.kernel_size == (side, side) and side % 2 == 1
-    return same and conv.padding == (side // 2, side // 2) and conv.groups == conv.in_channels == conv.out_channels
 
-
-def _folded_together(parts: list[Any], in_front: int = 0) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
-    """Outputs, weights and biases of convolutions of one input; None where a part must be called.
+def _folded_convolution(part: nn.Module) -> tuple[nn.Conv2d, torch.Tensor, torch.Tensor] | None:
+    """A convolution with its weight and bias after folding; None where the part must be called.
 
     So it is in float16 too, or folded weights would be rounded once more than their parts are.
     """
-    pairs = [folded_pair(part, in_front) for part in parts]
-    if not all(pairs):
+    pair = folded_pair(part)
+    if pair is None or pair[0].weight.dtype.itemsize < 4:
         return None
-    weights, biases = zip(*(fold_batch_norm(*pair) for pair in pairs if pair is not None), strict=True)
-    if weights[0].dtype.itemsize < 4:
+    return pair[0], *fold_batch_norm(*pair)
+
+
+def _folded_together(parts: list[Any], in_front: int = 0) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
+    """Outputs, weights and biases of 1x1 convolutions of one input; None where a part must be called, as above."""
+    pairs = [pair for pair in (folded_pair(part, in_front) for part in parts) if pair is not None]
+    if len(pairs) != len(parts) or not all(is_pointwise(conv) and conv.weight.dtype.itemsize >= 4 for conv, _ in pairs):
         return None
+    weights, biases = zip(*(fold_batch_norm(*pair) for pair in pairs), strict=True)
     return [len(bias) for bias in biases], torch.cat(weights), torch.cat(biases)
 
 
@@ -279,7 +342,8 @@ class EfficientFormerV2Attention(_V2):
         attn_ratio: channels of v over ``key_dim``.
         resolution: rows and columns of the image; others are taken too, with the bias resized bicubically.
         act_layer: before the projection.
-        stride: attends at a resolution so many times smaller, then enlarges bilinearly; None for the image's own.
+        stride: attends at a resolution so many times smaller, then upsamples bilinearly; None for the image's own.
+        dense_prediction: as of :class:`EfficientFormerAttention`.
 
     Raises:
         ValueError: for sizes that are not positive.
@@ -294,6 +358,8 @@ class EfficientFormerV2Attention(_V2):
         resolution: int | tuple[int, int] = 7,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         stride: int | None = None,
+        *,
+        dense_prediction: bool = False,
     ) -> None:
         super().__init__()
         height, width = pair(resolution)
@@ -318,8 +384,11 @@ class EfficientFormerV2Attention(_V2):
         self.talking_head2 = nn.Conv2d(num_heads, num_heads, 1)
         self.act = act_layer()
         self.proj = _ConvNorm(self.dh, dim)
-        self.attention_biases = nn.Parameter(torch.zeros(num_heads, self.N))
-        self.register_buffer("attention_bias_idxs", attention_bias_index(self.resolution), persistent=False)
+        if dense_prediction:
+            _add_dense_prediction_biases(self, self.resolution, persistent=False)
+        else:
+            self.attention_biases = nn.Parameter(torch.zeros(num_heads, self.N))
+            self.register_buffer("attention_bias_idxs", attention_bias_index(self.resolution), persistent=False)
         self.register_load_state_dict_pre_hook(_rename)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -338,11 +407,11 @@ class EfficientFormerV2Attention(_V2):
         q, k, v = (self._heads(t) for t in (q, k, v))
         out = self._attend(q, k, v, self._bias((x.shape[2], x.shape[3]), folds)).mT.reshape(local.shape) + local
         if self.upsample is not None:
-            enlarged: torch.Tensor = self.upsample(out)
+            upsampled: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
-            if enlarged.shape[2:] != size:
-                enlarged = functional.interpolate(out, size=size, mode="bilinear")
-            out = enlarged
+            if upsampled.shape[2:] != size:
+                upsampled = functional.interpolate(out, size=size, mode="bilinear")
+            out = upsampled
         return self._activated_and_projected(folds, out)
 
     def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
@@ -350,23 +419,25 @@ class EfficientFormerV2Attention(_V2):
         names = ("q", "k", "v", "v_local", "proj", *(() if self.stride_conv is None else ("stride_conv",)))
         folded = self._folded_parts(*names)
         mixing, activation = self._mixing(), self._activation()
-        upsample = self.upsample is None or (is_plain(self.upsample, nn.Upsample) and self.upsample.mode == "bilinear")
-        if folded is None or mixing is None or activation is None or not upsample:
+        if folded is None or mixing is None or activation is None or not self._upsamples_back():
             return None
         q, k, v, local, proj, *stride_conv = folded
-        halving = None
-        if self.stride_conv is not None:
-            conv, _ = self.stride_conv._modules.values()
-            if not _is_halving(conv):
-                return None
-            (halving,) = stride_conv
+        halving = stride_conv[0] if stride_conv else None
         bias = self._bias(size)
         return _operator.pack(q, k, v, bias, proj, talking_heads=mixing, local=local, halving=halving), activation
+
+    def _upsamples_back(self) -> bool:
+        """Whether the operator can upsample to the image that came in; by then the stride is known to be two."""
+        up, halved = self.upsample, self.stride_conv is not None
+        if up is None or not halved:
+            return up is None and not halved
+        plain = isinstance(up, nn.Upsample) and is_plain(up, nn.Upsample)
+        return plain and up.mode == "bilinear" and not up.align_corners and up.scale_factor in (2.0, (2.0, 2.0))
 
     def _mixing(self) -> list[torch.Tensor] | None:
         """The convolutions over the heads as matrices and biases; None if one of them must be called."""
         convolutions = (self.talking_head1, self.talking_head2)
-        if not all(is_plain(conv, nn.Conv2d) for conv in convolutions):
+        if not all(is_plain(conv, nn.Conv2d) and is_pointwise(conv) for conv in convolutions):
             return None
         none = self.attention_biases.new_zeros(self.num_heads)
         return [t for conv in convolutions for t in (conv.weight.flatten(1), none if conv.bias is None else conv.bias)]
@@ -400,6 +471,8 @@ class EfficientFormerV2AttentionDownsample(_V2):
         resolution: int | tuple[int, int] = 7,
         out_dim: int | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
+        *,
+        dense_prediction: bool = False,
     ) -> None:
         super().__init__()
         height, width = pair(resolution)
@@ -415,8 +488,11 @@ class EfficientFormerV2AttentionDownsample(_V2):
         self.v_local = _ConvNorm(self.dh, self.dh, 3, 2, groups=self.dh)
         self.act = act_layer()
         self.proj = _ConvNorm(self.dh, out_dim)
-        self.attention_biases = nn.Parameter(torch.zeros(num_heads, height * width))
-        self.register_buffer("attention_bias_idxs", attention_bias_index(self.resolution, 2), persistent=False)
+        if dense_prediction:
+            _add_dense_prediction_biases(self, self.resolution, 2, persistent=False)
+        else:
+            self.attention_biases = nn.Parameter(torch.zeros(num_heads, height * width))
+            self.register_buffer("attention_bias_idxs", attention_bias_index(self.resolution, 2), persistent=False)
         self.register_load_state_dict_pre_hook(_rename)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -436,13 +512,14 @@ class EfficientFormerV2AttentionDownsample(_V2):
         """All weights of the one operator, and its activation; None if a part must be called."""
         folded, activation = self._folded_parts("k", "v", "v_local", "proj"), self._activation()
         query = self._modules["q"]
-        if folded is None or activation is None or type(query).__name__ not in _QUERIES or is_overridden(query):
+        if folded is None or activation is None or type(query).__name__ not in QUERIES or is_overridden(query):
             return None
         pool, local, q = query.pool, query.local, folded_pair(query.proj)
         if type(local) is nn.Sequential and len(local) == 1 and not is_overridden(local):  # the official one's
             (local,) = local._modules.values()
-        plain = is_plain(local, nn.Conv2d) and is_dense(local.weight) and is_plain(pool, nn.AvgPool2d)
-        if q is None or not plain or not _is_halving(local):
+        if not is_plain(local, nn.Conv2d) or not is_dense(local.weight) or not is_depthwise(local, 2):
+            return None
+        if not is_plain(pool, nn.AvgPool2d) or not takes_every_other(pool) or q is None or not is_pointwise(q[0]):
             return None
         k, v, v_local, proj = folded
         weight, bias = fold_batch_norm(*q, rounded=False)
@@ -464,6 +541,12 @@ class EfficientFormerV2AttentionDownsample(_V2):
         return packed, activation
 
 
+def takes_every_other(pool: Any) -> bool:
+    """Whether a pooling takes every other row and column as they are."""
+    sizes = ((pool.kernel_size, 1), (pool.stride, 2), (pool.padding, 0))
+    return all(size in (expected, (expected, expected)) for size, expected in sizes)
+
+
 class _LocalGlobalQuery(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -477,7 +560,8 @@ class _LocalGlobalQuery(nn.Module):
 
 def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """The official repository counts a part's modules, has the activation in ``proj``, and stores indices."""
-    state_dict.pop(f"{prefix}attention_bias_idxs", None)
+    for index in ("attention_bias_idxs", "attention_bias_idxs_seg"):
+        state_dict.pop(prefix + index, None)
     parts = [f"{prefix}{name}" for name in ("q", "k", "v", "v_local", "stride_conv", "proj", "q.proj")]
     for part in parts:
         first = 1 if f"{part}.2.weight" in state_dict else 0  # behind the activation

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.projection import (
     at_once_under_autocast,
+    calls_in_order,
     can_fold,
     cast_by_autocast,
     fold_batch_norm,
     folded_convolution,
+    is_affine,
     is_autocast,
+    is_depthwise,
     is_overridden,
     is_plain,
+    is_pointwise,
     pointwise_convolution,
 )
 from effattn.ops import lite_mla as _lite_mla
@@ -27,6 +33,8 @@ from effattn.ops import lite_mla as _lite_mla
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
 # ones torch's matrix products around the attention are faster.
 _TOKENS_AT_ONCE = 400
+# What makes q, k and v, and the output, by class: timm's, the official one, ours.
+PROJECTIONS = ("ConvNormAct", "ConvLayer", "_ConvNormAct")
 
 
 class LiteMLA(FoldCache):
@@ -105,11 +113,18 @@ class LiteMLA(FoldCache):
             if out is not None:
                 return out
         qkv = self._project("qkv", x, folds)
-        attended = attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps)
-        return self._project("proj", attended, folds)
+        out = attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps, kernel=self._kernel_func())
+        return self._project("proj", out, folds)
+
+    def _kernel_func(self) -> nn.Module | None:
+        """The map of q and k, where it is not the ReLU that the operators have: of a module that was exchanged."""
+        kernel = self._modules.get("kernel_func")
+        return None if kernel is None or is_plain(kernel, nn.ReLU) else kernel
 
     def _at_once(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor | None:
         """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
+        if self._kernel_func() is not None:
+            return None
         found = cached(folds, "at once", self._all_weights)
         if found is None or not _lite_mla.serves(x):
             return None
@@ -124,7 +139,7 @@ class LiteMLA(FoldCache):
         first, last = (part._modules for part in parts)
         if (
             pairs is None
-            or not all(_is_projection(part) and _is_affine(part._modules.get("norm")) for part in parts)
+            or not all(_is_projection(part) and is_affine(part._modules.get("norm")) for part in parts)
             or not _is_nothing(first.get("act"))
             or any(t.dtype != torch.float32 for t in self.parameters())
         ):
@@ -151,7 +166,7 @@ class LiteMLA(FoldCache):
         parts = part._modules  # looked up directly: at 14x14 tokens the searches of nn.Module show
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
-        if can_fold(norm):
+        if can_fold(norm) and not _is_nothing(norm):
             out = folded_convolution(x, *cached(folds, name, lambda: fold_batch_norm(conv, norm)))
         else:
             out = pointwise_convolution(x, conv.weight, conv.bias)
@@ -178,23 +193,31 @@ def _both(value: Any) -> tuple[Any, Any]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps: float) -> torch.Tensor:
+def attend(
+    qkv: torch.Tensor,
+    scales: Iterable[nn.Module],
+    *,
+    head_dim: int,
+    eps: float,
+    kernel: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """:func:`effattn.multi_scale_linear_attention` with the weights of modules.
 
     Args:
         qkv: (B, 3 * heads * head_dim, H, W).
         scales: a module a scale, of the depthwise and the 1x1 convolution. If any is no plain convolution any more (an
-            adapter took its place, a hook listens), all are called, one by one.
+            adapter took its place, it has hooks), all are called, one by one.
         head_dim: channels of a head.
         eps: added to the denominator.
+        kernel: the map of q and k; by default ReLU.
 
     Returns:
         (B, (1 + S) * heads * head_dim, H, W).
     """
     scales = list(scales)
     pairs = _plain_pairs(scales)
-    if pairs is None:
-        return _attend_to_any(qkv, scales, head_dim, eps)
+    if pairs is None or kernel is not None:
+        return _attend_to_any(qkv, scales, head_dim, eps, kernel)
     depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
     return multi_scale_linear_attention(
         qkv,
@@ -207,12 +230,24 @@ def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps
     )
 
 
-def _attend_to_any(qkv: torch.Tensor, scales: Iterable[nn.Module], head_dim: int, eps: float) -> torch.Tensor:
+def _attend_to_any(
+    qkv: torch.Tensor, scales: Iterable[nn.Module], head_dim: int, eps: float, kernel: Callable[..., Any] | None
+) -> torch.Tensor:
     batch, _, height, width = qkv.shape
     aggregated = torch.cat([qkv, *(scale(qkv) for scale in scales)], dim=1)
     heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).mT
-    out = relu_linear_attention(*heads.chunk(3, dim=-1), eps=eps)
+    q, k, v = heads.chunk(3, dim=-1)
+    out = relu_linear_attention(q, k, v, eps=eps) if kernel is None else _linear_attention(kernel(q), kernel(k), v, eps)
     return out.mT.reshape(batch, -1, height, width)
+
+
+def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    """Of mapped q and k; sums in float32, as the originals have them."""
+    dtype, at_least = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    q, k, v = (t.to(at_least) for t in (q, k, v))
+    with torch.autocast(v.device.type, enabled=False) if is_autocast(v) else nullcontext():
+        out = q @ (k.mT @ functional.pad(v, (0, 1), value=1.0))
+    return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
 
 
 def _plain_pairs(scales: Iterable[Any]) -> list[tuple[Any, ...]] | None:
@@ -220,7 +255,9 @@ def _plain_pairs(scales: Iterable[Any]) -> list[tuple[Any, ...]] | None:
     pairs = []
     for scale in scales:
         pair = tuple(scale._modules.values())
-        if is_overridden(scale) or not all(is_plain(conv, nn.Conv2d) for conv in pair):
+        if not calls_in_order(scale) or len(pair) != 2 or not all(is_plain(conv, nn.Conv2d) for conv in pair):
+            return None
+        if not is_depthwise(pair[0]) or not is_pointwise(pair[1], pair[1].groups):
             return None
         pairs.append(pair)
     return pairs
@@ -237,22 +274,22 @@ def _is_projection(part: nn.Module) -> bool:
     """Whether a module is a 1x1 convolution, with or without norm and activation behind it, and nothing else."""
     conv, dropout = part._modules.get("conv"), part._modules.get("dropout")
     return (
-        not is_overridden(part)
+        type(part).__name__ in PROJECTIONS
+        and not is_overridden(part)
         and isinstance(conv, nn.Conv2d)
         and is_plain(conv, nn.Conv2d)
-        and conv.kernel_size == conv.stride == (1, 1)
-        and conv.padding in ((0, 0), "valid", "same")
-        and conv.groups == 1
-        and (dropout is None or not dropout.training or getattr(dropout, "p", 1) == 0)
+        and is_pointwise(conv)
+        and (dropout is None or _is_idle(dropout))
     )
+
+
+def _is_idle(dropout: nn.Module) -> bool:
+    kinds = (nn.Dropout, nn.Dropout2d)
+    return any(is_plain(dropout, kind) for kind in kinds) and (not dropout.training or getattr(dropout, "p", 1) == 0)
 
 
 def _is_nothing(part: nn.Module | None) -> bool:
     return part is None or type(part) is nn.Identity
-
-
-def _is_affine(norm: nn.Module | None) -> bool:
-    return _is_nothing(norm) or can_fold(norm)
 
 
 def _is_recorded() -> bool:
@@ -261,6 +298,7 @@ def _is_recorded() -> bool:
 
 
 def _matrix_and_bias(conv: Any, norm: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Without a norm, whatever bias there is, or none."""
     weight, bias = (conv.weight, conv.bias) if _is_nothing(norm) else fold_batch_norm(conv, norm)
     # Detached: a view of a parameter that is kept would keep torch from swapping the parameter.
     return weight.detach().flatten(1), bias

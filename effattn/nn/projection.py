@@ -59,70 +59,137 @@ def is_dense(weight: torch.Tensor) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor)
 
 
-# Whose own forward calls its parts one after the other: timm's, and those of effattn.nn.
-_IN_ORDER = ("ConvNorm", "_ConvNorm")
+# Whose own forward calls its parts one after the other: timm's, those of effattn.nn, diffusers'.
+_IN_ORDER = ("ConvNorm", "_ConvNorm", "SanaMultiscaleAttentionProjection")
 
 
 def calls_in_order(module: nn.Module | None) -> TypeGuard[nn.Module]:
-    """Whether calling a module is calling its parts one after the other, and nothing listens."""
+    """Whether calling a module is calling its parts one after the other, and it has no hooks."""
     if module is None or is_overridden(module):
         return False
     return type(module).forward is nn.Sequential.forward or type(module).__name__ in _IN_ORDER
 
 
-def can_fold(norm: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
-    """Whether the norm is an affine map of numbers that do not depend on the input, and nobody needs gradients."""
-    return not torch.is_grad_enabled() and _is_affine(norm)
-
-
-def _is_affine(norm: nn.Module | None) -> bool:
+def is_pointwise(conv: nn.Conv2d, groups: int = 1) -> bool:
+    """Whether a convolution is a matrix product of channels, or of so many groups of them."""
     return (
-        isinstance(norm, nn.BatchNorm2d)
-        and is_plain(norm, nn.BatchNorm2d)
-        and not norm.training
-        and norm.running_mean is not None
+        conv.kernel_size == conv.stride == conv.dilation == (1, 1)
+        and conv.padding in ((0, 0), "same", "valid")
+        and conv.groups == groups
     )
 
 
-def folded_pair(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-    """The convolution at the end of a part and the BatchNorm behind it, or None where they cannot be folded.
+def is_depthwise(conv: nn.Conv2d, stride: int = 1) -> bool:
+    """Whether a convolution takes every channel alone, with an odd square kernel that keeps the size, or divides it."""
+    side = conv.kernel_size[0]
+    return (
+        conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size == (side, side)
+        and side % 2 == 1
+        and conv.stride == (stride, stride)
+        and conv.dilation == (1, 1)
+        and conv.padding in ((side // 2, side // 2), "same")
+        and conv.padding_mode == "zeros"
+    )
+
+
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's and detectron2's; timm's
+_STATISTICS = {"weight", "bias", "running_mean", "running_var"}
+
+
+def _is_frozen_batch_norm(norm: nn.Module) -> bool:
+    """Whether a norm is an affine map of its buffers in every mode; timm's may have an activation behind it."""
+    buffers = {name for name, buffer in norm._buffers.items() if buffer is not None}
+    return (
+        type(norm).__name__ in _FROZEN
+        and not is_overridden(norm)
+        and buffers - {"num_batches_tracked"} == _STATISTICS
+        and not norm._parameters
+        and isinstance(norm.__dict__.get("eps"), float)
+        and all(is_plain(part, nn.Identity) for part in norm._modules.values())
+    )
+
+
+def is_batch_norm(norm: nn.Module | None) -> bool:
+    """Whether a norm is an affine map in evaluation, whatever it is in training: BatchNorm, or what is left of it."""
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+    return norm is None or any(is_plain(norm, kind) for kind in kinds) or _is_frozen_batch_norm(norm)
+
+
+def is_affine(norm: nn.Module | None) -> bool:
+    """Whether a norm is, as it stands, an affine map of numbers that do not depend on the input."""
+    if not is_batch_norm(norm):
+        return False
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        return not norm.training and norm.running_mean is not None
+    return True
+
+
+def can_fold(norm: nn.Module | None) -> bool:
+    """Whether the norm is an affine map, and nobody needs gradients."""
+    return not torch.is_grad_enabled() and is_affine(norm)
+
+
+def folded_pair(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.Module | None] | None:
+    """The convolution at the end of a part and the norm behind it, or None where they are no affine map together.
 
     ``in_front``: how many modules stand in front of them (an activation), which must still be called. With gradients,
     :func:`fold_batch_norm` is one more differentiable step.
     """
     pair = convolution_and_norm(part, in_front)
-    return pair if pair is not None and _is_affine(pair[1]) else None
+    return pair if pair is not None and is_affine(pair[1]) else None
 
 
-def convolution_and_norm(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
-    """The last two of a part, where their tensors can be used in place of calling them."""
-    if not calls_in_order(part):
+def convolution_and_norm(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.Module | None] | None:
+    """The last two of a part, where their tensors can be used in place of calling them.
+
+    The norm is None where it is in the convolution already (``fuse()`` of timm and of the official repositories puts a
+    convolution in the part's place, torch's fusion an identity in the norm's).
+    """
+    if is_plain(part, nn.Conv2d):
+        parts: list[Any] = [part]
+    elif calls_in_order(part):
+        parts = list(part._modules.values())
+    else:
         return None
-    parts: list[Any] = list(part._modules.values())
-    if len(parts) != 2 + in_front or not is_plain(parts[-2], nn.Conv2d) or not is_plain(parts[-1], nn.BatchNorm2d):
+    conv, *norms = parts[in_front:] or [None]
+    if len(norms) > 1 or not is_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or not is_dense(conv.weight):
         return None
-    return (parts[-2], parts[-1]) if is_dense(parts[-2].weight) else None
+    norm = norms[0] if norms else None
+    if not is_batch_norm(norm):
+        return None
+    return conv, None if type(norm) is nn.Identity else norm
 
 
 def fold_batch_norm(
-    projection: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d, *, rounded: bool = True
+    projection: nn.Conv2d | nn.Linear, norm: nn.Module | None, *, rounded: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the one projection that does what both do in evaluation; differentiable.
+    """Weight and bias of the one projection that does what both do; differentiable.
 
-    Of the projection's dtype; if not ``rounded``, of float32 at least.
+    Args:
+        norm: a norm that :func:`is_affine`.
+        rounded: to the projection's dtype; else they are of float32 at least.
     """
-    assert norm.running_mean is not None and norm.running_var is not None
     at_least = torch.promote_types(projection.weight.dtype, torch.float32)
-    scale = (norm.running_var.to(at_least) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(at_least)
-    shift = -norm.running_mean.to(at_least) * scale
+    dtype = projection.weight.dtype if rounded else at_least
+    if norm is None or type(norm) is nn.Identity:
+        weight, bias = projection.weight, projection.bias
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        if (
+            not torch.is_grad_enabled()
+        ):  # a view of a parameter that is kept would keep torch from swapping the parameter
+            weight, bias = weight.detach(), bias.detach()
+        return weight.to(dtype), bias.to(dtype)
+    tensors: Any = norm  # a BatchNorm, or what has its tensors
+    scale = (tensors.running_var.to(at_least) + tensors.eps).rsqrt()
+    if tensors.weight is not None:
+        scale = scale * tensors.weight.to(at_least)
+    shift = -tensors.running_mean.to(at_least) * scale
     if projection.bias is not None:
         shift = shift + projection.bias.to(at_least) * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(at_least)
+    if tensors.bias is not None:
+        shift = shift + tensors.bias.to(at_least)
     weight = projection.weight.to(at_least) * scale.reshape(-1, *(1 for _ in projection.weight.shape[1:]))
-    dtype = projection.weight.dtype if rounded else at_least
     return weight.to(dtype), shift.to(dtype)
 
 
