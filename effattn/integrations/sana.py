@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import why_not_a_scale
 from effattn.integrations.structure import why_not_its_parts
 from effattn.nn.lite_mla import attend
 from effattn.nn.projection import KeepsDerived, can_fold, is_plain, pointwise_convolution
+from effattn.nn.recorded import FxLeaf
 
 
-class SanaMultiscaleLinearAttention(KeepsDerived):
+class SanaMultiscaleLinearAttention(FxLeaf, KeepsDerived):
     """LiteMLA with linear layers for projections, as the deep compression autoencoder (arXiv 2410.10733) has it."""
 
     to_q: nn.Module
@@ -30,6 +32,8 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
+        if isinstance(hidden_states, Proxy):
+            return self._fx_node(hidden_states)
         layers = [self.to_q, self.to_k, self.to_v]
         if all(is_plain(layer, nn.Linear) for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
@@ -54,8 +58,8 @@ class SanaMultiscaleLinearAttention(KeepsDerived):
 
 def _on_channels(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A layer that takes channels last, on an image."""
-    out: torch.Tensor = layer(x.movedim(1, -1))
-    return out.movedim(-1, 1)
+    out: torch.Tensor = layer(x.permute(0, 2, 3, 1))
+    return out.permute(0, 3, 1, 2)
 
 
 def why_not_multiscale(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
 from effattn.nn.arguments import require_positive
@@ -20,6 +21,7 @@ from effattn.nn.projection import (
     is_plain,
     pointwise_convolution,
 )
+from effattn.nn.recorded import FxLeaf
 from effattn.ops import lite_mla as _lite_mla
 
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
@@ -27,7 +29,7 @@ from effattn.ops import lite_mla as _lite_mla
 _TOKENS_AT_ONCE = 400
 
 
-class LiteMLA(KeepsDerived):
+class LiteMLA(FxLeaf, KeepsDerived):
     """Lightweight multi-scale linear attention, EfficientViT (arXiv 2205.14756), figure 2.
 
     A 1x1 convolution to q, k and v, :func:`effattn.multi_scale_linear_attention`, a 1x1 convolution back. Names of
@@ -91,6 +93,8 @@ class LiteMLA(KeepsDerived):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
+        if isinstance(x, Proxy):
+            return self._fx_node(x)
         if torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
                 forget_derived(self)  # what follows may be an optimiser's step
@@ -204,9 +208,9 @@ def attend(qkv: torch.Tensor, scales: Iterable[nn.Module], *, head_dim: int, eps
 def _attend_to_any(qkv: torch.Tensor, scales: Iterable[nn.Module], head_dim: int, eps: float) -> torch.Tensor:
     batch, _, height, width = qkv.shape
     aggregated = torch.cat([qkv, *(scale(qkv) for scale in scales)], dim=1)
-    heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).mT
+    heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).transpose(-2, -1)
     out = relu_linear_attention(*heads.chunk(3, dim=-1), eps=eps)
-    return out.mT.reshape(batch, -1, height, width)
+    return out.transpose(-2, -1).reshape(batch, -1, height, width)
 
 
 def _plain_pairs(scales: Iterable[Any]) -> list[tuple[Any, ...]] | None:
