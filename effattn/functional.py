@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
+from effattn._tracing import NOT_SCRIPTABLE, static_shape, untraced
 from effattn.ops import biased_attention as _biased_attention
 from effattn.ops import cascaded_group_attention as _cascaded_group_attention
 from effattn.ops import multi_scale as _multi_scale
@@ -42,9 +45,11 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, 
         TypeError: for anything but dense floating-point tensors of one dtype.
         ValueError: for sizes that do not fit, different devices, or an eps out of range.
     """
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(relu_linear_attention, (q, k, v), q, k, v, eps=eps)
     if torch.compiler.is_compiling():
         q, k, v = _promoted_by_autocast(q, k, v)
-        _raise_if(_wrong_arguments(q, k, v, eps))
+        _raise_if_wrong(_wrong_arguments, q, k, v, eps)
         return _relu_linear_attention.relu_linear_attention(q, k, v, eps)
     try:
         if not (q.dtype == k.dtype == v.dtype):
@@ -53,7 +58,7 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, 
     except Exception:
         # Operators check everything themselves, so a good call pays for no check in Python; a bad
         # one is looked at here, to say it in terms of this function.
-        _raise_if(_wrong_arguments(q, k, v, eps))
+        _raise_if_wrong(_wrong_arguments, q, k, v, eps)
         raise
 
 
@@ -91,15 +96,18 @@ def multi_scale_aggregation(
         TypeError: for anything but dense floating-point tensors of fitting dtypes.
         ValueError: for sizes that do not fit, or different devices.
     """
+    if has_torch_function((qkv,)):
+        weights = (dw_weights, pw_weights, dw_biases, pw_biases)
+        return handle_torch_function(multi_scale_aggregation, (qkv,), qkv, *weights, head_dim=head_dim)
     arguments = (qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim)
     if torch.compiler.is_compiling():
-        _raise_if(_wrong_multi_scale(*arguments, 0.0))
+        _raise_if_wrong(_wrong_multi_scale, *arguments, 0.0)
     try:
         return _multi_scale.multi_scale_aggregation(
             qkv, dw_weights, pw_weights, dw_biases or (), pw_biases or (), head_dim
         )
     except Exception:
-        _raise_if(_wrong_multi_scale(*arguments, 0.0))
+        _raise_if_wrong(_wrong_multi_scale, *arguments, 0.0)
         raise
 
 
@@ -131,15 +139,18 @@ def multi_scale_linear_attention(
     Raises:
         TypeError, ValueError: as :func:`multi_scale_aggregation`, and for an eps out of range.
     """
+    if has_torch_function((qkv,)):
+        weights = (dw_weights, pw_weights, dw_biases, pw_biases)
+        return handle_torch_function(multi_scale_linear_attention, (qkv,), qkv, *weights, head_dim=head_dim, eps=eps)
     arguments = (qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
     if torch.compiler.is_compiling():
-        _raise_if(_wrong_multi_scale(*arguments))
+        _raise_if_wrong(_wrong_multi_scale, *arguments)
     try:
         return _multi_scale.multi_scale_linear_attention(
             qkv, dw_weights, pw_weights, dw_biases or (), pw_biases or (), head_dim, eps
         )
     except Exception:
-        _raise_if(_wrong_multi_scale(*arguments))
+        _raise_if_wrong(_wrong_multi_scale, *arguments)
         raise
 
 
@@ -181,16 +192,19 @@ def biased_attention(
         TypeError: for anything but dense floating-point tensors of fitting dtypes.
         ValueError: for sizes that do not fit, different devices, or a scale that is not finite.
     """
+    if has_torch_function((q, k, v, bias)):
+        options: dict[str, Any] = {"scale": scale, "talking_heads": talking_heads}
+        return handle_torch_function(biased_attention, (q, k, v, bias), q, k, v, bias, **options)
     if torch.compiler.is_compiling():
         q, k, v = _promoted_by_autocast(q, k, v)
-        _raise_if(_wrong_biased_attention(q, k, v, bias, scale, talking_heads))
+        _raise_if_wrong(_wrong_biased_attention, q, k, v, bias, scale, talking_heads)
     try:
         if not (q.dtype == k.dtype == v.dtype):
             q, k, v = _promoted_by_autocast(q, k, v)
-        used = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+        used = max(static_shape(q)[-1], 1) ** -0.5 if scale is None else scale
         return _biased_attention.biased_attention(q, k, v, bias, talking_heads or (), used)
     except Exception:
-        _raise_if(_wrong_biased_attention(q, k, v, bias, scale, talking_heads))
+        _raise_if_wrong(_wrong_biased_attention, q, k, v, bias, scale, talking_heads)
         raise
 
 
@@ -237,24 +251,45 @@ def cascaded_group_attention(
         TypeError: for anything but dense floating-point tensors of fitting dtypes.
         ValueError: for sizes that do not fit, different devices, a window without tokens, or an infinite scale.
     """
+    if has_torch_function((x,)):
+        weights = (qkv_weights, qkv_biases, q_dw_weights, q_dw_biases, attention_bias)
+        return handle_torch_function(cascaded_group_attention, (x,), x, *weights, scale=scale, window_size=window_size)
     arguments = (x, qkv_weights, qkv_biases, q_dw_weights, q_dw_biases, attention_bias, scale, window_size)
     if torch.compiler.is_compiling():
-        _raise_if(_wrong_cascade(*arguments))
+        _raise_if_wrong(_wrong_cascade, *arguments)
     try:
         if window_size is None:
-            height, width = max(x.shape[2], 1), max(x.shape[3], 1)
+            height, width = (max(size, 1) for size in static_shape(x)[2:])
         else:
             height, width = window_size if isinstance(window_size, tuple) else (window_size, window_size)
-        used = max(q_dw_weights[0].shape[0], 1) ** -0.5 if scale is None else scale
+        used = max(static_shape(q_dw_weights[0])[0], 1) ** -0.5 if scale is None else scale
         return _cascaded_group_attention.cascaded_group_attention(
             x, qkv_weights, qkv_biases or (), q_dw_weights, q_dw_biases or (), attention_bias, used, height, width
         )
     except Exception:
-        _raise_if(_wrong_cascade(*arguments))
+        _raise_if_wrong(_wrong_cascade, *arguments)
         raise
 
 
-def _raise_if(error: Exception | None) -> None:
+for _function in (
+    relu_linear_attention,
+    multi_scale_aggregation,
+    multi_scale_linear_attention,
+    biased_attention,
+    cascaded_group_attention,
+):
+    _function.__dict__["__script_unsupported"] = NOT_SCRIPTABLE  # where torch.jit.script looks for it
+
+
+def _raise_if_wrong(wrong: Callable[..., Exception | None], *arguments: Any) -> None:
+    """Raises what is wrong with the arguments, if anything."""
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        error = wrong(*arguments)
+    else:
+        with untraced():
+            # Sizes that a trace made tensors of are numbers again.
+            numbers = (a.item() if isinstance(a, torch.Tensor) and a.dim() == 0 else a for a in arguments)
+            error = wrong(*numbers)
     if error is not None:
         raise error from None
 

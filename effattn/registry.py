@@ -82,6 +82,8 @@ def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype
 def find(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Backend:
     """The backend that serves ``op`` for tensors of ``dtype`` on ``device``, of these sizes.
 
+    For an ONNX exporter it is the reference, whose operations every runtime has.
+
     Args:
         sizes: those that backends may have a limit for (:mod:`effattn.backends._sizes`); none where they do not matter.
 
@@ -126,7 +128,10 @@ def _search(
     forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
-    candidates = order(op, device) if forced is None else (_named(forced, "use_backend"),)
+    if torch.onnx.is_in_onnx_export():
+        candidates = ORDER[-1:]
+    else:
+        candidates = order(op, device) if forced is None else (_named(forced, "use_backend"),)
     refusals: list[str] = []
     for backend in candidates:
         reasons = _reasons(backend, op, device, dtype, sizes)

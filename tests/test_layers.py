@@ -23,12 +23,13 @@ PACKAGE = Path(effattn.__file__).parent
 # Who may import whom, top to bottom; a part may always import itself.
 ALLOWED = {
     "_library": set(),
-    "backends": {"_library", "kernels"},
+    "_tracing": set(),
+    "backends": {"_library", "_tracing", "kernels"},
     "kernels": set(),
     "registry": {"backends"},
-    "ops": {"registry", "backends", "_library"},
-    "functional": {"ops"},
-    "nn": {"functional", "ops", "_library"},
+    "ops": {"registry", "backends", "_library", "_tracing"},
+    "functional": {"ops", "_tracing"},
+    "nn": {"functional", "ops", "_library", "_tracing"},
     "integrations": {"functional", "nn"},
     "testing": {"backends", "registry"},
     "__main__": {"registry", "_library", "__init__"},

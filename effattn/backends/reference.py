@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from effattn._tracing import static_shape
 from effattn.backends._base import Backend
 from effattn.backends.packed import OUTPUTS, of_heads, rounded, unpack_projection
 
@@ -30,9 +31,11 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     with without_autocast(q.device):
         at_least = torch.promote_types(q.dtype, torch.float32)
         relu_q, relu_k = q.to(at_least).relu(), k.to(at_least).relu()
-        numerator = relu_q @ (relu_k.mT @ v.to(at_least))
+        numerator = relu_q @ (relu_k.transpose(-2, -1) @ v.to(at_least))
         denominator = relu_q @ relu_k.sum(-2).unsqueeze(-1)
-        return (numerator / (denominator + eps)).to(q.dtype)
+        # An exporter for ONNX drops the addition of a scalar below 1e-8, and 0 / 0 would be left of it.
+        added = denominator.new_full((1,), eps) if torch.onnx.is_in_onnx_export() else eps
+        return (numerator / (denominator + added)).to(q.dtype)
 
 
 def multi_scale_aggregation(
@@ -46,14 +49,15 @@ def multi_scale_aggregation(
     """EfficientViT (arXiv 2205.14756), section 3.1: k x k depthwise, then 1x1 in groups of head_dim channels."""
     at_least = torch.promote_types(qkv.dtype, torch.float32)
     with without_autocast(qkv.device):
-        x, channels = qkv.to(at_least), qkv.shape[1]
+        x, channels = qkv.to(at_least), static_shape(qkv)[1]
         scales = [x]
         for i, (dw, pw) in enumerate(zip(dw_weights, pw_weights, strict=True)):
             dw_bias, pw_bias = (biases[i].to(at_least) if biases else None for biases in (dw_biases, pw_biases))
-            if qkv.numel() == 0:  # convolutions take no empty images
+            if math.prod(static_shape(qkv)) == 0:  # convolutions take no empty images
                 scales.append(x * 1)
                 continue
-            mixed = functional.conv2d(x, dw.to(at_least), dw_bias, padding=dw.shape[-1] // 2, groups=channels)
+            padding = static_shape(dw)[-1] // 2
+            mixed = functional.conv2d(x, dw.to(at_least), dw_bias, padding=padding, groups=channels)
             scales.append(functional.conv2d(mixed, pw.to(at_least), pw_bias, groups=channels // head_dim))
         return torch.cat(scales, dim=1).to(qkv.dtype)
 
@@ -70,11 +74,11 @@ def multi_scale_linear_attention(
     """ReLU linear attention in every head of :func:`multi_scale_aggregation`."""
     at_least = torch.promote_types(qkv.dtype, torch.float32)
     scales = multi_scale_aggregation(qkv.to(at_least), dw_weights, pw_weights, dw_biases, pw_biases, head_dim)
-    batch, channels, height, width = scales.shape
-    heads = scales.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width).mT
+    (batch, _, height, width), channels = scales.shape, static_shape(scales)[1]
+    heads = scales.reshape(batch, channels // (3 * head_dim), 3 * head_dim, height * width).transpose(-2, -1)
     q, k, v = heads.chunk(3, dim=-1)
     out = relu_linear_attention(q, k, v, eps)
-    return out.mT.reshape(batch, channels // 3, height, width).to(qkv.dtype)
+    return out.transpose(-2, -1).reshape(batch, channels // 3, height, width).to(qkv.dtype)
 
 
 def lite_mla(
@@ -109,7 +113,7 @@ def biased_attention(
     """EfficientFormer (arXiv 2206.01191) and, with talking heads, EfficientFormerV2 (arXiv 2212.08059)."""
     with without_autocast(q.device):
         at_least = torch.promote_types(q.dtype, torch.float32)
-        logits = scale * (q.to(at_least) @ k.to(at_least).mT) + bias.to(at_least)
+        logits = scale * (q.to(at_least) @ k.to(at_least).transpose(-2, -1)) + bias.to(at_least)
         weights = _mix_heads(logits, talking_heads[:2]).softmax(dim=-1)
         return (_mix_heads(weights, talking_heads[2:]) @ v.to(at_least)).to(q.dtype)
 
@@ -142,7 +146,7 @@ def cascaded_group_attention(
         return _depthwise(q, q_dw_weights[head], q_dw_biases[head] if q_dw_biases else None)
 
     size = (window_height, window_width)
-    return _cascade(x, project, convolve, q_dw_weights[0].shape[0], attention_bias, scale, size)
+    return _cascade(x, project, convolve, static_shape(q_dw_weights[0])[0], attention_bias, scale, size)
 
 
 def cascaded_group_attention_batch_norm(
@@ -158,7 +162,7 @@ def cascaded_group_attention_batch_norm(
     window_width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`cascaded_group_attention` with the batch's BatchNorm behind every projection and convolution of q."""
-    heads, key_dim = len(qkv_weights), q_dw_weights[0].shape[0]
+    heads, key_dim = len(qkv_weights), static_shape(q_dw_weights[0])[0]
     means: dict[int, torch.Tensor] = {}
     variances: dict[int, torch.Tensor] = {}
 
@@ -181,7 +185,8 @@ def cascaded_group_attention_batch_norm(
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    return functional.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    side, channels = static_shape(weight)[-1], static_shape(weight)[0]
+    return functional.conv2d(x, weight.to(x.dtype), bias, padding=side // 2, groups=channels)
 
 
 def _cascade(
@@ -195,24 +200,32 @@ def _cascade(
 ) -> torch.Tensor:
     """A head after the other, in windows; how a head makes q, k and v of its channels is the caller's."""
     at_least = torch.promote_types(x.dtype, torch.float32)
-    (batch, channels, height, width), (rows, cols) = x.shape, size
-    down, across, heads = -(-height // rows), -(-width // cols), len(attention_bias)
+    (batch, _, height, width), (rows, cols) = x.shape, size
+    _, channels, *whole = static_shape(x)
+    heads = static_shape(attention_bias)[0]
     value_dim = channels // heads
-    if x.numel() == 0:  # convolutions take no empty images
+    if math.prod(static_shape(x)) == 0:  # convolutions take no empty images
         return x * 1
     with without_autocast(x.device):
-        padded = functional.pad(x.to(at_least), (0, across * cols - width, 0, down * rows - height))
-        windows = padded.reshape(batch, channels, down, rows, across, cols).permute(0, 2, 4, 1, 3, 5)
+        windows = x.to(at_least)
+        if whole != [rows, cols]:
+            down, across = (height + rows - 1) // rows, (width + cols - 1) // cols
+            padded = functional.pad(windows, (0, across * cols - width, 0, down * rows - height))
+            windows = padded.reshape(batch, channels, down, rows, across, cols).permute(0, 2, 4, 1, 3, 5)
+            windows = windows.reshape(-1, channels, rows, cols)
         outs: list[torch.Tensor] = []
-        for i, group in enumerate(windows.reshape(-1, channels, rows, cols).chunk(heads, 1)):
+        for i, group in enumerate(windows.chunk(heads, 1)):
             qkv = project(i, group if i == 0 else group + outs[-1])
             q, k, v = qkv.split([key_dim, key_dim, value_dim], dim=1)
-            logits = scale * (convolve(i, q).flatten(2).mT @ k.flatten(2)) + attention_bias[i].to(at_least)
-            out = v.flatten(2) @ logits.softmax(dim=-1).mT
+            logits = scale * (convolve(i, q).flatten(2).transpose(-2, -1) @ k.flatten(2))
+            logits = logits + attention_bias[i].to(at_least)
+            out = v.flatten(2) @ logits.softmax(dim=-1).transpose(-2, -1)
             outs.append(out.reshape(-1, value_dim, rows, cols))
-        windows = torch.cat(outs, dim=1).reshape(batch, down, across, channels, rows, cols)
-        image = windows.permute(0, 3, 1, 4, 2, 5).reshape(padded.shape)
-        return image[:, :, :height, :width].to(x.dtype)
+        image = torch.cat(outs, dim=1)
+        if whole != [rows, cols]:
+            windows = image.reshape(batch, down, across, channels, rows, cols).permute(0, 3, 1, 4, 2, 5)
+            image = windows.reshape(batch, channels, down * rows, across * cols)[:, :, :height, :width]
+        return image.to(x.dtype)
 
 
 def cascaded_group_attention_projected(
@@ -292,9 +305,9 @@ def projected_attention(
         _project(of, of_heads(weights[first:], heads, dim), of_heads(biases[first:], heads, dim))
         for first, dim, of in ((0, key_dim, q_image), (keys, key_dim, image), (before_v, value_dim, image))
     ]
-    q_heads, k, v = (t.flatten(2).reshape(len(x), heads, t.shape[1] // heads, -1).mT for t in projected)
+    q_heads, k, v = (t.flatten(2).reshape(x.shape[0], heads, t.shape[1] // heads, -1).mT for t in projected)
     size = projected[0].shape[2:]
-    out = biased_attention(q_heads, k, v, bias, talking_heads, scale).mT.reshape(len(x), heads * value_dim, *size)
+    out = biased_attention(q_heads, k, v, bias, talking_heads, scale).mT.reshape(x.shape[0], heads * value_dim, *size)
     with without_autocast(x.device):
         if taps is not None and tap_bias is not None:
             taps = of_heads(unpack_projection(taps, values), heads, value_dim)

@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.nn import functional
 
 from effattn.functional import relu_linear_attention
@@ -21,9 +22,10 @@ from effattn.nn.projection import (
     is_plain,
     pointwise_convolution,
 )
+from effattn.nn.recorded import FxLeaf
 
 
-class SanaMultiscaleLinearAttention(FoldCache):
+class SanaMultiscaleLinearAttention(FxLeaf, FoldCache):
     """LiteMLA with linear layers for projections, as the deep compression autoencoder (arXiv 2410.10733) has it."""
 
     to_q: nn.Module
@@ -41,6 +43,8 @@ class SanaMultiscaleLinearAttention(FoldCache):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W)."""
+        if isinstance(hidden_states, Proxy):
+            return self._fx_node(hidden_states)
         if why_not_stock(self, self.__dict__[ORIGINAL]) is not None:
             out: torch.Tensor = self.processor(self, hidden_states)
             return out
@@ -88,8 +92,8 @@ def _is_matrix(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _on_channels(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A layer that takes channels last, on an image."""
-    out: torch.Tensor = layer(x.movedim(1, -1))
-    return out.movedim(-1, 1)
+    out: torch.Tensor = layer(x.permute(0, 2, 3, 1))
+    return out.permute(0, 3, 1, 2)
 
 
 _SCALE = dict(zip(("proj_in", "proj_out"), scale("attention_head_dim"), strict=True))

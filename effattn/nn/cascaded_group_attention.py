@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.nn import functional
 
+from effattn._tracing import static_shape
 from effattn.functional import biased_attention, cascaded_group_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
@@ -26,10 +28,11 @@ from effattn.nn.projection import (
     is_plain,
     is_pointwise,
 )
+from effattn.nn.recorded import FxLeaf
 from effattn.ops import cascaded_group_attention as _operator
 
 
-class CascadedGroupAttention(FoldCache):
+class CascadedGroupAttention(FxLeaf, FoldCache):
     """Cascaded group attention with its projection, EfficientViT (arXiv 2305.07027), section 3.2.
 
     Names of parts are those of timm's ``efficientvit_msra.CascadedGroupAttention``; state dicts of timm and of the
@@ -81,12 +84,14 @@ class CascadedGroupAttention(FoldCache):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, dim, H, W), of x's memory format; the image is one window."""
+        if isinstance(x, Proxy):
+            return self._fx_node(x)
         return self.attend(x, None)
 
     def attend(self, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
         """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
-        size = (x.shape[2], x.shape[3]) if window is None else window
-        folds = self._folds()
+        _, _, height, width = static_shape(x)
+        size, folds = (height, width) if window is None else window, self._folds()
         x = cast_by_autocast(x)
         if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
             packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
@@ -140,7 +145,7 @@ class CascadedGroupAttention(FoldCache):
     @property
     def resolution(self) -> int:
         """Rows and columns that the biases were made for."""
-        return math.isqrt(self.attention_biases.shape[1])
+        return math.isqrt(static_shape(self.attention_biases)[1])
 
     def init_non_persistent_buffers(self) -> None:
         """After to_empty(), as timm has it: the index is in no state dict."""
@@ -167,21 +172,24 @@ class CascadedGroupAttention(FoldCache):
 
     def _unfolded(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """With BatchNorm of this batch, in the operator or beside it."""
-        windows = x if x.shape[2] % size[0] == 0 and x.shape[3] % size[1] == 0 else _partition(x, size)
+        _, _, height, width = static_shape(x)
+        windows = x if height % size[0] == 0 and width % size[1] == 0 else _partition(x, size)
         out = self._cascade_with_batch_norm(windows, size)
         if out is None:
             return self._layer_by_layer(x, size)
         if any(getattr(part, "inplace", False) for part in self.proj.modules()):
             out = out.clone()  # the backward reads it
         projected: torch.Tensor = self.proj(out)
-        return projected if windows is x else _reverse(projected, x.shape, size)
+        return projected if windows is x else _reverse(projected, x, size)
 
     def _cascade_with_batch_norm(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor | None:
         """Whole windows through all heads; None where the operator cannot stand for the modules."""
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [pair for pair in map(training_pair, parts) if pair is not None]
+        if len(pairs) != len(parts) or not _operator.serves(x):
+            return None
         count = x.numel() // max(x.shape[1], 1)  # of numbers of a channel; torch refuses to normalise one
-        if not self._fits([conv for conv, _ in pairs]) or count < 2 or not _operator.serves(x):
+        if count < 2 or not self._fits([conv for conv, _ in pairs]):
             return None
         if x.dtype != torch.float32 or self.attention_biases.dtype != torch.float32:
             return None
@@ -211,15 +219,19 @@ class CascadedGroupAttention(FoldCache):
         outs: list[torch.Tensor] = []
         for i, (group, qkv, dw) in enumerate(zip(windows.chunk(self.num_heads, 1), self.qkvs, self.dws, strict=True)):
             feat = qkv(group if i == 0 else group + outs[-1])
-            q, k, v = feat.split([self.key_dim, self.key_dim, group.shape[1]], dim=1)
-            q, k, v = (t.reshape(len(t), 1, t.shape[1], tokens).mT for t in (dw(q), k, v))
+            sizes = [self.key_dim, self.key_dim, static_shape(group)[1]]
+            q, k, v = feat.split(sizes, dim=1)
+            q, k, v = (
+                t.reshape(-1, 1, channels, tokens).transpose(-2, -1)
+                for t, channels in zip((dw(q), k, v), sizes, strict=True)
+            )
             out = biased_attention(q, k, v, bias[i : i + 1], scale=self.scale)
-            outs.append(out.mT.reshape(group.shape[0], -1, *size))
+            outs.append(out.transpose(-2, -1).reshape(-1, sizes[2], *size))
         projected: torch.Tensor = self.proj(torch.cat(outs, dim=1))
-        return _reverse(projected, x.shape, size)
+        return _reverse(projected, x, size)
 
 
-class LocalWindowAttention(nn.Module):
+class LocalWindowAttention(FxLeaf):
     """:class:`CascadedGroupAttention` in windows, as timm's ``efficientvit_msra.LocalWindowAttention``.
 
     Args:
@@ -258,12 +270,14 @@ class LocalWindowAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, dim, H, W), of x's memory format."""
+        if isinstance(x, Proxy):
+            return self._fx_node(x)
         attn = self.attn
-        side = math.isqrt(attn.attention_biases.shape[1])
+        side = math.isqrt(static_shape(attn.attention_biases)[1])
         if isinstance(attn, CascadedGroupAttention) and not is_overridden(attn):
             return attn.attend(x, (side, side))
         out: torch.Tensor = attn(_partition(x, (side, side)))
-        return _reverse(out, x.shape, (side, side))
+        return _reverse(out, x, (side, side))
 
 
 class _ConvNorm(nn.Sequential):
@@ -284,16 +298,21 @@ def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
 
 def _partition(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, C, H, W) -> (windows, C, *size), with zeros below and right of the image."""
+    if static_shape(x)[2:] == size:
+        return x
     (height, width), (rows, cols) = x.shape[2:], size
-    down, across = -(-height // rows), -(-width // cols)
+    down, across = (height + rows - 1) // rows, (width + cols - 1) // cols
     padded = functional.pad(x, (0, across * cols - width, 0, down * rows - height))
-    windows = padded.unflatten(3, (across, cols)).unflatten(2, (down, rows))
-    return windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1], rows, cols)
+    channels = static_shape(x)[1]
+    windows = padded.reshape(x.shape[0], channels, down, rows, across, cols)
+    return windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, rows, cols)
 
 
-def _reverse(windows: torch.Tensor, shape: torch.Size, size: tuple[int, int]) -> torch.Tensor:
-    """(windows, C, *size) -> (B, C, H, W) with the batch and image size of ``shape``."""
-    (batch, _, height, width), (rows, cols) = shape, size
-    down, across = -(-height // rows), -(-width // cols)
-    tiles = windows.reshape(batch, down, across, windows.shape[1], rows, cols).permute(0, 3, 1, 4, 2, 5)
-    return tiles.reshape(batch, windows.shape[1], down * rows, across * cols)[:, :, :height, :width]
+def _reverse(windows: torch.Tensor, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(windows, C, *size) -> (B, C, H, W) with the batch and image size of ``x``."""
+    if static_shape(x)[2:] == size:
+        return windows
+    (batch, _, height, width), (rows, cols), channels = x.shape, size, static_shape(windows)[1]
+    down, across = (height + rows - 1) // rows, (width + cols - 1) // cols
+    tiles = windows.reshape(batch, down, across, channels, rows, cols).permute(0, 3, 1, 4, 2, 5)
+    return tiles.reshape(batch, channels, down * rows, across * cols)[:, :, :height, :width]

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.nn import functional
 
+from effattn._tracing import is_exporting_to_onnx, static_shape
 from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias, gather_attention_map
@@ -27,6 +29,7 @@ from effattn.nn.projection import (
     is_plain,
     is_pointwise,
 )
+from effattn.nn.recorded import FxLeaf
 from effattn.ops import projected_attention as _operator
 
 # What makes the queries where the image is halved, by class: timm's, ours and the official one.
@@ -42,7 +45,7 @@ _ACTIVATIONS = {
 _TOKENS_AT_ONCE = 400
 
 
-class EfficientFormerAttention(FoldCache):
+class EfficientFormerAttention(FxLeaf, FoldCache):
     """Attention with a learned bias over distances, EfficientFormer (arXiv 2206.01191).
 
     Names of parts are those of timm's ``efficientformer.Attention`` and of the official ``Attention``, so that either's
@@ -98,7 +101,9 @@ class EfficientFormerAttention(FoldCache):
         Raises:
             ValueError: for a number of tokens that is none of these.
         """
-        batch, tokens, _ = x.shape
+        if isinstance(x, Proxy):
+            return self._fx_node(x, size)
+        _, tokens, _ = static_shape(x)
         folds = self._folds()
         if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
             packed = cached(folds, f"packed {tokens} {size}", lambda: self._packed(tokens, size))
@@ -106,8 +111,8 @@ class EfficientFormerAttention(FoldCache):
                 # As an image of one row: of one column, neither memory order would be the tokens'.
                 return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
         bias = cached(folds, f"bias {tokens} {size}", lambda: self._bias(tokens, size))
-        heads = self.qkv(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        q, k, v = heads.split([self.key_dim, self.key_dim, heads.shape[3] - 2 * self.key_dim], dim=3)
+        heads = self.qkv(x).reshape(x.shape[0], tokens, self.num_heads, -1).transpose(1, 2)
+        q, k, v = heads.split([self.key_dim, self.key_dim, static_shape(heads)[3] - 2 * self.key_dim], dim=3)
         out = biased_attention(q, k, v, bias, scale=self.scale)
         projected: torch.Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
@@ -134,9 +139,10 @@ class EfficientFormerAttention(FoldCache):
         table, index = self.attention_biases, self.attention_bias_idxs
         assert isinstance(index, torch.Tensor)
         # Modules that accelerate() exchanged keep no resolution; it has looked at their index, which is of a square.
-        own: Size = self.__dict__.get("resolution") or (math.isqrt(len(index)),) * 2
+        known = static_shape(index)[0]
+        own: Size = self.__dict__.get("resolution") or (math.isqrt(known),) * 2
         if size is None:
-            size = own if tokens == len(index) else _square(tokens)
+            size = own if tokens == known else _square(tokens)
         if size is None or size[0] * size[1] != tokens:
             expected = "a square number of" if size is None else f"{size[0]} x {size[1]}"
             raise ValueError(f"x: expected {expected} tokens, got shape (B, {tokens}, C)")
@@ -198,7 +204,7 @@ class _ConvNorm(nn.Module):
         return self.bn(self.conv(x))
 
 
-class _V2(FoldCache):
+class _V2(FxLeaf, FoldCache):
     """What EfficientFormerV2's two attentions share: values that also go through a depthwise convolution of their own,
     parts with BatchNorm folded in where it can be, biases of any resolution.
 
@@ -288,10 +294,15 @@ class _V2(FoldCache):
             act, *_ = proj._modules.values()
         return folded_convolution(x if act is None else act(x), *folded[1:])
 
-    def _heads(self, image: torch.Tensor) -> torch.Tensor:
+    def _heads(self, image: torch.Tensor, batch: int) -> torch.Tensor:
         """(B, heads * channels, H, W) -> (B, heads, H * W, channels)"""
-        batch, channels, height, width = image.shape
-        return image.reshape(batch, self.num_heads, channels // self.num_heads, height * width).mT
+        _, channels, height, width = static_shape(image)
+        sizes = (batch, self.num_heads, channels // self.num_heads, height * width)
+        return image.reshape(sizes).transpose(-2, -1)
+
+    def _added(self, out: torch.Tensor, local: torch.Tensor, batch: int) -> torch.Tensor:
+        """(B, heads, H * W, channels) as an image like that of the local path, and both together."""
+        return out.transpose(-2, -1).reshape(batch, *static_shape(local)[1:]) + local
 
     def _bias(self, size: Size, folds: Folds | None = None) -> torch.Tensor:
         bias: torch.Tensor = cached(
@@ -326,7 +337,7 @@ def _folded_together(parts: list[Any], in_front: int = 0) -> tuple[list[int], to
     if len(pairs) != len(parts) or not all(is_pointwise(conv) and conv.weight.dtype.itemsize >= 4 for conv, _ in pairs):
         return None
     weights, biases = zip(*(fold_batch_norm(*pair) for pair in pairs), strict=True)
-    return [len(bias) for bias in biases], torch.cat(weights), torch.cat(biases)
+    return [static_shape(bias)[0] for bias in biases], torch.cat(weights), torch.cat(biases)
 
 
 class EfficientFormerV2Attention(_V2):
@@ -393,7 +404,10 @@ class EfficientFormerV2Attention(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)"""
-        size, folds = (x.shape[2], x.shape[3]), self._folds()
+        if isinstance(x, Proxy):
+            return self._fx_node(x)
+        _, _, height, width = static_shape(x)
+        size, folds = (height, width), self._folds()
         attended = size if self.stride_conv is None else _operator.halved(size)
         packed = self._packed_if_served(folds, x, attended[0] * attended[1], lambda: self._packed(attended))
         if packed is not None:
@@ -402,14 +416,16 @@ class EfficientFormerV2Attention(_V2):
             return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
         if self.stride_conv is not None:
             x = self._convolved(folds, "stride_conv", x)
+            _, _, height, width = static_shape(x)
         q, k, v = self._projected(folds, x, "q", "k", "v")
         local = self._convolved(folds, "v_local", v)
-        q, k, v = (self._heads(t) for t in (q, k, v))
-        out = self._attend(q, k, v, self._bias((x.shape[2], x.shape[3]), folds)).mT.reshape(local.shape) + local
+        batch = x.shape[0]
+        q, k, v = (self._heads(t, batch) for t in (q, k, v))
+        out = self._added(self._attend(q, k, v, self._bias((height, width), folds)), local, batch)
         if self.upsample is not None:
             upsampled: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
-            if upsampled.shape[2:] != size:
+            if static_shape(upsampled)[2:] != size:
                 upsampled = functional.interpolate(out, size=size, mode="bilinear")
             out = upsampled
         return self._activated_and_projected(folds, out)
@@ -444,9 +460,9 @@ class EfficientFormerV2Attention(_V2):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         mixing = self._mixing()
-        if mixing is None:
-            weights = self.talking_head2(self.talking_head1(self.scale * (q @ k.mT) + bias).softmax(dim=-1))
-            return weights @ v
+        if mixing is None or is_exporting_to_onnx():
+            logits = self.scale * (q @ k.transpose(-2, -1)) + bias
+            return self.talking_head2(self.talking_head1(logits).softmax(dim=-1)) @ v
         return biased_attention(q, k, v, bias, scale=self.scale, talking_heads=mixing)
 
 
@@ -497,16 +513,20 @@ class EfficientFormerV2AttentionDownsample(_V2):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))"""
-        size, folds = (x.shape[2], x.shape[3]), self._folds()
+        if isinstance(x, Proxy):
+            return self._fx_node(x)
+        _, _, height, width = static_shape(x)
+        size, folds = (height, width), self._folds()
         packed = self._packed_if_served(folds, x, size[0] * size[1], lambda: self._packed(size))
         if packed is not None:
             weights, activation = packed
             return _operator.projected_attention(cast_by_autocast(x), weights, self.scale, activation=activation)
         k, v = self._projected(folds, x, "k", "v")
         local = self._convolved(folds, "v_local", v)
-        q, k, v = (self._heads(t) for t in (self.q(x), k, v))
+        batch = x.shape[0]
+        q, k, v = (self._heads(t, batch) for t in (self.q(x), k, v))
         out = biased_attention(q, k, v, self._bias(size, folds), scale=self.scale)
-        return self._activated_and_projected(folds, out.mT.reshape(local.shape) + local)
+        return self._activated_and_projected(folds, self._added(out, local, batch))
 
     def _packed(self, size: Size) -> tuple[_operator.Packed, str] | None:
         """All weights of the one operator, and its activation; None if a part must be called."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from torch.nn import functional
 
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
@@ -28,6 +29,7 @@ from effattn.nn.projection import (
     is_pointwise,
     pointwise_convolution,
 )
+from effattn.nn.recorded import FxLeaf
 from effattn.ops import lite_mla as _lite_mla
 
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
@@ -37,7 +39,7 @@ _TOKENS_AT_ONCE = 400
 PROJECTIONS = ("ConvNormAct", "ConvLayer", "_ConvNormAct")
 
 
-class LiteMLA(FoldCache):
+class LiteMLA(FxLeaf, FoldCache):
     """Lightweight multi-scale linear attention, EfficientViT (arXiv 2205.14756), figure 2.
 
     A 1x1 convolution to q, k and v, :func:`effattn.multi_scale_linear_attention`, a 1x1 convolution back. Names of
@@ -101,6 +103,8 @@ class LiteMLA(FoldCache):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
+        if isinstance(x, Proxy):
+            return self._fx_node(x)
         folds = self._folds()
         if (
             not torch.is_grad_enabled()
@@ -235,10 +239,10 @@ def _attend_to_any(
 ) -> torch.Tensor:
     batch, _, height, width = qkv.shape
     aggregated = torch.cat([qkv, *(scale(qkv) for scale in scales)], dim=1)
-    heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).mT
+    heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).transpose(-2, -1)
     q, k, v = heads.chunk(3, dim=-1)
     out = relu_linear_attention(q, k, v, eps=eps) if kernel is None else _linear_attention(kernel(q), kernel(k), v, eps)
-    return out.mT.reshape(batch, -1, height, width)
+    return out.transpose(-2, -1).reshape(batch, -1, height, width)
 
 
 def _linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn._library import _C
+from effattn._tracing import is_exporting_to_onnx
 from effattn.nn.fold_cache import HOOKS
 
 # torch's matrix products are MKL's, which leaves an AMD processor half of its vectors; its convolutions are oneDNN's.
@@ -127,7 +128,7 @@ def is_affine(norm: nn.Module | None) -> bool:
 
 def can_fold(norm: nn.Module | None) -> bool:
     """Whether the norm is an affine map, and nobody needs gradients."""
-    return not torch.is_grad_enabled() and is_affine(norm)
+    return not torch.is_grad_enabled() and is_affine(norm) and not is_exporting_to_onnx()
 
 
 def folded_pair(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -136,6 +137,8 @@ def folded_pair(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, n
     ``in_front``: how many modules stand in front of them (an activation), which must still be called. With gradients,
     :func:`fold_batch_norm` is one more differentiable step.
     """
+    if is_exporting_to_onnx():  # runtimes fold them themselves, and know no weights but constants
+        return None
     pair = convolution_and_norm(part, in_front)
     return pair if pair is not None and is_affine(pair[1]) else None
 
@@ -209,6 +212,9 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     Returns:
         (B, C_out, H, W), of x's memory format.
     """
+    if (not torch.compiler.is_compiling() and torch._C._is_tracing()) or is_exporting_to_onnx():
+        # As one node, and for every batch size.
+        return functional.conv2d(x, weight if weight.dim() == 4 else weight.unsqueeze(-1).unsqueeze(-1), bias)
     batch, channels, height, width = x.shape
     matrix = weight.flatten(1)
     if torch._C._are_functorch_transforms_active() or _is_slow_as_product(x):

@@ -16,8 +16,10 @@ import torch
 from torch.autograd import forward_ad
 
 from effattn import _library, registry
+from effattn._tracing import untraced
 from effattn.backends import Backend, Fused, reference, triton
 from effattn.backends._memory import empty_in_order_of
+from effattn.ops import _plain
 
 #: A tensor, or a list of them.
 Argument = Any
@@ -47,13 +49,23 @@ class Operator(NamedTuple):
     def __call__(self, *arguments_and_options: Any) -> Any:
         """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
         image = arguments_and_options[0]
-        sizes = self.sizes(*arguments_and_options)
-        is_traced = torch.compiler.is_compiling() or not all(type(size) is int for size in sizes)
-        find = registry.find if is_traced else registry.choose
-        backend = find(self.name, image.device, image.dtype, sizes)
-        function = backend.functions[self.name]
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and torch._C._is_tracing():
+            with untraced():
+                options = arguments_and_options[self.arguments :]
+                numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
+                arguments_and_options = (*arguments_and_options[: self.arguments], *numbers)
+                sizes = self.sizes(*arguments_and_options)
+                function = registry.find(self.name, image.device, image.dtype, sizes).functions[self.name]
+                if not isinstance(function, Fused):
+                    self.check(*arguments_and_options)
+        else:
+            sizes = self.sizes(*arguments_and_options)
+            find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
+            function = find(self.name, image.device, image.dtype, sizes).functions[self.name]
+            if not isinstance(function, Fused):
+                self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
         if not isinstance(function, Fused):
-            self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
             return function(*arguments_and_options)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             # torch.func and forward mode differentiate through plain operations, never through a kernel.
@@ -84,6 +96,16 @@ class Operator(NamedTuple):
         torch.library.register_fake(f"{name}_backward", self._fake_backward)
         formula = partial(self._backward, namespace)
         torch.library.register_autograd(f"{name}_forward", formula, setup_context=self._setup_context)
+        plain = reference.FUNCTIONS[self.name]
+        if not self.whole:
+            _plain.register(name, plain)
+        _plain.register(f"{name}_forward", plain, outputs=1 if self.kept_shape is None else 2)
+        _plain.register_backward(f"{name}_backward", plain, self._split_backward)
+
+    def _split_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """The arguments of the forward among those of the backward."""
+        kept = 0 if self.kept_shape is None else 2 if self.whole else 1
+        return grad_out, (*rest[: self.arguments], *rest[self.arguments + kept :])
 
     def _check_for_triton(self, *arguments: Any) -> None:
         self.check(*arguments)
@@ -92,8 +114,7 @@ class Operator(NamedTuple):
         triton.check_sizes(self.name, self.sizes(*arguments))
 
     def _check_backward_for_triton(self, grad_out: torch.Tensor, *rest: Any) -> None:
-        kept = 0 if self.kept_shape is None else 1
-        arguments = (*rest[: self.arguments], *rest[self.arguments + kept :])
+        _, arguments = self._split_backward(grad_out, *rest)
         self._check_for_triton(*arguments)
         image, shape = rest[0], tuple(self.shape(*arguments))
         torch._check(grad_out.shape == shape, lambda: f"grad_out must have the shape of the output, {shape}")
@@ -160,9 +181,15 @@ class InferenceOperator(NamedTuple):
     name: str
 
     def serves(self, x: torch.Tensor) -> bool:
-        """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one."""
+        """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one.
+
+        None does in torch.jit.trace, whose graph would pack the weights at every call.
+        """
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and torch._C._is_tracing():
+            return False
         plain = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        find = registry.find_fused if torch.compiler.is_compiling() else registry.choose_fused
+        find = registry.find_fused if is_compiling else registry.choose_fused
         return not plain and find(self.name, x.device, x.dtype)
 
     def __call__(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -175,6 +202,7 @@ class InferenceOperator(NamedTuple):
         """Tells torch of the fake kernel."""
         if _library.error is None:
             torch.library.register_fake(f"effattn::{self.name}", fake)
+            _plain.register(f"effattn::{self.name}", reference.FUNCTIONS[self.name])
 
     def _backend(self, x: torch.Tensor) -> Backend:
         find = registry.find if torch.compiler.is_compiling() else registry.choose

@@ -15,20 +15,30 @@ import torch
 from torch.autograd import forward_ad
 
 from effattn import _library, registry
+from effattn._tracing import untraced
 from effattn.backends import Fused, reference, triton
 from effattn.backends._memory import empty_in_order_of
+from effattn.ops import _plain
 
 NAME = "relu_linear_attention"
 
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
-    sizes = (q.shape[-1], v.shape[-1], q.dim())
-    is_traced = torch.compiler.is_compiling() or type(sizes[0]) is not int or type(sizes[1]) is not int
-    find = registry.find if is_traced else registry.choose
-    function = find(NAME, q.device, q.dtype, sizes).functions[NAME]
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and torch._C._is_tracing():
+        with untraced():
+            function = registry.find(NAME, q.device, q.dtype, (q.shape[-1], v.shape[-1], q.dim())).functions[NAME]
+            if not isinstance(function, Fused):
+                _check(q, k, v, eps)
+    else:
+        sizes = (q.shape[-1], v.shape[-1], q.dim())
+        is_traced = is_compiling or type(sizes[0]) is not int or type(sizes[1]) is not int
+        find = registry.find if is_traced else registry.choose
+        function = find(NAME, q.device, q.dtype, sizes).functions[NAME]
+        if not isinstance(function, Fused):
+            _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
     if not isinstance(function, Fused):
-        _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
         return function(q, k, v, eps)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         # torch.func and forward mode differentiate through plain operations, never through a kernel.
@@ -128,6 +138,12 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::{NAME}_backward", _fake_backward)
     formula = partial(_backward, namespace)
     torch.library.register_autograd(f"{namespace}::{NAME}_forward", formula, setup_context=_save)
+    plain = reference.relu_linear_attention
+    _plain.register(f"{namespace}::{NAME}", plain)
+    _plain.register(f"{namespace}::{NAME}_forward", plain, outputs=2)
+    _plain.register_backward(
+        f"{namespace}::{NAME}_backward", plain, lambda grad, q, k, v, _, eps: (grad, (q, k, v, eps))
+    )
 
 
 def _check_for_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
