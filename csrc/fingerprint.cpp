@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 namespace py = pybind11;
@@ -33,21 +35,15 @@ bool same_emptiness(const py::list& dictionaries, const py::list& were_empty) {
   return true;
 }
 
-// Whether every module has the class and the number of children that it had, and, as before, a forward on the
-// instance or not.
-bool same_modules(const py::list& modules, const py::list& classes, const py::list& attributes,
-                  const py::list& had_forward, const py::list& children, const py::list& sizes) {
-  static PyObject* const forward = PyUnicode_InternFromString("forward");
-  const size_t n = modules.size();
+// Whether every module has the class that it had, and every dictionary as many entries.
+bool same_modules(const py::list& modules, const py::list& classes, const py::list& dictionaries,
+                  const py::list& sizes) {
+  const size_t n = modules.size(), n_dictionaries = dictionaries.size();
   for (size_t i = 0; i < n; ++i) {
     if (!is_item(classes, i, reinterpret_cast<PyObject*>(Py_TYPE(item(modules, i))))) return false;
-    const int own = PyDict_Contains(item(attributes, i), forward);
-    if (own < 0) throw py::error_already_set();
-    if ((own == 1) != (item(had_forward, i) == Py_True)) return false;
   }
-  const size_t n_children = children.size();
-  for (size_t i = 0; i < n_children; ++i) {
-    if (PyDict_GET_SIZE(item(children, i)) != PyLong_AsSsize_t(item(sizes, i))) return false;
+  for (size_t i = 0; i < n_dictionaries; ++i) {
+    if (PyDict_GET_SIZE(item(dictionaries, i)) != PyLong_AsSsize_t(item(sizes, i))) return false;
   }
   return true;
 }
@@ -86,36 +82,47 @@ bool same_tensors(const py::list& tensors, const py::list& versions, const py::l
 
 // --- what nobody counts -----------------------------------------------------------------------------------
 
-// Elements of the rows and columns of tensors in memory, and the bits that they had. One element a row and a
-// column (along diagonals) sees what is written through ``.data`` to a whole tensor, a filter, or a channel.
-class ElementSample {
+// What tensors in memory held. On every call, elements: one a row and a column (along diagonals) sees what is
+// written through ``.data`` to a whole tensor, a filter or a channel. If asked for, a
+// checksum of all.
+class Contents {
  public:
   // (address, sizes, strides in elements, bytes of an element); memory must outlive this.
   using Tensor = std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
 
-  ElementSample(const std::vector<Tensor>& tensors, int64_t max_elements) {
+  Contents(const std::vector<Tensor>& tensors, int64_t max_elements, bool with_checksum) {
     int64_t wanted = 0;
     for (const auto& [address, sizes, strides, width] : tensors) wanted += diagonal(sizes);
-    const int64_t step =
+    const int64_t least_step =
         std::max<int64_t>(1, (wanted + max_elements - 1) / std::max<int64_t>(max_elements, 1));
     for (const auto& [address, sizes, strides, width] : tensors) {
       if (width != 1 && width != 2 && width != 4 && width != 8 && width != 16) {
         throw py::value_error("width: expected 1, 2, 4, 8 or 16 bytes, got " + std::to_string(width));
       }
       if (sizes.size() != strides.size()) throw py::value_error("sizes and strides must be as many");
+      if (diagonal(sizes) == 0) continue;
+      const char* const data = reinterpret_cast<const char*>(address);
+      // Where a tensor is not dense, what lies between its elements counts too: at worst a change of nothing.
+      int64_t last = 0;
+      for (size_t dim = 0; dim < sizes.size(); ++dim) last += (sizes[dim] - 1) * strides[dim];
+      ranges_.push_back({data, static_cast<size_t>(width * (last + 1))});
+      // No divisor of a size, or rows would be left out by a pattern.
+      int64_t step = least_step;
+      while (step > 1 && (std::gcd(step, rows(sizes)) > 1 || std::gcd(step, columns(sizes)) > 1)) ++step;
       // A complex number of 16 bytes by its first half.
       Run run{static_cast<int>(std::min<int64_t>(width, 8)), elements_.size(), 0};
       for (int64_t k = 0; k < diagonal(sizes); k += step) {
-        elements_.push_back(reinterpret_cast<const char*>(address) + width * offset(k, sizes, strides));
+        elements_.push_back(data + width * offset(k, sizes, strides));
       }
       run.end = elements_.size();
       runs_.push_back(run);
     }
     bits_.resize(elements_.size());
     for (const Run& run : runs_) visit(run, [this](size_t i, uint64_t bits) { bits_[i] = bits; });
+    if (with_checksum) checksum_ = checksum();
   }
 
-  bool holds() const {
+  bool sample_holds() const {
     uint64_t changed = 0;
     for (const Run& run : runs_) {
       visit(run, [&](size_t i, uint64_t bits) { changed |= bits ^ bits_[i]; });
@@ -124,12 +131,18 @@ class ElementSample {
     return true;
   }
 
-  size_t size() const { return elements_.size(); }
+  bool hold() const { return checksum_.has_value() && checksum() == *checksum_; }
+
+  size_t sample_size() const { return elements_.size(); }
 
  private:
   struct Run {
     int width;
     size_t begin, end;
+  };
+  struct Range {
+    const char* data;
+    size_t bytes;
   };
 
   static int64_t rows(const std::vector<int64_t>& sizes) { return sizes.empty() ? 1 : sizes[0]; }
@@ -149,6 +162,27 @@ class ElementSample {
       column /= sizes[dim];
     }
     return at;
+  }
+
+  // In four chains that a processor follows side by side. A step can be undone, so one changed word always
+  // shows.
+  uint64_t checksum() const {
+    constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
+    uint64_t chains[4] = {1, 2, 3, 4};
+    for (const Range& range : ranges_) {
+      size_t i = 0;
+      for (; i + sizeof(chains) <= range.bytes; i += sizeof(chains)) {
+        uint64_t words[4];
+        std::memcpy(words, range.data + i, sizeof(words));
+        for (int c = 0; c < 4; ++c) chains[c] = (std::rotl(chains[c], 23) ^ words[c]) * kOdd;
+      }
+      for (; i < range.bytes; ++i) {
+        chains[0] = (std::rotl(chains[0], 23) ^ static_cast<unsigned char>(range.data[i])) * kOdd;
+      }
+    }
+    uint64_t all = 0;
+    for (const uint64_t chain : chains) all = (std::rotl(all, 23) ^ chain) * kOdd;
+    return all;
   }
 
   template <class Bits, class Function>
@@ -177,6 +211,8 @@ class ElementSample {
   std::vector<const char*> elements_;
   std::vector<uint64_t> bits_;
   std::vector<Run> runs_;
+  std::vector<Range> ranges_;
+  std::optional<uint64_t> checksum_;
 };
 
 }  // namespace
@@ -184,15 +220,17 @@ class ElementSample {
 void bind_fingerprint(py::module_& m) {
   m.def("same_emptiness", &same_emptiness, "Whether dictionaries are empty or not, as they were.");
   m.def("same_modules", &same_modules,
-        "Whether modules have these classes, children and, or not, a forward of their own.");
+        "Whether modules have these classes, and dictionaries so many entries.");
   m.def("same_items", &same_items,
         "Whether dictionaries still have what was found in them under these names.");
   m.def("same_tensors", &same_tensors, "Whether tensors have these versions and data_ptr()s.");
-  py::class_<ElementSample>(m, "ElementSample", "Elements of tensors in memory, and the bits that they had.")
-      .def(py::init<const std::vector<ElementSample::Tensor>&, int64_t>(), py::arg("tensors"),
-           py::arg("max_elements"))
-      .def("holds", &ElementSample::holds, "Whether the elements have the bits that they had.")
-      .def_property_readonly("size", &ElementSample::size, "The number of elements.");
+  py::class_<Contents>(m, "Contents", "What tensors in memory held.")
+      .def(py::init<const std::vector<Contents::Tensor>&, int64_t, bool>(), py::arg("tensors"),
+           py::arg("max_elements"), py::arg("with_checksum"))
+      .def("sample_holds", &Contents::sample_holds, "Whether some elements are as they were, bit by bit.")
+      .def("hold", &Contents::hold,
+           "Whether all bytes are as they were, by the checksum; no if there is none.")
+      .def_property_readonly("sample_size", &Contents::sample_size, "The number of elements of the sample.");
 }
 
 }  // namespace effattn

@@ -41,6 +41,11 @@ def untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)
 
 
+def needs_gradients() -> bool:
+    """Whether a call must be differentiable: gradients are enabled, or torch.jit.trace makes a graph for both."""
+    return torch.is_grad_enabled() or (not torch.compiler.is_compiling() and torch._C._is_tracing())
+
+
 def static_shape(t: torch.Tensor) -> tuple[int, ...]:
     """The shape, for decisions that the graph keeps: torch.jit.trace makes tensors of sizes that the graph computes."""
     if torch.compiler.is_compiling() or not torch._C._is_tracing():

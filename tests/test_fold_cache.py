@@ -297,11 +297,15 @@ def test_a_row_or_a_column_written_uncounted(name, dim, channels_last):
 
 def test_a_dense_write_to_a_large_weight():
     """Of which not every row is compared."""
-    module = ours.EfficientFormerAttention(512, 32, 16, 4, 4).eval()
-    x = torch.randn(1, 16, 512)
+    module = ours.EfficientFormerAttention(2048, 64, 32, 4, 4).eval()
+    x = torch.randn(1, 16, 2048)
     run(module, x)
     (cache,) = caches(module)
-    assert cache.fingerprint._sample.size <= fold_cache._MAX_ELEMENTS < sum(max(p.shape) for p in module.parameters())
+    assert (
+        cache.fingerprint._contents.sample_size
+        <= fold_cache._MAX_ELEMENTS
+        < sum(max(p.shape) for p in module.parameters())
+    )
     for p in module.parameters():
         before = run(module, x)
         p.data += 0.01
@@ -318,6 +322,123 @@ def test_narrow_weights_written_uncounted(dtype):
         by_data_in_place(module, x)
         after = run(module, x)
         assert torch.equal(after, run(copy.deepcopy(module), x)) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["a filter", "an input channel"])
+def test_rows_and_columns_of_the_largest_modules_in_use(dim):
+    """No element of them may be left out: EfficientFormerV2-L's attention, and an EfficientViT-M5's cascade."""
+    for module, x in (
+        (ours.EfficientFormerV2Attention(384, 32, 8, 4, 7), torch.randn(1, 384, 7, 7)),
+        (ours.CascadedGroupAttention(384, 16, 4, 6, 4, (7, 5, 3, 3)), torch.randn(1, 384, 4, 4)),
+    ):
+        module.eval()
+        randomise_batch_norm(module)
+        run(module, x)
+        held = sum(max(len(p), p[0].numel()) for _, p in module.named_parameters() if p.dim() > 0)
+        assert caches(module)[0].fingerprint._contents.sample_size >= held
+        for p in weights(module):
+            for i in {0, 1, p.shape[dim] // 2, p.shape[dim] - 1} & set(range(p.shape[dim])):
+                run(module, x)
+                folds = caches(module)[0]
+                p.data.select(dim, i).add_(0.5)
+                run(module, x)
+                assert caches(module)[0] is not folds
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_fused_step_without_an_optimiser(name):
+    """Nobody hears of it; and only every other row has a gradient."""
+
+    def step(module, x):
+        for p in module.parameters():
+            grad = torch.ones_like(p)
+            if p.dim() > 1:
+                grad[1::2] = 0
+            torch._fused_sgd_(
+                [p],
+                [grad],
+                [],
+                weight_decay=0.0,
+                momentum=0.0,
+                lr=0.2,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
+
+    check(name, step)
+
+
+# --- weights that are no parameters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_tensors_in_the_place_of_parameters(name):
+    """What a network made of others, as hypernetworks and inner loops have them."""
+    module, x = make(name), image(name)
+    owners = [(m, n) for m in module.modules() for n, p in m.named_parameters(recurse=False)]
+    for owner, part in owners:
+        value = getattr(owner, part).detach().clone()
+        delattr(owner, part)
+        setattr(owner, part, value)
+    for change in (lambda value: value * 1.5, lambda value: value.mul_(1.5), lambda value: value.data.mul_(1.5)):
+        before = run(module, x)
+        for owner, part in owners:
+            changed = change(getattr(owner, part))
+            if changed is not None:
+                setattr(owner, part, changed)
+        after = run(module, x)
+        assert torch.equal(after, run(copy.deepcopy(module), x)) and not torch.allclose(after, before, rtol=1e-3)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = 2.0
+
+    def forward(self, x):
+        return self.gain * x
+
+
+@pytest.mark.parametrize("name", ["cascade", "efficientformer", "v2", "v2, downsampling"])
+def test_a_parametrization_with_a_state_of_its_own(name):
+    def change(module, x):
+        for part in module.modules():
+            if hasattr(part, "attention_biases"):
+                torch.nn.utils.parametrize.register_parametrization(part, "attention_biases", Scaled())
+                break
+        run(module, x)
+        scaled = next(m for m in module.modules() if isinstance(m, Scaled))
+        before = run(module, x)
+        scaled.gain = 7.0
+        assert not torch.allclose(run(module, x), before, rtol=1e-3)
+
+    module, x = make(name), image(name)
+    run(module, x)
+    change(module, x)
+
+
+def test_what_is_put_on_a_part_afterwards():
+    """A method of its own; a probability, for estimates of uncertainty by dropout."""
+    for name in SOME:
+        module, x = make(name), image(name)
+        before = run(module, x)
+        for owner, part in adaptable(module):
+            conv = getattr(owner, part)
+            if isinstance(conv, nn.Conv2d):
+                conv._conv_forward = lambda x, w, b, conv=conv: 1.5 * nn.Conv2d._conv_forward(conv, x, w, b)
+        after = run(module, x)
+        if name != "efficientformer":
+            assert not torch.allclose(after, before, rtol=1e-3)
+    module, x = make("one operator"), image("one operator")
+    module.proj.dropout = nn.Dropout(0.0)
+    module.proj.dropout.train()
+    run(module, x)
+    module.proj.dropout.p = 1.0
+    cache = caches(module)[0]
+    run(module, x)
+    assert caches(module)[0] is not cache
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -508,7 +629,9 @@ def test_a_replica_of_data_parallel(name):
 
     def replicate(part):
         replica = part._replicate_for_data_parallel()
-        replica._parameters = {n: None if p is None else p.detach() * 1.5 for n, p in part._parameters.items()}
+        assert not replica._parameters
+        for name, p in part._parameters.items():
+            setattr(replica, name, None if p is None else p.detach() * 1.5)  # no parameter, but an attribute
         replica._modules = {n: None if m is None else replicate(m) for n, m in part._modules.items()}
         return replica
 
@@ -576,31 +699,88 @@ def test_a_part_that_refers_to_the_module_can_be_collected():
     assert reference() is None
 
 
-def test_wrong_samples_are_refused():
+def test_another_models_steps_do_not_cost_the_cache():
+    """A teacher's, in the training of a student: what it holds is compared as a whole, from the first step on."""
+    module, x = make("cascade"), image("cascade")
+    other = nn.Linear(2, 2)
+    optimiser = torch.optim.SGD(other.parameters(), lr=0.1, fused=True)
+    other(torch.ones(2)).sum().backward()
+    for _ in range(3):
+        optimiser.step()
+        run(module, x)
+    (cache,) = caches(module)
+    optimiser.step()
+    run(module, x)
+    assert caches(module)[0] is cache
+    # One number of one weight, which the sample does not look at.
+    weight = module.attn.proj[1].conv.weight
+    optimiser.step()
+    weight.data[0, 1] += 1
+    assert torch.equal(run(module, x), run(copy.deepcopy(module), x))
+    assert caches(module)[0] is not cache
+
+
+# --- the comparison of contents -------------------------------------------------------------------------------------
+
+
+def contents(*tensors, max_elements=100, with_checksum=False):
+    return fold_cache._C.Contents([fold_cache._in_memory(t) for t in tensors], max_elements, with_checksum)
+
+
+def test_wrong_descriptions_are_refused():
     with pytest.raises(ValueError, match="width: expected"):
-        fold_cache._C.ElementSample([(0, (1,), (1,), 3)], 10)
+        fold_cache._C.Contents([(0, (1,), (1,), 3)], 10, False)
     with pytest.raises(ValueError, match="sizes and strides"):
-        fold_cache._C.ElementSample([(0, (1, 2), (1,), 4)], 10)
-    t = torch.arange(12.0)
-    described = (t.data_ptr(), (3, 4), (4, 1), 4)
-    assert fold_cache._C.ElementSample([described], 100).size == 4
-    assert fold_cache._C.ElementSample([described], 2).size == 2
-    assert fold_cache._C.ElementSample([(0, (0, 4), (4, 1), 4), (t.data_ptr(), (), (), 4)], 100).size == 1
+        fold_cache._C.Contents([(0, (1, 2), (1,), 4)], 10, False)
+
+
+def test_the_sample_is_a_diagonal():
+    t = torch.arange(12.0).reshape(3, 4)
+    assert contents(t).sample_size == 4
+    assert contents(t, max_elements=2).sample_size == 1  # every fifth: the next that no size divides
+    assert contents(torch.empty(0, 4), torch.tensor(1.0)).sample_size == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (8, 16, 3, 3), (64, 1, 5, 5), (5, 5), (96, 64)], ids=str)
+def test_thinned_out_samples_leave_no_rows_out_by_a_pattern(shape):
+    t = torch.zeros(shape)
+    looked_at = set()
+    for row in range(shape[0]):
+        sample = contents(t, max_elements=max(shape) // 2)
+        t[row] = 1
+        if not sample.sample_holds():
+            looked_at.add(row)
+    rows = sorted(looked_at)
+    assert len(rows) >= shape[0] // 8
+    assert {row % 2 for row in rows} == {0, 1} or len(rows) == 1
 
 
 def test_every_change_of_an_element_of_a_diagonal_is_seen():
     """In every width, and for numbers that compare equal or to nothing."""
     for dtype in (torch.uint8, torch.int16, torch.float32, torch.float64, torch.complex128):
         t = torch.zeros(3, 5, dtype=dtype)
-        described = (t.data_ptr(), (3, 5), (5, 1), t.element_size())
-        sample = fold_cache._C.ElementSample([described], 100)
-        assert sample.holds() and sample.size == 5
+        sample = contents(t)
+        assert sample.sample_holds() and sample.sample_size == 5
         t[1, 4] = 1
-        assert not sample.holds()
-    nan = torch.tensor([float("nan")])
-    sample = fold_cache._C.ElementSample([(nan.data_ptr(), (1,), (1,), 4)], 100)
-    assert sample.holds()
+        assert not sample.sample_holds()
+    assert contents(torch.tensor([float("nan")])).sample_holds()
     zero = torch.tensor([0.0])
-    sample = fold_cache._C.ElementSample([(zero.data_ptr(), (1,), (1,), 4)], 100)
+    sample = contents(zero)
     zero.neg_()
-    assert not sample.holds()
+    assert not sample.sample_holds()
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 33, 100])
+def test_every_change_changes_the_checksum(size):
+    t = torch.zeros(size, dtype=torch.uint8)
+    whole = contents(t, with_checksum=True)
+    assert whole.hold() and not contents(t).hold(), "without a checksum nothing is known"
+    for i in range(size):
+        t[i] = 1
+        assert not whole.hold()
+        t[i] = 0
+    assert whole.hold()
+    strided = torch.zeros(size, 2)[:, 0]
+    whole = contents(strided, with_checksum=True)
+    strided[-1] = 1
+    assert not whole.hold()

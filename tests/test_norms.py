@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from collections.abc import Callable
 
 import pytest
@@ -75,6 +76,12 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return x * scale.reshape(1, -1, 1, 1) + (self.bias - self.running_mean * scale).reshape(1, -1, 1, 1)
+
+
+# Known by its name and by where it was defined.
+FrozenBatchNorm2d.forward = types.FunctionType(
+    FrozenBatchNorm2d.forward.__code__, {"__name__": "detectron2.layers.batch_norm"}, "forward"
+)
 
 
 def with_norms(exchange: Callable[[nn.BatchNorm2d], nn.Module]) -> Callable[[nn.Module], nn.Module]:

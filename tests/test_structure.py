@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from types import MethodType
 
 import pytest
@@ -248,15 +249,151 @@ def test_code_that_computes_something_else_with_the_same_parts(forward):
     state = copy.deepcopy(module.state_dict())
     generator = torch.get_rng_state()
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        assert reason(module) == "its forward computes something else"
+        assert reason(module) == "its forward computes something else in evaluation"
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(t, state[name]) for name, t in module.state_dict().items())
+
+
+def with_dropout(self, x):
+    return nn.functional.dropout(rewritten(self, x), 0.2, self.training)
+
+
+def with_noise(self, x):
+    return rewritten(self, x) + (0.5 if self.training else 0.0)
+
+
+def with_a_mask(self, x, mask=None):
+    return rewritten(self, x)
+
+
+def with_a_map(self, x):
+    self.map = rewritten(self, x)
+    return self.map
+
+
+def by_a_call(self, x):
+    raise TypeError("not like this")
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (with_dropout, "its forward computes something else in training"),
+        (with_noise, "its forward computes something else in training"),
+        (lambda self, x: 1.0009 * rewritten(self, x), "its forward computes something else in evaluation"),
+        (with_a_mask, "its forward takes mask, which the original's does not"),
+        (with_a_map, "its forward keeps map"),
+        (by_a_call, "its forward could not be tried (TypeError: not like this)"),
+    ],
+    ids=["dropout", "noise", "a gain of a thousandth", "a mask", "a map", "an error"],
+)
+def test_code_that_computes_something_else_elsewhere(forward, why):
+    assert reason(of_code(forward=forward)[0]) == why
+
+
+@pytest.mark.parametrize("wrap", [functools.wraps, lambda f: lambda g: g], ids=["wrapped", "bare"])
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [
+        (efficientvit_mit.LiteMLA, "_attn"),
+        (efficientformer.Attention, "get_attention_biases"),
+        (efficientvit_msra.CascadedGroupAttention, "get_attention_biases"),
+        (efficientvit_mit.LiteMLA, "forward"),
+        (efficientformer_v2.Attention2d, "forward"),
+    ],
+    ids=str,
+)
+def test_methods_patched_on_the_class(cls, method, wrap, monkeypatch):
+    stock = getattr(cls, method)
+    patched = wrap(stock)(lambda self, *args: 3.0 * stock(self, *args))
+    monkeypatch.setattr(cls, method, patched)
+    name = next(name for name in MODULES if type(make(name)[0]) is cls)
+    assert "something else" in reason(make(name)[0])
+
+
+class ConvNormAct(nn.Module):
+    """Of timm's name and parts, in another order."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.dropout, self.conv, self.norm, self.act = part.dropout, part.conv, part.norm, part.act
+
+    def forward(self, x):
+        return nn.functional.hardswish(self.norm(self.conv(x)))
+
+
+class ConvNorm(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.conv, self.bn = part.conv, part.bn
+
+    def forward(self, x):
+        return nn.functional.hardswish(self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    ("name", "owner", "part", "cls"),
+    [
+        ("lite mla", "", "proj", ConvNormAct),
+        ("cascade", "qkvs", "0", ConvNorm),
+        ("v2", "", "q", ConvNorm),
+        ("v2, downsampling", "", "v_local", ConvNorm),
+    ],
+)
+def test_a_part_of_a_known_name_that_computes_something_else(name, owner, part, cls, order, grad):
+    stock, x = make(name)
+    module = copy.deepcopy(stock)
+    if order == "after":
+        effattn.accelerate(module)
+        with torch.no_grad():
+            module(x)
+    for m in (stock, module):
+        m.get_submodule(owner).add_module(part, cls(m.get_submodule(owner).get_submodule(part)))
+    if order == "before":
+        reason(module)
+    with torch.set_grad_enabled(grad):
+        close(module(x), stock(x))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Of a known name, without the eps that its buffers suggest."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+
+    def forward(self, x):
+        scale = self.weight * self.running_var.rsqrt()
+        return x * scale.reshape(1, -1, 1, 1) + (self.bias - self.running_mean * scale).reshape(1, -1, 1, 1)
+
+
+def test_a_frozen_norm_of_another_formula():
+    stock, x = make("cascade")
+    for part in stock.qkvs:
+        part.bn.running_var.fill_(1e-5)
+        part.bn = FrozenBatchNorm2d(part.bn)
+    module = copy.deepcopy(stock)
+    reason(module)
+    with torch.no_grad():
+        close(module(x), stock(x))
+
+
+def test_a_class_without_a_module():
+    """As exec() makes it."""
+    namespace = {"nn": nn}
+    exec("class LiteMLA(nn.Module):\n    def forward(self, x):\n        return x", namespace)
+    namespace["LiteMLA"].forward.__globals__.pop("__name__", None)
+    assert "it has no" in reason(namespace["LiteMLA"]())
 
 
 def test_a_forward_that_was_patched_on_the_class(monkeypatch):
     forward = efficientvit_mit.LiteMLA.forward
     monkeypatch.setattr(efficientvit_mit.LiteMLA, "forward", lambda self, x: 2 * forward(self, x))
-    assert reason(make("lite mla")[0]) == "its forward computes something else"
+    assert reason(make("lite mla")[0]) == "its forward computes something else in evaluation"
 
 
 def test_code_that_cannot_be_tried_is_known_by_structure():

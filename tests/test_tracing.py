@@ -18,6 +18,7 @@ from effattn import _library
 from effattn import nn as ours
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
+    FLOAT32_GRADIENT_TOLERANCE,
     allowed_error,
     error,
     import_diffusers,
@@ -66,14 +67,15 @@ def operators(graph):
     return {node.kind() for node in graph.nodes() if node.kind().startswith("effattn::")}
 
 
-@pytest.mark.parametrize(("name", "grad"), [*((name, False) for name in MODELS), (MODELS[0], True), (MODELS[1], True)])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("name", MODELS)
 def test_traced_models(name, grad):
     """No more warnings than the stock model gives, other batch sizes, saved, loaded, frozen."""
     stock, accelerated = make_model(name)
     x = make_image(1, 3, 224, 224)
     with torch.set_grad_enabled(grad):
         _, expected = tracer_warnings(stock, x, check_trace=False)
-        traced, given = tracer_warnings(accelerated, x, check_trace=name == "efficientvit_b0" and not grad)
+        traced, given = tracer_warnings(accelerated, x, check_trace=grad)
     assert len(given) <= len(expected)
     assert operators(traced.inlined_graph)
     file = io.BytesIO()
@@ -85,6 +87,36 @@ def test_traced_models(name, grad):
     with torch.no_grad():
         check(traced(others), stock, others)
         check(frozen(others), stock, others)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("name", ["efficientvit_b0", "efficientvit_m0", "efficientformerv2_s0"])
+def test_traces_are_differentiable(name, grad):
+    """As those of the stock model are, whether they were made with gradients or without."""
+    stock, accelerated = make_model(name)
+    x = make_image(1, 3, 224, 224)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(accelerated, (x,))
+    grads = []
+    for model in (traced, stock, copy.deepcopy(accelerated).double()):
+        images = x.to(next(model.parameters()).dtype).requires_grad_()
+        out = model(images)
+        out = out[0] if isinstance(out, tuple) else out
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        grads.append(torch.autograd.grad((out * weights).sum(), images)[0])
+    given, plain, truth = grads
+    assert error(given, truth) <= 2 * allowed_error(plain, truth, FLOAT32_GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("name", ["efficientvit_b0", "efficientvit_m0", "efficientformer_l1"])
+def test_traces_optimised_for_inference(name, grad):
+    stock, accelerated = make_model(name)
+    x = make_image(1, 3, 224, 224)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(accelerated, (x,)).eval()))
+    with torch.no_grad():
+        check(traced(x), stock, x)
 
 
 def test_traces_follow_their_parameters():

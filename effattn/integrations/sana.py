@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import scale
-from effattn.integrations.structure import ORIGINAL, Original, any_module, each, is_of_a_library, made_of, only
+from effattn.integrations.structure import ORIGINAL, Original, any_module, each, made_of, only
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.lite_mla import attend
+from effattn.nn.origin import is_of
 from effattn.nn.projection import (
     can_fold,
     fold_batch_norm,
@@ -109,10 +110,11 @@ def why_not_stock(module: Any, original: type) -> str | None:
     processor, nonlinearity = type(module.processor), module.nonlinearity
     if processor.__name__ != _PROCESSOR or processor.__module__ != original.__module__:
         return f"its processor is {processor.__name__}, not {_PROCESSOR}"
-    if processor.__call__.__qualname__ != f"{_PROCESSOR}.__call__":
+    if not is_of(processor.__call__, "diffusers"):
         return "the __call__ of its processor was replaced"
-    if any(name in module.__dict__ for name in _ASKED_BY_PROCESSORS):
-        return "a method that its processor asks for was replaced on the instance"
+    for name in _ASKED_BY_PROCESSORS:
+        if name in module.__dict__ or not is_of(getattr(original, name), "diffusers"):
+            return f"{name}, which its processor asks for, was replaced"
     return None if is_plain(nonlinearity, nn.ReLU) else f"its nonlinearity is {type(nonlinearity).__name__}, not ReLU"
 
 
@@ -164,6 +166,6 @@ class SanaLinearAttnProcessor:
 
 def why_not_processor(processor: object) -> str | None:
     """Why this SanaLinearAttnProcessor2_0 cannot be replaced; None if it can."""
-    if not is_of_a_library(type(processor).__call__):
+    if not is_of(type(processor).__call__, "diffusers"):
         return "it is not diffusers' own"
     return f"it keeps {', '.join(vars(processor))}" if vars(processor) else None

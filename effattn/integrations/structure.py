@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effattn.nn.origin import LIBRARIES, is_genuine, is_of, tried
 from effattn.nn.projection import calls_in_order, is_batch_norm, is_depthwise, is_overridden, is_pointwise
 
 #: Where a replaced module or processor keeps its original class.
@@ -134,41 +135,72 @@ def _read_by(cls: type, name: str, seen: set[str]) -> set[str]:
     return {used for other in names for used in _read_by(cls, other, seen)}
 
 
-# Whose code is known.
-_LIBRARIES = ("timm", "diffusers")
+def _is_known_code(module: nn.Module) -> bool:
+    """Whether every method of a module, and the forward of every part, is one of torch or of a known library."""
+    for base in type(module).__mro__:
+        if base is nn.Module:
+            break
+        for value in vars(base).values():
+            method = getattr(value, "fget", getattr(value, "__func__", value))
+            if inspect.isfunction(method) and not is_of(method, "torch", *LIBRARIES):
+                return False
+    parts = (type(part) for part in module.modules())
+    return all(is_of(cls.forward, "torch") or is_genuine(cls) for cls in parts)
 
 
-def is_of_a_library(function: Any) -> bool:
-    """Whether a method is timm's or diffusers' own, not a copy, nor one that took its place."""
-    return getattr(function, "__module__", "").partition(".")[0] in _LIBRARIES
+# Relative error in float64: a thousand units in the last place of float32, in which originals may take their sums.
+_SAME = 2.0**-13
 
 
 def why_not_its_answers(module: Any, replacement: Any, original: Original) -> str | None:
-    """Where the code of a forward that is no library's computes something else with the same parts.
+    """Where code that is no library's computes something else with the same parts.
 
-    A copy with random weights, in float64 on the CPU, is asked for one small input, in evaluation. What cannot be
-    tried so (weights on the meta device, parts that need a GPU) is taken by its structure alone.
+    A copy with random weights, in float64 on the CPU, is asked for one small input, in evaluation and in training. What
+    cannot be copied so (weights on the meta device, subclasses of tensors) is taken by its structure alone.
     """
     tensors = [*module.parameters(), *module.buffers()]
     plain = all(type(t) in (nn.Parameter, torch.Tensor) and not t.is_meta for t in tensors)
-    if is_of_a_library(type(module).forward) or original.example is None or not plain:
+    if original.example is None or not plain or _is_known_code(module):
         return None
-    generator = torch.Generator().manual_seed(0)
+    wanted = list(inspect.signature(replacement.forward).parameters)
+    given = list(inspect.signature(type(module).forward).parameters)
+    more = [name for name in given[2:] if name not in wanted]  # behind self and the input
+    if more:
+        return f"its forward takes {', '.join(more)}, which the original's does not"
+    unknown = {type(part) for part in module.modules()} - tried
+    tried.update(unknown)  # or the replacement would call them, and nothing would be compared
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            twin = copy.deepcopy(module).to("cpu", torch.float64)
-            for name, t in (*twin.named_parameters(), *twin.named_buffers()):
-                if t.is_floating_point():
-                    t.uniform_(*((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)), generator=generator)
-            twin.eval()
-            x = torch.rand(original.example(module), dtype=torch.float64, device="cpu", generator=generator)
-            theirs = type(module).forward(twin, x)
-            twin.__class__ = replacement
-            ours = replacement.forward(twin, x)
-            same = theirs.shape == ours.shape and bool((ours - theirs).norm() <= 1e-3 * theirs.norm())
-    except Exception:
-        return None
-    return None if same else "its forward computes something else"
+            reason = _first(_why_not_same(module, replacement, original, training) for training in (False, True))
+    except Exception as error:
+        reason = f"its forward could not be tried ({type(error).__name__}: {error})"
+    if reason is not None:
+        tried.difference_update(unknown)
+    return reason
+
+
+def _why_not_same(module: Any, replacement: Any, original: Original, training: bool) -> str | None:
+    assert original.example is not None
+    generator = torch.Generator().manual_seed(0)
+    # Biases that it has gathered may be part of a graph, which cannot be copied; train() gathers them again.
+    gathered = (vars(module).get(name) for name in original.known)
+    twin = copy.deepcopy(module, {id(t): None for t in gathered if isinstance(t, torch.Tensor)}).to(
+        "cpu", torch.float64
+    )
+    for name, t in (*twin.named_parameters(), *twin.named_buffers()):
+        if t.is_floating_point():
+            t.uniform_(*((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)), generator=generator)
+    twin.train(training)
+    x = torch.rand(2, *original.example(module)[1:], dtype=torch.float64, device="cpu", generator=generator)
+    before = set(vars(twin))
+    theirs = type(module).forward(twin, x)
+    kept = sorted(set(vars(twin)) - before - set(original.known))
+    if kept:
+        return f"its forward keeps {', '.join(kept)}"
+    twin.__class__ = replacement
+    ours = replacement.forward(twin, x)
+    same = theirs.shape == ours.shape and bool((ours - theirs).norm() <= _SAME * theirs.norm())
+    return None if same else f"its forward computes something else in {'training' if training else 'evaluation'}"
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

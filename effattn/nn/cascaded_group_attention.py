@@ -38,7 +38,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
     Names of parts are those of timm's ``efficientvit_msra.CascadedGroupAttention``; state dicts of timm and of the
     official repository load. Arguments are timm's. In evaluation, BatchNorm is folded into the convolutions and the
     whole cascade is one operator: with the projection where no gradients are asked for. In training in float32 it is
-    one with BatchNorm inside; in other dtypes, and where something listens to a part, only the attention is one.
+    one with BatchNorm inside; in other dtypes, and where a part has hooks, only the attention is one.
 
     Args:
         dim: channels, a multiple of ``num_heads``.
@@ -111,7 +111,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         return None if weights is None else _operator.pack(weights)
 
     def _all_weights(self, size: tuple[int, int]) -> _operator.Weights | None:
-        """With BatchNorm folded in; None if that cannot be, or something listens to a part."""
+        """With BatchNorm folded in; None if that cannot be, or a part has hooks."""
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [folded_pair(part) for part in parts]
         if not self._fits([pair[0] for pair in pairs if pair is not None]):

@@ -16,6 +16,7 @@ from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias, gather_attention_map
 from effattn.nn.fold_cache import FoldCache, Folds, cached, invalidate
+from effattn.nn.origin import is_genuine
 from effattn.nn.projection import (
     at_once_under_autocast,
     cast_by_autocast,
@@ -103,6 +104,8 @@ class EfficientFormerAttention(FxLeaf, FoldCache):
         """
         if isinstance(x, Proxy):
             return self._fx_node(x, size)
+        if x.dim() != 3:
+            raise ValueError(f"x: expected (B, tokens, C), got shape {tuple(x.shape)}")
         _, tokens, _ = static_shape(x)
         folds = self._folds()
         if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
@@ -532,7 +535,9 @@ class EfficientFormerV2AttentionDownsample(_V2):
         """All weights of the one operator, and its activation; None if a part must be called."""
         folded, activation = self._folded_parts("k", "v", "v_local", "proj"), self._activation()
         query = self._modules["q"]
-        if folded is None or activation is None or type(query).__name__ not in QUERIES or is_overridden(query):
+        if folded is None or activation is None or is_overridden(query):
+            return None
+        if type(query).__name__ not in QUERIES or not is_genuine(type(query)):
             return None
         pool, local, q = query.pool, query.local, folded_pair(query.proj)
         if type(local) is nn.Sequential and len(local) == 1 and not is_overridden(local):  # the official one's

@@ -14,6 +14,7 @@ from torch.nn import functional
 from effattn.functional import multi_scale_linear_attention, relu_linear_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.fold_cache import FoldCache, Folds, cached
+from effattn.nn.origin import is_genuine
 from effattn.nn.projection import (
     at_once_under_autocast,
     calls_in_order,
@@ -279,6 +280,7 @@ def _is_projection(part: nn.Module) -> bool:
     conv, dropout = part._modules.get("conv"), part._modules.get("dropout")
     return (
         type(part).__name__ in PROJECTIONS
+        and is_genuine(type(part))
         and not is_overridden(part)
         and isinstance(conv, nn.Conv2d)
         and is_plain(conv, nn.Conv2d)

@@ -12,8 +12,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn._library import _C
-from effattn._tracing import is_exporting_to_onnx
+from effattn._tracing import is_exporting_to_onnx, needs_gradients
 from effattn.nn.fold_cache import HOOKS
+from effattn.nn.origin import is_genuine
 
 # torch's matrix products are MKL's, which leaves an AMD processor half of its vectors; its convolutions are oneDNN's.
 _PRODUCTS_ARE_SLOW = _C is not None and _C.is_amd() and torch.backends.mkl.is_available()
@@ -43,13 +44,13 @@ def cast_by_autocast(x: torch.Tensor) -> torch.Tensor:
 
 
 def is_overridden(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: it has hooks, or a forward of its own."""
+    """Whether calling the module does more than its class says: it has hooks, or methods of its own."""
     own = module.__dict__
-    return any(own[name] for name in HOOKS) or "forward" in own
+    return any(own[name] for name in HOOKS) or "forward" in own or "_conv_forward" in own
 
 
 def is_plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
-    """Whether a module's weights can be used in place of calling it: no subclass, nothing that listens."""
+    """Whether a module's weights can be used in place of calling it: no subclass, and no hooks."""
     return type(module) is cls and not is_overridden(module)
 
 
@@ -68,7 +69,8 @@ def calls_in_order(module: nn.Module | None) -> TypeGuard[nn.Module]:
     """Whether calling a module is calling its parts one after the other, and it has no hooks."""
     if module is None or is_overridden(module):
         return False
-    return type(module).forward is nn.Sequential.forward or type(module).__name__ in _IN_ORDER
+    cls = type(module)
+    return cls.forward is nn.Sequential.forward or (cls.__name__ in _IN_ORDER and is_genuine(cls))
 
 
 def is_pointwise(conv: nn.Conv2d, groups: int = 1) -> bool:
@@ -103,6 +105,7 @@ def _is_frozen_batch_norm(norm: nn.Module) -> bool:
     buffers = {name for name, buffer in norm._buffers.items() if buffer is not None}
     return (
         type(norm).__name__ in _FROZEN
+        and is_genuine(type(norm))
         and not is_overridden(norm)
         and buffers - {"num_batches_tracked"} == _STATISTICS
         and not norm._parameters
@@ -128,7 +131,7 @@ def is_affine(norm: nn.Module | None) -> bool:
 
 def can_fold(norm: nn.Module | None) -> bool:
     """Whether the norm is an affine map, and nobody needs gradients."""
-    return not torch.is_grad_enabled() and is_affine(norm) and not is_exporting_to_onnx()
+    return not needs_gradients() and is_affine(norm) and not is_exporting_to_onnx()
 
 
 def folded_pair(part: nn.Module | None, in_front: int = 0) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -178,9 +181,7 @@ def fold_batch_norm(
     if norm is None or type(norm) is nn.Identity:
         weight, bias = projection.weight, projection.bias
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        if (
-            not torch.is_grad_enabled()
-        ):  # a view of a parameter that is kept would keep torch from swapping the parameter
+        if not needs_gradients():  # a view of a parameter that is kept would keep torch from swapping the parameter
             weight, bias = weight.detach(), bias.detach()
         return weight.to(dtype), bias.to(dtype)
     tensors: Any = norm  # a BatchNorm, or what has its tensors

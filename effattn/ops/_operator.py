@@ -50,7 +50,8 @@ class Operator(NamedTuple):
         """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
         image = arguments_and_options[0]
         is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and torch._C._is_tracing():
+        is_tracing = not is_compiling and torch._C._is_tracing()
+        if is_tracing:
             with untraced():
                 options = arguments_and_options[self.arguments :]
                 numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
@@ -76,7 +77,8 @@ class Operator(NamedTuple):
                 _mapped(lambda t: t.float() if t.dtype == image.dtype else t, a) for a in arguments[self.images :]
             )
             arguments = (*arguments[: self.images], *weights)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments)):
+        # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
+        if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments))):
             out = function.forward(*arguments, *options)
             return out if self.whole or isinstance(out, torch.Tensor) else out[0]
         return function.inference(*arguments, *options)

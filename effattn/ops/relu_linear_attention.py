@@ -26,7 +26,8 @@ NAME = "relu_linear_attention"
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and torch._C._is_tracing():
+    is_tracing = not is_compiling and torch._C._is_tracing()
+    if is_tracing:
         with untraced():
             function = registry.find(NAME, q.device, q.dtype, (q.shape[-1], v.shape[-1], q.dim())).functions[NAME]
             if not isinstance(function, Fused):
@@ -43,7 +44,8 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         # torch.func and forward mode differentiate through plain operations, never through a kernel.
         return reference.relu_linear_attention(q, k, v, eps)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
+    if is_tracing or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return function.forward(q, k, v, eps)[0]
     return function.inference(q, k, v, eps)
 
