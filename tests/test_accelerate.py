@@ -219,3 +219,9 @@ def test_the_model_itself_may_be_the_module():
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
         function({})
+
+
+def test_a_model_of_nothing_known():
+    assert (
+        str(effattn.accelerate(nn.Sequential(nn.Linear(2, 2)))) == "effattn.accelerate: nothing in this model is known"
+    )

@@ -553,6 +553,8 @@ def test_efficientformer_on_other_sizes():
         stock.get_attention_biases = lambda device, bias=bias: bias
         with torch.no_grad():
             close(module(x, given), stock(x))
+    with pytest.raises(ValueError, match=r"x: expected \(B, tokens, C\), got shape \(2, 24, 4, 4\)"):
+        module(torch.randn(2, 24, 4, 4))
     with pytest.raises(ValueError, match=r"x: expected a square number of tokens, got shape \(B, 15, C\)"):
         module(torch.randn(1, 15, 24))
     with pytest.raises(ValueError, match=r"x: expected 3 x 4 tokens, got shape \(B, 15, C\)"):

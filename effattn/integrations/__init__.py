@@ -79,7 +79,13 @@ def _find(thing: Any) -> tuple[type, str | None] | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module: its name in the model, its original class, and what became of it or why not."""
+    """One module.
+
+    Attributes:
+        module: its name in the model.
+        original: its original class, with the path.
+        detail: the class that it has now, or why it was left alone.
+    """
 
     module: str
     original: str
@@ -88,12 +94,19 @@ class Entry:
 
 @dataclass
 class Report:
-    """What :func:`accelerate` replaced, by what, and what it left alone and why."""
+    """What :func:`accelerate` did to the modules that it knows by name.
+
+    Attributes:
+        replaced: those that have another class now.
+        left_alone: those that it could not replace, or had replaced before.
+    """
 
     replaced: list[Entry] = field(default_factory=list)
     left_alone: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
+        if not self.replaced and not self.left_alone:
+            return "effattn.accelerate: nothing in this model is known"
         lines = [f"effattn.accelerate: {len(self.replaced)} replaced, {len(self.left_alone)} left alone"]
         lines += [f"  {entry.module}: {entry.original} -> {entry.detail}" for entry in self.replaced]
         lines += [f"  {entry.module}: {entry.original} left alone, {entry.detail}" for entry in self.left_alone]
