@@ -147,7 +147,7 @@ void biased_attention(const BiasedAttention& p, const Parallel& parallel) {
   if (p.batch * heads.heads * heads.queries * heads.value_dim == 0) return;
   if (heads.keys == 0) return clear_images(p, p.out, heads.queries, heads.value_dim);
   const int64_t groups = Worker::groups(p);
-  parallel(p.batch * groups, larger(1, kMinWorkPerThread / work(p)), [&](int64_t begin, int64_t end) {
+  parallel(p.batch * groups, work(p), [&](int64_t begin, int64_t end) {
     Worker worker(p, false);
     for (int64_t unit = begin; unit < end; ++unit) worker.forward(unit / groups, unit % groups);
   });
@@ -184,16 +184,17 @@ void biased_attention_backward(const BiasedAttention& p, const Parallel& paralle
     return TalkingHeads<float>{first, first + h * h, first + of_mix, first + of_mix + h * h};
   };
   const int64_t groups = Worker::groups(p);
-  parallel(parts * groups, 1, [&](int64_t begin, int64_t end) {
-    Worker worker(p, true);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t part = unit / groups, group = unit % groups;
-      float* const sums = memory.get() + part * part_floats;
-      for (int64_t b = part * p.batch / parts; b < (part + 1) * p.batch / parts; ++b) {
-        worker.backward(b, group, sums, mix_of(sums));
-      }
-    }
-  });
+  parallel(parts * groups, larger(kMinWorkPerThread, work(p) * p.batch / parts),
+           [&](int64_t begin, int64_t end) {
+             Worker worker(p, true);
+             for (int64_t unit = begin; unit < end; ++unit) {
+               const int64_t part = unit / groups, group = unit % groups;
+               float* const sums = memory.get() + part * part_floats;
+               for (int64_t b = part * p.batch / parts; b < (part + 1) * p.batch / parts; ++b) {
+                 worker.backward(b, group, sums, mix_of(sums));
+               }
+             }
+           });
   for (int64_t part = 0; part < parts; ++part) {
     float* const sums = memory.get() + part * part_floats;
     add(p.grad_bias, sums, of_bias);

@@ -134,7 +134,7 @@ struct Training {
   const Worker worker;
   const ChannelsLastPasses& passes;
   const NormLayout qkv_norm, q_norm;
-  const int64_t units, grain;
+  const int64_t units, unit_work;
   Windows projected, convolved;  // of the head at hand, before their norms
   float* zeros;                  // in place of biases
 
@@ -147,7 +147,7 @@ struct Training {
         qkv_norm(NormLayout::of_qkv(layout)),
         q_norm(NormLayout::of_q(layout)),
         units(p.batch * p.windows()),
-        grain(larger(1, kMinWorkPerThread / larger(1, of.tokens * p.value_dim * of.outputs()))),
+        unit_work(of.tokens * p.value_dim * of.outputs()),
         projected{memory.floats(units * of.tokens * of.stride), of.tokens, of.stride},
         convolved{memory.floats(units * of.tokens * of.dk), of.tokens, of.dk},
         zeros(memory.floats(of.stride)) {}
@@ -207,7 +207,7 @@ void cascade_training(const CascadeTraining& t, const Parallel& parallel) {
 
   for (int64_t h = 0; h < p.heads; ++h) {
     const Statistics statistics(t, h);
-    parallel(units, training.grain, [&](int64_t begin, int64_t end) {
+    parallel(units, training.unit_work, [&](int64_t begin, int64_t end) {
       float* const feat = thread_scratch(of.tokens * of.d);
       for (int64_t u = begin; u < end; ++u) {
         training.project(h, u, weights[h], feat, [&](float* to) {
@@ -221,7 +221,7 @@ void cascade_training(const CascadeTraining& t, const Parallel& parallel) {
     combine_moments(training.qkv_norm, units, of.tokens, m.qkv_moments, statistics.means,
                     statistics.variances);
     m.qkv.take(training.qkv_norm, t.norms[h].qkv, statistics.means, statistics.variances, t.qkv_eps[h]);
-    parallel(units, training.grain, [&](int64_t begin, int64_t end) {
+    parallel(units, training.unit_work, [&](int64_t begin, int64_t end) {
       PaddedImage padded = of.padded(thread_scratch(padded_floats));
       clear(padded.data, padded_floats);
       for (int64_t u = begin; u < end; ++u) {
@@ -235,7 +235,7 @@ void cascade_training(const CascadeTraining& t, const Parallel& parallel) {
     combine_moments(training.q_norm, units, of.tokens, m.q_moments, statistics.q_means(),
                     statistics.q_variances());
     m.q.take(training.q_norm, t.norms[h].q, statistics.q_means(), statistics.q_variances(), t.q_eps[h]);
-    parallel(units, training.grain, [&](int64_t begin, int64_t end) {
+    parallel(units, training.unit_work, [&](int64_t begin, int64_t end) {
       const SoftmaxHeads heads = of.softmax(h);
       float* const scratch = thread_scratch(training.worker.softmax.scratch_floats(heads));
       for (int64_t u = begin; u < end; ++u) {
@@ -300,10 +300,11 @@ void cascade_training_backward(const CascadeTraining& t, const Parallel& paralle
   const int64_t padded_floats = of.padded(nullptr).floats(), window_floats = of.tokens * of.d;
   const double count = static_cast<double>(units) * static_cast<double>(of.tokens);
   const auto for_parts = [&](const auto& f) {
-    parallel(parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part)
-        f(part, part * units / parts, (part + 1) * units / parts);
-    });
+    parallel(parts, larger(kMinWorkPerThread, training.unit_work * units / parts),
+             [&](int64_t begin, int64_t end) {
+               for (int64_t part = begin; part < end; ++part)
+                 f(part, part * units / parts, (part + 1) * units / parts);
+             });
   };
   const auto total = [&](float* sums, int64_t size, int64_t stride) {
     for (int64_t part = 1; part < parts; ++part) add(sums, sums + part * stride, size);

@@ -203,7 +203,7 @@ inline std::vector<Weights> taken(const Layout& of, const std::vector<LaidOut>& 
                                   const Parallel& parallel) {
   const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const int64_t work = 4 * of.p.value_dim * of.outputs();  // a shuffle a float or so
-  parallel(of.p.heads, larger(1, kMinWorkPerThread / larger(1, work)), [&](int64_t begin, int64_t end) {
+  parallel(of.p.heads, work, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) laid_out[h].take(of, h, passes);
   });
   std::vector<Weights> all;

@@ -61,30 +61,28 @@ void cascaded_group_attention(const Problem& p, const ProjectionWeights* project
   const std::vector<Weights> weights =
       packed ? packed_weights(of) : taken(of, lay_out_weights(shared), parallel);
 
-  parallel(p.batch * windows, larger(1, kMinWorkPerThread / work_of_a_window(of)),
-           [&](int64_t begin, int64_t end) {
-             Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
-             const Forward own = lay_out_work(pieces);
-             clear(own.padded.data, own.padded.floats());
-             for (int64_t unit = begin; unit < end; ++unit) {
-               const int64_t batch = unit / windows, window = unit % windows;
-               for (int64_t h = 0; h < p.heads; ++h) {
-                 worker.load(p.x, batch, h, window, own.tokens.feat);
-                 worker.forward(h, weights[h], own.tokens, h == 0 ? nullptr : own.out, own.padded, own.out,
-                                own.scratch);
-                 if (projection == nullptr) {
-                   worker.store(own.out, p.out, batch, h, window);
-                   continue;
-                 }
-                 const Rows<float> rows = rows_of(batch);
-                 worker.for_runs(window, [&](int64_t token, int64_t of_image, int64_t count) {
-                   worker.passes.activate(
-                       Activation::kRelu, count, p.value_dim, {own.out + token * of.d, of.d},
-                       {rows.data + of_image * rows.stride + h * p.value_dim, rows.stride});
-                 });
-               }
-             }
-           });
+  parallel(p.batch * windows, work_of_a_window(of), [&](int64_t begin, int64_t end) {
+    Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
+    const Forward own = lay_out_work(pieces);
+    clear(own.padded.data, own.padded.floats());
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t batch = unit / windows, window = unit % windows;
+      for (int64_t h = 0; h < p.heads; ++h) {
+        worker.load(p.x, batch, h, window, own.tokens.feat);
+        worker.forward(h, weights[h], own.tokens, h == 0 ? nullptr : own.out, own.padded, own.out,
+                       own.scratch);
+        if (projection == nullptr) {
+          worker.store(own.out, p.out, batch, h, window);
+          continue;
+        }
+        const Rows<float> rows = rows_of(batch);
+        worker.for_runs(window, [&](int64_t token, int64_t of_image, int64_t count) {
+          worker.passes.activate(Activation::kRelu, count, p.value_dim, {own.out + token * of.d, of.d},
+                                 {rows.data + of_image * rows.stride + h * p.value_dim, rows.stride});
+        });
+      }
+    }
+  });
   if (projection == nullptr) return;
   project_tokens(p.dtype, p.batch, tokens, *projection, rows_of, p.out, parallel);
 }
@@ -217,19 +215,21 @@ void cascaded_group_attention_backward(const Problem& p, const Parallel& paralle
     const std::vector<Weights> weights = taken(of, laid_out, parallel);
     for (int64_t h = 0; h < p.heads; ++h) backward_weights[h].take(of, h, weights[h]);
     const Worker worker(of);
-    parallel(parts, 1, [&](int64_t begin, int64_t end) {
-      Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
-      const Backward own = lay_out_work(pieces);
-      clear(own.padded.data, own.padded.floats());
-      clear(own.zeros, of.dk);
-      for (int64_t part = begin; part < end; ++part) {
-        Pieces of_part(memory.get() + part * floats);
-        const Sums sums = lay_out_sums(of_part);
-        for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
-          backward_of_window(worker, weights, backward_weights, own, sums, unit / windows, unit % windows);
-        }
-      }
-    });
+    parallel(parts, larger(kMinWorkPerThread, work_of_a_window(of) * p.batch * p.windows() / parts),
+             [&](int64_t begin, int64_t end) {
+               Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
+               const Backward own = lay_out_work(pieces);
+               clear(own.padded.data, own.padded.floats());
+               clear(own.zeros, of.dk);
+               for (int64_t part = begin; part < end; ++part) {
+                 Pieces of_part(memory.get() + part * floats);
+                 const Sums sums = lay_out_sums(of_part);
+                 for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
+                   backward_of_window(worker, weights, backward_weights, own, sums, unit / windows,
+                                      unit % windows);
+                 }
+               }
+             });
   }
   for (int64_t part = 1; part < parts; ++part) add(memory.get(), memory.get() + part * floats, floats);
   Pieces first(memory.get());

@@ -25,9 +25,9 @@ class FeaturesOf {
   void load(float* memory, const Parallel& parallel) const {
     if (in_place_) return;
     constexpr int64_t kChannels = 32;  // that a thread converts at once
-    const int64_t blocks = ceil_div(channels_, kChannels), work = larger(1, 4 * kChannels * tokens_);
+    const int64_t blocks = ceil_div(channels_, kChannels), work = 4 * kChannels * tokens_;
     const ChannelsLastPasses& passes = channels_last_passes(active_isa());
-    parallel(batch_ * blocks, larger(1, kMinWorkPerThread / work), [&](int64_t begin, int64_t end) {
+    parallel(batch_ * blocks, work, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / blocks, first = unit % blocks * kChannels;
         const Image from = channels_from(dtype_, image_, b, first);

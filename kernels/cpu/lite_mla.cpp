@@ -130,7 +130,6 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
   if (p.batch * tokens * problem.out_channels == 0) return;
   const Call call(p);
   const auto work = [&](int64_t outputs, int64_t inputs) { return larger(1, outputs * inputs * tokens); };
-  const auto grain = [&](int64_t unit_work) { return larger(1, kMinWorkPerThread / unit_work); };
 
   const FeaturesOf x(p.dtype, problem.x, p.batch, problem.in_channels, tokens);
   const int64_t stride = round_up(attended, kWholeVectors) + kWholeVectors;  // rows in different cache sets
@@ -145,7 +144,7 @@ void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
   const int64_t head_work =
       work(kParts * p.head_dim, problem.in_channels) + aggregation_work(p, kParts * p.head_dim);
   const int64_t head_floats = Head::floats(problem, call);
-  parallel(p.heads * p.batch, grain(head_work), [&](int64_t begin, int64_t end) {
+  parallel(p.heads * p.batch, head_work, [&](int64_t begin, int64_t end) {
     Carver carver{thread_scratch(head_floats)};
     const Head worker(problem, call, carver);
     worker.clear_border();

@@ -82,28 +82,28 @@ void aggregate(const MultiScale& p, const Parallel& parallel) {
   const int64_t groups = 3 * p.heads, units = p.batch * (1 + p.scales) * groups;
   if (units * p.tokens() * p.head_dim == 0) return;
   const Call call(p);
-  const int64_t grain =
-      larger(1, kMinWorkPerThread * groups * (1 + p.scales) / aggregation_work(p, groups * p.head_dim));
-  parallel(units, grain, [&](int64_t begin, int64_t end) {
-    Carver memory{thread_scratch(call.aggregate_floats())};
-    const Worker worker(call, memory);
-    const Plane<float> tile{memory.floats(call.tile_floats()), call.strip_stride};
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t batch = unit / ((1 + p.scales) * groups), slot = unit % ((1 + p.scales) * groups);
-      const int64_t scale = slot / groups - 1, group = slot % groups;
-      const Image out = channels_from(p, p.out, batch, slot * p.head_dim);
-      for_strips(call, 0, p.tokens(), [&](int64_t first, int64_t rows) {
-        const int64_t token = first * p.width, tokens = rows * p.width;
-        if (scale < 0) {
-          const Image image = channels_from(p, p.qkv, batch, group * p.head_dim);
-          call.passes.load(p.dtype, image, token, tokens, p.head_dim, tile);
-        } else {
-          worker.aggregate(static_cast<int>(scale), batch, group, first, rows, tile);
-        }
-        call.passes.store(p.dtype, out, token, tokens, p.head_dim, tile);
-      });
-    }
-  });
+  parallel(units, aggregation_work(p, groups * p.head_dim) / (groups * (1 + p.scales)),
+           [&](int64_t begin, int64_t end) {
+             Carver memory{thread_scratch(call.aggregate_floats())};
+             const Worker worker(call, memory);
+             const Plane<float> tile{memory.floats(call.tile_floats()), call.strip_stride};
+             for (int64_t unit = begin; unit < end; ++unit) {
+               const int64_t batch = unit / ((1 + p.scales) * groups),
+                             slot = unit % ((1 + p.scales) * groups);
+               const int64_t scale = slot / groups - 1, group = slot % groups;
+               const Image out = channels_from(p, p.out, batch, slot * p.head_dim);
+               for_strips(call, 0, p.tokens(), [&](int64_t first, int64_t rows) {
+                 const int64_t token = first * p.width, tokens = rows * p.width;
+                 if (scale < 0) {
+                   const Image image = channels_from(p, p.qkv, batch, group * p.head_dim);
+                   call.passes.load(p.dtype, image, token, tokens, p.head_dim, tile);
+                 } else {
+                   worker.aggregate(static_cast<int>(scale), batch, group, first, rows, tile);
+                 }
+                 call.passes.store(p.dtype, out, token, tokens, p.head_dim, tile);
+               });
+             }
+           });
 }
 
 void aggregate_backward(const MultiScale& p, const Parallel& parallel) {
@@ -112,43 +112,47 @@ void aggregate_backward(const MultiScale& p, const Parallel& parallel) {
   if (p.batch * groups * p.tokens() * p.head_dim > 0) {
     const Call call(p);
     const int64_t plane = call.plane_floats();
-    parallel(p.batch * groups, 1, [&](int64_t begin, int64_t end) {
-      Carver memory{thread_scratch(call.aggregate_backward_floats())};
-      const Worker worker(call, memory);
-      const Plane<float> grad{memory.floats(call.tile_floats()), call.strip_stride};
-      const Plane<float> own_input{memory.floats(plane), call.plane_stride()};
-      const Plane<float> grad_in{memory.floats(plane), call.plane_stride()};
-      const Plane<float> grad_mixed{memory.floats(plane), call.plane_stride()};
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t batch = unit / groups, group = unit % groups;
-        const Image image = channels_from(p, p.qkv, batch, group * p.head_dim);
-        Plane<const float> input{own_input.data, own_input.stride};
-        if (is_plane(p, image)) {
-          input = {static_cast<const float*>(image.data), image.channel_stride};
-        } else {
-          call.passes.load(p.dtype, image, 0, p.tokens(), p.head_dim, own_input);
-        }
-        call.passes.load(p.dtype, channels_from(p, p.grad_out, batch, group * p.head_dim), 0, p.tokens(),
-                         p.head_dim, grad_in);
-        for (int s = 0; s < p.scales; ++s) {
-          const Image from = channels_from(p, p.grad_out, batch, ((1 + s) * groups + group) * p.head_dim);
-          const auto scale = of_group(p.weights[s], p.kernels[s], p.head_dim, group);
-          const auto gradients = weights.of(batch, s, group);
-          for_strips(call, 0, p.tokens(), [&](int64_t first, int64_t rows) {
-            const int64_t token = first * p.width, tokens = rows * p.width;
-            worker.convolve(s, group, input, first, rows, worker.mixed);
-            call.passes.load(p.dtype, from, token, tokens, p.head_dim, grad);
-            call.passes.pointwise_backward(p, scale, gradients, tokens,
-                                           {worker.mixed.data, worker.mixed.stride}, {grad.data, grad.stride},
-                                           {grad_mixed.data + token, grad_mixed.stride}, worker.pass_memory);
-          });
-          call.passes.depthwise_backward(p, p.kernels[s], call.rows, scale, gradients, input,
-                                         {grad_mixed.data, grad_mixed.stride}, grad_in, worker.pass_memory);
-        }
-        call.passes.store(p.dtype, channels_from(p, p.grad_qkv, batch, group * p.head_dim), 0, p.tokens(),
-                          p.head_dim, grad_in);
-      }
-    });
+    parallel(p.batch * groups, larger(kMinWorkPerThread, aggregation_work(p, p.head_dim)),
+             [&](int64_t begin, int64_t end) {
+               Carver memory{thread_scratch(call.aggregate_backward_floats())};
+               const Worker worker(call, memory);
+               const Plane<float> grad{memory.floats(call.tile_floats()), call.strip_stride};
+               const Plane<float> own_input{memory.floats(plane), call.plane_stride()};
+               const Plane<float> grad_in{memory.floats(plane), call.plane_stride()};
+               const Plane<float> grad_mixed{memory.floats(plane), call.plane_stride()};
+               for (int64_t unit = begin; unit < end; ++unit) {
+                 const int64_t batch = unit / groups, group = unit % groups;
+                 const Image image = channels_from(p, p.qkv, batch, group * p.head_dim);
+                 Plane<const float> input{own_input.data, own_input.stride};
+                 if (is_plane(p, image)) {
+                   input = {static_cast<const float*>(image.data), image.channel_stride};
+                 } else {
+                   call.passes.load(p.dtype, image, 0, p.tokens(), p.head_dim, own_input);
+                 }
+                 call.passes.load(p.dtype, channels_from(p, p.grad_out, batch, group * p.head_dim), 0,
+                                  p.tokens(), p.head_dim, grad_in);
+                 for (int s = 0; s < p.scales; ++s) {
+                   const Image from =
+                       channels_from(p, p.grad_out, batch, ((1 + s) * groups + group) * p.head_dim);
+                   const auto scale = of_group(p.weights[s], p.kernels[s], p.head_dim, group);
+                   const auto gradients = weights.of(batch, s, group);
+                   for_strips(call, 0, p.tokens(), [&](int64_t first, int64_t rows) {
+                     const int64_t token = first * p.width, tokens = rows * p.width;
+                     worker.convolve(s, group, input, first, rows, worker.mixed);
+                     call.passes.load(p.dtype, from, token, tokens, p.head_dim, grad);
+                     call.passes.pointwise_backward(
+                         p, scale, gradients, tokens, {worker.mixed.data, worker.mixed.stride},
+                         {grad.data, grad.stride}, {grad_mixed.data + token, grad_mixed.stride},
+                         worker.pass_memory);
+                   });
+                   call.passes.depthwise_backward(p, p.kernels[s], call.rows, scale, gradients, input,
+                                                  {grad_mixed.data, grad_mixed.stride}, grad_in,
+                                                  worker.pass_memory);
+                 }
+                 call.passes.store(p.dtype, channels_from(p, p.grad_qkv, batch, group * p.head_dim), 0,
+                                   p.tokens(), p.head_dim, grad_in);
+               }
+             });
   }
   weights.finish();
 }
@@ -267,7 +271,7 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
   if (units * p.tokens() * d > 0) {
     const Call call(p);
     const int64_t stride = call.plane_stride(), size = call.sums_size();
-    parallel(units, 1, [&](int64_t begin, int64_t end) {
+    parallel(units, larger(kMinWorkPerThread, aggregation_work(p, 3 * d)), [&](int64_t begin, int64_t end) {
       Carver memory{thread_scratch(call.attend_backward_floats())};
       const Worker worker(call, memory);
       const auto tile = [&] { return Plane<float>{memory.floats(call.tile_floats()), call.strip_stride}; };

@@ -6,19 +6,28 @@
 
 namespace effattn::cpu {
 
+constexpr int64_t kMinWorkPerThread = 200000;  // multiply-adds, about 4 us: below, waking a thread costs more
+// Up to so many multiply-adds, about two milliseconds, a thread that has slept is not waited for: it may wake up
+// on its caller's core and stay there until the scheduler's next ticks, 4 to 8 ms.
+constexpr int64_t kMaxWorkBesideSleepers = 100'000'000;
+
 struct Parallel {
-  int threads;  // how many may run at once; changes speed only, never results
+  int threads;    // how many may run at once; changes speed only, never results
+  bool sleeping;  // whether all but the caller's have not been used for long
   // Calls body(context, begin, end) for disjoint ranges that cover [0, count), one a thread if there are as
   // many threads, and returns when all are done.
   void (*run)(int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context);
 
-  // Calls f(begin, end) for disjoint ranges that cover [0, count). A thread that is done takes a part of what
-  // is left, ever smaller parts down to `grain`: cores differ in speed, and one that is disturbed must not
-  // hold up the others.
+  // Calls f(begin, end) for disjoint ranges that cover [0, count), of units of so many multiply-adds each. A
+  // thread that is done takes a part of what is left, ever smaller parts down to what is worth a thread:
+  // cores differ in speed, and one that is disturbed must not hold up the others.
   template <class F>
-  void operator()(int64_t count, int64_t grain, const F& f) const {
+  void operator()(int64_t count, int64_t unit_work, const F& f) const {
+    if (unit_work < 1) unit_work = 1;
+    const int64_t grain = unit_work < kMinWorkPerThread ? kMinWorkPerThread / unit_work : 1;
     const int64_t grains = (count + grain - 1) / grain;
-    const int64_t workers = grains < threads ? grains : threads;
+    const bool alone = sleeping && count <= kMaxWorkBesideSleepers / unit_work;
+    const int64_t workers = alone ? 1 : grains < threads ? grains : threads;
     if (workers <= 1) {
       if (count > 0) f(int64_t{0}, count);
       return;

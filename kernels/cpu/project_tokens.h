@@ -31,8 +31,8 @@ void project_blocks(int64_t batch, int64_t tokens, const ProjectionWeights& weig
   constexpr int64_t kChannels = kPackedOutputs;
   const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const int64_t inputs = weights.inputs, outputs = weights.outputs;
-  const int64_t blocks = ceil_div(outputs, kChannels), work = larger(1, kChannels * inputs * tokens);
-  parallel(blocks * batch, larger(1, kMinWorkPerThread / work), [&](int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(outputs, kChannels), work = kChannels * inputs * tokens;
+  parallel(blocks * batch, work, [&](int64_t begin, int64_t end) {
     float* const memory = thread_scratch<Purpose::kProjection>((inputs + tokens + 1) * kChannels);
     const Rows<float> transposed{memory, kChannels}, tile{memory + inputs * kChannels, kChannels};
     float* const own_bias = tile.data + tokens * kChannels;

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kQueries = 24;  // at least so many are worth laying out the keys for
 
-int64_t grain(int64_t work) { return larger(1, kMinWorkPerThread / larger(1, work)); }
-
 // Rows of every image of the batch, each row in other cache sets than the one before.
 struct Batch {
   float* data;
@@ -95,7 +93,7 @@ struct Call {
     if (halved.tokens == 0) return;
     const int64_t blocks = ceil_div(p.channels, kPackedOutputs), tokens = p.x_size.tokens();
     const int64_t work = kPackedOutputs * tokens * p.halving.kernel * p.halving.kernel;
-    parallel(p.batch * blocks, grain(work), [&](int64_t begin, int64_t end) {
+    parallel(p.batch * blocks, work, [&](int64_t begin, int64_t end) {
       float* const rows = thread_scratch<Purpose::kProjection>(tokens * kPackedOutputs);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / blocks, first = unit % blocks * kPackedOutputs;
@@ -159,7 +157,7 @@ struct Call {
     const int64_t parts = all.talk() ? larger(1, all.queries / kQueries) : all.heads;
     const int64_t channels = all.head_dim + all.value_dim + 20 + (all.talk() ? 2 * all.heads : 0);
     const int64_t work = all.heads * all.queries * all.keys * channels / parts;
-    parallel(p.batch * parts, grain(work), [&](int64_t begin, int64_t end) {
+    parallel(p.batch * parts, work, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) attend(unit / parts, Part(all, parts, unit % parts));
     });
   }
@@ -167,7 +165,7 @@ struct Call {
   void enlarge(const Parallel& parallel) const {
     if (enlarged.tokens == 0) return;
     const int64_t height = p.out_size.height, width = p.out_size.width;
-    parallel(p.batch * height, grain(12 * width * p.values()), [&](int64_t begin, int64_t end) {
+    parallel(p.batch * height, 12 * width * p.values(), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / height, y = unit % height;
         const Rows<float> in = attended.of(b), image = enlarged.of(b);

@@ -10,8 +10,6 @@
 
 namespace effattn::cpu {
 
-constexpr int64_t kMinWorkPerThread = 200000;  // multiply-adds, about 4 us: below, waking a thread costs more
-
 struct Schedule {
   int64_t groups, reduced_tokens, used_tokens;
   int64_t chunk;           // tokens whose sums are added up alone
@@ -40,11 +38,9 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
   using Next = Range::Next;
   const int64_t size = s.sums_size, groups = s.groups, scratch_floats = s.scratch_floats;
   const int64_t chunks = ceil_div(s.reduced_tokens, s.chunk), used_chunks = ceil_div(s.used_tokens, s.chunk);
-  const int64_t grain = larger(1, kMinWorkPerThread / s.group_work);
-
   const bool balanced = groups >= 4 * parallel.threads || groups % parallel.threads == 0;
   if (balanced || larger(chunks, used_chunks) <= 1 || groups * s.group_work < 2 * kMinWorkPerThread) {
-    parallel(groups, grain, [&](int64_t begin, int64_t end) {
+    parallel(groups, s.group_work, [&](int64_t begin, int64_t end) {
       float* const scratch = thread_scratch(scratch_floats + 2 * size + 32);
       float* const part = scratch + scratch_floats;
       float* const own_total = part + size;
@@ -81,7 +77,9 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
             following / chunks_of_group,
             following % chunks_of_group * s.chunk};
   };
-  parallel(groups * chunks, 1, [&](int64_t begin, int64_t end) {
+  // A chunk is worth a thread: there are so many that sums take two passes.
+  const int64_t chunk_work = larger(kMinWorkPerThread, s.group_work / larger(1, chunks + used_chunks));
+  parallel(groups * chunks, chunk_work, [&](int64_t begin, int64_t end) {
     float* const scratch = thread_scratch(scratch_floats);
     for (int64_t i = begin; i < end; ++i) {
       reduce(range(i, end, chunks, s.reduced_tokens, Next::kReduce), parts.get() + i * size, scratch);
@@ -94,7 +92,7 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
     // The first chunk is copied, as above: added to zero, a negative zero would change its sign.
     for (int64_t c = 0; c < chunks; ++c) c == 0 ? copy(total, own, size) : add(total, own + c * size, size);
   }
-  parallel(groups * used_chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel(groups * used_chunks, chunk_work, [&](int64_t begin, int64_t end) {
     float* const scratch = thread_scratch(scratch_floats);
     for (int64_t i = begin; i < end; ++i) {
       const Range r = range(i, end, used_chunks, s.used_tokens, Next::kUse);
