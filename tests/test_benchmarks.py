@@ -95,10 +95,12 @@ def ignore(doing, steps):
 
 
 def test_a_sample_rests_warms_up_and_is_timed(machine):
-    """Three calls of 9 ms are the 25 ms of warm-up; a first call is the 9 ms that it takes."""
+    """The warm-up is three calls of 9 ms and some of 1; a first call is the 9 ms that it takes."""
     machine.now = 1.0
     assert STEADY.sample(machine.call, 3) == pytest.approx(1e-3)
-    assert machine.done == [f"rest {STEADY.rest}", *["call"] * (3 + 3)]
+    untimed = 3 + round((STEADY.warm_up - 3 * 9e-3) / 1e-3)
+    assert machine.done[0] == f"rest {STEADY.rest}" and set(machine.done[1:]) == {"call"}
+    assert len(machine.done) - 1 in (untimed + 3, untimed + 4)  # the clock's sum of them is rounded
     machine.done.clear()
     assert RESTED.sample(machine.call, 1) == pytest.approx(9e-3)
     assert machine.done == [f"rest {RESTED.rest}", "call"]
