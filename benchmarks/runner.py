@@ -61,7 +61,7 @@ class Protocol:
 
 #: What a loop over a model sees. Rest: idle thread pools spin for a while after a call and take a core from whoever
 #: comes next, onnxruntime's for 35 ms. Warm-up: a thread that has slept may wake up on its caller's core and wait
-#: there for scheduler ticks (of up to 10 ms), and the caller for it at the next barrier: more than 25 ms, as NOTES has it.
+#: there for scheduler ticks (of up to 10 ms), and the caller for it at the next barrier: 25 ms are too few (NOTES).
 #: Timed: several calls of a short one, since single ones are a clock's resolution and an interrupt.
 STEADY = Protocol("steady", rest=0.06, warm_up=0.05, timed=1e-3)
 #: What the first request after a pause sees: threads asleep, caches cold, all of it counted. No pool spins that long.

@@ -7,8 +7,8 @@
 namespace effattn::cpu {
 
 constexpr int64_t kMinWorkPerThread = 200000;  // multiply-adds, about 4 us: below, waking a thread costs more
-// Up to so many multiply-adds, about two milliseconds, a thread that has slept is not waited for: it may wake up
-// on its caller's core and stay there until the scheduler's next ticks, 4 to 8 ms.
+// Up to so many multiply-adds, about two milliseconds, a thread that has slept is not waited for: it may wake
+// up on its caller's core and stay there until the scheduler's next ticks, 4 to 8 ms.
 constexpr int64_t kMaxWorkBesideSleepers = 100'000'000;
 
 struct Parallel {
