@@ -84,6 +84,11 @@ EFFATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 EFFATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 EFFATTN_DEVICE float exponential(float x) { return expf(x); }
+// To 2^-23, and 0 where the inverse is subnormal: for results that are narrow.
+EFFATTN_DEVICE float approximate_inverse(float x) {
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+}
 
 EFFATTN_DEVICE float widened(float x) { return x; }
 EFFATTN_DEVICE float widened(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
@@ -100,6 +105,37 @@ EFFATTN_DEVICE T narrowed(float x) {
   }
 }
 
+EFFATTN_DEVICE float fused_multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+
+// Pairs of a narrow type, the first in the low half.
+template <class T>
+EFFATTN_DEVICE uint32_t pack(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
+}
+// Of two words the halves, the first word's in the low one.
+EFFATTN_DEVICE uint32_t low_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
+EFFATTN_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+// Of NaN, NaN.
+template <class T>
+EFFATTN_DEVICE uint32_t relu_pair(uint32_t x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(x), "r"(0));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(x) : "r"(x), "r"(0));
+  }
+  return x;
+}
+
 // Memory that no thread writes while the kernel runs, 4, 8 or 16 bytes at once.
 template <class Words>
 EFFATTN_DEVICE Words load_words(const void* from) {
@@ -111,6 +147,17 @@ EFFATTN_DEVICE Words load_words(const void* from) {
     return {{x.x, x.y}};
   } else {
     return {{__ldg(static_cast<const uint32_t*>(from))}};
+  }
+}
+// Memory that is written too.
+template <class Words>
+EFFATTN_DEVICE Words shared_words(const void* from) {
+  if constexpr (sizeof(Words) == 16) {
+    const uint4 x = *static_cast<const uint4*>(from);
+    return {{x.x, x.y, x.z, x.w}};
+  } else {
+    const uint2 x = *static_cast<const uint2*>(from);
+    return {{x.x, x.y}};
   }
 }
 template <class Words>
@@ -134,6 +181,75 @@ EFFATTN_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[4], const floa
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])), "r"(bits_of(b[0])),
         "r"(bits_of(b[1])));
+}
+
+// c += a b, of a warp: a 16 x 16, b 16 x 8, of a narrow type; products are exact, sums float32. A register is
+// a pair (k, k + 1) of the depth: a(g, 2 t), a(g + 8, 2 t), a(g, 2 t + 8), a(g + 8, 2 t + 8); b(2 t, g), b(2
+// t + 8, g); c as above.
+template <class T>
+EFFATTN_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory to a warp: lane 8 i + r gives the address of row
+// r of matrix i, 16 bytes, aligned. Register i of a lane is the pair (g, 2 t), (g, 2 t + 1) of matrix i; of
+// its transpose with kTransposed.
+template <bool kTransposed>
+EFFATTN_DEVICE void ldmatrix_x4(uint32_t (&x)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// 16 bytes to shared memory without registers, or zeros; there after the wait of this thread, and for others
+// after a barrier behind it.
+EFFATTN_DEVICE void cp_async_16(void* shared, const void* global, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(inside ? 16 : 0)
+               : "memory");
+}
+EFFATTN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// For all but the last kPending groups.
+template <int kPending>
+EFFATTN_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Programmatic dependent launch: blocks of a launch that depends on the one before it may begin early, and
+// wait here until that one is complete. Every thread of such a launch does, or the launch after it could not
+// rely on what came before.
+EFFATTN_DEVICE void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The launch that depends on this one may begin once all blocks have come here or are done.
+EFFATTN_DEVICE void grid_dependency_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 }  // namespace effattn::cuda

@@ -32,6 +32,15 @@ struct Meeting {
 struct Warp {
   Meeting meeting;
   float in[kLanesOfWarp], exchanged[kLanesOfWarp], a[kLanesOfWarp][4], b[kLanesOfWarp][2], c[kLanesOfWarp][4];
+  uint32_t narrow_a[kLanesOfWarp][4], narrow_b[kLanesOfWarp][2];
+  const char* rows[kLanesOfWarp];
+  uint16_t matrices[kLanesOfWarp][8];
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool inside;
 };
 
 struct Block {
@@ -48,7 +57,8 @@ struct Fiber {
   void* asan = nullptr;
   Block* block = nullptr;
   int thread = 0;
-  bool done = false;
+  bool done = false, has_waited = false;
+  std::vector<std::vector<Copy>> copies;  // by group, the last one not committed yet
 };
 
 struct Machine {
@@ -56,6 +66,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   Meeting cluster;
   int64_t shared_bytes = 0;
+  bool is_dependent = false;
   size_t running = 0, alive = 0;
   int64_t progress = 0;  // threads that came to a barrier or to their end
   ucontext_t caller;
@@ -112,6 +123,10 @@ void start() {
   switched(nullptr);
   machine.body(machine.context);
   Fiber& fiber = self();
+  if (machine.is_dependent && !fiber.has_waited) fail("a thread of a dependent launch did not wait");
+  for (const std::vector<Copy>& group : fiber.copies) {
+    if (!group.empty()) fail("a thread ended before what it copies was there");
+  }
   fiber.done = true;
   ++machine.progress;
   if (--machine.alive > 0) {
@@ -122,6 +137,16 @@ void start() {
   } else {
     go_to(&fiber.context, &machine.caller, nullptr, machine.caller_stack, machine.caller_stack_bytes);
   }
+}
+
+// To begin where every fiber does.
+void prepare(Fiber& fiber) {
+  if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, start, 0);
 }
 
 // Waits until all members came; `last` is called by the one that comes last.
@@ -145,7 +170,7 @@ void meet(Meeting& meeting, int kind, F last) {
   }
 }
 
-enum Kind { kBlock, kCluster, kWarp, kExchange, kMultiply };
+enum Kind { kBlock, kCluster, kWarp, kExchange, kMultiply, kMultiplyNarrow, kLoadMatrices };
 
 // As cards do it at worst: products exact, their sum with c rounded towards zero.
 float towards_zero(double x) {
@@ -168,8 +193,36 @@ void multiply(Warp& w) {
   }
 }
 
+template <class T>
+float half_of(uint32_t pair, int k) {
+  return widened(T{static_cast<uint16_t>(pair >> k % 2 * 16)});
+}
+
+template <class T>
+void multiply_narrow(Warp& w) {
+  for (int row = 0; row < 16; ++row) {
+    for (int col = 0; col < 8; ++col) {
+      float& c = w.c[row % 8 * 4 + col / 2][row / 8 * 2 + col % 2];
+      double sum = c;
+      for (int k = 0; k < 16; ++k) {
+        const int lane = k % 8 / 2, register_ = k / 8;
+        const double a = half_of<T>(w.narrow_a[row % 8 * 4 + lane][2 * register_ + row / 8], k);
+        sum += a * static_cast<double>(half_of<T>(w.narrow_b[col * 4 + lane][register_], k));
+      }
+      c = towards_zero(sum);
+    }
+  }
+}
+
 void check_tf32(float x) {
   if (std::isfinite(x) && (bits_of(x) & 0x1fff) != 0) fail("an operand of a product is not in TF32");
+}
+
+// Of an access to shared memory, which has to be aligned.
+void check_shared(const char* at, int64_t bytes) {
+  const int64_t offset = at - self().block->shared.get();
+  if (offset < 0 || offset + bytes > machine.shared_bytes) fail("an address is not in shared memory");
+  if (offset % bytes != 0) fail("an address in shared memory is not aligned");
 }
 
 }  // namespace
@@ -220,6 +273,59 @@ void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   std::memcpy(c, w.c[l], sizeof c);
 }
 
+template <class T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Warp& w = warp();
+  const int l = lane();
+  std::memcpy(w.narrow_a[l], a, sizeof a);
+  std::memcpy(w.narrow_b[l], b, sizeof b);
+  std::memcpy(w.c[l], c, sizeof c);
+  meet(w.meeting, kMultiplyNarrow, [&] { multiply_narrow<T>(w); });
+  std::memcpy(c, w.c[l], sizeof c);
+}
+template void mma_m16n8k16<BFloat16>(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]);
+template void mma_m16n8k16<Float16>(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]);
+
+template <bool kTransposed>
+void ldmatrix_x4(uint32_t (&x)[4], const void* row) {
+  const char* const at = static_cast<const char*>(row);
+  check_shared(at, 16);
+  Warp& w = warp();
+  const int l = lane(), g = l / 4, t = l % 4;
+  w.rows[l] = at;
+  meet(w.meeting, kLoadMatrices, [&] {
+    for (int i = 0; i < kLanesOfWarp; ++i) std::memcpy(w.matrices[i], w.rows[i], 16);
+  });
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int r, int c) -> uint32_t { return w.matrices[8 * i + r][c]; };
+    x[i] = kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                       : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+  }
+}
+template void ldmatrix_x4<false>(uint32_t (&)[4], const void*);
+template void ldmatrix_x4<true>(uint32_t (&)[4], const void*);
+
+void cp_async_16(void* shared, const void* global, bool inside) {
+  check_shared(static_cast<const char*>(shared), 16);
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("an address of a copy is not aligned");
+  Fiber& fiber = self();
+  if (fiber.copies.empty()) fiber.copies.emplace_back();
+  fiber.copies.back().push_back({shared, global, inside});
+}
+void cp_async_commit() { self().copies.emplace_back(); }
+void cp_async_wait(int pending) {
+  std::vector<std::vector<Copy>>& copies = self().copies;
+  // Behind the groups that are committed stands the one that is not.
+  while (static_cast<int>(copies.size()) - 1 > pending) {
+    for (const Copy& copy : copies.front()) {
+      copy.inside ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    }
+    copies.erase(copies.begin());
+  }
+}
+
+void grid_dependency_wait() { self().has_waited = true; }
+
 float widened(Float16 x) {
   _Float16 h;
   std::memcpy(&h, &x, 2);
@@ -243,12 +349,13 @@ BFloat16 narrowed<BFloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, void (*body)(const void*),
-             const void* context) {
+void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, bool is_dependent,
+             void (*body)(const void*), const void* context) {
   if (threads % kLanesOfWarp != 0) fail("a block must have whole warps");
   machine.body = body;
   machine.context = context;
   machine.shared_bytes = shared_bytes;
+  machine.is_dependent = is_dependent;
   machine.blocks = std::vector<Block>(cluster);
   const size_t fibers = static_cast<size_t>(cluster) * threads;
   machine.fibers.resize(fibers);
@@ -268,13 +375,9 @@ void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, voi
         Fiber& fiber = machine.fibers[rank * threads + i];
         fiber.block = &block;
         fiber.thread = backwards ? threads - 1 - i : i;
-        fiber.done = false;
-        if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, start, 0);
+        fiber.done = fiber.has_waited = false;
+        fiber.copies.clear();
+        prepare(fiber);
       }
     }
     machine.cluster = {static_cast<int>(fibers), 0, 0, 0};

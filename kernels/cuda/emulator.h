@@ -24,11 +24,27 @@ void sync_cluster();
 float exchange(float x, int bits);
 float of_cluster(const float* shared, int rank);
 void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);
+template <class T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <bool kTransposed>
+void ldmatrix_x4(uint32_t (&x)[4], const void* row);
+// What is asked for lands when this thread waits for it, and not before.
+void cp_async_16(void* shared, const void* global, bool inside);
+void cp_async_commit();
+void cp_async_wait(int pending);
+template <int kPending>
+void cp_async_wait() {
+  cp_async_wait(kPending);
+}
+void grid_dependency_wait();
+inline void grid_dependency_launch() {}
 
 // Runs `body` in every thread of every block. EFFATTN_EMULATOR_ORDER=backwards has the last thread of a block
 // go first, which changes nothing unless a barrier is missing.
-void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, void (*body)(const void*),
-             const void* context);
+// `is_dependent`: the launch may begin before the one in front of it is done, so that every thread has to
+// wait for it.
+void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, bool is_dependent,
+             void (*body)(const void*), const void* context);
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -42,6 +58,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float exponential(float x) { return std::exp(x); }
+inline float approximate_inverse(float x) { return 1 / x; }
 
 inline float widened(float x) { return x; }
 inline float widened(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
@@ -49,9 +66,29 @@ float widened(Float16 x);
 template <class T>
 T narrowed(float x);
 
+inline float fused_multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
+template <class T>
+uint32_t pack(float first, float second) {
+  return narrowed<T>(first).bits | static_cast<uint32_t>(narrowed<T>(second).bits) << 16;
+}
+inline uint32_t low_halves(uint32_t first, uint32_t second) { return (first & 0xffff) | second << 16; }
+inline uint32_t high_halves(uint32_t first, uint32_t second) { return first >> 16 | (second & 0xffff0000u); }
+template <class T>
+uint32_t relu_pair(uint32_t x) {
+  const auto half = [](uint32_t bits) {
+    const T one{static_cast<uint16_t>(bits)};
+    return widened(one) <= 0 ? 0u : uint32_t{one.bits};
+  };
+  return half(x & 0xffff) | half(x >> 16) << 16;
+}
+
 template <class Words>
 Words load_words(const void* from) {
   return *static_cast<const Words*>(from);  // of a type that is aligned: sanitizers look
+}
+template <class Words>
+Words shared_words(const void* from) {
+  return load_words<Words>(from);
 }
 template <class Words>
 void store_words(void* to, const Words& x) {

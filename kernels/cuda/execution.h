@@ -11,6 +11,7 @@ struct Card {
   int multiprocessors;
 
   bool has_clusters() const { return capability >= 90; }
+  bool has_dependent_launches() const { return capability >= 90; }
 };
 
 // Of the device with this number, which is the current one; asked for once.

@@ -5,6 +5,8 @@
 // vectors, straight from global memory.
 #pragma once
 
+#include <type_traits>
+
 #include "device.h"
 
 namespace effattn::cuda {
@@ -81,9 +83,12 @@ struct Packed {
     if constexpr (kInWord == 1) {
       words[i] = bits_of(x);
     } else {
-      const uint32_t half = narrowed<T>(x).bits;
-      words[i / 2] = i % 2 == 0 ? half : words[i / 2] | half << 16;
+      set_bits(i, narrowed<T>(x).bits);
     }
+  }
+  // In ascending order.
+  EFFATTN_DEVICE void set_bits(int i, uint32_t half) {
+    words[i / 2] = i % 2 == 0 ? half : words[i / 2] | half << 16;
   }
 };
 
@@ -96,6 +101,40 @@ struct Matrix {
   int rows, cols;
   int access;
 };
+
+// f(row register, column register, address, inside) for each vector of a fragment that lies in a matrix, from
+// a row and a column on. The stride along vectors is 1, and a vector is inside as a whole or not at all.
+template <int kRows, int kCols, int kRowVector, int kColVector, bool kAlongRows, class U, class F>
+EFFATTN_DEVICE void each_vector(const Matrix<U>& m, int first_row, int first_col, F f) {
+  const int row = first_row + position<kRowVector, 8>(0, row_lane());
+  const int col = first_col + position<kColVector, 4>(0, col_lane());
+  U* const begin = m.data + (kAlongRows ? row + col * m.col_stride : row * m.row_stride + col);
+  const int64_t stride = kAlongRows ? m.col_stride : m.row_stride;
+  constexpr int others = kAlongRows ? kCols : kRows, along = kAlongRows ? kRows : kCols;
+  constexpr int vector = kAlongRows ? kRowVector : kColVector;
+  const auto place = [](int reg, bool is_along) {
+    return is_along == kAlongRows ? position<kRowVector, 8>(reg, 0) : position<kColVector, 4>(reg, 0);
+  };
+  const auto each = [&](auto is_inside) {
+    U* at = begin;  // goes from line to line: its offset from the first one would be a product in 64 bits
+    EFFATTN_UNROLL
+    for (int other = 0; other < others; ++other) {
+      if (other > 0) at += (place(other, false) - place(other - 1, false)) * stride;
+      EFFATTN_UNROLL
+      for (int i = 0; i < along; i += vector) {
+        const int down = kAlongRows ? place(i, true) : place(other, false);
+        const int right = kAlongRows ? place(other, false) : place(i, true);
+        const bool inside = is_inside() || (row + down < m.rows && col + right < m.cols);
+        f(kAlongRows ? i : other, kAlongRows ? other : i, at + place(i, true), inside);
+      }
+    }
+  };
+  if (first_row + 8 * kRows <= m.rows && first_col + 4 * kCols <= m.cols) {
+    each(std::true_type{});
+  } else {
+    each(std::false_type{});
+  }
+}
 
 // Registers of 8 kRows rows and 4 kCols columns. Lanes hold kRowVector rows and kColVector columns that are
 // neighbours; those along rows if kAlongRows, else along columns, are so in memory too.
@@ -117,6 +156,7 @@ struct Fragment {
   EFFATTN_DEVICE void relu() {
     each([](float& value, int, int) { value = cuda::relu(value); });
   }
+  EFFATTN_DEVICE float get(int row, int col) const { return x[row][col]; }
   // f(value, row register, column register)
   template <class F>
   EFFATTN_DEVICE void each(F f) {
@@ -142,7 +182,10 @@ struct Fragment {
       });
     }
   }
+  // kVectors: every vector can be stored at once, and is inside as a whole or not at all.
+  template <bool kVectors = false>
   EFFATTN_DEVICE void store(const Matrix<T>& to, int first_row, int first_col) {
+    if constexpr (kVectors) return store_vectors<16>(to, first_row, first_col);
     const int access = accessible(to, first_row, first_col);
     if (access == 16) {
       store_vectors<16>(to, first_row, first_col);
@@ -169,38 +212,29 @@ struct Fragment {
     if (kAlong * sizeof(T) < 4) return 0;
     return end % kAlong == 0 || last <= end ? m.access : 0;
   }
-  // f(row register, column register, address, inside) for each vector
-  template <class U, class F>
-  EFFATTN_DEVICE static void each_vector(const Matrix<U>& m, int first_row, int first_col, F f) {
-    EFFATTN_UNROLL
-    for (int r = 0; r < kRows; r += kAlongRows ? kAlong : 1) {
-      EFFATTN_UNROLL
-      for (int c = 0; c < kCols; c += kAlongRows ? 1 : kAlong) {
-        const int at_row = first_row + row(r), at_col = first_col + col(c);
-        f(r, c, m.data + (at_row * m.row_stride + at_col * m.col_stride), at_row < m.rows && at_col < m.cols);
-      }
-    }
-  }
   template <int kAccess>
   EFFATTN_DEVICE void load_vectors(const Matrix<const T>& from, int first_row, int first_col) {
     if constexpr (kAlong * sizeof(T) >= 4 && kAccess >= sizeof(T)) {
-      each_vector(from, first_row, first_col, [&](int r, int c, const T* at, bool inside) {
-        Packed<T, kAlong> packed{};
-        if (inside) packed.template load<kAccess>(at);
-        EFFATTN_UNROLL
-        for (int i = 0; i < kAlong; ++i) x[kAlongRows ? r + i : r][kAlongRows ? c : c + i] = packed.get(i);
-      });
+      each_vector<kRows, kCols, kRowVector, kColVector, kAlongRows>(
+          from, first_row, first_col, [&](int r, int c, const T* at, bool inside) {
+            Packed<T, kAlong> packed{};
+            if (inside) packed.template load<kAccess>(at);
+            EFFATTN_UNROLL
+            for (int i = 0; i < kAlong; ++i)
+              x[kAlongRows ? r + i : r][kAlongRows ? c : c + i] = packed.get(i);
+          });
     }
   }
   template <int kAccess>
   EFFATTN_DEVICE void store_vectors(const Matrix<T>& to, int first_row, int first_col) const {
     if constexpr (kAlong * sizeof(T) >= 4) {
-      each_vector(to, first_row, first_col, [&](int r, int c, T* at, bool inside) {
-        Packed<T, kAlong> packed;
-        EFFATTN_UNROLL
-        for (int i = 0; i < kAlong; ++i) packed.set(i, x[kAlongRows ? r + i : r][kAlongRows ? c : c + i]);
-        if (inside) packed.template store<kAccess>(at);
-      });
+      each_vector<kRows, kCols, kRowVector, kColVector, kAlongRows>(
+          to, first_row, first_col, [&](int r, int c, T* at, bool inside) {
+            Packed<T, kAlong> packed;
+            EFFATTN_UNROLL
+            for (int i = 0; i < kAlong; ++i) packed.set(i, x[kAlongRows ? r + i : r][kAlongRows ? c : c + i]);
+            if (inside) packed.template store<kAccess>(at);
+          });
     }
   }
 };
@@ -218,26 +252,32 @@ EFFATTN_DEVICE float low(float x) {
 // For the product with a rest, which is no part of infinity times anything.
 EFFATTN_DEVICE float finite(float high) { return (bits_of(high) & 0x7f800000u) == 0x7f800000u ? 0.0f : high; }
 
-// c += a b, as exact as float32: operands that are not exact in TF32 are taken in two parts. The product of
-// two rests is below the last place.
+// c += a b, as exact as float32, of b in two parts. The product of two rests is below the last place.
+EFFATTN_DEVICE void multiply_parts(float (&c)[4], const float (&a)[4], const float (&high_b)[2],
+                                   const float (&low_b)[2]) {
+  const float high_a[4] = {high(a[0]), high(a[1]), high(a[2]), high(a[3])};
+  const float finite_a[4] = {finite(high_a[0]), finite(high_a[1]), finite(high_a[2]), finite(high_a[3])};
+  const float low_a[4] = {low(a[0]), low(a[1]), low(a[2]), low(a[3])};
+  const float finite_b[2] = {finite(high_b[0]), finite(high_b[1])};
+  multiply_tf32(c, finite_a, low_b);
+  multiply_tf32(c, low_a, finite_b);
+  multiply_tf32(c, high_a, high_b);
+}
+
+// The same: operands that are not exact in TF32 are taken in two parts.
 template <bool kExactA, bool kExactB>
 EFFATTN_DEVICE void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  float high_a[4], high_b[2];
-  EFFATTN_UNROLL
-  for (int i = 0; i < 4; ++i) high_a[i] = kExactA ? a[i] : high(a[i]);
-  EFFATTN_UNROLL
-  for (int i = 0; i < 2; ++i) high_b[i] = kExactB ? b[i] : high(b[i]);
-  if constexpr (!kExactB) {
-    const float whole[4] = {finite(high_a[0]), finite(high_a[1]), finite(high_a[2]), finite(high_a[3])};
-    const float rest[2] = {low(b[0]), low(b[1])};
-    multiply_tf32(c, whole, rest);
+  if constexpr (!kExactA && !kExactB) {
+    multiply_parts(c, a, {high(b[0]), high(b[1])}, {low(b[0]), low(b[1])});
+  } else if constexpr (!kExactA) {
+    multiply_tf32(c, {low(a[0]), low(a[1]), low(a[2]), low(a[3])}, {finite(b[0]), finite(b[1])});
+    multiply_tf32(c, {high(a[0]), high(a[1]), high(a[2]), high(a[3])}, b);
+  } else if constexpr (!kExactB) {
+    multiply_tf32(c, {finite(a[0]), finite(a[1]), finite(a[2]), finite(a[3])}, {low(b[0]), low(b[1])});
+    multiply_tf32(c, a, {high(b[0]), high(b[1])});
+  } else {
+    multiply_tf32(c, a, b);
   }
-  if constexpr (!kExactA) {
-    const float rest[4] = {low(a[0]), low(a[1]), low(a[2]), low(a[3])};
-    const float whole[2] = {finite(high_b[0]), finite(high_b[1])};
-    multiply_tf32(c, rest, whole);
-  }
-  multiply_tf32(c, high_a, high_b);
 }
 
 // The sum over the four lanes that share rows.

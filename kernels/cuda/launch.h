@@ -14,6 +14,10 @@ struct Grid {
   int threads;
   int64_t shared_bytes = 0;
   int cluster = 1;  // blocks that run at the same time, and divide all blocks
+  // Whether blocks may begin before the launch in front of this one is done (programmatic dependent launch):
+  // the kernel calls grid_dependency_wait() before it reads what that one writes, and before it writes
+  // anything.
+  bool is_dependent = false;
 };
 
 constexpr int64_t kMostBlocks = INT32_MAX;
@@ -45,7 +49,7 @@ void launch(void (*kernel)(const Parameters&), const Grid& grid, const Execution
     const Call& c = *static_cast<const Call*>(context);
     c.kernel(c.parameters);
   };
-  emulate(grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, body, &call);
+  emulate(grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, grid.is_dependent, body, &call);
 }
 
 #else
@@ -71,12 +75,17 @@ void launch(void (*kernel)(const Parameters), const Grid& grid, const Execution&
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(execution.stream);
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
   if (grid.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+  }
+  if (grid.is_dependent && execution.card.has_dependent_launches()) {
+    cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, parameters), "launch of a kernel");
 }

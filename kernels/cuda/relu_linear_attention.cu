@@ -5,6 +5,8 @@
 // q, k and v passes through shared memory, warps wait for nobody, and each tensor is read once.
 #include "relu_linear_attention.h"
 
+#include "pairs.h"
+#include "state.h"
 #include "sums.h"
 #include "tensors.h"
 
@@ -40,9 +42,135 @@ using ChannelFragment = Fragment<T, SumTiles<kPadded>::kChunk / 8, kVector<T>,
                                  kTokenMajor ? least(kVector<T>, SumTiles<kPadded>::kChunk / 8) : 1,
                                  kTokenMajor ? 1 : kVector<T>, kTokenMajor>;
 
+// Steps of tokens after which narrow types' sums leave the registers: tensor cores round towards zero, and a
+// longer chain of sums would fall behind. Even, as the loop is.
+constexpr int kStepsOfChain = 32;
+
+// sum v relu(k)^T and sum relu(k) of a narrow type over the tokens of a part that are a warp's, for some
+// channels of each. The next tokens are asked for before these are used.
+template <class T, int kPadded, bool kTokenMajor, int kAccess>
+EFFATTN_DEVICE void sum_chunk(const Matrix<const T>& k, const Matrix<const T>& v, int first_k, int first_v,
+                              int begin, int end, int step, float* matrix, float* vector) {
+  using Tiles = SumTiles<kPadded>;
+  constexpr int rows = Tiles::kChunk / 8;
+  using Piece = PairFragment<T, rows, kVector<T>, kTokenMajor ? least(kVector<T>, rows) : 1,
+                             kTokenMajor ? 1 : kVector<T>, kTokenMajor>;
+  struct Tokens {
+    Piece key, value;
+
+    EFFATTN_DEVICE void load(const Matrix<const T>& k, const Matrix<const T>& v, int first_k, int first_v,
+                             int token) {
+      key.template load_by<kAccess>(k, first_k, token);
+      value.template load_by<kAccess>(v, first_v, token);
+    }
+  };
+  const uint32_t one = pack<T>(1, 1), ones[2] = {one, one};
+  // By channels of k, then of v; behind these the sum of k, in every column.
+  float total[rows / 2][rows + 1][4];
+  const auto add = [&](Tokens& now) {
+    EFFATTN_UNROLL
+    for (int s = 0; s < Piece::kColRegisters / 2; s += 2) {
+      EFFATTN_UNROLL
+      for (int i = 0; i < rows / 2; ++i) {
+        uint32_t a[4];
+        EFFATTN_UNROLL
+        for (int e = 0; e < 4; ++e) a[e] = relu_pair<T>(now.key.pair(2 * i + e % 2, s + e / 2));
+        EFFATTN_UNROLL
+        for (int j = 0; j < rows; ++j) {
+          const uint32_t b[2] = {now.value.pair(j, s), now.value.pair(j, s + 1)};
+          mma_m16n8k16<T>(total[i][j], a, b);
+        }
+        mma_m16n8k16<T>(total[i][rows], a, ones);
+      }
+    }
+  };
+  // Vectors alone: single elements would take all registers, and are slow anyway.
+  constexpr bool prefetches = kAccess == 16;
+  Tokens even, odd;
+  if (prefetches && begin < end) even.load(k, v, first_k, first_v, begin);
+  int token = begin;
+  do {
+    EFFATTN_UNROLL
+    for (auto& of_key : total) {
+      EFFATTN_UNROLL
+      for (auto& tile : of_key) {
+        EFFATTN_UNROLL
+        for (float& x : tile) x = 0;
+      }
+    }
+    const bool is_first = token == begin;
+    const int chain_end = least(end, token + kStepsOfChain * step);
+    EFFATTN_NOT_UNROLLED
+    while (token < chain_end) {
+      if constexpr (prefetches) {
+        if (token + step < end) odd.load(k, v, first_k, first_v, token + step);
+        add(even);
+        token += step;
+        if (token >= chain_end) break;
+        if (token + step < end) even.load(k, v, first_k, first_v, token + step);
+        add(odd);
+      } else {
+        even.load(k, v, first_k, first_v, token);
+        add(even);
+      }
+      token += step;
+    }
+    constexpr int neighbours = kTokenMajor ? least(kVector<T>, rows) : 1;
+    EFFATTN_UNROLL
+    for (int i = 0; i < rows / 2; ++i) {
+      EFFATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int col = first_k + Piece::row(2 * i + e / 2);
+        EFFATTN_UNROLL
+        for (int j = 0; j < rows; ++j) {
+          float& sum = matrix[(first_v + position<neighbours, 8>(j, 2 * col_lane() + e % 2)) * kPadded + col];
+          sum = total[i][j][e] + (is_first ? 0.0f : sum);
+        }
+        if (first_v == 0 && col_lane() == 0 && e % 2 == 0) {
+          vector[col] = total[i][rows][e] + (is_first ? 0.0f : vector[col]);
+        }
+      }
+    }
+  } while (token < end);
+}
+
 // sum v relu(k)^T and sum relu(k) over a part of the tokens, in `shared`, whole after a barrier.
+template <class T, int kPadded, bool kTokenMajor, bool kVectors>
+EFFATTN_DEVICE void sum_narrow_part(const SumTokens& p, int64_t group, int part, float* shared) {
+  using Tiles = SumTiles<kPadded>;
+  const Matrix<const T> k = by_channel<const T>(p.k, p.groups, group, p.tokens, p.head_dim);
+  const Matrix<const T> v = by_channel<const T>(p.v, p.groups, group, p.tokens, p.value_dim);
+  const int slice = warp_index() / Tiles::kAtOnce;
+  float* const matrix = shared + slice * Tiles::kFloats;
+  const int begin = part * p.split.part_tokens + slice * Tiles::kTokens,
+            end = least((part + 1) * p.split.part_tokens, p.tokens);
+  // Whole vectors are inside or outside of both.
+  const auto whole = [](const Matrix<const T>& m) {
+    constexpr int along = kTokenMajor ? least(kVector<T>, Tiles::kChunk / 8) : kVector<T>;
+    return (kTokenMajor ? m.rows : m.cols) % along == 0 ? m.access : 0;
+  };
+  const int access = least(whole(k), whole(v));
+  for (int chunk = warp_index() % Tiles::kAtOnce; chunk < Tiles::kChunks; chunk += Tiles::kAtOnce) {
+    const int first_v = chunk / Tiles::kAcross * Tiles::kChunk,
+              first_k = chunk % Tiles::kAcross * Tiles::kChunk;
+    const auto sum = [&](auto bytes) {
+      sum_chunk<T, kPadded, kTokenMajor, bytes()>(k, v, first_k, first_v, begin, end,
+                                                  Tiles::kSlices * Tiles::kTokens, matrix,
+                                                  matrix + kPadded * kPadded);
+    };
+    if (kVectors || access == 16) {
+      sum(std::integral_constant<int, 16>{});
+    } else if (access == 4) {
+      sum(std::integral_constant<int, 4>{});
+    } else {
+      sum(std::integral_constant<int, 0>{});
+    }
+  }
+}
+
+// The same of float32, and of any type with scales, whose products with k are no numbers of a narrow type.
 template <class T, int kPadded, bool kTokenMajor, bool kScaled>
-EFFATTN_DEVICE void sum_part(const SumTokens& p, int64_t group, int part, float* shared) {
+EFFATTN_DEVICE void sum_wide_part(const SumTokens& p, int64_t group, int part, float* shared) {
   using Tiles = SumTiles<kPadded>;
   using Piece = ChannelFragment<T, kPadded, kTokenMajor>;
   constexpr int rows = Tiles::kChunk / 8, cols = Piece::kColRegisters;
@@ -118,6 +246,17 @@ EFFATTN_DEVICE void sum_part(const SumTokens& p, int64_t group, int part, float*
   }
 }
 
+enum class Sum { kPlain, kVectors, kScaled };
+
+template <class T, int kPadded, bool kTokenMajor, Sum kKind>
+EFFATTN_DEVICE void sum_part(const SumTokens& p, int64_t group, int part, float* shared) {
+  if constexpr (kIsNarrow<T> && kKind != Sum::kScaled) {
+    sum_narrow_part<T, kPadded, kTokenMajor, kKind == Sum::kVectors>(p, group, part, shared);
+  } else {
+    sum_wide_part<T, kPadded, kTokenMajor, kKind == Sum::kScaled>(p, group, part, shared);
+  }
+}
+
 // Where number i of a group's sums stands in shared memory.
 template <int kPadded>
 EFFATTN_DEVICE int shared_place(int i, int head_dim, int value_dim) {
@@ -152,13 +291,14 @@ EFFATTN_DEVICE void each_sum_of_cluster(float* shared, int cluster, int head_dim
   sync_cluster();  // nobody may leave while others read
 }
 
-template <class T, int kPadded, bool kTokenMajor, bool kScaled>
+template <class T, int kPadded, bool kTokenMajor, Sum kKind>
 EFFATTN_KERNEL(SumTiles<kPadded>::kThreads, 1)
 sum_tokens(EFFATTN_PARAMETERS(SumTokens) p) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const int64_t group = block_index() / p.split.parts;
   const int part = static_cast<int>(block_index() % p.split.parts), cluster = p.split.cluster;
-  sum_part<T, kPadded, kTokenMajor, kScaled>(p, group, part, shared);
+  sum_part<T, kPadded, kTokenMajor, kKind>(p, group, part, shared);
+  grid_dependency_launch();
   sync_block();
   float* const to = p.sums + (group * p.split.rows() + part / cluster) * (p.value_dim + 1) * p.head_dim;
   if (cluster == 1) {
@@ -179,123 +319,132 @@ struct TokenTiles {
   static constexpr int kRows = kTokenMajor ? least(kWantedRows, kMostRows) : kWantedRows;
   static constexpr int kCols = kPadded / 4;
   static constexpr int kTokens = kWarps * 8 * kRows;  // of a block
+  // Of a multiprocessor, for what loads vectors: enough of them in flight for memory.
+  static constexpr int kBlocks = kPadded > 32 ? 1 : kPadded > 16 ? 3 : 4;
   static constexpr int kRowVector = kTokenMajor ? 1 : least(kVector<T>, kRows);
   // Two columns at least are neighbours: so the registers of a result are those of an operand.
   static constexpr int kColVector = kTokenMajor ? least(kVector<T>, kCols) : 2;
-  // A result with all its channels, and what is loaded at a time: less of it where the result takes all
-  // registers.
-  static constexpr int kAtATime = least(kCols, kPadded > 64 && sizeof(T) == 4 ? 4 : kMostAtATime);
+  // A result with all its channels, and what is loaded at a time: less than all of float32, where the result
+  // takes most registers.
+  static constexpr int kAtATime = kIsNarrow<T> ? kCols : least(kCols, kPadded >= 64 ? 4 : kMostAtATime);
   using Piece = Fragment<T, kRows, kCols, kRowVector, kColVector, !kTokenMajor>;
-  using Chunk = Fragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>;
+  using Chunk =
+      std::conditional_t<kIsNarrow<T>, PairFragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>,
+                         Fragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>>;
+  static constexpr int kChunks = kCols / kAtATime;
 
-  // Of the sums in shared memory: rows lie so far apart that lanes meet in few banks.
-  static constexpr int kStride = kPadded + 8;
-  static constexpr int64_t kSharedBytes = int64_t{4} * (kPadded + 1) * kStride;
+  template <bool kHasVector>
+  using Operand = StateOperand<T, Piece, Chunk, kPadded, kHasVector>;
+  static constexpr int64_t kVectorBytes = 4 * kPadded;
 };
 
-struct Sums {
-  const float* data;  // shared
-  int stride, vector_row;
+// Where the state of a group is: S, a row a channel of v, and z below.
+struct State {
+  const float* data;
+  int head_dim, value_dim;
 
-  EFFATTN_DEVICE float operator()(int value, int channel) const { return data[value * stride + channel]; }
-  EFFATTN_DEVICE float vector(int channel) const { return (*this)(vector_row, channel); }
+  EFFATTN_DEVICE int floats() const { return (value_dim + 1) * head_dim; }
+  EFFATTN_DEVICE bool has(int value, int channel) const { return value < value_dim && channel < head_dim; }
+  EFFATTN_DEVICE int index(int value, int channel) const {
+    return (value == kZ ? value_dim : value) * head_dim + channel;
+  }
+  EFFATTN_DEVICE float operator()(int value, int channel) const {
+    return has(value, channel) ? data[index(value, channel)] : 0.0f;
+  }
 };
-
-// The sums of a group to shared memory, number i by get(i), with zeros behind the last row and column.
-template <class Tiles, int kPadded, class F>
-EFFATTN_DEVICE Sums place_sums(float* shared, int head_dim, int value_dim, F get) {
-  for (int i = thread_index(); i < (kPadded + 1) * kPadded; i += Tiles::kThreads) {
-    const int row = i / kPadded, col = i % kPadded;
-    const bool inside = col < head_dim && (row < value_dim || row == kPadded);
-    shared[row * Tiles::kStride + col] =
-        inside ? get((row == kPadded ? value_dim : row) * head_dim + col) : 0.0f;
-  }
-  sync_block();
-  return {shared, Tiles::kStride, kPadded};
-}
-template <class Tiles, int kPadded>
-EFFATTN_DEVICE Sums load_sums(const float* all, int64_t group, int head_dim, int value_dim) {
-  const float* const sums = all + group * (value_dim + 1) * head_dim;
-  return place_sums<Tiles, kPadded>(reinterpret_cast<float*>(shared_memory()), head_dim, value_dim,
-                                    [&](int i) { return sums[i]; });
-}
-
-// out += x m, where m(k, n) is what channel k of x gives to channel n of out.
-template <class Piece, class Chunk, class M>
-EFFATTN_DEVICE void multiply_add(Piece& out, const Chunk& x, M m) {
-  // What of x is split in two parts for a product is so for all of them, and then done with.
-  EFFATTN_UNROLL
-  for (int s = 0; s < Chunk::kColRegisters; s += 2) {
-    EFFATTN_UNROLL
-    for (int j = 0; j < Piece::kColRegisters; j += 2) {
-      const int n = Piece::col_of(j + row_lane() % 2, row_lane() / 2);
-      const float b[2] = {m(Chunk::col(s), n), m(Chunk::col(s + 1), n)};
-      EFFATTN_UNROLL
-      for (int i = 0; i < Piece::kRowRegisters; i += 2) {
-        const float a[4] = {x.x[i][s], x.x[i + 1][s], x.x[i][s + 1], x.x[i + 1][s + 1]};
-        float c[4] = {out.x[i][j], out.x[i][j + 1], out.x[i + 1][j], out.x[i + 1][j + 1]};
-        multiply<Chunk::kExact, false>(c, a, b);
-        out.x[i][j] = c[0];
-        out.x[i][j + 1] = c[1];
-        out.x[i + 1][j] = c[2];
-        out.x[i + 1][j + 1] = c[3];
-      }
-    }
-  }
-}
 
 struct Queries {
   Groups groups;
   View q, grad_out, out;  // out: of the backward grad_q
-  const float* sums;
+  const float* sums;      // (groups, rows, value_dim + 1, head_dim), to be added up over the rows
+  int rows;
+  float* keep;    // what they add up to, or null
   float* scales;  // backward: of each token two, by what the gradients of the sums take it
   int tokens, head_dim, value_dim;
-  int64_t tiles;
+  uint32_t tiles;      // blocks of a group
+  int tiles_of_block;  // of tokens, one after the other
   float eps;
 };
 
-// The tile of tokens of a warp in a launch over all groups.
+// The first tile of tokens of a warp in a launch over all groups.
 template <class Tiles>
 struct Place {
   int64_t group;
   int token;
 
-  EFFATTN_DEVICE explicit Place(int64_t tiles)
-      : group(block_index() / tiles),
-        token(static_cast<int>(block_index() % tiles) * Tiles::kTokens +
-              warp_index() * Tiles::Piece::kAllRows) {}
+  EFFATTN_DEVICE explicit Place(uint32_t blocks, int tiles_of_block = 1) {
+    const uint32_t index = static_cast<uint32_t>(block_index());
+    group = index / blocks;
+    token = static_cast<int>(index % blocks) * tiles_of_block * Tiles::kTokens +
+            warp_index() * Tiles::Piece::kAllRows;
+  }
 };
 
-// The output of a warp's tile of queries.
-template <class T, int kPadded, bool kTokenMajor>
-EFFATTN_DEVICE void attend_tile(const Queries& p, const Sums& sums, int64_t group, int token) {
+// The output of a warp's tile of queries, of which the first chunk has been asked for.
+template <class T, int kPadded, bool kTokenMajor, bool kVectors>
+EFFATTN_DEVICE void attend_tile(
+    const Queries& p, const typename TokenTiles<T, kPadded, kTokenMajor>::template Operand<true>& state,
+    const Matrix<const T>& q, const Matrix<T>& to, int token,
+    typename TokenTiles<T, kPadded, kTokenMajor>::Chunk& query) {
   using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
-  using Chunk = typename Tiles::Chunk;
-  const Matrix<const T> q = by_token<const T>(p.q, p.groups, group, p.tokens, p.head_dim);
   typename Tiles::Piece out;
   out.clear();
-  float inverse[Tiles::kRows] = {};
+  float denominator[Tiles::kRows / 2][4] = {};
   EFFATTN_NOT_UNROLLED
-  for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
-    Chunk query;
-    query.load(q, token, first);
-    query.relu();
-    query.each([&](float& x, int r, int c) { inverse[r] += x * sums.vector(first + Chunk::col(c)); });
-    multiply_add(out, query, [&](int k, int n) { return sums(n, first + k); });
+  for (int chunk = 0; chunk < Tiles::kChunks; ++chunk) {
+    if (chunk > 0) query.load(q, token, chunk * Tiles::Chunk::kAllCols);
+    state.template multiply_add<true>(out, denominator, query, chunk);
   }
+  float inverse[Tiles::kRows];
   EFFATTN_UNROLL
-  for (int r = 0; r < Tiles::kRows; ++r) inverse[r] = 1 / divisible(sum_of_cols(inverse[r]) + p.eps);
+  for (int r = 0; r < Tiles::kRows; ++r) {
+    const float x = divisible(denominator[r / 2][r % 2 * 2] + p.eps);
+    inverse[r] = kIsNarrow<T> ? approximate_inverse(x) : 1 / x;
+  }
   out.each([&](float& x, int r, int) { x *= inverse[r]; });
-  out.store(by_token<T>(p.out, p.groups, group, p.tokens, p.value_dim), token, 0);
+  out.template store<kVectors>(to, token, 0);
 }
 
-template <class T, int kPadded, bool kTokenMajor>
-EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads), 1)
+// kVectors: of a narrow type, all of whose vectors can be accessed at once.
+template <class T, int kPadded, bool kTokenMajor, bool kVectors>
+EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads),
+               (kVectors ? TokenTiles<T, kPadded, kTokenMajor>::kBlocks : 1))
 attend(EFFATTN_PARAMETERS(Queries) p) {
   using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
-  const Place<Tiles> at(p.tiles);
-  const Sums sums = load_sums<Tiles, kPadded>(p.sums, at.group, p.head_dim, p.value_dim);
-  attend_tile<T, kPadded, kTokenMajor>(p, sums, at.group, at.token);
+  const Place<Tiles> at(p.tiles, p.tiles_of_block);
+  typename Tiles::Chunk query;
+  const Matrix<const T> q = by_token<const T>(p.q, p.groups, at.group, p.tokens, p.head_dim);
+  const auto load = [&](int token) {
+    if constexpr (kVectors) {
+      query.template load<true>(q, token, 0);
+    } else {
+      query.load(q, token, 0);
+    }
+  };
+  load(at.token);
+  typename Tiles::template Operand<true> state(shared_memory());
+  grid_dependency_wait();
+  State sums{p.sums, p.head_dim, p.value_dim};
+  sums.data += at.group * p.rows * sums.floats();
+  float* const keep = p.keep != nullptr && static_cast<uint32_t>(block_index()) % p.tiles == 0
+                          ? p.keep + at.group * sums.floats()
+                          : nullptr;
+  state.template place<Tiles::kThreads>(
+      p.rows,
+      [&](int row, int k, int n) {
+        return sums.has(n, k) ? sums.data[row * sums.floats() + sums.index(n, k)] : 0.0f;
+      },
+      [&](int k, int n, float sum) {
+        if (keep != nullptr && sums.has(n, k)) keep[sums.index(n, k)] = sum;
+      });
+  sync_block();
+  const Matrix<T> out = by_token<T>(p.out, p.groups, at.group, p.tokens, p.value_dim);
+  const int end = least(at.token + p.tiles_of_block * Tiles::kTokens, p.tokens);
+  EFFATTN_NOT_UNROLLED
+  for (int token = at.token; token < end; token += Tiles::kTokens) {
+    if (token > at.token) load(token);
+    attend_tile<T, kPadded, kTokenMajor, kVectors>(p, state, q, out, token, query);
+  }
 }
 
 // All of it for a group in one cluster, where its tokens are few: a launch less, or two.
@@ -310,8 +459,8 @@ struct AtOnceTiles : TokenTiles<T, kPadded, kTokenMajor> {
   using Tokens = TokenTiles<T, kPadded, kTokenMajor>;
   using Sums = SumTiles<kPadded>;
   // Where a block's share of the cluster's sums stands, behind the slices of its own; behind it all of them.
-  static constexpr int kShare = Sums::kSlices * Sums::kFloats, kAll = kShare + Sums::kFloats;
-  static constexpr int64_t kSharedBytes = 4 * kAll + Tokens::kSharedBytes;
+  static constexpr int kShare = Sums::kSlices * Sums::kFloats, kAll = (kShare + Sums::kFloats + 3) / 4 * 4;
+  static constexpr int64_t kSharedBytes = 4 * kAll + Tokens::template Operand<true>::kSharedBytes;
 };
 
 template <class T, int kPadded, bool kTokenMajor>
@@ -323,7 +472,7 @@ attend_at_once(EFFATTN_PARAMETERS(AtOnce) p) {
   const SumTokens& keys = p.keys;
   const int cluster = keys.split.cluster, rank = cluster_rank();
   const int64_t group = block_index() / cluster;
-  sum_part<T, kPadded, kTokenMajor, false>(keys, group, rank, shared);
+  sum_part<T, kPadded, kTokenMajor, Sum::kPlain>(keys, group, rank, shared);
   sync_block();
   const auto keep = [&](int i, float total) {
     share[i] = total;
@@ -336,14 +485,39 @@ attend_at_once(EFFATTN_PARAMETERS(AtOnce) p) {
   } else {
     each_sum_of_cluster<kPadded>(shared, cluster, keys.head_dim, keys.value_dim, keep);
   }
-  const Sums sums = place_sums<Tiles, kPadded>(
-      shared + Tiles::kAll, keys.head_dim, keys.value_dim,
-      [&](int i) { return cluster == 1 ? share[i] : of_cluster(share + i, i / Tiles::kThreads % cluster); });
+  typename Tiles::template Operand<true> state(shared_memory() + 4 * Tiles::kAll);
+  const State sums{share, keys.head_dim, keys.value_dim};
+  state.template place<Tiles::kThreads>([&](int k, int n) {
+    if (!sums.has(n, k)) return 0.0f;
+    const int i = sums.index(n, k);
+    return cluster == 1 ? share[i] : of_cluster(share + i, i / Tiles::kThreads % cluster);
+  });
+  sync_block();
+  const Matrix<const T> q =
+      by_token<const T>(p.queries.q, p.queries.groups, group, p.queries.tokens, p.queries.head_dim);
+  const Matrix<T> out =
+      by_token<T>(p.queries.out, p.queries.groups, group, p.queries.tokens, p.queries.value_dim);
   for (int64_t tile = rank; tile < p.queries.tiles; tile += cluster) {
     const int token = static_cast<int>(tile) * Tiles::kTokens + warp_index() * Tiles::Piece::kAllRows;
-    attend_tile<T, kPadded, kTokenMajor>(p.queries, sums, group, token);
+    typename Tiles::Chunk query;
+    query.load(q, token, 0);
+    attend_tile<T, kPadded, kTokenMajor, false>(p.queries, state, q, out, token, query);
   }
   if (cluster > 1) sync_cluster();
+}
+
+// The vector of a state in shared memory.
+template <class Tiles, int kPadded>
+EFFATTN_DEVICE const float* place_vector(char* shared, const State& sums) {
+  float* const vector = reinterpret_cast<float*>(shared);
+  for (int channel = thread_index(); channel < kPadded; channel += Tiles::kThreads) {
+    vector[channel] = sums(kZ, channel);
+  }
+  return vector;
+}
+
+EFFATTN_DEVICE State state_of(const float* data, int64_t group, int head_dim, int value_dim) {
+  return {data + group * (value_dim + 1) * head_dim, head_dim, value_dim};
 }
 
 template <class T, int kPadded, bool kTokenMajor>
@@ -351,26 +525,31 @@ EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads), 1)
 query_gradients(EFFATTN_PARAMETERS(Queries) p) {
   using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
   using Chunk = typename Tiles::Chunk;
+  using Operand = typename Tiles::template Operand<false>;
   const Place<Tiles> at(p.tiles);
-  const Sums sums = load_sums<Tiles, kPadded>(p.sums, at.group, p.head_dim, p.value_dim);
   const Matrix<const T> q = by_token<const T>(p.q, p.groups, at.group, p.tokens, p.head_dim);
   const Matrix<const T> grad_out = by_token<const T>(p.grad_out, p.groups, at.group, p.tokens, p.value_dim);
+  Chunk grad, query;
+  grad.load(grad_out, at.token, 0);
+  Operand state(shared_memory());
+  const State sums = state_of(p.sums, at.group, p.head_dim, p.value_dim);
+  state.template place<Tiles::kThreads>([&](int k, int n) { return sums(k, n); });
+  const float* const vector = place_vector<Tiles, kPadded>(shared_memory() + Operand::kSharedBytes, sums);
+  sync_block();
   typename Tiles::Piece of_sums;
   of_sums.clear();
   EFFATTN_NOT_UNROLLED
-  for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
-    Chunk grad;
-    grad.load(grad_out, at.token, first);
-    multiply_add(of_sums, grad, [&](int k, int n) { return sums(first + k, n); });
+  for (int chunk = 0; chunk < Tiles::kChunks; ++chunk) {
+    if (chunk > 0) grad.load(grad_out, at.token, chunk * Chunk::kAllCols);
+    state.template multiply_add<false>(of_sums, grad, chunk);
   }
   float inverse[Tiles::kRows] = {}, along[Tiles::kRows] = {};
-  Chunk query;
   EFFATTN_UNROLL
   for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
     query.load(q, at.token, first);
     query.relu();
-    query.each([&](float& x, int r, int c) {
-      inverse[r] += x * sums.vector(first + Chunk::col(c));
+    query.each([&](float x, int r, int c) {
+      inverse[r] += x * vector[first + Chunk::col(c)];
       along[r] += x * of_sums.x[r][first / 4 + c];
     });
   }
@@ -387,9 +566,9 @@ query_gradients(EFFATTN_PARAMETERS(Queries) p) {
       query.relu();
     }
     // The gate is relu's, which lets NaN through.
-    query.each([&](float& x, int r, int c) {
-      float& grad = of_sums.x[r][first / 4 + c];
-      grad = x <= 0 ? 0.0f : (grad + along[r] * sums.vector(first + Chunk::col(c))) * inverse[r];
+    query.each([&](float x, int r, int c) {
+      float& gradient = of_sums.x[r][first / 4 + c];
+      gradient = x <= 0 ? 0.0f : (gradient + along[r] * vector[first + Chunk::col(c)]) * inverse[r];
     });
   }
   of_sums.store(by_token<T>(p.out, p.groups, at.group, p.tokens, p.head_dim), at.token, 0);
@@ -409,7 +588,7 @@ struct Keys {
   View k, v, grad_k, grad_v;
   const float* grad_sums;
   int tokens, head_dim, value_dim;
-  int64_t tiles;
+  uint32_t tiles;
 };
 
 template <class T, int kPadded, bool kTokenMajor>
@@ -420,32 +599,42 @@ EFFATTN_KERNEL((KeyTiles<T, kPadded, kTokenMajor>::kThreads), 1)
 key_gradients(EFFATTN_PARAMETERS(Keys) p) {
   using Tiles = KeyTiles<T, kPadded, kTokenMajor>;
   using Chunk = typename Tiles::Chunk;
+  using Operand = typename Tiles::template Operand<false>;
   const Place<Tiles> at(p.tiles);
-  const Sums grads = load_sums<Tiles, kPadded>(p.grad_sums, at.group, p.head_dim, p.value_dim);
   const Matrix<const T> k = by_token<const T>(p.k, p.groups, at.group, p.tokens, p.head_dim);
   const Matrix<const T> v = by_token<const T>(p.v, p.groups, at.group, p.tokens, p.value_dim);
+  Chunk value, key;
+  value.load(v, at.token, 0);
+  if (kIsNarrow<T>) key.load(k, at.token, 0);
+  grid_dependency_wait();
+  const State sums = state_of(p.grad_sums, at.group, p.head_dim, p.value_dim);
+  Operand grads(shared_memory());
+  grads.template place<Tiles::kThreads>([&](int k, int n) { return sums(k, n); });
+  const float* const vector = place_vector<Tiles, kPadded>(shared_memory() + Operand::kSharedBytes, sums);
+  sync_block();
   typename Tiles::Piece out;
-  Chunk chunk;
-  out.each([&](float& x, int, int c) { x = grads.vector(Tiles::Piece::col(c)); });
+  out.each([&](float& x, int, int c) { x = vector[Tiles::Piece::col(c)]; });
   EFFATTN_NOT_UNROLLED
-  for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
-    chunk.load(v, at.token, first);
-    multiply_add(out, chunk, [&](int k, int n) { return grads(first + k, n); });
+  for (int chunk = 0; chunk < Tiles::kChunks; ++chunk) {
+    if (chunk > 0) value.load(v, at.token, chunk * Chunk::kAllCols);
+    grads.template multiply_add<false>(out, value, chunk);
   }
   EFFATTN_UNROLL
   for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
-    chunk.load(k, at.token, first);
-    chunk.each([&](float& x, int r, int c) {
+    if (!kIsNarrow<T>) key.load(k, at.token, first);
+    key.each([&](float x, int r, int c) {
       if (x <= 0) out.x[r][first / 4 + c] = 0;
     });
   }
   out.store(by_token<T>(p.grad_k, p.groups, at.group, p.tokens, p.head_dim), at.token, 0);
+  sync_block();
+  grads.template place<Tiles::kThreads>([&](int k, int n) { return sums(n, k); });
+  sync_block();
   out.clear();
   EFFATTN_NOT_UNROLLED
-  for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
-    chunk.load(k, at.token, first);
-    chunk.relu();
-    multiply_add(out, chunk, [&](int k, int n) { return grads(n, first + k); });
+  for (int chunk = 0; chunk < Tiles::kChunks; ++chunk) {
+    if (Tiles::kChunks > 1) key.load(k, at.token, chunk * Chunk::kAllCols);
+    grads.template multiply_add<true>(out, key, chunk);
   }
   out.store(by_token<T>(p.grad_v, p.groups, at.group, p.tokens, p.value_dim), at.token, 0);
 }
@@ -455,6 +644,11 @@ key_gradients(EFFATTN_PARAMETERS(Keys) p) {
 // When a cluster does all of a group: its blocks are more while they have so many tokens each and the launch
 // has fewer blocks than this, and have no more tokens than that. By argument, not by measurement.
 constexpr int64_t kTokensAtOnce = 256, kBlocksAtOnce = 256, kMostTokensAtOnce = 512;
+// Tiles of queries that a block takes one after the other, so that the state is placed once for them, while
+// blocks are more than so many: a few for each multiprocessor of the largest cards.
+constexpr int64_t kTilesOfBlock = 4, kBlocksOfTiles = 792;
+// Rows of sums that queries add up themselves: each block reads them, so more of them are worth a launch.
+constexpr int kMostSummands = 8;
 constexpr int kMostAtOnce = 64;  // channels: the sums stand three times in shared memory
 
 // What the launches of a call share.
@@ -486,8 +680,15 @@ class Call {
     return groups;
   }
 
-  // Fills `sums` with those over the tokens of k and v.
-  void sum_over(const Operand& k, const Operand& v, int64_t tokens, const float* scales, float* sums) const {
+  // Fills `sums` with those over the tokens of k and v; or returns summands, rows of each group, which are
+  // few enough for who reads them to add them up.
+  struct Summands {
+    const float* data;
+    int rows;
+  };
+  Summands sum_over(const Operand& k, const Operand& v, int64_t tokens, const float* scales, float* sums,
+                    int most_rows = 1) const {
+    Summands summands{sums, 1};
     SumTokens s = keys(tokens);
     s.groups = take({&k, &v}, {&s.k, &s.v});
     s.scales = scales;
@@ -496,13 +697,24 @@ class Call {
       using Tiles = SumTiles<padded()>;
       s.split = split(p_.groups, tokens, Tiles::kTokens * Tiles::kSlices, execution_.card);
       const int64_t rows = s.split.rows();
-      s.sums = rows == 1 ? sums : execution_.workspace(p_.groups * rows * p_.sums_size());
-      const auto kernel = scales == nullptr ? sum_tokens<T, padded(), token_major(), false>
-                                            : sum_tokens<T, padded(), token_major(), true>;
+      s.sums = rows == 1 && sums != nullptr ? sums : execution_.workspace(p_.groups * rows * p_.sums_size());
+      auto kernel = scales == nullptr ? sum_tokens<T, padded(), token_major(), Sum::kPlain>
+                                      : sum_tokens<T, padded(), token_major(), Sum::kScaled>;
+      if constexpr (kIsNarrow<T>) {
+        if (scales == nullptr && by_vectors(tokens, s.k, s.v)) {
+          kernel = sum_tokens<T, padded(), token_major(), Sum::kVectors>;
+        }
+      }
       const Grid grid{p_.groups * s.split.parts, Tiles::kThreads, Tiles::kSharedBytes, s.split.cluster};
       launch(kernel, grid, execution_, s);
-      if (rows > 1) add_up(s.sums, sums, p_.groups, rows, p_.sums_size(), execution_);
+      if (rows <= most_rows) {
+        summands = {s.sums, static_cast<int>(rows)};
+      } else {
+        if (sums == nullptr) summands.data = sums = execution_.workspace(p_.groups * p_.sums_size());
+        add_up(s.sums, sums, p_.groups, rows, p_.sums_size(), execution_);
+      }
     });
+    return summands;
   }
 
   // Whether a group's tokens are few enough for one cluster, and how large that is; 0 if not.
@@ -525,19 +737,29 @@ class Call {
         // Whole tiles: what a warp loads at a time is of one part.
         const int64_t part = round_up(ceil_div(p_.keys, cluster), SumTiles<padded()>::kTokens);
         s.keys.split = {static_cast<int>(part), cluster, cluster};
-        s.queries.tiles = ceil_div(p_.queries, Tiles::kTokens);
+        s.queries.tiles = static_cast<uint32_t>(ceil_div(p_.queries, Tiles::kTokens));
         launch(attend_at_once<T, padded(), token_major()>,
                {p_.groups * cluster, Tiles::kThreads, Tiles::kSharedBytes, cluster}, execution_, s);
       }
     });
   }
 
-  void attend_to(const float* sums) const {
-    Queries s = queries(sums);
+  // `keep`: where the sums go that the summands add up to, or null.
+  void attend_to(const Summands& summands, float* keep) const {
+    Queries s = queries(summands.data);
+    s.rows = summands.rows;
+    s.keep = summands.rows > 1 ? keep : nullptr;
     s.groups = take({&p_.q, &p_.out}, {&s.q, &s.out});
     with_instance([&](auto type, auto padded, auto token_major) {
       using T = decltype(type);
-      launch_tiles<TokenTiles<T, padded(), token_major()>>(attend<T, padded(), token_major()>, s);
+      using Tiles = TokenTiles<T, padded(), token_major()>;
+      const int64_t tiles = p_.groups * ceil_div(s.tokens, Tiles::kTokens);
+      s.tiles_of_block = static_cast<int>(larger(1, smaller(kTilesOfBlock, tiles / kBlocksOfTiles)));
+      auto kernel = attend<T, padded(), token_major(), false>;
+      if constexpr (kIsNarrow<T>) {
+        if (by_vectors(p_.queries, s.q, s.out)) kernel = attend<T, padded(), token_major(), true>;
+      }
+      launch_tiles<Tiles>(kernel, s, Tiles::template Operand<true>::kSharedBytes, true, s.tiles_of_block);
     });
   }
 
@@ -547,7 +769,9 @@ class Call {
     s.groups = take({&p_.q, &p_.grad_out, &p_.grad_q}, {&s.q, &s.grad_out, &s.out});
     with_instance([&](auto type, auto padded, auto token_major) {
       using T = decltype(type);
-      launch_tiles<TokenTiles<T, padded(), token_major()>>(query_gradients<T, padded(), token_major()>, s);
+      using Tiles = TokenTiles<T, padded(), token_major()>;
+      launch_tiles<Tiles>(query_gradients<T, padded(), token_major()>, s,
+                          Tiles::template Operand<false>::kSharedBytes + Tiles::kVectorBytes, false);
     });
   }
 
@@ -560,7 +784,9 @@ class Call {
     s.groups = take({&p_.k, &p_.v, &p_.grad_k, &p_.grad_v}, {&s.k, &s.v, &s.grad_k, &s.grad_v});
     with_instance([&](auto type, auto padded, auto token_major) {
       using T = decltype(type);
-      launch_tiles<KeyTiles<T, padded(), token_major()>>(key_gradients<T, padded(), token_major()>, s);
+      using Tiles = KeyTiles<T, padded(), token_major()>;
+      launch_tiles<Tiles>(key_gradients<T, padded(), token_major()>, s,
+                          Tiles::template Operand<false>::kSharedBytes + Tiles::kVectorBytes, true);
     });
   }
 
@@ -576,6 +802,14 @@ class Call {
         }
       });
     });
+  }
+
+  // Whether all that is next to each other in memory is whole vectors, and aligned.
+  bool by_vectors(int64_t tokens, const View& a, const View& b) const {
+    constexpr int vector = kVector<BFloat16>;
+    const bool is_whole =
+        token_major_ ? p_.head_dim % vector == 0 && p_.value_dim % vector == 0 : tokens % vector == 0;
+    return is_whole && a.access == 16 && b.access == 16;
   }
 
   SumTokens keys(int64_t tokens) const {
@@ -596,10 +830,13 @@ class Call {
     return s;
   }
 
+  // is_dependent: on the launch in front, which is of sums.
   template <class Tiles, class Kernel, class Parameters>
-  void launch_tiles(Kernel kernel, Parameters& s) const {
-    s.tiles = ceil_div(s.tokens, Tiles::kTokens);
-    launch(kernel, {p_.groups * s.tiles, Tiles::kThreads, Tiles::kSharedBytes}, execution_, s);
+  void launch_tiles(Kernel kernel, Parameters& s, int64_t shared_bytes, bool is_dependent,
+                    int tiles_of_block = 1) const {
+    const int64_t tiles = ceil_div(s.tokens, Tiles::kTokens * tiles_of_block);
+    s.tiles = static_cast<uint32_t>(tiles);
+    launch(kernel, {p_.groups * tiles, Tiles::kThreads, shared_bytes, 1, is_dependent}, execution_, s);
   }
 
   const ReluLinearAttention& p_;
@@ -613,9 +850,10 @@ void forward(const ReluLinearAttention& problem, float* sums, const Execution& e
   if (problem.groups == 0) return;
   const Call call(problem, execution);
   if (const int cluster = call.cluster_at_once(); cluster > 0) return call.attend_at_once_to(cluster, sums);
-  if (sums == nullptr) sums = execution.workspace(problem.groups * problem.sums_size());
-  call.sum_over(problem.k, problem.v, problem.keys, nullptr, sums);
-  call.attend_to(sums);
+  // Without queries nobody adds them up.
+  const int most = problem.queries > 0 ? kMostSummands : 1;
+  const auto summands = call.sum_over(problem.k, problem.v, problem.keys, nullptr, sums, most);
+  call.attend_to(summands, sums);
 }
 
 void backward(const ReluLinearAttention& problem, const float* sums, const Execution& execution) {

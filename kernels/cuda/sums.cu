@@ -5,7 +5,7 @@ namespace {
 
 // Blocks that the sums over tokens are split into, over all groups, at least: a few for each multiprocessor
 // of the largest cards. Parts of fewer tokens are not worth a second pass.
-constexpr int64_t kBlocks = 512;
+constexpr int64_t kBlocks = 2048;
 constexpr int64_t kLeastTokens = 256;
 constexpr int64_t kMostParts = 64;
 constexpr int kMostCluster = 8;
@@ -21,6 +21,8 @@ struct AddUp {
 };
 
 EFFATTN_KERNEL(kThreads, 1) add_up_kernel(EFFATTN_PARAMETERS(AddUp) p) {
+  grid_dependency_launch();
+  grid_dependency_wait();
   const int64_t part = block_index() / p.pieces, i = block_index() % p.pieces * kThreads + thread_index();
   if (i >= p.floats) return;
   const int64_t group = part / p.parts, begin = part % p.parts * p.part_rows;
@@ -55,7 +57,7 @@ void add_up(const float* partial, float* sums, int64_t groups, int64_t rows, int
   const int64_t part_rows = ceil_div(rows, parts);
   parts = larger(1, ceil_div(rows, larger(1, part_rows)));
   float* const to = parts == 1 ? sums : execution.workspace(groups * parts * floats);
-  launch(add_up_kernel, {groups * parts * pieces, kThreads}, execution,
+  launch(add_up_kernel, {groups * parts * pieces, kThreads, 0, 1, true}, execution,
          AddUp{partial, to, floats, pieces, rows, part_rows, parts});
   if (parts > 1) add_up(to, sums, groups, parts, floats, execution);
 }

@@ -11,6 +11,7 @@ constexpr int kThreads = 64;
 
 struct Fault {
   bool missing_barrier, beyond_shared, beyond_global, divergent, not_tf32, waits_alone;
+  bool not_aligned, not_waited_for, not_copied, not_ended;
   float* out;
 };
 
@@ -32,22 +33,60 @@ faulty(EFFATTN_PARAMETERS(Fault) p) {
   p.out[i + (p.beyond_global ? kThreads : 0)] = shared[kThreads - 1 - i] + 0 * c[0];
 }
 
+// Copies 16 bytes a thread, and takes an 8 x 8 matrix of pairs of the warp from them, of which it keeps lane
+// 0's.
+EFFATTN_KERNEL(kThreads, 1)
+faulty_copy(EFFATTN_PARAMETERS(Fault) p) {
+  char* const shared = shared_memory();
+  const int i = thread_index();
+  if (!p.not_waited_for) grid_dependency_wait();
+  cp_async_16(shared + 16 * i, p.out + 4 * i, true);
+  cp_async_commit();
+  if (!p.not_copied) cp_async_wait<0>();
+  sync_block();
+  uint32_t x[4];
+  ldmatrix_x4<false>(x, shared + 16 * i + (p.not_aligned && i == 0 ? 4 : 0));
+  if (p.not_copied && !p.not_ended) cp_async_wait<0>();
+  sync_block();
+  p.out[4 * i] = float_of(x[0]);
+}
+
 }  // namespace
 }  // namespace effattn::cuda
 
 int main(int count, char** arguments) {
   using namespace effattn::cuda;
   Fault p{};
-  bool* const faults[] = {&p.missing_barrier, &p.beyond_shared, &p.beyond_global,
-                          &p.divergent,       &p.not_tf32,      &p.waits_alone};
-  const char* const names[] = {"missing_barrier", "beyond_shared", "beyond_global",
-                               "divergent",       "not_tf32",      "waits_alone"};
-  for (int i = 0; count > 1 && i < 6; ++i) *faults[i] = std::strcmp(arguments[1], names[i]) == 0;
+  struct {
+    const char* name;
+    bool* fault;
+  } const faults[] = {{"missing_barrier", &p.missing_barrier},
+                      {"beyond_shared", &p.beyond_shared},
+                      {"beyond_global", &p.beyond_global},
+                      {"divergent", &p.divergent},
+                      {"not_tf32", &p.not_tf32},
+                      {"waits_alone", &p.waits_alone},
+                      {"not_aligned", &p.not_aligned},
+                      {"not_waited_for", &p.not_waited_for},
+                      {"not_copied", &p.not_copied},
+                      {"not_ended", &p.not_ended}};
+  for (const auto& [name, fault] : faults) *fault = count > 1 && std::strcmp(arguments[1], name) == 0;
+  p.not_copied |= p.not_ended;
   float* const out = new float[kThreads];
   p.out = out;
   const Execution execution{};
   launch(faulty, {1, kThreads, kThreads * 4}, execution, p);
   float wrong = 0;
+  // Four numbers a thread, of which the first becomes the first pair of the warp's matrix in the thread's
+  // lane: row lane / 4, words lane % 4.
+  alignas(16) float copied[4 * kThreads];
+  for (int i = 0; i < 4 * kThreads; ++i) copied[i] = static_cast<float>(i);
+  p.out = copied;
+  launch(faulty_copy, {1, kThreads, kThreads * 16, 1, true}, execution, p);
+  for (int i = 0; i < kThreads; ++i) {
+    const int lane = i % kLanes, row = i / kLanes * kLanes + lane / 4;
+    if (!(copied[4 * i] == static_cast<float>(4 * row + lane % 4))) ++wrong;
+  }
   for (int i = 0; i < kThreads; ++i) {
     if (!(out[i] == static_cast<float>(kThreads - 1 - i))) ++wrong;
   }

@@ -35,9 +35,10 @@ def test_no_fault(program, order):
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
-def test_a_missing_barrier_gives_another_result(program, order):
-    """What nobody has written yet is NaN, whichever thread goes first."""
-    done = run(program, "missing_barrier", EFFATTN_EMULATOR_ORDER=order)
+@pytest.mark.parametrize("fault", ["missing_barrier", "not_copied"])
+def test_what_is_not_waited_for_gives_another_result(program, fault, order):
+    """What nobody has written yet is NaN, whichever thread goes first; so is what is being copied."""
+    done = run(program, fault, EFFATTN_EMULATOR_ORDER=order)
     assert done.returncode == 3, done.stdout + done.stderr
 
 
@@ -49,6 +50,9 @@ def test_a_missing_barrier_gives_another_result(program, order):
         ("divergent", "threads of a group wait at different barriers|threads wait for some that do not come"),
         ("waits_alone", "threads wait for some that do not come"),
         ("not_tf32", "an operand of a product is not in TF32"),
+        ("not_aligned", "an address in shared memory is not aligned"),
+        ("not_waited_for", "a thread of a dependent launch did not wait"),
+        ("not_ended", "a thread ended before what it copies was there"),
     ],
 )
 def test_a_fault_ends_the_program(program, fault, message):

@@ -88,6 +88,23 @@ def test_sums_in_several_parts(device, dtype):
     check(*problem(device, (), tokens, tokens - 5, 16, 24, dtype, "channel_major"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("tokens", [4104, 4109], ids=["vectors", "elements"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_many_tokens_of_narrow_types(device, dtype, layout, tokens):
+    """More than one block does at once: kernels that load vectors alone, and those that take anything."""
+    channels = 16 if tokens == 4104 else 12
+    check(*problem(device, (), tokens, tokens, channels, channels, dtype, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("channels", [(32, 40), (128, 72)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_wide_heads_of_narrow_types(device, dtype, layout, channels):
+    tokens = 520 if channels[0] == 128 else 4104  # at most what a cluster does at once
+    check(*problem(device, (), tokens, tokens, *channels, dtype, layout))
+
+
 def test_a_long_sum_in_one_part(device, monkeypatch):
     """What each program does where there are more groups than a card runs at once."""
     monkeypatch.setattr(configs, "PROGRAMS", 1)
