@@ -87,7 +87,9 @@ CUDA = (
     "kernels/cuda/relu_linear_attention.cu",
     "kernels/cuda/biased_attention.cu",
     "kernels/cuda/cascaded_group_attention.cu",
+    "kernels/cuda/cascade_small_windows.cu",
     "kernels/cuda/multi_scale.cu",
+    "kernels/cuda/multi_scale_narrow.cu",
 )
 # Of the device; and of the host, where threads of a block are emulated.
 CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp")

@@ -96,6 +96,21 @@ EFFATTN_DEVICE void for_each(int count, F f) {
   for (int i = thread_index(); i < count; i += kThreads) f(i);
 }
 
+// The same for a count that is known: where it is whole blocks nothing is asked, and three are in flight
+// together.
+template <int kThreads, int kCount, class F>
+EFFATTN_DEVICE void for_each_of(F f) {
+  constexpr int kTogether = 3;
+  EFFATTN_NOT_UNROLLED
+  for (int begin = 0; begin < kCount; begin += kTogether * kThreads) {
+    EFFATTN_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = begin + i * kThreads;
+      if (at < kCount && (kCount % kThreads == 0 || at + thread_index() < kCount)) f(at + thread_index());
+    }
+  }
+}
+
 EFFATTN_DEVICE float sum_of_warp(float x) { return sum_of_rows(sum_of_cols(x)); }
 EFFATTN_DEVICE float largest_of_warp(float x) {
   EFFATTN_UNROLL

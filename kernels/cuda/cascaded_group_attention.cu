@@ -8,8 +8,8 @@
 #include <string>
 
 #include "block.h"
+#include "cascade.h"
 #include "launch.h"
-#include "limits.h"
 #include "sums.h"
 
 namespace effattn::cuda {
@@ -20,52 +20,6 @@ constexpr int kWarps = 8, kThreads = kWarps * kLanes;
 constexpr int kTokens = 64;
 // Queries whose logits are there at once, where those of all do not fit.
 constexpr int kFewQueries = 16;
-
-struct Cascade {
-  DType dtype;
-  Image x, out, grad_out, grad_x;
-  int64_t windows;  // of all images
-  int heads, key_dim, value_dim, height, width, window_height, window_width, down, across;
-  float scale;
-  const float* bias;
-  HeadWeights<const float> weights[kMostHeads];
-  int kernels[kMostHeads];
-
-  int together;  // windows of a block
-  int rows;      // queries whose logits are there at once
-  // Where a block's rows of a window's tokens are that do not fit into shared memory, or null; of the
-  // backward, where those of every head of every window are.
-  float *feats, *qkvs, *qs, *logits;
-  // Backward: of every window the gradient of a head's output and the softmax, of every head the rest.
-  float *grads, *softmaxes, *grad_logits, *grad_qs, *grad_qkvs;
-
-  constexpr int tokens() const { return window_height * window_width; }
-  constexpr int outputs() const { return 2 * key_dim + value_dim; }
-  // Floats of a token's row.
-  constexpr int feat_stride() const { return shared_stride(value_dim); }
-  constexpr int qkv_stride() const { return shared_stride(outputs()); }
-  constexpr int q_stride() const { return shared_stride(key_dim); }
-  constexpr int logit_stride() const { return shared_stride(tokens()); }
-};
-
-// Where the tokens of a window lie in an image.
-struct Window {
-  int64_t batch;
-  int row, col;
-
-  EFFATTN_DEVICE Window(const Cascade& p, int64_t window) {
-    const int64_t of_image = static_cast<int64_t>(p.down) * p.across;
-    const int within = static_cast<int>(window % of_image);
-    batch = window / of_image;
-    row = within / p.across * p.window_height;
-    col = within % p.across * p.window_width;
-  }
-  // Of a token; negative outside of the image.
-  EFFATTN_DEVICE int64_t pixel(const Cascade& p, int token) const {
-    const int at_row = row + token / p.window_width, at_col = col + token % p.window_width;
-    return at_row < p.height && at_col < p.width ? static_cast<int64_t>(at_row) * p.width + at_col : -1;
-  }
-};
 
 EFFATTN_DEVICE float load(const Cascade& p, const Image& image, const Window& window, int token,
                           int channel) {
@@ -350,6 +304,30 @@ compact(EFFATTN_PARAMETERS(Compact) p) {
 
 // --- launches ---------------------------------------------------------------------------------------
 
+// Where each piece of a block's memory goes: what does not fit is the workspace's. Returns the shared bytes.
+int64_t place(Cascade& p, bool all_kept, const Execution& execution) {
+  const auto logits = [&] { return int64_t{4} * p.together * p.rows * p.logit_stride(); };
+  if (logits() > kMostSharedBytes / 2) p.rows = least(p.rows, kFewQueries);
+  int64_t left = kMostSharedBytes;
+  const int64_t blocks = ceil_div(p.windows, p.together), places = int64_t{p.together} * p.tokens();
+  const auto fit = [&](float*& piece, int64_t floats) {
+    if (4 * floats <= left) {
+      left -= 4 * floats;
+    } else {
+      piece = execution.workspace(blocks * floats);
+    }
+  };
+  fit(p.logits, logits() / 4);
+  if (!all_kept) {
+    fit(p.feats, places * p.feat_stride());
+    fit(p.qkvs, places * p.qkv_stride());
+    fit(p.qs, places * p.q_stride());
+  }
+  return kMostSharedBytes - left;
+}
+
+}  // namespace
+
 Cascade cascade_of(const CascadedGroupAttention& problem) {
   if (problem.heads > kMostHeads) {
     throw std::runtime_error("effattn: the kernels take cascades of up to " + std::to_string(kMostHeads) +
@@ -386,34 +364,11 @@ Cascade cascade_of(const CascadedGroupAttention& problem) {
   return p;
 }
 
-// Where each piece of a block's memory goes: what does not fit is the workspace's. Returns the shared bytes.
-int64_t place(Cascade& p, bool all_kept, const Execution& execution) {
-  const auto logits = [&] { return int64_t{4} * p.together * p.rows * p.logit_stride(); };
-  if (logits() > kMostSharedBytes / 2) p.rows = least(p.rows, kFewQueries);
-  int64_t left = kMostSharedBytes;
-  const int64_t blocks = ceil_div(p.windows, p.together), places = int64_t{p.together} * p.tokens();
-  const auto fit = [&](float*& piece, int64_t floats) {
-    if (4 * floats <= left) {
-      left -= 4 * floats;
-    } else {
-      piece = execution.workspace(blocks * floats);
-    }
-  };
-  fit(p.logits, logits() / 4);
-  if (!all_kept) {
-    fit(p.feats, places * p.feat_stride());
-    fit(p.qkvs, places * p.qkv_stride());
-    fit(p.qs, places * p.q_stride());
-  }
-  return kMostSharedBytes - left;
-}
-
-}  // namespace
-
 void cascaded_group_attention(const CascadedGroupAttention& problem, const Execution& execution) {
   Cascade p = cascade_of(problem);
   if (p.windows == 0 || p.value_dim == 0) return;
   p.out = problem.out;
+  if (cascade_of_small_windows(p, execution)) return;
   const int64_t enough = ceil_div(p.windows, execution.card.multiprocessors);
   p.together = static_cast<int>(larger(1, smaller(enough, kTokens / p.tokens())));
   const int64_t shared = place(p, false, execution);

@@ -84,6 +84,11 @@ EFFATTN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 EFFATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 EFFATTN_DEVICE float exponential(float x) { return expf(x); }
+// 2^x, to 2^-22.
+EFFATTN_DEVICE float approximate_exp2(float x) {
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+  return x;
+}
 // To 2^-23, and 0 where the inverse is subnormal: for results that are narrow.
 EFFATTN_DEVICE float approximate_inverse(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
@@ -155,9 +160,11 @@ EFFATTN_DEVICE Words shared_words(const void* from) {
   if constexpr (sizeof(Words) == 16) {
     const uint4 x = *static_cast<const uint4*>(from);
     return {{x.x, x.y, x.z, x.w}};
-  } else {
+  } else if constexpr (sizeof(Words) == 8) {
     const uint2 x = *static_cast<const uint2*>(from);
     return {{x.x, x.y}};
+  } else {
+    return {{*static_cast<const uint32_t*>(from)}};
   }
 }
 template <class Words>

@@ -58,6 +58,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float exponential(float x) { return std::exp(x); }
+inline float approximate_exp2(float x) { return std::exp2(x); }
 inline float approximate_inverse(float x) { return 1 / x; }
 
 inline float widened(float x) { return x; }

@@ -10,7 +10,7 @@
 #include <string>
 
 #include "launch.h"
-#include "pixels.h"
+#include "multi_scale_narrow.h"
 #include "relu_linear_attention.h"
 #include "sums.h"
 #include "tensors.h"
@@ -467,6 +467,7 @@ class Call {
     a.out = picture(p_.out);
     a.eps = p_.eps;
     const int64_t groups = p_.batch * p_.all_heads(), floats = (p_.head_dim + 1) * p_.head_dim;
+    if (attend_narrow(p_, picture(p_.qkv), a.out, sums, execution_)) return;
     if (sums == nullptr) sums = execution_.workspace(groups * floats);
     each_scale(p_.heads, true, [&](auto padded, auto kernel, const Scale& s, int index) {
       // The same parts for every scale, so that all sums are added up at once.

@@ -72,14 +72,15 @@ def test_float16_logits_of_1e4(device, backend):
     assert all(result.isfinite().all() for result in results.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_not_a_number_as_the_reference_has_it(device, backend, value):
+def test_not_a_number_as_the_reference_has_it(device, backend, value, dtype):
     """It spreads from its head to the heads behind it, and not to another window."""
     case = CascadeCase(1, 12, 4, 4, 6, 3, (3, 3, 3))
-    inputs = case.inputs()
+    inputs = case.inputs(dtype)
     inputs["x"][0, 5, 1, 2] = value
-    got = with_gradients(cascaded_group_attention, backend, case, inputs, torch.float32, device)["out"]
-    expected = with_gradients(cascaded_group_attention, "reference", case, inputs, torch.float32)["out"]
+    got = with_gradients(cascaded_group_attention, backend, case, inputs, dtype, device)["out"]
+    expected = with_gradients(cascaded_group_attention, "reference", case, inputs, dtype)["out"]
     assert torch.equal(got.isnan(), expected.isnan())
 
 

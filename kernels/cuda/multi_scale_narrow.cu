@@ -1,0 +1,604 @@
+// Multi-scale linear attention of narrow types, forward, of heads of up to 32 channels and scales of 3 x 3
+// and 5 x 5.
+//
+// A block takes a tile of 16 x 8 pixels of a head, a warp a row of it. Pixels come to shared memory as they
+// are, their convolution goes there in two parts of bfloat16, and from the mixing of channels on everything
+// stays in the registers of the warp: the result of a product is an operand of the next. Tiles are convolved
+// while the next pixels come.
+#include "multi_scale_narrow.h"
+
+#include <type_traits>
+
+#include "launch.h"
+#include "shared_tiles.h"
+#include "sums.h"
+#include "tensors.h"
+
+namespace effattn::cuda {
+namespace {
+
+constexpr int kHeight = 8, kWidth = kTileWidth, kPixels = kWidth * kHeight;
+constexpr int kWarps = kHeight, kThreads = kWarps * kLanes;
+constexpr int kStrip = 8;
+// Of a staged row: a vector of pixels on each side of the tile, and what keeps rows from meeting in a bank.
+constexpr int kBeside = 8, kRowStride = kWidth + 2 * kBeside + 8;
+constexpr int kMostPadded = 32;
+// Blocks that a scale's tiles are split into: two for each place on the largest cards, where that can be. And
+// the rows of sums that each block of the queries adds up itself.
+constexpr int64_t kWantedBlocks = 528, kMostParts = 64, kMostRows = 8;
+
+// One scale of an image, and the heads of the image itself where they are taken along.
+struct Scale {
+  Picture x;
+  ScaleWeights<const float> weights;
+  int head_dim, heads, own_heads;  // own_heads: behind those of the scale, which take longest
+  int first_head, all_heads;       // where the heads of the scale are in the output
+  int down, across;
+
+  constexpr int tiles() const { return down * across; }
+  constexpr int together() const { return heads + own_heads; }
+};
+
+struct Sum {
+  Scale scale;
+  Split split;  // of tiles
+  float* sums;  // (batch, all_heads, rows of the split, head_dim + 1, head_dim)
+};
+
+struct Attend {
+  Scale scale;
+  const float* sums;  // likewise, to be added up over the rows
+  int rows;
+  float* keep;  // what they add up to, or null
+  Picture out;
+  bool by_pairs;  // of neighbours
+  float eps;
+};
+
+// A head of an image, and a piece of its tiles.
+struct Place {
+  int64_t batch, channel;  // channel: the head's first one in x
+  int piece, output;       // output: the head's number
+  bool is_own;
+
+  EFFATTN_DEVICE Place(const Scale& s, int pieces) {
+    const uint32_t index = static_cast<uint32_t>(block_index()), group = index / pieces;
+    piece = static_cast<int>(index % pieces);
+    batch = group / s.together();
+    const int head = static_cast<int>(group % s.together());
+    is_own = head >= s.heads;
+    const int of_kind = is_own ? head - s.heads : head;
+    output = is_own ? of_kind : s.first_head + of_kind;
+    channel = int64_t{3} * of_kind * s.head_dim;
+  }
+};
+
+EFFATTN_DEVICE Corner corner_of(const Scale& s, int tile) {
+  return {tile / s.across * kHeight, tile % s.across * kWidth};
+}
+
+// Of a block that needs kTensors of q, k and v.
+template <int kPadded, int kKernel, int kTensors>
+struct Memory {
+  static constexpr int kChannels = kPadded, kRows = kHeight + kKernel - 1,
+                       kChannelStride = kRows * kRowStride;
+  static constexpr int kTaps = static_cast<int>(round_up(kKernel * kKernel, 4));
+
+  uint16_t* staged;  // (kPadded, kRows, kRowStride)
+  PartsTile convolved;
+  char* weights;
+  float *taps, *tap_biases, *biases;  // (kTensors, kPadded, kTaps), (kTensors, kPadded)
+
+  EFFATTN_DEVICE Memory()
+      : staged(reinterpret_cast<uint16_t*>(shared_memory())),
+        convolved(shared_memory() + kStagedBytes, kPadded, kPixels),
+        weights(shared_memory() + kStagedBytes + PartsTile::bytes(kPadded, kPixels)),
+        taps(reinterpret_cast<float*>(weights + kTensors * PartsTile::bytes(kPadded, kPadded))),
+        tap_biases(taps + kTensors * kPadded * kTaps),
+        biases(tap_biases + kTensors * kPadded) {}
+
+  EFFATTN_DEVICE PartsTile pointwise(int tensor) const {
+    return PartsTile(weights + tensor * PartsTile::bytes(kPadded, kPadded), kPadded, kPadded);
+  }
+
+  static constexpr int64_t kStagedBytes = int64_t{2} * kPadded * kChannelStride;
+  static constexpr int64_t kBytes =
+      kStagedBytes + PartsTile::bytes(kPadded, kPixels) +
+      kTensors * (PartsTile::bytes(kPadded, kPadded) + 4 * kPadded * (kTaps + 2));
+};
+
+// The weights of a head's tensors, which begin at a channel.
+template <int kTensors, class Memory, int kPadded, int kKernel>
+EFFATTN_DEVICE void place_weights(const Scale& s, const Memory& memory, int64_t channel) {
+  const auto or_zero = [](const float* from, int64_t i, bool inside) {
+    return from != nullptr && inside ? from[i] : 0.0f;
+  };
+  for (int tensor = 0; tensor < kTensors; ++tensor) {
+    const PartsTile pointwise = memory.pointwise(tensor);
+    const int64_t first = channel + tensor * s.head_dim;
+    for_each_of<kThreads, kPadded * kPadded / 2>([&](int i) {
+      const int row = i / (kPadded / 2), col = i % (kPadded / 2) * 2;
+      const int64_t at = (first + row) * s.head_dim + col;
+      pointwise.put_pair(row, col, or_zero(s.weights.pointwise, at, row < s.head_dim && col < s.head_dim),
+                         or_zero(s.weights.pointwise, at + 1, row < s.head_dim && col + 1 < s.head_dim));
+    });
+    for_each_of<kThreads, kPadded * Memory::kTaps>([&](int i) {
+      const int c = i / Memory::kTaps, tap = i % Memory::kTaps;
+      constexpr int taps = kKernel * kKernel;
+      memory.taps[tensor * kPadded * Memory::kTaps + i] =
+          or_zero(s.weights.depthwise, (first + c) * taps + tap, c < s.head_dim && tap < taps);
+    });
+    for_each_of<kThreads, kPadded>([&](int c) {
+      const bool inside = c < s.head_dim;
+      memory.tap_biases[tensor * kPadded + c] = or_zero(s.weights.depthwise_bias, first + c, inside);
+      memory.biases[tensor * kPadded + c] = or_zero(s.weights.pointwise_bias, first + c, inside);
+    });
+  }
+}
+
+// The pixels of a tile and around it, as they are; zeros outside of the image. There after a wait and a
+// barrier.
+template <class T, class Memory, int kKernel>
+EFFATTN_DEVICE void stage(const Scale& s, const Memory& memory, int64_t batch, int64_t channel,
+                          const Corner& at) {
+  constexpr int rows = Memory::kRows, halo = kKernel / 2, width = kWidth + 2 * halo;
+  const Picture& x = s.x;
+  const T* const data = static_cast<const T*>(x.image.data);
+  const bool by_channels = x.image.channel_stride == 1;
+  if (x.vector != 0 && !by_channels) {
+    constexpr int vectors = (kWidth + 2 * kBeside) / kVector<T>;
+    for_each_of<kThreads, Memory::kChannels * rows * vectors>([&](int i) {
+      const int line = i / vectors, c = line / rows, right = i % vectors * kVector<T>;
+      const int row = at.row - halo + line % rows, col = at.col - kBeside + right;
+      const bool inside = c < s.head_dim && x.has(row, col);
+      cp_async_16(memory.staged + line * kRowStride + right,
+                  inside ? data + x.at(batch, channel + c, row, col) : data, inside);
+    });
+  } else if (x.vector != 0 && channel % kVector<T> == 0 && s.head_dim % kVector<T> == 0) {
+    const int vectors = s.head_dim / kVector<T>;
+    for_each<kThreads>(rows * width * vectors, [&](int i) {
+      const int c = i % vectors * kVector<T>, pixel = i / vectors, down = pixel / width,
+                right = pixel % width;
+      const int row = at.row - halo + down, col = at.col - halo + right;
+      Packed<T, kVector<T>> packed{};
+      if (x.has(row, col)) packed.template load<16>(data + x.at(batch, channel + c, row, col));
+      uint16_t* const to =
+          memory.staged + c * Memory::kChannelStride + down * kRowStride + kBeside - halo + right;
+      EFFATTN_UNROLL
+      for (int e = 0; e < kVector<T>; ++e) {
+        to[e * Memory::kChannelStride] = static_cast<uint16_t>(packed.words[e / 2] >> e % 2 * 16);
+      }
+    });
+  } else {
+    for_each<kThreads>(s.head_dim * rows * width, [&](int i) {
+      const int c = by_channels ? i % s.head_dim : i / (rows * width);
+      const int pixel = by_channels ? i / s.head_dim : i % (rows * width);
+      const int row = at.row - halo + pixel / width, col = at.col - halo + pixel % width;
+      memory
+          .staged[c * Memory::kChannelStride + pixel / width * kRowStride + kBeside - halo + pixel % width] =
+          x.has(row, col) ? data[x.at(batch, channel + c, row, col)].bits : 0;
+    });
+  }
+  cp_async_commit();
+}
+
+// A strip of pixels of a staged row, and two more on each side.
+template <class T>
+EFFATTN_DEVICE void load_strip(const uint16_t* row, float (&x)[kStrip + 4]) {
+  const auto left = shared_words<Words<1>>(row - 2), right = shared_words<Words<1>>(row + kStrip);
+  const auto middle = shared_words<Words<4>>(row);
+  EFFATTN_UNROLL
+  for (int e = 0; e < 2; ++e) {
+    x[e] = half_of<T>(left.words[0], e);
+    x[kStrip + 2 + e] = half_of<T>(right.words[0], e);
+  }
+  EFFATTN_UNROLL
+  for (int e = 0; e < kStrip; ++e) x[2 + e] = half_of<T>(middle.words[e / 2], e % 2);
+}
+
+// What is staged to `convolved`, channels by pixels: convolved, or, of the image's own heads, as it is or its
+// relu.
+template <class T, class Memory, int kPadded, int kKernel>
+EFFATTN_DEVICE void convolve(const Scale& s, const Memory& memory, int tensor, bool is_own, bool relus) {
+  constexpr int halo = kKernel / 2, across = kWidth / kStrip;
+  for_each_of<kThreads, kPadded * kHeight * across>([&](int item) {
+    const int c = item / (kHeight * across), row = item / across % kHeight, col = item % across * kStrip;
+    float total[kStrip] = {};
+    if (c < s.head_dim) {
+      const uint16_t* const from =
+          memory.staged + c * Memory::kChannelStride + row * kRowStride + kBeside + col;
+      float x[kStrip + 4];
+      if (is_own) {
+        load_strip<T>(from + halo * kRowStride, x);
+        EFFATTN_UNROLL
+        for (int e = 0; e < kStrip; ++e) total[e] = relus ? relu(x[2 + e]) : x[2 + e];
+      } else {
+        const float* const taps = memory.taps + (tensor * kPadded + c) * Memory::kTaps;
+        const float bias = memory.tap_biases[tensor * kPadded + c];
+        EFFATTN_UNROLL
+        for (int e = 0; e < kStrip; ++e) total[e] = bias;
+        EFFATTN_UNROLL
+        for (int i = 0; i < kKernel; ++i) {
+          load_strip<T>(from + i * kRowStride, x);
+          EFFATTN_UNROLL
+          for (int j = 0; j < kKernel; ++j) {
+            const float tap = taps[i * kKernel + j];
+            EFFATTN_UNROLL
+            for (int e = 0; e < kStrip; ++e) total[e] += tap * x[e + j + 2 - halo];
+          }
+        }
+      }
+    }
+    Words<kStrip / 2> high, low;
+    EFFATTN_UNROLL
+    for (int e = 0; e < kStrip; e += 2) {
+      const BFloat16Parts parts = split(total[e], total[e + 1]);
+      high.words[e / 2] = parts.high;
+      low.words[e / 2] = parts.low;
+    }
+    uint16_t* const to = memory.convolved.high + c * memory.convolved.stride + row * kWidth + col;
+    store_words(to, high);
+    store_words(to + memory.convolved.low, low);
+  });
+}
+
+// A tile of a product's result, 16 x 16, as an operand of the next: its rows as rows, or its rows as the
+// columns.
+EFFATTN_DEVICE void as_rows(Operand16& to, const float (&x)[2][4]) {
+  EFFATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const BFloat16Parts parts = split(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
+    to.high[i] = parts.high;
+    to.low[i] = parts.low;
+  }
+}
+EFFATTN_DEVICE void as_columns(Operand16& to, const float (&x)[2][4]) {
+  EFFATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const BFloat16Parts parts = split(x[i % 2][i / 2 * 2], x[i % 2][i / 2 * 2 + 1]);
+    to.high[i] = parts.high;
+    to.low[i] = parts.low;
+  }
+}
+
+// --- sums -------------------------------------------------------------------------------------------
+
+// 16 mixed channels of a warp's row of pixels, channels by pixels; 0 outside of the image.
+template <class Memory, int kPadded>
+EFFATTN_DEVICE void mix_channels(const Scale& s, const Memory& memory, int tensor, int channel,
+                                 const Corner& at, float (&x)[2][4]) {
+  const PartsTile pointwise = memory.pointwise(tensor);
+  EFFATTN_UNROLL
+  for (int k = 0; k < kPadded; k += 16) {
+    Operand16 a, b;
+    pointwise.template load_a<false>(a, channel, k);
+    memory.convolved.template load_b<true>(b, k, warp_index() * kWidth);
+    multiply_16(x, a, b);
+  }
+  const int row = at.row + warp_index();
+  EFFATTN_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    EFFATTN_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int col = at.col + 8 * j + 2 * col_lane() + e % 2;
+      const float bias = memory.biases[tensor * kPadded + channel + row_lane() + e / 2 * 8];
+      x[j][e] = s.x.has(row, col) ? x[j][e] + bias : 0.0f;
+    }
+  }
+}
+
+// The sums of all warps of a block: f(number, sum), of those that are there. In shared memory that is free.
+template <int kPadded, class F>
+EFFATTN_DEVICE void each_sum(float* shared, int head_dim,
+                             const float (&matrix)[kPadded / 16][kPadded / 16][2][4],
+                             const float (&vector)[kPadded / 16][2][4], F f) {
+  constexpr int floats = (kPadded + 1) * kPadded;
+  float* const mine = shared + warp_index() * floats;
+  EFFATTN_UNROLL
+  for (int n = 0; n < kPadded / 8; ++n) {
+    EFFATTN_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int col = 8 * n + 2 * col_lane() + e % 2;
+      EFFATTN_UNROLL
+      for (int m = 0; m < kPadded / 16; ++m) {
+        mine[(16 * m + row_lane() + e / 2 * 8) * kPadded + col] = matrix[m][n / 2][n % 2][e];
+      }
+      if (row_lane() == 0 && e < 2) mine[kPadded * kPadded + col] = vector[n / 2][n % 2][e];
+    }
+  }
+  sync_block();
+  for_each<kThreads>((head_dim + 1) * head_dim, [&](int i) {
+    const int row = i / head_dim, at = (row == head_dim ? kPadded : row) * kPadded + i % head_dim;
+    float total = 0;
+    for (int warp = 0; warp < kWarps; ++warp) total += shared[warp * floats + at];
+    f(i, total);
+  });
+}
+
+template <class T, int kPadded, int kKernel>
+EFFATTN_KERNEL(kThreads, 2)
+sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
+  using Memory = Memory<kPadded, kKernel, 2>;
+  constexpr int tiles = kPadded / 16;
+  const Scale& s = p.scale;
+  const Memory memory;
+  const Place place(s, p.split.parts);
+  const int64_t keys = place.channel + s.head_dim;  // behind q
+  const int begin = place.piece * p.split.part_tokens, end = least(begin + p.split.part_tokens, s.tiles());
+  if (begin < end) stage<T, Memory, kKernel>(s, memory, place.batch, keys, corner_of(s, begin));
+  if (!place.is_own) place_weights<2, Memory, kPadded, kKernel>(s, memory, keys);
+  float matrix[tiles][tiles][2][4] = {}, vector[tiles][2][4] = {};
+  const uint32_t one = pack<BFloat16>(1, 1), ones[4] = {one, one, one, one};
+  EFFATTN_NOT_UNROLLED
+  for (int tile = begin; tile < end; ++tile) {
+    const Corner at = corner_of(s, tile);
+    const int pixel = warp_index() * kWidth;
+    cp_async_wait<0>();
+    sync_block();
+    convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
+    sync_block();
+    stage<T, Memory, kKernel>(s, memory, place.batch, keys + s.head_dim, at);
+    Operand16 key[tiles];
+    EFFATTN_UNROLL
+    for (int n = 0; n < tiles; ++n) {
+      if (place.is_own) {
+        memory.convolved.template load_b<false>(key[n], 16 * n, pixel);
+      } else {
+        float x[2][4] = {};
+        mix_channels<Memory, kPadded>(s, memory, 0, 16 * n, at, x);
+        EFFATTN_UNROLL
+        for (int e = 0; e < 8; ++e) x[e / 4][e % 4] = relu(x[e / 4][e % 4]);
+        as_columns(key[n], x);
+      }
+    }
+    cp_async_wait<0>();
+    sync_block();
+    convolve<T, Memory, kPadded, kKernel>(s, memory, 1, place.is_own, false);
+    sync_block();
+    if (tile + 1 < end) stage<T, Memory, kKernel>(s, memory, place.batch, keys, corner_of(s, tile + 1));
+    EFFATTN_UNROLL
+    for (int m = 0; m < tiles; ++m) {
+      Operand16 value;
+      if (place.is_own) {
+        memory.convolved.template load_a<false>(value, 16 * m, pixel);
+      } else {
+        float x[2][4] = {};
+        mix_channels<Memory, kPadded>(s, memory, 1, 16 * m, at, x);
+        as_rows(value, x);
+      }
+      EFFATTN_UNROLL
+      for (int n = 0; n < tiles; ++n) multiply_16(matrix[m][n], value, key[n]);
+    }
+    EFFATTN_UNROLL
+    for (int n = 0; n < tiles; ++n) {
+      EFFATTN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        mma_m16n8k16<BFloat16>(vector[n][j], ones, {key[n].low[2 * j], key[n].low[2 * j + 1]});
+        mma_m16n8k16<BFloat16>(vector[n][j], ones, {key[n].high[2 * j], key[n].high[2 * j + 1]});
+      }
+    }
+  }
+  cp_async_wait<0>();
+  grid_dependency_launch();
+  sync_block();
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const int floats = (s.head_dim + 1) * s.head_dim, cluster = p.split.cluster;
+  float* const to =
+      p.sums +
+      ((place.batch * s.all_heads + place.output) * p.split.rows() + place.piece / cluster) * int64_t{floats};
+  if (cluster == 1) {
+    each_sum<kPadded>(shared, s.head_dim, matrix, vector, [&](int i, float total) { to[i] = total; });
+    return;
+  }
+  float* const of_block = shared + kWarps * (kPadded + 1) * kPadded;
+  each_sum<kPadded>(shared, s.head_dim, matrix, vector, [&](int i, float total) { of_block[i] = total; });
+  sync_cluster();
+  for (int i = cluster_rank() * kThreads + thread_index(); i < floats; i += cluster * kThreads) {
+    float total = 0;
+    for (int rank = 0; rank < cluster; ++rank) total += of_cluster(of_block + i, rank);
+    to[i] = total;
+  }
+  sync_cluster();  // nobody may leave while others read
+}
+
+// --- what uses them ---------------------------------------------------------------------------------
+
+template <class T, int kPadded, int kKernel, bool kChannelsLast>
+EFFATTN_KERNEL(kThreads, 2)
+attend_narrow_tile(EFFATTN_PARAMETERS(Attend) p) {
+  using Memory = Memory<kPadded, kKernel, 1>;
+  constexpr int tiles = kPadded / 16;
+  const Scale& s = p.scale;
+  const Memory memory;
+  const Place place(s, s.tiles());
+  const Corner at = corner_of(s, place.piece);
+  const int pixel = warp_index() * kWidth, image_row = at.row + warp_index();
+  stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, at);
+  if (!place.is_own) place_weights<1, Memory, kPadded, kKernel>(s, memory, place.channel);
+  cp_async_wait<0>();
+  sync_block();
+  convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
+  sync_block();
+  Operand16 query[tiles];
+  EFFATTN_UNROLL
+  for (int n = 0; n < tiles; ++n) {
+    if (place.is_own) {
+      if (kChannelsLast) {
+        memory.convolved.template load_a<true>(query[n], 16 * n, pixel);
+      } else {
+        memory.convolved.template load_b<true>(query[n], 16 * n, pixel);
+      }
+      continue;
+    }
+    float x[2][4] = {};
+    const PartsTile pointwise = memory.pointwise(0);
+    EFFATTN_UNROLL
+    for (int k = 0; k < kPadded; k += 16) {
+      Operand16 a, b;
+      memory.convolved.template load_a<true>(a, k, pixel);
+      pointwise.template load_b<false>(b, 16 * n, k);
+      multiply_16(x, a, b);
+    }
+    EFFATTN_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      float& of = x[e / 4][e % 4];
+      of = relu(of + memory.biases[16 * n + e / 4 * 8 + 2 * col_lane() + e % 2]);
+    }
+    if (kChannelsLast) {
+      as_rows(query[n], x);
+    } else {
+      as_columns(query[n], x);
+    }
+  }
+  // The state, and below it z in 16 rows, so that all lanes get the denominators of their pixels.
+  const PartsTile state(shared_memory() + Memory::kBytes, kPadded + 16, kPadded);
+  const int floats = (s.head_dim + 1) * s.head_dim;
+  const int64_t head = place.batch * s.all_heads + place.output;
+  const float* const sums = p.sums + head * p.rows * floats;
+  float* const keep = p.keep != nullptr && place.piece == 0 ? p.keep + head * floats : nullptr;
+  grid_dependency_wait();
+  for_each_of<kThreads, (kPadded + 16) * kPadded / 2>([&](int i) {
+    const int row = i / (kPadded / 2), col = i % (kPadded / 2) * 2, of = row < kPadded ? row : s.head_dim;
+    float x[2] = {};
+    EFFATTN_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      if ((row < kPadded && row >= s.head_dim) || col + e >= s.head_dim) continue;
+      const int number = of * s.head_dim + col + e;
+      for (int r = 0; r < p.rows; ++r) x[e] += sums[r * floats + number];
+      if (keep != nullptr && row <= kPadded) keep[number] = x[e];
+    }
+    state.put_pair(row, col, x[0], x[1]);
+  });
+  sync_block();
+  float denominator[2][4] = {}, inverse[2][2];
+  const auto multiply = [&](float (&c)[2][4], int row) {
+    EFFATTN_UNROLL
+    for (int k = 0; k < tiles; ++k) {
+      Operand16 of_state;
+      if constexpr (kChannelsLast) {
+        state.template load_b<false>(of_state, row, 16 * k);
+        multiply_16(c, query[k], of_state);
+      } else {
+        state.template load_a<false>(of_state, row, 16 * k);
+        multiply_16(c, of_state, query[k]);
+      }
+    }
+  };
+  multiply(denominator, kPadded);
+  EFFATTN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    // Of pixels g and g + 8, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    const float x = kChannelsLast ? denominator[0][i % 2 * 2] : denominator[i / 2][i % 2];
+    inverse[i / 2][i % 2] = approximate_inverse(divisible(x + p.eps));
+  }
+  T* const out = static_cast<T*>(p.out.image.data);
+  const Image& image = p.out.image;
+  EFFATTN_UNROLL
+  for (int m = 0; m < tiles; ++m) {
+    float x[2][4] = {};
+    multiply(x, 16 * m);
+    EFFATTN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int j = i / 2, half = i % 2;
+      const int row = row_lane() + 8 * half, col = 8 * j + 2 * col_lane();
+      const int channel = 16 * m + (kChannelsLast ? col : row), right = at.col + (kChannelsLast ? row : col);
+      if (image_row >= p.out.height || right >= p.out.width || channel >= s.head_dim) continue;
+      const float first = x[j][2 * half] * (kChannelsLast ? inverse[0][half] : inverse[j][0]);
+      const float second = x[j][2 * half + 1] * (kChannelsLast ? inverse[0][half] : inverse[j][1]);
+      T* const to =
+          out + p.out.at(place.batch, int64_t{place.output} * s.head_dim + channel, image_row, right);
+      if (p.by_pairs) {
+        store_words(to, Words<1>{{pack<T>(first, second)}});
+        continue;
+      }
+      to[0] = narrowed<T>(first);
+      const bool has_second = kChannelsLast ? channel + 1 < s.head_dim : right + 1 < p.out.width;
+      if (has_second) to[kChannelsLast ? image.channel_stride : image.token_stride] = narrowed<T>(second);
+    }
+  }
+}
+
+// --- launches ---------------------------------------------------------------------------------------
+
+// How the tiles of a head are split: a function of the sizes alone, as everywhere.
+Split split_tiles(int64_t heads, int tiles, const Card& card) {
+  int64_t parts = larger(1, smaller(smaller(ceil_div(kWantedBlocks, heads), kMostParts), tiles));
+  const int cluster = cluster_of(parts, card);
+  parts = parts / cluster * cluster;
+  return {static_cast<int>(ceil_div(tiles, parts)), static_cast<int>(parts), cluster};
+}
+
+}  // namespace
+
+bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& out, float* sums,
+                   const Execution& execution) {
+  if (problem.dtype == DType::kFloat32 || problem.head_dim > kMostPadded || problem.scales == 0) return false;
+  for (int i = 0; i < problem.scales; ++i) {
+    if (problem.kernels[i] != 3 && problem.kernels[i] != 5) return false;
+  }
+  Scale s{};
+  s.x = x;
+  s.head_dim = static_cast<int>(problem.head_dim);
+  s.heads = static_cast<int>(problem.heads);
+  s.all_heads = static_cast<int>(problem.all_heads());
+  s.down = static_cast<int>(ceil_div(problem.height, kHeight));
+  s.across = static_cast<int>(ceil_div(problem.width, kWidth));
+  const int64_t groups = problem.batch * problem.all_heads(),
+                floats = (problem.head_dim + 1) * problem.head_dim;
+  if (groups * s.tiles() > kMostBlocks) return false;
+  const auto each_scale = [&](auto f) {
+    for (int i = 0; i < problem.scales; ++i) {
+      s.weights = problem.weights[i];
+      s.own_heads = i == 0 ? s.heads : 0;
+      s.first_head = (1 + i) * s.heads;
+      with_dtype(problem.dtype, [&](auto type) {
+        using T = decltype(type);
+        if constexpr (kIsNarrow<T>) {
+          const auto with_kernel = [&](auto padded) {
+            if (problem.kernels[i] == 3) return f(type, padded, std::integral_constant<int, 3>{});
+            f(type, padded, std::integral_constant<int, 5>{});
+          };
+          if (s.head_dim <= 16) return with_kernel(std::integral_constant<int, 16>{});
+          with_kernel(std::integral_constant<int, kMostPadded>{});
+        }
+      });
+    }
+  };
+  Sum sum{s, split_tiles(groups, s.tiles(), execution.card), nullptr};
+  const int64_t rows = sum.split.rows();
+  sum.sums = rows == 1 && sums != nullptr ? sums : execution.workspace(groups * rows * floats);
+  each_scale([&](auto type, auto padded, auto kernel) {
+    sum.scale = s;
+    using Memory = Memory<padded(), kernel(), 2>;
+    constexpr int64_t reduced = int64_t{4} * (kWarps + 1) * (padded() + 1) * padded();
+    static_assert(reduced <= Memory::kBytes);
+    launch(sum_narrow_tiles<decltype(type), padded(), kernel()>,
+           {problem.batch * s.together() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
+           execution, sum);
+  });
+  Attend a{s, sum.sums, static_cast<int>(rows), rows > 1 ? sums : nullptr, out, false, problem.eps};
+  if (rows > kMostRows) {
+    if (sums == nullptr) sums = execution.workspace(groups * floats);
+    add_up(sum.sums, sums, groups, rows, floats, execution);
+    a.sums = sums;
+    a.rows = 1;
+    a.keep = nullptr;
+  }
+  const Image& image = out.image;
+  const bool channels_last = image.channel_stride == 1 && image.token_stride != 1;
+  const bool is_even = image.batch_stride % 2 == 0 && reinterpret_cast<uintptr_t>(image.data) % 4 == 0;
+  a.by_pairs = is_even && (channels_last ? problem.head_dim % 2 == 0 && image.token_stride % 2 == 0
+                                         : image.token_stride == 1 && image.channel_stride % 2 == 0 &&
+                                               out.width % 2 == 0);
+  each_scale([&](auto type, auto padded, auto kernel) {
+    using T = decltype(type);
+    a.scale = s;
+    const int64_t bytes = Memory<padded(), kernel(), 1>::kBytes + PartsTile::bytes(padded() + 16, padded());
+    launch(channels_last ? attend_narrow_tile<T, padded(), kernel(), true>
+                         : attend_narrow_tile<T, padded(), kernel(), false>,
+           {problem.batch * s.together() * s.tiles(), kThreads, bytes, 1, true}, execution, a);
+  });
+  return true;
+}
+
+}  // namespace effattn::cuda

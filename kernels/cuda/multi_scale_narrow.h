@@ -1,0 +1,13 @@
+// The forward of narrow types on a card.
+#pragma once
+
+#include "multi_scale.h"
+#include "pixels.h"
+
+namespace effattn::cuda {
+
+// False, and nothing is done, for heads or scales that it does not take. `sums` as in attend().
+bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& out, float* sums,
+                   const Execution& execution);
+
+}  // namespace effattn::cuda
