@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from effattn import _library, registry
 from effattn._tracing import untraced
-from effattn.backends import Backend, Fused, reference, triton
+from effattn.backends import Backend, Fused, is_small_call, reference, triton
 from effattn.backends._memory import empty_in_order_of
 from effattn.ops import _plain
 
@@ -63,7 +63,8 @@ class Operator(NamedTuple):
         else:
             sizes = self.sizes(*arguments_and_options)
             find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
-            function = find(self.name, image.device, image.dtype, sizes).functions[self.name]
+            is_small = is_small_call(arguments_and_options[: self.images])
+            function = find(self.name, image.device, image.dtype, sizes, is_small=is_small).functions[self.name]
             if not isinstance(function, Fused):
                 self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
         if not isinstance(function, Fused):
