@@ -94,7 +94,7 @@ def find(
 
     Args:
         sizes: those that backends may have a limit for (:mod:`effattn.backends._sizes`); none where they do not matter.
-        is_small: whether the call is a small one (:func:`effattn.backends.is_small_call`), for which CUDA is asked first.
+        is_small: what :func:`effattn.backends.is_small_call` says of the call.
 
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.

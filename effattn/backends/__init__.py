@@ -17,15 +17,16 @@ from effattn.backends._base import Backend, Fused
 ORDER: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
 _CUDA_FIRST = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
-#: Elements of a call's images (or of q, k and v together) below which CUDA is asked before Triton. Triton's launches, two
-#: or three a call, cost about 50 us of Python, a call in C++ a few: a call that takes the GPU less than 50 us waits for
-#: Python. Linear attention, the lightest of the operators, is predicted to take 17 us for 6.3 million elements (bfloat16,
-#: H200), so 50 us for 18 million. The others take longer for as many, and which backend is faster there is not measured.
+#: Elements of a call's images (or of q, k and v together) below which CUDA is asked before Triton. Triton's launches,
+#: two or three a call, cost about 50 us of Python, a call in C++ a few: where the GPU needs less, Python decides how
+#: long a call takes. Linear attention, the lightest of the operators, is predicted to take 17 us for 6.3 million
+#: elements (bfloat16, H200), so 50 us for 18 million. The others take longer for as many; which backend is faster there
+#: has not been measured.
 SMALL_CALL = 2**24
 
 
 def order(op: str, device: torch.device, *, is_small: bool = False) -> tuple[Backend, ...]:
-    """The order for an operator on a device: CUDA before Triton for small calls, and where that was measured to be faster.
+    """The order for an operator on a device: CUDA before Triton for small calls and where that was measured as faster.
 
     Args:
         is_small: what :func:`is_small_call` says.

@@ -212,6 +212,11 @@ class InferenceOperator(NamedTuple):
         return find(self.name, x.device, x.dtype)
 
 
+def widened(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in float32, as operators take it, or in float64: kept, it spares calls on narrow images the cast."""
+    return weight.float() if weight.dtype.itemsize < 4 else weight
+
+
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], argument: Argument) -> Argument:
     return function(argument) if isinstance(argument, torch.Tensor) else [function(t) for t in argument]
 
