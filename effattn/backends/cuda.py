@@ -77,6 +77,11 @@ def _unavailable() -> str | None:
     return _driver_error() if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def limits(op: str) -> dict[str, int]:
+    """The most that the kernels of an operator take of a call's sizes, by name; empty without the library."""
+    return {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
+
+
 def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
@@ -92,8 +97,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
             reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    limits = {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
-    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, limits)]
+    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, limits(op))]
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
