@@ -106,10 +106,14 @@ def test_calls_on_the_cpu_are_never_small():
     assert not is_small_call([torch.empty(1)]) and is_small_call([torch.empty(1, device="meta")])
 
 
-def test_a_measurement_wins(monkeypatch):
+@pytest.mark.parametrize("is_small", [True, False])
+@pytest.mark.parametrize(("ratio", "first"), [(1.2, "cuda"), (0.8, "triton")])
+def test_a_measurement_wins(monkeypatch, ratio, first, is_small):
     monkeypatch.setattr(cuda, "_card", lambda device: "a card")
-    monkeypatch.setattr(cuda, "MEASURED", (cuda.Measurement(OP, "a card", "2026-01-01", 1.2),))
-    assert [backend.name for backend in order(OP, GPU)] == ["cpu", "cuda", "triton", "reference"]
+    monkeypatch.setattr(cuda, "MEASURED", (cuda.Measurement(OP, "a card", "2026-01-01", ratio),))
+    assert [backend.name for backend in order(OP, GPU, is_small=is_small)][1] == first
+    of_another = order("biased_attention", GPU, is_small=is_small)
+    assert of_another[1].name == ("cuda" if is_small else "triton")
 
 
 def test_a_backend_that_is_asked_for_wins(asked):

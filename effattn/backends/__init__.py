@@ -26,12 +26,13 @@ SMALL_CALL = 2**24
 
 
 def order(op: str, device: torch.device, *, is_small: bool = False) -> tuple[Backend, ...]:
-    """The order for an operator on a device: CUDA before Triton for small calls and where that was measured as faster.
+    """The order for an operator on a device: that which was measured to be faster, else CUDA first for small calls.
 
     Args:
         is_small: what :func:`is_small_call` says.
     """
-    return _CUDA_FIRST if is_small or cuda.is_preferred(op, device) else ORDER
+    measured = cuda.is_preferred(op, device)
+    return _CUDA_FIRST if (is_small if measured is None else measured) else ORDER
 
 
 def is_small_call(images: Iterable[torch.Tensor]) -> bool:

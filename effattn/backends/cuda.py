@@ -44,14 +44,17 @@ class Measurement(NamedTuple):
     ratio: float
 
 
-#: None yet: no card has been measured, and Triton's kernels are asked first.
+#: None yet: no card has been measured, and the size of a call decides (:data:`effattn.backends.SMALL_CALL`).
 MEASURED: tuple[Measurement, ...] = ()
 
 
-def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] | None = None) -> bool:
-    """Whether the table has these kernels in front of Triton's."""
-    table = [m for m in (MEASURED if measured is None else measured) if m.op == op and m.ratio > 1]
-    return bool(table) and device.type == "cuda" and _card(device) in {m.card for m in table}
+def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] | None = None) -> bool | None:
+    """Whether the table has these kernels in front of Triton's; None where it says nothing."""
+    table = [m for m in (MEASURED if measured is None else measured) if m.op == op]
+    if not table or device.type != "cuda":
+        return None
+    ratios = [m.ratio for m in table if m.card == _card(device)]
+    return min(ratios) > 1 if ratios else None
 
 
 def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
