@@ -24,7 +24,7 @@ def row(op, cuda_limits):
     cells = [
         f"`{op}`",
         ", ".join(dtypes),
-        *(", ".join(described(op, of)) or "none" for of in (cuda_limits, triton.LIMITS)),
+        *(", ".join(described(op, of)) or "any size" for of in (cuda_limits, triton.LIMITS)),
     ]
     return f"| {' | '.join(cells)} |"
 
