@@ -320,7 +320,7 @@ def _is_plain_inference() -> bool:
 
 def _is_eager_inference(x: torch.Tensor) -> bool:
     """Whether a call on the CPU is no more than its result: no mode looks at its operations either."""
-    return _is_on_cpu(x) and torch._C._len_torch_dispatch_stack() == 0 and _is_plain_inference()
+    return _is_on_cpu(x) and _is_plain_inference() and torch._C._len_torch_dispatch_stack() == 0
 
 
 @cache

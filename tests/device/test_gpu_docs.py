@@ -19,14 +19,10 @@ TABLE = re.search(r"CUDA takes \| Triton takes \|\n[|-]+\n((?:\|.*\n)+)", TEXT)
 
 
 def row(op, cuda_limits):
-    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in {*cuda.DTYPES, *triton.DTYPES}})
     assert cuda.DTYPES == triton.DTYPES
-    cells = [
-        f"`{op}`",
-        ", ".join(dtypes),
-        *(", ".join(described(op, of)) or "any size" for of in (cuda_limits, triton.LIMITS)),
-    ]
-    return f"| {' | '.join(cells)} |"
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in cuda.DTYPES)
+    takes = (", ".join(described(op, limits)) or "any size" for limits in (cuda_limits, triton.LIMITS))
+    return f"| {' | '.join((f'`{op}`', ', '.join(dtypes), *takes))} |"
 
 
 @pytest.mark.skipif(_library.cuda_error is not None, reason="the CUDA library, which knows its limits, is not built")
