@@ -41,6 +41,7 @@ def info() -> str:
     ]
     for backend in registry.backends():
         lines.append(f"  {backend.name:<10} {'available' if backend.available else backend.reason}")
+    lines.append(f"  {registry.explain_order()}")
     lines += _instruction_sets()
     if _library._C is not None:
         build = _library._C.build

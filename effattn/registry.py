@@ -1,4 +1,5 @@
-"""Which backend serves a call: a pure function of the operator, the device, the dtype and a few sizes.
+"""Which backend serves a call: a pure function of the operator, the device, the dtype, a few sizes and whether the call
+is small.
 
 One check both chooses and explains: a backend answers with every reason why it cannot serve, and no
 reason means that it can. The first that can, in the order of
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from effattn.backends import ORDER, Backend, order
+from effattn.backends import ORDER, SMALL_CALL, Backend, order
 
 ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
 
@@ -36,6 +37,11 @@ def backends() -> list[BackendStatus]:
     return [BackendStatus(backend.name, backend.unavailable()) for backend in ORDER]
 
 
+def explain_order() -> str:
+    """What the order of :func:`backends` leaves out, in a line."""
+    return f"small calls on a GPU (fewer than {SMALL_CALL} elements) ask cuda before triton, whose launches cost more"
+
+
 def _named(name: str, asked_by: str) -> Backend:
     for backend in ORDER:
         if backend.name == name:
@@ -50,7 +56,7 @@ if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
 # What choose() and choose_fused() found, for eager calls, under what was asked for then.
-_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, tuple[int, ...]], Backend] = {}
+_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, tuple[int, ...], bool], Backend] = {}
 _fused: dict[tuple[str | None, str, torch.device, torch.dtype], bool] = {}
 
 
@@ -79,39 +85,44 @@ def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype
     return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
 
 
-def find(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Backend:
+def find(
+    op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), *, is_small: bool = False
+) -> Backend:
     """The backend that serves ``op`` for tensors of ``dtype`` on ``device``, of these sizes.
 
     For an ONNX exporter it is the reference, whose operations every runtime has.
 
     Args:
         sizes: those that backends may have a limit for (:mod:`effattn.backends._sizes`); none where they do not matter.
+        is_small: what :func:`effattn.backends.is_small_call` says of the call.
 
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    backend, refusals = _search(_forced, op, device, dtype, sizes)
+    backend, refusals = _search(_forced, op, device, dtype, sizes, is_small)
     if backend is None:
         message = f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n"
         raise RuntimeError(message + "\n".join(refusals))
     return backend
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Backend:
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), *, is_small: bool = False
+) -> Backend:
     """:func:`find` that remembers: for eager calls, which it must not hold up.
 
     Not while compiling or tracing, where a table that grows would be a guard that fails, and sizes are no numbers.
     """
-    key = (_forced, op, device, dtype, sizes)
+    key = (_forced, op, device, dtype, sizes, is_small)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = find(op, device, dtype, sizes)
+        backend = _chosen[key] = find(op, device, dtype, sizes, is_small=is_small)
     return backend
 
 
 def find_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend with kernels serves ``op``; for operators of whole modules, made of others where none does."""
-    backend, _ = _search(_forced, op, device, dtype, ())
+    backend, _ = _search(_forced, op, device, dtype, (), is_small=False)
     return backend is not None and backend is not ORDER[-1]
 
 
@@ -125,13 +136,13 @@ def choose_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _search(
-    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
+    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], is_small: bool
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
     if torch.onnx.is_in_onnx_export():
         candidates = ORDER[-1:]
     else:
-        candidates = order(op, device) if forced is None else (_named(forced, "use_backend"),)
+        candidates = order(op, device, is_small=is_small) if forced is None else (_named(forced, "use_backend"),)
     refusals: list[str] = []
     for backend in candidates:
         reasons = _reasons(backend, op, device, dtype, sizes)

@@ -270,7 +270,7 @@ def test_conversion_to_a_narrow_type_after_a_call():
     close(out.float(), expected, 5e-2)
 
 
-@pytest.mark.parametrize(("size", "name"), [(7, "at once"), (21, "proj")])
+@pytest.mark.parametrize(("size", "name"), [(7, "at once"), (21, ("proj", torch.float32))])
 def test_weights_are_folded_once(size, name):
     """Where one operator takes the module, and where the projection is a call of its own."""
     _, ours = pair()

@@ -7,6 +7,8 @@ inference alone), for the reference a plain function.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from effattn.backends import cpu, cuda, reference, triton
@@ -15,10 +17,39 @@ from effattn.backends._base import Backend, Fused
 ORDER: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
 _CUDA_FIRST = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
+#: Elements of a call's images (or of q, k and v together) below which CUDA is asked before Triton. Triton's launches,
+#: two or three a call, cost about 50 us of Python, a call in C++ a few: where the GPU needs less, Python decides how
+#: long a call takes. Linear attention, the lightest of the operators, is predicted to take 17 us for 6.3 million
+#: elements (bfloat16, H200), so 50 us for 18 million. The others take longer for as many; which backend is faster there
+#: has not been measured.
+SMALL_CALL = 2**24
 
-def order(op: str, device: torch.device) -> tuple[Backend, ...]:
-    """The order for an operator on a device: CUDA before Triton where that was measured to be faster."""
-    return _CUDA_FIRST if cuda.is_preferred(op, device) else ORDER
+
+def order(op: str, device: torch.device, *, is_small: bool = False) -> tuple[Backend, ...]:
+    """The order for an operator on a device: that which was measured to be faster, else CUDA first for small calls.
+
+    Args:
+        is_small: what :func:`is_small_call` says.
+    """
+    measured = cuda.is_preferred(op, device)
+    return _CUDA_FIRST if (is_small if measured is None else measured) else ORDER
 
 
-__all__ = ["ORDER", "Backend", "Fused", "order"]
+def is_small_call(images: Iterable[torch.Tensor]) -> bool:
+    """Whether a call on a GPU has fewer than ``SMALL_CALL`` elements.
+
+    False where the sizes are symbols that do not tell: a graph that serves every size gets no guard for this.
+    """
+    elements = 0
+    for image in images:
+        if image.is_cpu:  # where the order is one for all sizes, and calls are short
+            return False
+        elements += image.numel()
+    if not torch.compiler.is_compiling() and type(elements) is int:
+        return elements < SMALL_CALL
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    return statically_known_true(elements < SMALL_CALL)
+
+
+__all__ = ["ORDER", "SMALL_CALL", "Backend", "Fused", "is_small_call", "order"]

@@ -24,6 +24,11 @@ SIZES: dict[str, tuple[str, ...]] = {
 }
 
 
+def described(op: str, limits: Mapping[str, int]) -> list[str]:
+    """The limits of a backend that count for an operator, each as "heads of up to 128 channels"."""
+    return [_PHRASES[name].format(limits[name]) for name in dict.fromkeys(SIZES.get(op, ())) if name in limits]
+
+
 def beyond(op: str, sizes: Sequence[int], limits: Mapping[str, int]) -> list[str]:
     """What of a call is more than a backend takes, each as "heads of up to 128 channels, not 129".
 

@@ -44,14 +44,17 @@ class Measurement(NamedTuple):
     ratio: float
 
 
-#: None yet: no card has been measured, and Triton's kernels are asked first.
+#: None yet: no card has been measured, and the size of a call decides (:data:`effattn.backends.SMALL_CALL`).
 MEASURED: tuple[Measurement, ...] = ()
 
 
-def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] | None = None) -> bool:
-    """Whether the table has these kernels in front of Triton's."""
-    table = [m for m in (MEASURED if measured is None else measured) if m.op == op and m.ratio > 1]
-    return bool(table) and device.type == "cuda" and _card(device) in {m.card for m in table}
+def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] | None = None) -> bool | None:
+    """Whether the table has these kernels in front of Triton's; None where it says nothing."""
+    table = [m for m in (MEASURED if measured is None else measured) if m.op == op]
+    if not table or device.type != "cuda":
+        return None
+    ratios = [m.ratio for m in table if m.card == _card(device)]
+    return min(ratios) > 1 if ratios else None
 
 
 def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
@@ -77,6 +80,11 @@ def _unavailable() -> str | None:
     return _driver_error() if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def limits(op: str) -> dict[str, int]:
+    """The most that the kernels of an operator take of a call's sizes, by name; empty without the library."""
+    return {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
+
+
 def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     reasons = []
     if op not in _FUNCTIONS:
@@ -92,8 +100,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
             reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    limits = {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
-    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, limits)]
+    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, limits(op))]
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:

@@ -17,11 +17,14 @@ from effattn.nn.lite_mla import attend
 from effattn.nn.origin import is_of
 from effattn.nn.projection import (
     can_fold,
+    dtype_of_call,
     fold_batch_norm,
     folded_convolution,
     is_dense,
     is_plain,
+    kept_weight,
     pointwise_convolution,
+    with_weight_in,
 )
 from effattn.nn.recorded import FxLeaf
 
@@ -53,11 +56,11 @@ class SanaMultiscaleLinearAttention(FxLeaf, FoldCache):
         layers = [self.to_q, self.to_k, self.to_v]
         if all(_is_matrix(layer) and layer.bias is None for layer in layers):
             weights: list[Any] = [layer.weight for layer in layers]
-            matrix = cached(folds, "qkv", lambda: torch.cat(weights))
+            matrix = kept_weight(folds, "qkv", hidden_states, lambda: torch.cat(weights))
             qkv = pointwise_convolution(hidden_states, matrix, None)
         else:  # adapters, quantised layers
             qkv = torch.cat([_on_channels(layer, hidden_states) for layer in layers], dim=1)
-        out = attend(qkv, self.to_qkv_multiscale, head_dim=self.attention_head_dim, eps=self.eps)
+        out = attend(qkv, self.to_qkv_multiscale, head_dim=self.attention_head_dim, eps=self.eps, folds=folds)
         out = self._project(out, folds)
         return out + hidden_states if self.residual_connection else out
 
@@ -66,7 +69,9 @@ class SanaMultiscaleLinearAttention(FxLeaf, FoldCache):
         if not _is_matrix(layer):
             x = _on_channels(layer, x)
         elif can_fold(norm):
-            return folded_convolution(x, *cached(folds, "out", lambda: fold_batch_norm(layer, norm)))
+            dtype = dtype_of_call(x)
+            folded = cached(folds, ("out", dtype), lambda: with_weight_in(dtype, fold_batch_norm(layer, norm)))
+            return folded_convolution(x, *folded)
         else:
             x = pointwise_convolution(x, layer.weight, layer.bias)
         return _on_channels(norm, x) if self.norm_type == "rms_norm" else norm(x)

@@ -100,11 +100,18 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
             if x.shape[1] != packed.proj.shape[1]:
                 raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
             return _operator.projected(x, packed, self.scale, *size)
-        weights = cached(folds, f"{size[0]}x{size[1]}", lambda: self._all_weights(size))
+        weights = cached(folds, (*size, x.dtype), lambda: self._weights_for(size, x.dtype))
         if weights is None:
             return self._unfolded(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
         return folded_convolution(out.relu(), weights.proj_weight, weights.proj_bias)
+
+    def _weights_for(self, size: tuple[int, int], dtype: torch.dtype) -> _operator.Weights | None:
+        """Of the operator and of the projection behind it, for images of a dtype."""
+        weights = self._all_weights(size)
+        if weights is None:
+            return None
+        return weights._replace(proj_weight=weights.proj_weight.to(dtype))
 
     def _packed(self, size: tuple[int, int]) -> _operator.Packed | None:
         weights = self._all_weights(size)
@@ -172,6 +179,8 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
 
     def _unfolded(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """With BatchNorm of this batch, in the operator or beside it."""
+        if not _operator.serves(x):
+            return self._layer_by_layer(x, size)
         _, _, height, width = static_shape(x)
         windows = x if height % size[0] == 0 and width % size[1] == 0 else _partition(x, size)
         out = self._cascade_with_batch_norm(windows, size)
@@ -186,7 +195,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         """Whole windows through all heads; None where the operator cannot stand for the modules."""
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [pair for pair in map(training_pair, parts) if pair is not None]
-        if len(pairs) != len(parts) or not _operator.serves(x):
+        if len(pairs) != len(parts):
             return None
         count = x.numel() // max(x.shape[1], 1)  # of numbers of a channel; torch refuses to normalise one
         if count < 2 or not self._fits([conv for conv, _ in pairs]):
@@ -215,9 +224,11 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
     def _layer_by_layer(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """As the authors have it, each part called."""
         windows = _partition(x, size)
-        bias, tokens = self._bias(size), size[0] * size[1]
+        # In one piece, so that the gradients of all heads' biases are joined by one operation.
+        biases, tokens = self._bias(size).split(1), size[0] * size[1]
         outs: list[torch.Tensor] = []
-        for i, (group, qkv, dw) in enumerate(zip(windows.chunk(self.num_heads, 1), self.qkvs, self.dws, strict=True)):
+        heads = zip(windows.chunk(self.num_heads, 1), self.qkvs, self.dws, biases, strict=True)
+        for i, (group, qkv, dw, bias) in enumerate(heads):
             feat = qkv(group if i == 0 else group + outs[-1])
             sizes = [self.key_dim, self.key_dim, static_shape(group)[1]]
             q, k, v = feat.split(sizes, dim=1)
@@ -225,7 +236,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
                 t.reshape(-1, 1, channels, tokens).transpose(-2, -1)
                 for t, channels in zip((dw(q), k, v), sizes, strict=True)
             )
-            out = biased_attention(q, k, v, bias[i : i + 1], scale=self.scale)
+            out = biased_attention(q, k, v, bias, scale=self.scale)
             outs.append(out.transpose(-2, -1).reshape(-1, sizes[2], *size))
         projected: torch.Tensor = self.proj(torch.cat(outs, dim=1))
         return _reverse(projected, x, size)

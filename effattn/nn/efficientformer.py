@@ -20,6 +20,7 @@ from effattn.nn.origin import is_genuine
 from effattn.nn.projection import (
     at_once_under_autocast,
     cast_by_autocast,
+    dtype_of_call,
     fold_batch_norm,
     folded_convolution,
     folded_pair,
@@ -29,9 +30,11 @@ from effattn.nn.projection import (
     is_overridden,
     is_plain,
     is_pointwise,
+    with_weight_in,
 )
 from effattn.nn.recorded import FxLeaf
 from effattn.ops import projected_attention as _operator
+from effattn.ops._operator import widened
 
 # What makes the queries where the image is halved, by class: timm's, ours and the official one.
 QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
@@ -113,7 +116,7 @@ class EfficientFormerAttention(FxLeaf, FoldCache):
             if packed is not None:
                 # As an image of one row: of one column, neither memory order would be the tokens'.
                 return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
-        bias = cached(folds, f"bias {tokens} {size}", lambda: self._bias(tokens, size))
+        bias = cached(folds, ("bias", tokens, size), lambda: widened(self._bias(tokens, size)))
         heads = self.qkv(x).reshape(x.shape[0], tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = heads.split([self.key_dim, self.key_dim, static_shape(heads)[3] - 2 * self.key_dim], dim=3)
         out = biased_attention(q, k, v, bias, scale=self.scale)
@@ -236,7 +239,8 @@ class _V2(FxLeaf, FoldCache):
     def _projected(self, folds: Folds | None, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
         """1x1 convolutions of x by the names of their parts: one product, if all can be."""
         parts = [self._modules[name] for name in names]
-        folded = cached(folds, " ".join(names), lambda: _folded_together(parts))
+        dtype = dtype_of_call(x)
+        folded = cached(folds, (*names, dtype), lambda: _folded_together(parts, dtype))
         if folded is None:
             return [part(x) for part in parts if part is not None]
         sizes, weight, bias = folded
@@ -244,7 +248,8 @@ class _V2(FxLeaf, FoldCache):
 
     def _convolved(self, folds: Folds | None, name: str, x: torch.Tensor) -> torch.Tensor:
         part: Any = self._modules[name]
-        folded = cached(folds, name, lambda: _folded_convolution(part))
+        dtype = dtype_of_call(x)
+        folded = cached(folds, (name, dtype), lambda: _folded_convolution(part, dtype))
         if folded is None:
             out: torch.Tensor = part(x)
             return out
@@ -289,7 +294,8 @@ class _V2(FxLeaf, FoldCache):
     def _activated_and_projected(self, folds: Folds | None, x: torch.Tensor) -> torch.Tensor:
         proj = self.proj
         act = self._modules.get("act")
-        folded = cached(folds, "proj", lambda: _folded_together([proj], self._in_front("proj")))
+        dtype = dtype_of_call(x)
+        folded = cached(folds, ("proj", dtype), lambda: _folded_together([proj], dtype, self._in_front("proj")))
         if folded is None:
             out: torch.Tensor = proj(x if act is None else act(x))
             return out
@@ -308,11 +314,7 @@ class _V2(FxLeaf, FoldCache):
         return out.transpose(-2, -1).reshape(batch, *static_shape(local)[1:]) + local
 
     def _bias(self, size: Size, folds: Folds | None = None) -> torch.Tensor:
-        bias: torch.Tensor = cached(
-            folds,
-            f"bias {size[0]}x{size[1]}",
-            lambda: self._gathered(size),
-        )
+        bias: torch.Tensor = cached(folds, ("bias", *size), lambda: widened(self._gathered(size)))
         return bias
 
     def _gathered(self, size: Size) -> torch.Tensor:
@@ -323,24 +325,27 @@ class _V2(FxLeaf, FoldCache):
         return gather_attention_bias(self.attention_biases, own, size, self.queries_stride, self.attention_bias_idxs)
 
 
-def _folded_convolution(part: nn.Module) -> tuple[nn.Conv2d, torch.Tensor, torch.Tensor] | None:
-    """A convolution with its weight and bias after folding; None where the part must be called.
+def _folded_convolution(part: nn.Module, dtype: torch.dtype) -> tuple[nn.Conv2d, torch.Tensor, torch.Tensor] | None:
+    """A convolution with its weight and bias after folding, for a call of ``dtype``; None where the part must be
+    called.
 
     So it is in float16 too, or folded weights would be rounded once more than their parts are.
     """
     pair = folded_pair(part)
     if pair is None or pair[0].weight.dtype.itemsize < 4:
         return None
-    return pair[0], *fold_batch_norm(*pair)
+    return pair[0], *with_weight_in(dtype, fold_batch_norm(*pair))
 
 
-def _folded_together(parts: list[Any], in_front: int = 0) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
+def _folded_together(
+    parts: list[Any], dtype: torch.dtype, in_front: int = 0
+) -> tuple[list[int], torch.Tensor, torch.Tensor] | None:
     """Outputs, weights and biases of 1x1 convolutions of one input; None where a part must be called, as above."""
     pairs = [pair for pair in (folded_pair(part, in_front) for part in parts) if pair is not None]
     if len(pairs) != len(parts) or not all(is_pointwise(conv) and conv.weight.dtype.itemsize >= 4 for conv, _ in pairs):
         return None
     weights, biases = zip(*(fold_batch_norm(*pair) for pair in pairs), strict=True)
-    return [static_shape(bias)[0] for bias in biases], torch.cat(weights), torch.cat(biases)
+    return [static_shape(bias)[0] for bias in biases], *with_weight_in(dtype, (torch.cat(weights), torch.cat(biases)))
 
 
 class EfficientFormerV2Attention(_V2):
@@ -424,7 +429,7 @@ class EfficientFormerV2Attention(_V2):
         local = self._convolved(folds, "v_local", v)
         batch = x.shape[0]
         q, k, v = (self._heads(t, batch) for t in (q, k, v))
-        out = self._added(self._attend(q, k, v, self._bias((height, width), folds)), local, batch)
+        out = self._added(self._attend(q, k, v, self._bias((height, width), folds), folds), local, batch)
         if self.upsample is not None:
             upsampled: torch.Tensor = self.upsample(out)
             # At a size that the stride does not divide it would come out larger than it went in.
@@ -461,8 +466,15 @@ class EfficientFormerV2Attention(_V2):
         none = self.attention_biases.new_zeros(self.num_heads)
         return [t for conv in convolutions for t in (conv.weight.flatten(1), none if conv.bias is None else conv.bias)]
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def _kept_mixing(self) -> list[torch.Tensor] | None:
+        """As the operator takes it, and no views of parameters, which torch could not swap."""
         mixing = self._mixing()
+        return None if mixing is None else [widened(t.detach()) for t in mixing]
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, folds: Folds | None
+    ) -> torch.Tensor:
+        mixing = self._mixing() if folds is None else cached(folds, "mixing", self._kept_mixing)
         if mixing is None or is_exporting_to_onnx():
             logits = self.scale * (q @ k.transpose(-2, -1)) + bias
             return self.talking_head2(self.talking_head1(logits).softmax(dim=-1)) @ v

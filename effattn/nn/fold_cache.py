@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ _ATTRIBUTES = (
 #: Elements of tensors that a fingerprint compares at most: more than a module of any model of the papers has rows and
 #: columns. Of the commonest 2,000 take 1 us, of the widest 19,000 take 7, with memory in cache.
 _MAX_ELEMENTS = 32768
-#: Entries that a module keeps (one a size of image, or several); the oldest goes first.
-MAX_ENTRIES = 8
+#: Entries that a module keeps (one a size of image and dtype, or several); the oldest goes first.
+MAX_ENTRIES = 16
 
 
 class _Steps:
@@ -165,15 +165,16 @@ def _in_memory(t: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], 
     return t.data_ptr(), tuple(t.shape), t.stride(), t.element_size()
 
 
-class Folds(dict[str, Any]):
-    """What was computed from parameters, by name; valid for the call that got it from :meth:`FoldCache._folds`."""
+class Folds(dict[Hashable, Any]):
+    """What was computed from parameters, by name, or by name and what else it depends on; valid for the call that got
+    it from :meth:`FoldCache._folds`."""
 
     def __init__(self, fingerprint: Fingerprint) -> None:
         super().__init__()
         self.fingerprint = fingerprint
 
 
-def cached(folds: Folds | None, name: str, make: Callable[[], Any]) -> Any:
+def cached(folds: Folds | None, name: Hashable, make: Callable[[], Any]) -> Any:
     """What ``make`` returns: from an earlier call if ``folds`` has it, else made, and kept there if there are any."""
     if folds is None:
         return make()

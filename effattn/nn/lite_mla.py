@@ -20,6 +20,7 @@ from effattn.nn.projection import (
     calls_in_order,
     can_fold,
     cast_by_autocast,
+    dtype_of_call,
     fold_batch_norm,
     folded_convolution,
     is_affine,
@@ -28,10 +29,13 @@ from effattn.nn.projection import (
     is_overridden,
     is_plain,
     is_pointwise,
+    kept_weight,
     pointwise_convolution,
+    with_weight_in,
 )
 from effattn.nn.recorded import FxLeaf
 from effattn.ops import lite_mla as _lite_mla
+from effattn.ops._operator import widened
 
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
 # ones torch's matrix products around the attention are faster.
@@ -113,12 +117,13 @@ class LiteMLA(FxLeaf, FoldCache):
             and not _is_recorded()
             and x.shape[2] * x.shape[3] <= _TOKENS_AT_ONCE
             and at_once_under_autocast(x)
+            and _lite_mla.serves(x)
         ):
             out = self._at_once(cast_by_autocast(x), folds)
             if out is not None:
                 return out
         qkv = self._project("qkv", x, folds)
-        out = attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps, kernel=self._kernel_func())
+        out = attend(qkv, self.aggreg, head_dim=self.dim, eps=self.eps, kernel=self._kernel_func(), folds=folds)
         return self._project("proj", out, folds)
 
     def _kernel_func(self) -> nn.Module | None:
@@ -127,11 +132,11 @@ class LiteMLA(FxLeaf, FoldCache):
         return None if kernel is None or is_plain(kernel, nn.ReLU) else kernel
 
     def _at_once(self, x: torch.Tensor, folds: Folds | None) -> torch.Tensor | None:
-        """The module as one operator, for inference; None where something of it needs calling, or no kernel serves."""
+        """The module as one operator, for inference; None where something of it needs calling."""
         if self._kernel_func() is not None:
             return None
         found = cached(folds, "at once", self._all_weights)
-        if found is None or not _lite_mla.serves(x):
+        if found is None:
             return None
         weights, act = found
         out = _lite_mla.lite_mla(x, weights, self.dim, self.eps)
@@ -172,9 +177,11 @@ class LiteMLA(FxLeaf, FoldCache):
         conv, norm, act = parts["conv"], parts.get("norm"), parts.get("act")
         assert isinstance(conv, nn.Conv2d)
         if can_fold(norm) and not _is_nothing(norm):
-            out = folded_convolution(x, *cached(folds, name, lambda: fold_batch_norm(conv, norm)))
+            dtype = dtype_of_call(x)
+            folded = cached(folds, (name, dtype), lambda: with_weight_in(dtype, fold_batch_norm(conv, norm)))
+            out = folded_convolution(x, *folded)
         else:
-            out = pointwise_convolution(x, conv.weight, conv.bias)
+            out = pointwise_convolution(x, kept_weight(folds, name, x, lambda: conv.weight), conv.bias)
             out = out if norm is None else norm(out)
         return out if act is None else act(out)
 
@@ -200,11 +207,12 @@ def _both(value: Any) -> tuple[Any, Any]:
 
 def attend(
     qkv: torch.Tensor,
-    scales: Iterable[nn.Module],
+    scales: nn.ModuleList,
     *,
     head_dim: int,
     eps: float,
     kernel: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    folds: Folds | None = None,
 ) -> torch.Tensor:
     """:func:`effattn.multi_scale_linear_attention` with the weights of modules.
 
@@ -215,28 +223,33 @@ def attend(
         head_dim: channels of a head.
         eps: added to the denominator.
         kernel: the map of q and k; by default ReLU.
+        folds: keeps the weights as the operator takes them, if there are any.
 
     Returns:
         (B, (1 + S) * heads * head_dim, H, W).
     """
-    scales = list(scales)
-    pairs = _plain_pairs(scales)
-    if pairs is None or kernel is not None:
+    weights = None if kernel is not None else cached(folds, "scales", lambda: _scale_weights(scales, folds is not None))
+    if weights is None:
         return _attend_to_any(qkv, scales, head_dim, eps, kernel)
+    return multi_scale_linear_attention(qkv, *weights, head_dim=head_dim, eps=eps)
+
+
+def _scale_weights(scales: nn.ModuleList, are_kept: bool) -> tuple[list[torch.Tensor] | None, ...] | None:
+    """Weights of the depthwise and the 1x1 convolutions, then their biases; None where something must be called.
+
+    ``are_kept``: for many calls, so in the dtype of the operator; autograd goes through the cast of each call.
+    """
+    pairs = _plain_pairs(scales._modules.values())
+    if pairs is None:
+        return None
     depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
-    return multi_scale_linear_attention(
-        qkv,
-        [conv.weight for conv in depthwise],
-        [conv.weight for conv in pointwise],
-        _biases(depthwise),
-        _biases(pointwise),
-        head_dim=head_dim,
-        eps=eps,
-    )
+    weights = ([conv.weight for conv in depthwise], [conv.weight for conv in pointwise])
+    lists = (*weights, _biases(depthwise), _biases(pointwise))
+    return tuple(None if ts is None else [widened(t) for t in ts] for ts in lists) if are_kept else lists
 
 
 def _attend_to_any(
-    qkv: torch.Tensor, scales: Iterable[nn.Module], head_dim: int, eps: float, kernel: Callable[..., Any] | None
+    qkv: torch.Tensor, scales: nn.ModuleList, head_dim: int, eps: float, kernel: Callable[..., Any] | None
 ) -> torch.Tensor:
     batch, _, height, width = qkv.shape
     aggregated = torch.cat([qkv, *(scale(qkv) for scale in scales)], dim=1)

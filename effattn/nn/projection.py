@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from effattn._library import _C
 from effattn._tracing import is_exporting_to_onnx, needs_gradients
-from effattn.nn.fold_cache import HOOKS
+from effattn.nn.fold_cache import HOOKS, Folds, cached
 from effattn.nn.origin import is_genuine
 
 # torch's matrix products are MKL's, which leaves an AMD processor half of its vectors; its convolutions are oneDNN's.
@@ -38,9 +39,15 @@ def at_once_under_autocast(x: torch.Tensor) -> bool:
     return not is_autocast(x) or x.numel() * x.shape[1] <= _NARROW_AT_ONCE
 
 
+def dtype_of_call(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a convolution of ``x`` is computed: autocast's, or that of ``x``."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) and x.dtype != torch.float64 else x.dtype
+
+
 def cast_by_autocast(x: torch.Tensor) -> torch.Tensor:
     """In the dtype that autocast gives the arguments of a convolution."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) and x.dtype != torch.float64 else x
+    dtype = dtype_of_call(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def is_overridden(module: nn.Module) -> bool:
@@ -197,9 +204,26 @@ def fold_batch_norm(
     return weight.to(dtype), shift.to(dtype)
 
 
+def with_weight_in(dtype: torch.dtype, folded: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias as :func:`folded_convolution` uses them in a call of ``dtype``. Kept, they spare it the cast."""
+    weight, bias = folded
+    return weight.to(dtype), bias
+
+
+def kept_weight(folds: Folds | None, name: str, x: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The weight that ``make`` returns, for a product with ``x``; where ``folds`` keeps it, cast as autocast would."""
+    dtype = dtype_of_call(x) if folds is not None and is_autocast(x) else None
+    weight: torch.Tensor = cached(folds, (name, dtype), lambda: make() if dtype is None else make().to(dtype))
+    return weight
+
+
+def _is_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _is_slow_as_product(x: torch.Tensor) -> bool:
     """Of narrow types both are oneDNN's; as convolutions they round as the stock module's do."""
-    return _PRODUCTS_ARE_SLOW and x.dtype != torch.float64 and x.device.type == "cpu" and x.numel() > 0
+    return _PRODUCTS_ARE_SLOW and x.dtype != torch.float64 and _is_on_cpu(x) and x.numel() > 0
 
 
 def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -223,6 +247,8 @@ def pointwise_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return functional.linear(x.permute(0, 2, 3, 1), matrix, bias).permute(0, 3, 1, 2)
     grad = torch.is_grad_enabled()
+    if not grad and forward_ad._current_level < 0:
+        matrix = matrix.detach()  # of one that requires grad, matmul copies the batch to and fro, gradients or not
     if x.numel() > 0 and (not x.is_contiguous() or (batch != 1 and grad)):
         return functional.conv2d(x, matrix.unsqueeze(-1).unsqueeze(-1), bias)
     if batch == 1:
@@ -246,8 +272,9 @@ def folded_convolution(
 
     Args:
         x: (B, C, H, W).
-        weight: (C_out, C / groups, k, k), or (C_out, C) of a 1x1 convolution; at least as wide as x.
-        bias: (C_out,), of weight's dtype.
+        weight: (C_out, C / groups, k, k), or (C_out, C) of a 1x1 convolution; that of :func:`with_weight_in` is
+            taken as it is.
+        bias: (C_out,); at least as wide as x.
         like: has the stride, padding, dilation and groups; None: of a 1x1 convolution.
 
     Returns:
@@ -260,6 +287,14 @@ def folded_convolution(
             return pointwise_convolution(x, weight, bias)
         return functional.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
     weight = weight.to(x.dtype)
+    if not _is_on_cpu(x) and _is_plain_inference():
+        # Convolutions in NCHW may convert the image on GPUs, products do not; their pass behind it adds in float32.
+        out = (
+            pointwise_convolution(x, weight, None)
+            if like is None
+            else functional.conv2d(x, weight, None, like.stride, like.padding, like.dilation, like.groups)
+        )
+        return out.add_(bias.unsqueeze(-1).unsqueeze(-1))
     weight = weight if weight.dim() == 4 else weight.unsqueeze(-1).unsqueeze(-1)
     stride, padding, dilation, groups = (
         ((1, 1), (0, 0), (1, 1), 1) if like is None else (like.stride, like.padding, like.dilation, like.groups)
@@ -278,16 +313,14 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _is_plain_inference() -> bool:
+    """Whether nobody differentiates, transforms or compiles a call."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed())
+
+
 def _is_eager_inference(x: torch.Tensor) -> bool:
-    """Whether a call is no more than its result: nobody differentiates, transforms or records it."""
-    return not (
-        x.device.type != "cpu"
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _is_transformed()
-    )
+    """Whether a call on the CPU is no more than its result: no mode looks at its operations either."""
+    return _is_on_cpu(x) and _is_plain_inference() and torch._C._len_torch_dispatch_stack() == 0
 
 
 @cache

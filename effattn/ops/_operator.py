@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from effattn import _library, registry
 from effattn._tracing import untraced
-from effattn.backends import Backend, Fused, reference, triton
+from effattn.backends import Backend, Fused, is_small_call, reference, triton
 from effattn.backends._memory import empty_in_order_of
 from effattn.ops import _plain
 
@@ -63,7 +63,8 @@ class Operator(NamedTuple):
         else:
             sizes = self.sizes(*arguments_and_options)
             find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
-            function = find(self.name, image.device, image.dtype, sizes).functions[self.name]
+            is_small = is_small_call(arguments_and_options[: self.images])
+            function = find(self.name, image.device, image.dtype, sizes, is_small=is_small).functions[self.name]
             if not isinstance(function, Fused):
                 self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
         if not isinstance(function, Fused):
@@ -209,6 +210,11 @@ class InferenceOperator(NamedTuple):
     def _backend(self, x: torch.Tensor) -> Backend:
         find = registry.find if torch.compiler.is_compiling() else registry.choose
         return find(self.name, x.device, x.dtype)
+
+
+def widened(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in float32, as operators take it, or in float64: kept, it spares calls on narrow images the cast."""
+    return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], argument: Argument) -> Argument:

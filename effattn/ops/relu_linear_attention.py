@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from effattn import _library, registry
 from effattn._tracing import untraced
-from effattn.backends import Fused, reference, triton
+from effattn.backends import Fused, is_small_call, reference, triton
 from effattn.backends._memory import empty_in_order_of
 from effattn.ops import _plain
 
@@ -36,7 +36,7 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
         sizes = (q.shape[-1], v.shape[-1], q.dim())
         is_traced = is_compiling or type(sizes[0]) is not int or type(sizes[1]) is not int
         find = registry.find if is_traced else registry.choose
-        function = find(NAME, q.device, q.dtype, sizes).functions[NAME]
+        function = find(NAME, q.device, q.dtype, sizes, is_small=is_small_call((q, k, v))).functions[NAME]
         if not isinstance(function, Fused):
             _check(q, k, v, eps)  # plain operations would broadcast instead of complaining
     if not isinstance(function, Fused):

@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import effattn
 from effattn import use_backend
+from effattn.nn import LiteMLA, LocalWindowAttention
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     BiasedCase,
@@ -223,3 +225,37 @@ def test_faster_launches_are_looked_for_and_kept(tmp_path, monkeypatch):
     assert torch.cuda.get_device_name() in file.read_text()
     for a, b in zip(results, expected, strict=True):
         assert torch.linalg.vector_norm(a - b) <= 1e-5 * torch.linalg.vector_norm(b)
+
+
+#: By module and memory format: launches of a call in half precision, at most (test_module_launches.py tells which).
+LAUNCHES = {
+    ("LiteMLA", torch.channels_last): 4,
+    ("LiteMLA", torch.contiguous_format): 5,
+    ("cascade", torch.channels_last): 4,
+    ("cascade", torch.contiguous_format): 4,
+}
+MODULES: dict[str, Callable[[], torch.nn.Module]] = {
+    "LiteMLA": lambda: LiteMLA(128, 128, dim=16),
+    "cascade": lambda: LocalWindowAttention(128, 16, num_heads=4, attn_ratio=2, resolution=28),
+}
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "memory_format"), LAUNCHES, ids=str)
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="without clusters, sums over tokens are added up by a launch of their own",
+)
+def test_launches_of_a_module(name, memory_format, dtype, backend):
+    module = MODULES[name]().to("cuda", dtype).eval()
+    x = torch.randn(8, 128, 28, 28, device="cuda", dtype=dtype).to(memory_format=memory_format)
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            module(x)
+            torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(launched) <= LAUNCHES[name, memory_format], launched

@@ -29,7 +29,8 @@ NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
 LEAST_CAPABILITY = (8, 0)
-_LIMITS = {"channels": MOST_CHANNELS, "talking_heads": MOST_TALKING_HEADS}
+#: The most that the kernels take of a call's sizes, by name.
+LIMITS = {"channels": MOST_CHANNELS, "talking_heads": MOST_TALKING_HEADS}
 
 
 def _unavailable() -> str | None:
@@ -56,7 +57,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
             reasons.append(f"needs a card of compute capability {needed}, this one has {found}")
     if dtype not in DTYPES:
         reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, _LIMITS)]
+    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, LIMITS)]
 
 
 @torch.compiler.assume_constant_result
@@ -93,7 +94,7 @@ _OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def check_sizes(op: str, sizes: tuple[int, ...]) -> None:
     """Raises RuntimeError where :func:`_reasons` would name them."""
-    for limit in beyond(op, sizes, _LIMITS):
+    for limit in beyond(op, sizes, LIMITS):
         torch._check(False, lambda limit=limit: f"the kernels take {limit}")
 
 
