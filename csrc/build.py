@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import platform
 import re
@@ -90,8 +91,15 @@ CUDA = (
     "kernels/cuda/multi_scale.cu",
 )
 # Of the device; and of the host, where threads of a block are emulated.
-CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp")
-CUDA_EMULATED = ("kernels/cuda/emulator.cpp", "csrc/cuda/emulated.cpp", "csrc/cuda/limits.cpp")
+CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp", "csrc/cuda/launched.cpp")
+CUDA_EMULATED = (
+    "kernels/cuda/emulator.cpp",
+    "csrc/cuda/emulated.cpp",
+    "csrc/cuda/limits.cpp",
+    "csrc/cuda/launched.cpp",
+)
+# What the library is told of itself is compiled in here.
+CUDA_IDENTITY = ("csrc/cuda/library.cpp", "csrc/cuda/emulated.cpp")
 # Compute capabilities; of the last one also code that newer cards can translate.
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 
@@ -146,6 +154,17 @@ class Cuda:
             if name != arch:
                 flags.append(f"-gencode arch=compute_{name},code=compute_{name}")
         return flags
+
+
+def cuda_digest(compiler: str) -> str:
+    """Of the sources that the CUDA library is made of, and of its compiler: what is said of one build holds for all
+    builds with the same digest."""
+    found = hashlib.sha256(compiler.encode())
+    for folder, pattern in (("kernels", "*.h"), ("kernels/cuda", "*"), ("csrc", "*.[ch]*"), ("csrc/cuda", "*")):
+        for path in sorted((ROOT / folder).glob(pattern)):
+            if path.is_file():
+                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def _capability(arch: str) -> str:
@@ -273,7 +292,11 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
     outputs = [library]
     if target.emulate_cuda:
         emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
-        parts = [compile(source, emulated, "emulated") for source in (*CUDA, *CUDA_EMULATED, *SHARED)]
+        told = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
+        parts = [
+            compile(source, [*emulated, told] if source in CUDA_IDENTITY else emulated, "emulated")
+            for source in (*CUDA, *CUDA_EMULATED, *SHARED)
+        ]
         outputs.append(output / CUDA_LIBRARY)
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
     if target.cuda is not None:
@@ -322,15 +345,16 @@ def _add_cuda(
         description="compile $out",
     )
     ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
-    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}"
-    glue_flags = [*torch_flags, "-DEFFATTN_CUDA", f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"]
+    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
+    glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []
     for source in (*CUDA, *CUDA_DEVICE, *SHARED):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
             parts += ninja.build(path, "compile_cuda", str(ROOT / source))
         else:
-            parts.append(compile(source, glue_flags, "cuda"))
+            told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source in CUDA_IDENTITY else []
+            parts.append(compile(source, [*glue_flags, *told], "cuda"))
     through_nvcc = " ".join(
         f"-Xlinker {flag.removeprefix('-Wl,')}" if flag.startswith("-Wl,") else flag for flag in link_torch.split()
     )

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from effattn import verdicts
 from effattn.backends import ORDER, Backend, order
+from effattn.verdicts import Verdict
 
 ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
 
@@ -34,6 +36,11 @@ class BackendStatus:
 def backends() -> list[BackendStatus]:
     """Every backend in the order of preference, with the reason why it cannot serve here, if any."""
     return [BackendStatus(backend.name, backend.unavailable()) for backend in ORDER]
+
+
+def failed() -> list[Verdict]:
+    """The kernels that were found to fail on a card of this machine, and for which the next backend serves."""
+    return verdicts.here()
 
 
 def _named(name: str, asked_by: str) -> Backend:
@@ -76,7 +83,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     unavailable = backend.unavailable()
-    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
+    reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
+    if not reasons:
+        verdict = verdicts.reason(backend.name, op, device, dtype)
+        reasons = [] if verdict is None else [verdict]
+    return reasons
 
 
 def find(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> Backend:
