@@ -226,7 +226,7 @@ def import_torch() -> ModuleType:
     return torch
 
 
-def ninja_file(target: Target, output: Path, objects: Path) -> str:
+def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool = False) -> str:
     import pybind11
     from ninja import ninja_syntax
 
@@ -279,13 +279,38 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
         return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
 
+    library = output / "libeffattn.so"
+    outputs: list[Path] = []
+    if not extension_only:
+        outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags)
+    extension = output / f"_C{target.extension_suffix}"
+    ninja.build(
+        str(extension),
+        "link",
+        [compile(source, python_flags) for source in PYTHON],
+        implicit=[str(library)],
+        variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
+    )
+    ninja.default([*map(str, outputs), str(extension)])
+    return text.getvalue()
+
+
+def _add_libraries(
+    ninja: Any,
+    target: Target,
+    isas: list[tuple[str, int, tuple[str, ...]]],
+    library: Path,
+    objects: Path,
+    compile: Callable[..., str],
+    torch_flags: list[str],
+) -> list[Path]:
+    """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
     parts = [compile(source, torch_flags) for source in glue]
     for name, lanes, flags in isas:
         defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
         parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
-    library = output / "libeffattn.so"
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
@@ -297,21 +322,12 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
             compile(source, [*emulated, told] if source in CUDA_IDENTITY else emulated, "emulated")
             for source in (*CUDA, *CUDA_EMULATED, *SHARED)
         ]
-        outputs.append(output / CUDA_LIBRARY)
+        outputs.append(library.with_name(CUDA_LIBRARY))
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
     if target.cuda is not None:
-        outputs.append(output / CUDA_LIBRARY)
+        outputs.append(library.with_name(CUDA_LIBRARY))
         _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
-    extension = output / f"_C{target.extension_suffix}"
-    ninja.build(
-        str(extension),
-        "link",
-        [compile(source, python_flags) for source in PYTHON],
-        implicit=[str(library)],
-        variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
-    )
-    ninja.default([*map(str, outputs), str(extension)])
-    return text.getvalue()
+    return outputs
 
 
 def _is_cpu_glue(source: str) -> bool:
@@ -361,31 +377,46 @@ def _add_cuda(
     ninja.build(str(library), "link_cuda", parts, variables={"flags": through_nvcc})
 
 
-def build(target: Target, output: Path, objects: Path, verbose: bool = False) -> list[Path]:
-    """Compiles what is out of date and returns the shared objects in ``output``."""
+def build(
+    target: Target, output: Path, objects: Path, verbose: bool = False, extension_only: bool = False
+) -> list[Path]:
+    """Compiles what is out of date and returns the shared objects in ``output``.
+
+    With ``extension_only`` that is ``_C`` alone, beside libraries that are there already.
+    """
     import ninja
 
     output.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve()))
+    (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve(), extension_only))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
     subprocess.run(command, check=True)
     built = [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
+    if extension_only:
+        return built
     if target.cuda is not None or target.emulate_cuda:
         return [*built, output / CUDA_LIBRARY]
     (output / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build: it would not fit any more
     return built
 
 
-def stage(target: Target, folder: Path) -> None:
-    """Puts an importable copy of the package, with its own binaries, into ``folder``."""
+def stage(target: Target, folder: Path, prebuilt: Path | None = None) -> None:
+    """Puts an importable copy of the package, with its own binaries, into ``folder``.
+
+    Args:
+        prebuilt: a folder with libraries that fit, of which ``_C`` alone is not taken: it is for one Python.
+    """
     package = folder / "effattn"
     if package.exists():
         shutil.rmtree(package)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "effattn", package, ignore=ignored)
     shutil.copytree(ROOT / "kernels" / "triton", package / "kernels", ignore=ignored, dirs_exist_ok=True)
-    build(target, folder / "lib", folder / "objects")
+    if prebuilt is not None:
+        (folder / "lib").mkdir(parents=True, exist_ok=True)
+        for library in prebuilt.glob("libeffattn*.so"):
+            shutil.copy2(library, folder / "lib" / library.name)
+    build(target, folder / "lib", folder / "objects", extension_only=prebuilt is not None)
     for binary in (folder / "lib").glob("*.so"):
         shutil.copy2(binary, package / binary.name)
 
