@@ -182,6 +182,23 @@ def test_identities_change_with_the_kernels(tmp_path, monkeypatch):
     assert triton._identity() != first
 
 
+def test_a_run_forgets_what_it_has_tried_again(card, monkeypatch):
+    from benchmarks.gpu.keep import merged
+    from benchmarks.gpu.names import Kernel
+
+    old = [
+        verdict(),
+        verdict(operator="relu_linear_attention"),
+        verdict(identity="older kernels"),
+        verdict(card="another"),
+        verdict(dtype="float16"),
+    ]
+    new = [verdict(dtype="float16", status="wrong")]
+    tried = [Kernel("biased_attention with talking heads", "triton", "bfloat16", "backward")]
+    tried.append(Kernel("biased_attention", "triton", "float16", "backward"))
+    assert merged(old, new, tried, CARD, DRIVER) == [*old[1:4], *new]
+
+
 @pytest.mark.skipif(_library.cuda_error is not None, reason="the CUDA library is not built")
 def test_the_library_knows_what_it_is_made_of():
     assert len(_library.cuda_digest) == 16 and verdicts.identity("cuda") == _library.cuda_digest

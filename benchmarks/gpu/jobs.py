@@ -110,7 +110,9 @@ def run(jobs: Sequence[Job], until: float, heard: Heard, log: Log, at_once: int 
                         again.leave(heard, process.job, "no time was left")
     finally:
         for process in active:
-            process.kill()
+            process.kill("was ended")
+        for process in active:
+            process.leave()
         selector.close()
 
 
@@ -139,6 +141,7 @@ class _Process:
         self._figures: dict[str, Any] = {}  # of what was begun
         self._progress = False
         self._killed: str | None = None  # why
+        self._killed_at = 0.0
         self._status = Status.TIMEOUT  # of what is killed
         self._tail = ""
         log.write(job, f"=== {job.name}: {' '.join(job.command)[:500]}")
@@ -212,28 +215,33 @@ class _Process:
             self._heard(name, status, record)
 
     def is_over(self) -> bool:
-        """Whether it has ended; kills it if its time is over."""
+        """Whether it has ended, or has not although it was killed; kills it if its time is over."""
         if self._process.poll() is not None:
             return True
         now = time.monotonic()
-        if now > self._until:
-            self._killed, self._status = "ended when no time was left", Status.NOT_RUN
-        elif now - self._began > self.job.limit:
-            self._killed = f"did not end within {self.job.limit:.0f} s"
-        elif self._begun is not None and now - self._item_began > self.job.item_limit:
-            self._killed = f"did not end within {self.job.item_limit:.0f} s"
         if self._killed is not None:
-            self.kill()
-            return True
+            if now > self._killed_at + LAST_WAIT:
+                self._killed += ", and does not die"
+                return True
+        elif now > self._until:
+            self._status = Status.NOT_RUN
+            self.kill("ended when no time was left")
+        elif now - self._began > self.job.limit:
+            self.kill(f"did not end within {self.job.limit:.0f} s")
+        elif self._begun is not None and now - self._item_began > self.job.item_limit:
+            self.kill(f"did not end within {self.job.item_limit:.0f} s")
         return False
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
+        self._killed, self._killed_at = why, time.monotonic()
         _kill(self._process.pid)
-        try:
-            self._process.wait(LAST_WAIT)
-        except subprocess.TimeoutExpired:
-            self._killed = f"{self._killed or 'was ended'}, and does not die"
+
+    def leave(self) -> None:
+        """Waits for a process that was killed, and forgets it."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, self._killed_at + LAST_WAIT - time.monotonic()))
         running.discard(self._process.pid)
+        self._close()
 
     def finish(self) -> _State | None:
         """Tells of the end; returns the state to go on with in another process, if something is left that it can do."""

@@ -28,6 +28,8 @@ def facts() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "date": environment.now(),
+        # Results land in the tree themselves; they change no number.
+        "dirty": bool(environment.git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "cpu": environment.cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {

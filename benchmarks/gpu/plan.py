@@ -65,7 +65,7 @@ class Budget:
 
 #: In the order in which they are run.
 BUDGETS = {
-    "machine": Budget(15),
+    "machine": Budget(15, most=90),  # a first import of torch, from a cold disk
     "build": Budget(45, most=230),
     "smoke": Budget(75),
     "main": Budget(140),
@@ -254,7 +254,8 @@ class Run:
     def _environment(self, **more: str) -> dict[str, str]:
         """Of processes that use what was built."""
         stage = [] if self.settings.rehearsal else [str(STAGE)]
-        path = os.pathsep.join([*stage, *os.environ.get("PYTHONPATH", "").split(os.pathsep), str(ROOT)])
+        told = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        path = os.pathsep.join([*stage, *told, str(ROOT)])
         found = {
             "PYTHONPATH": path,
             "PYTHONSAFEPATH": "1",  # not this folder's effattn, which has no kernels/ in it
@@ -278,6 +279,9 @@ class Run:
                 self.facts.card = figures.get("card", "rehearsal" if self.settings.rehearsal else "unknown")
                 self.facts.driver = figures.get("driver", "none")
 
+        asked = self.settings
+        only = [*asked.suites, *asked.only]
+        self.line("run", Status.OK, limit=asked.seconds, only=only, stages=list(asked.stages), rounds=asked.rounds)
         command = self._python("-m", "benchmarks.gpu.machine")
         self._run([Job("machine", command, limit=60, least=1, line=False)], heard)
         if self.machine.get("missing"):
@@ -303,11 +307,17 @@ class Run:
 
         command = self._python("-m", "benchmarks.gpu.backends")
         self._run([Job("backends", command, limit=60, environment=self._environment(), least=1, line=False)], heard)
+        known = self.backends.get("cases", [])
+        if known and not any(self.settings.keeps(case) for case in known):
+            asked = ", ".join([*self.settings.suites, *self.settings.only])
+            reason = f"no case is of these suites and called like that: {asked}; there are {'; '.join(known)}"
+            self.line("cases", Status.ERROR, reason=reason)
+            self.backends = {}
 
     def smoke(self) -> None:
         """Every kernel in a process of its own; what fails is quarantined, and a verdict says so."""
         kernels = {str(kernel): kernel for kernel in self._kernels()}
-        blocking = self._environment(CUDA_LAUNCH_BLOCKING="1")
+        blocking = self._environment(CUDA_LAUNCH_BLOCKING="1", OMP_NUM_THREADS="2")
         all_jobs = [
             Job(
                 name,
@@ -320,15 +330,19 @@ class Run:
             for name, kernel in kernels.items()
         ]
 
+        tried: list[Kernel] = []
+
         def heard(name: str, status: str, figures: dict[str, Any]) -> None:
-            if status not in (Status.OK, Status.SKIPPED, Status.NOT_RUN):
+            if status != Status.NOT_RUN:
+                tried.append(kernels[name])
+            if status not in (Status.OK, Status.NOT_RUN):
                 self.quarantine[kernels[name]] = {"status": status, "reason": figures.get("reason") or ""}
                 self._write_verdicts()
 
         self._write_verdicts()
         self._run(all_jobs, heard)
-        if not self.settings.rehearsal and self.quarantine:
-            self._keep_verdicts()
+        if not self.settings.rehearsal:
+            self._keep_verdicts(tried)
 
     def _kernels(self) -> list[Kernel]:
         """What the main cases take comes first. A backend that cannot be used gets a line instead."""
@@ -366,15 +380,9 @@ class Run:
         ]
         (self.settings.output / VERDICTS).write_text(json.dumps({"schema": 1, "verdicts": found}, indent=1) + "\n")
 
-    def _keep_verdicts(self) -> None:
+    def _keep_verdicts(self, tried: Sequence[Kernel]) -> None:
         """Where the registry looks for them unless it is told otherwise."""
-        code = (
-            "import sys; from pathlib import Path; from effattn import verdicts as v;"
-            "new = v.read(Path(sys.argv[1])); at = v.default_path();"
-            "old = v.read(at) if at.exists() else [];"
-            "v.write(at, list(dict.fromkeys([*old, *new])))"
-        )
-        command = self._python("-c", code, str(self.settings.output / VERDICTS))
+        command = self._python("-m", "benchmarks.gpu.keep", str(self.settings.output / VERDICTS), json.dumps(tried))
         self._run([Job("verdicts into the cache folder", command, limit=30, environment=self._environment(), least=1)])
 
     def measure_main_cases(self) -> None:
@@ -446,6 +454,7 @@ class Run:
                 told = {
                     "EFFATTN_TESTED_BACKEND": backend,
                     "EFFATTN_TEST_SHARD": f"{i}/{shards}",
+                    "OMP_NUM_THREADS": "2",
                     "EFFATTN_QUARANTINE": json.dumps(pairs),
                 }
                 all_jobs.append(

@@ -45,7 +45,7 @@ def write(source: Path, folder: Path, readme: Path) -> list[Path]:
     written = [readme]
     if data["suites"]:
         facts = next(iter(data["suites"].values()))["environment"]
-        path = folder / results.file_name(facts, Settings(0, short=facts["short"]))
+        path = folder / results.file_name(facts, Settings(0, facts["short"], tuple(facts["only"])))
         results.write(path, data)
         path.with_suffix(".md").write_text(f"{report.table(data)}\n\n{failures(found)}")
         written = [path, path.with_suffix(".md"), readme]
@@ -78,7 +78,7 @@ def results_of(found: Sequence[Line]) -> Results:
         if left:
             title += f" (not all of: {'; '.join(left)})"
         most = max(len(row.samples) for row in rows)
-        results.add(data, suite, title, Settings(most, short=facts["short"]), facts, rates, rows)
+        results.add(data, suite, title, Settings(most, facts["short"], tuple(facts["only"])), facts, rates, rows)
     return data
 
 
@@ -109,6 +109,7 @@ def _write_floor(row: Row, rates: Rates) -> None:
 def _facts(found: Sequence[Line]) -> dict[str, Any]:
     """What the numbers depend on, as far as a run on a GPU tells."""
     machine = next((line for line in found if "cores" in line), {})
+    asked = next((line for line in found if "limit" in line), {})
     last = found[-1]
     clocks = [line["sm_clock"] for line in found if line.get("row") and line.get("sm_clock")]
     return {
@@ -116,13 +117,14 @@ def _facts(found: Sequence[Line]) -> dict[str, Any]:
         "gpu": last["card"],
         "driver": last["driver"],
         "commit": last["commit"],
-        "dirty": False,
+        "dirty": machine.get("dirty", False),
         "versions": {**machine.get("versions", {}), **last["versions"]},
         "cpu": machine.get("cpu", ""),
         "cores": machine.get("cores", 0),
         "sm_clock_MHz": [min(clocks), max(clocks)] if clocks else None,
-        # A run without a limit ends with its last case, and no line says that something was not run.
-        "short": any(line["status"] == lines.Status.NOT_RUN for line in found),
+        # In a limited run fewer modes of torch.compile take part, even if all cases had their turn.
+        "short": asked.get("limit") is not None,
+        "only": asked.get("only", []),
     }
 
 

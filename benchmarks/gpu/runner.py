@@ -148,12 +148,14 @@ def measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch
 
 
 def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch: Watch) -> list[Row]:
-    first = on(clock.device, case.make())
-    count = clock.sets(sum(t.nbytes for t in tensors(first)))
-    sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
+    made = case.make()
     rows, ready = [], []
     with torch.set_grad_enabled(case.training):
-        grad_out, truth = expected(case, first)
+        with clock.alone():
+            first = on(clock.device, made)
+            count = clock.sets(sum(t.nbytes for t in tensors(first)))
+            sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
+            grad_out, truth = expected(case, first)
         for way in ways:
             row = new_row(case, way)
             rows.append(row)
