@@ -127,7 +127,7 @@ $(VENV)/.cpp: $(VENV)/.timm
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers $(VENV)/.cpp
-	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis onnx onnxruntime onnxscript psutil tabulate
+	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis onnx onnxruntime onnxscript psutil tabulate typer
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@
 

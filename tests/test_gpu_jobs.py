@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -156,6 +157,56 @@ def test_which_errors_are_sticky(text, sticky):
     assert child.is_sticky(RuntimeError(text)) is sticky
 
 
+# --- tests ------------------------------------------------------------------------------------------------
+
+TESTS = """
+import pytest
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("i", range(3))
+def test_both(backend, i):
+    assert i < 2
+def test_none():
+    pytest.skip("for a reason")
+"""
+
+
+@pytest.fixture
+def tested(tmp_path):
+    """Runs tests of a file by the plugin; name and status of each."""
+    file = tmp_path / "test_biased_attention.py"
+    file.write_text(TESTS)
+
+    def run(**told):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_plugin"]
+        environment = {"PYTHONPATH": str(jobs.ROOT), **told}
+        job = Job("tests", [*command, "--rootdir", str(tmp_path), str(file)], 60, environment=environment, line=False)
+        heard = []
+        jobs.run([job], time.monotonic() + 60, lambda *what: heard.append(what), jobs.Log(tmp_path / "log.txt"))
+        return {name.rpartition("::")[2]: (str(status), figures.get("reason")) for name, status, figures in heard}
+
+    return run
+
+
+def test_tests_of_a_backend(tested):
+    found = tested(EFFATTN_TESTED_BACKEND="cuda")
+    assert set(found) == {*(f"test_both[{i}-cuda]" for i in range(3)), "test_none"}, "those of none are the first one's"
+    assert [found[f"test_both[{i}-cuda]"][0] for i in range(3)] == ["ok", "ok", "wrong"]
+    assert found["test_none"] == ("skipped", "Skipped: for a reason")
+    assert set(tested(EFFATTN_TESTED_BACKEND="triton")) == {f"test_both[{i}-triton]" for i in range(3)}
+
+
+def test_shards_have_each_test_once(tested):
+    shards = [tested(EFFATTN_TEST_SHARD=f"{i}/3") for i in range(3)]
+    assert sum(map(len, shards)) == len({name for shard in shards for name in shard}) == 7
+
+
+def test_tests_of_quarantined_kernels_are_left_out(tested):
+    found = tested(EFFATTN_QUARANTINE='[["biased_attention", "triton"]]')
+    assert {name for name in found if "triton]" in name} == set() and found["test_both[0-cuda]"][0] == "ok"
+    name = "tests of biased_attention: triton, part 1 of 1"
+    assert found[name] == ("skipped", "3 tests: its kernels are quarantined")
+
+
 # --- lines --------------------------------------------------------------------------------------------
 
 
@@ -163,10 +214,11 @@ def test_lines_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "results.jsonl"
     writer = lines.Writer(path, lambda: {"commit": "abc", "card": "a card"})
     writer.write("smoke", "a", Status.OK, error=0.5)
-    writer.write("smoke", "b", "crashed", reason="SIGSEGV")
+    writer.write("smoke", "b", "crashed", reason="SIGSEGV", row={"samples": [1.0, math.nan]})
     writer.write("smoke", "a", Status.WRONG)
     first, second, third = lines.read(path)
     assert first["error"] == 0.5 and first["commit"] == "abc" and first["at"] >= 0
+    assert second["row"] == {"samples": [1.0, None]}, "JSON has no NaN"
     assert second["status"] == "crashed" and lines.latest([first, second, third]) == [third, second]
     with pytest.raises(ValueError, match="'nonsense' is not a valid Status"):
         writer.write("smoke", "c", "nonsense")

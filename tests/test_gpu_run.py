@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("typer")
@@ -169,7 +170,7 @@ def test_a_run_that_is_killed_leaves_what_it_knew(tmp_path):
     assert "# GPU run" in (tmp_path / plan.SUMMARY).read_text()
     assert any(v.operator == "crash" for v in verdicts.read(tmp_path / plan.VERDICTS))
     assert {path.name for path in tmp_path.iterdir()} <= FILES
-    for _ in range(100):
+    for _ in range(600):  # one that imports torch finds out when it has
         if not processes_told_of(tmp_path):
             return
         time.sleep(0.1)
@@ -198,6 +199,21 @@ def test_a_run_ends_in_time(tmp_path, seconds):
     found = lines.read(tmp_path / plan.RESULTS)
     assert found and any(line["status"] == Status.NOT_RUN for line in found)
     assert (tmp_path / plan.SUMMARY).read_text().startswith("# GPU run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_card_there_is_nothing_to_run(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--seconds", "60", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    found = lines.latest(lines.read(tmp_path / plan.RESULTS))
+    assert {(line["stage"], line["name"]): line["status"] for line in found} == {
+        ("machine", "run"): "ok",
+        ("machine", "machine"): "ok",
+        ("machine", "card"): "error",
+        ("build", "build"): "not run",
+    }
+    assert "torch sees no GPU" in done.stdout
 
 
 # --- without a process --------------------------------------------------------------------------------

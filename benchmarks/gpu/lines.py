@@ -16,6 +16,7 @@ measurement ``row``, a :class:`benchmarks.runner.Row` (milliseconds with samples
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -53,10 +54,19 @@ class Writer:
         at = round(time.monotonic() - self._begin, 3)
         line = {"stage": stage, "name": name, "status": str(Status(status)), "at": at, **self._common(), **figures}
         self.lines.append(line)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         return line
+
+
+def _finite(value: Any) -> Any:
+    """With None for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(of) for key, of in value.items()}
+    return [_finite(of) for of in value] if isinstance(value, list | tuple) else value
 
 
 def read(path: Path) -> list[Line]:

@@ -218,12 +218,14 @@ class Run:
             jobs.kill_all()
             self.sensors.close()
             self.summarize()
+            if self.writer.lines:
+                self._say(summary.brief(self.writer.lines, self.settings.stages, time.monotonic() - self.begin))
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def line(self, name: str, status: Status | str, **figures: Any) -> Line:
         line = self.writer.write(self.stage, name, status, **figures)
         reason = f": {line['reason']}" if line.get("reason") else ""
-        if status != Status.OK or "row" not in figures:
+        if status != Status.OK or ("row" not in figures and self.stage != "tests"):
             self._say(f"{line['at']:6.1f} s  {status:8} {name}{reason}")
         return line
 

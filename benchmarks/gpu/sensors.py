@@ -20,13 +20,7 @@ class Sensors:
         self.clocks: dict[str, int | None] = {"sm_clock": None, "memory_clock": None}
         self._process: subprocess.Popen[str] | None = None
         self._over = threading.Event()
-        nvml = _nvml()
-        if nvml is not None:
-            threading.Thread(target=self._poll, args=nvml, daemon=True).start()
-        elif shutil.which(_QUERY[0]) is not None:
-            command = [*_QUERY, str(int(PERIOD * 1000))]
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            threading.Thread(target=self._follow, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()  # a driver that hangs is the thread's trouble alone
 
     def close(self) -> None:
         self._over.set()
@@ -35,6 +29,15 @@ class Sensors:
 
     def _keep(self, sm: int, memory: int) -> None:
         self.clocks = {"sm_clock": sm, "memory_clock": memory}
+
+    def _watch(self) -> None:
+        nvml = _nvml()
+        if nvml is not None:
+            self._poll(*nvml)
+        elif shutil.which(_QUERY[0]) is not None:
+            command = [*_QUERY, str(int(PERIOD * 1000))]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._follow()
 
     def _poll(self, nvml: Any, card: Any) -> None:
         while not self._over.wait(PERIOD):
@@ -45,6 +48,8 @@ class Sensors:
     def _follow(self) -> None:
         assert self._process is not None and self._process.stdout is not None
         for line in self._process.stdout:
+            if self._over.is_set():
+                self._process.kill()
             with contextlib.suppress(ValueError):
                 sm, memory = map(int, line.split(","))
                 self._keep(sm, memory)

@@ -14,26 +14,41 @@ from benchmarks.gpu.lines import Line, Status, latest
 _LISTED = (Status.WRONG, Status.CRASHED, Status.TIMEOUT, Status.ERROR)
 
 
+#: Of a list, as much is shown; the lines have the rest.
+_MOST = 40
+
+
 def of(lines: Iterable[Line], stages: Sequence[str], seconds: float) -> str:
-    """Markdown: what was run, what failed, the times of the main cases, and what was not run."""
+    """Markdown: what was run, what failed, everybody's times, and what was not run."""
     found = latest(lines)
     if not found:
         return "Nothing was run.\n"
+    skipped = [line for line in found if line["status"] == Status.SKIPPED and line["stage"] != "tests"]
+    parts = [
+        brief(found, stages, seconds),
+        *_times(found),
+        *_list("Not run", [line for line in found if line["status"] == Status.NOT_RUN]),
+        *_list("Skipped", skipped),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def brief(lines: Iterable[Line], stages: Sequence[str], seconds: float) -> str:
+    """What was run, and what failed."""
+    found = latest(lines)
     last = found[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
     head = f"{last['card']}, driver {last['driver']}; {versions}; commit {last['commit'][:7]}; {seconds:.0f} s so far."
-    parts = ["# GPU run", head, _counts(found, stages)]
     failed = [line for line in found if line["status"] in _LISTED]
-    if failed:
-        parts += ["## Failed", "\n".join(f"- {_said(line)}" for line in failed)]
-    parts += _times(found)
-    left = [line for line in found if line["status"] == Status.NOT_RUN]
-    if left:
-        parts += ["## Not run", "\n".join(f"- {_said(line)}" for line in left)]
-    skipped = [line for line in found if line["status"] == Status.SKIPPED and line["stage"] != "tests"]
-    if skipped:
-        parts += ["## Skipped", "\n".join(f"- {_said(line)}" for line in skipped)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(["# GPU run", head, _counts(found, stages), *_list("Failed", failed)])
+
+
+def _list(title: str, lines: Sequence[Line]) -> list[str]:
+    """Nothing of no lines."""
+    shown = [f"- {_said(line)}" for line in lines[:_MOST]]
+    if len(lines) > _MOST:
+        shown.append(f"- and {len(lines) - _MOST} more")
+    return [f"## {title}", "\n".join(shown)] if lines else []
 
 
 def _said(line: Line) -> str:

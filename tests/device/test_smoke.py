@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("tabulate")
-
 from benchmarks.gpu import cases, names, smoke
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.names import Kernel
