@@ -74,10 +74,10 @@ inline void check(cudaError_t error, const char* what) {
 // As its author wrote it; empty if CUDA does not tell any more.
 inline std::string kernel_name(const void* kernel) {
   const char* mangled = nullptr;
-  if (kernel == nullptr || cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) {
-    cudaGetLastError();
-    return "";
-  }
+#if CUDART_VERSION >= 12030
+  if (kernel != nullptr && cudaFuncGetName(&mangled, kernel) != cudaSuccess) cudaGetLastError();
+#endif
+  if (mangled == nullptr) return "";
   int status = 0;
   char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   const std::string name = status == 0 ? readable : mangled;
