@@ -81,6 +81,21 @@ def test_what_there_is_no_time_for_is_said(run):
     assert heard[1][2]["reason"] == "ended when no time was left" and heard[3][2]["reason"] == "no time was left"
 
 
+def test_what_is_known_provisionally_is_kept(run):
+    """Unless it crashes: then that counts."""
+    code = """
+child.plan(['a', 'b', 'c'])
+for name in 'ab':
+    child.begin(name)
+    child.finish(name, 'ok', provisional=True)
+child.begin('a')
+"""
+    heard = run(code + "time.sleep(100)", seconds=3.0)
+    assert statuses(heard) == [("a", "ok"), ("b", "ok"), ("c", "not run")]
+    heard = run(code + "os.abort()", seconds=20.0)
+    assert statuses(heard)[:3] == [("a", "ok"), ("b", "ok"), ("a", "crashed")]
+
+
 def test_a_process_that_cannot_start_its_work_is_not_started_again(run):
     heard = run("child.plan(['a', 'b']); sys.exit('no such module')")
     assert statuses(heard) == [("a", "not run"), ("b", "not run"), ("job 0", "error")]

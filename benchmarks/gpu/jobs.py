@@ -107,7 +107,7 @@ def run(jobs: Sequence[Job], until: float, heard: Heard, log: Log, at_once: int 
                     if again is not None and until - time.monotonic() >= process.job.least:
                         active.append(_Process(process.job, again, until, heard, log, selector))
                     elif again is not None:
-                        again.leave(heard, process.job, "no time was left")
+                        again.leave(heard, "no time was left")
     finally:
         for process in active:
             process.kill("was ended")
@@ -122,10 +122,12 @@ class _State:
 
     planned: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
+    #: Have a line that counts, if no other one comes.
+    provisional: set[str] = field(default_factory=set)
 
-    def leave(self, heard: Heard, job: Job, why: str) -> None:
+    def leave(self, heard: Heard, why: str) -> None:
         for name in self.planned:
-            if name not in self.done:
+            if name not in self.done | self.provisional:
                 heard(name, Status.NOT_RUN, {"reason": why})
 
 
@@ -209,7 +211,9 @@ class _Process:
         else:
             name, status = record.pop("name"), record.pop("status")
             self._begun = None
-            if not record.get("provisional"):
+            if record.get("provisional"):
+                self.state.provisional.add(name)
+            else:
                 self._progress = True
                 self.state.done.add(name)
             self._heard(name, status, record)
@@ -259,12 +263,13 @@ class _Process:
         is_item = self._begun is not None
         if self._begun is not None:
             self.state.done.add(self._begun)
-            self._heard(self._begun, status, {**figures, **self._figures})
+            if status is not Status.NOT_RUN or self._begun not in self.state.provisional:
+                self._heard(self._begun, status, {**figures, **self._figures})
         left = [name for name in self.state.planned if name not in self.state.done]
         if left and (is_item or self._progress) and status is not Status.NOT_RUN:
             return self.state
         if left:
-            self.state.leave(self._heard, self.job, reason or "was not done")
+            self.state.leave(self._heard, reason or "was not done")
         if not is_item and (status is not Status.OK or self.job.line) and code != child.STICKY:
             self._heard(self.job.name, status, {k: v for k, v in figures.items() if v is not None})
         return None
