@@ -43,8 +43,8 @@ def start(output, seconds, **more):
 def test_a_rehearsal(tmp_path):
     """All of it in one test: processes of pytest would each rehearse for themselves."""
     output = tmp_path / "run"
-    process = start(output, 400)
-    said, _ = process.communicate(timeout=300)
+    process = start(output, 900)  # far more than it takes
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 1, said  # something failed, as it should
     found = {(line["stage"], line["name"]): line for line in lines.latest(lines.read(output / plan.RESULTS))}
     check_what_every_line_says(found)
@@ -157,7 +157,7 @@ def check_tables(output, tmp_path):
 
 def test_a_run_that_is_killed_leaves_what_it_knew(tmp_path):
     """While a kernel hangs: lines that can be read, a summary, and no process."""
-    process = start(tmp_path, 400, EFFATTN_RUN_OUTPUT=str(tmp_path))
+    process = start(tmp_path, 900, EFFATTN_RUN_OUTPUT=str(tmp_path))
     begin = time.monotonic()
     log = tmp_path / plan.LOG
     while not (log.exists() and "=== hang" in log.read_text()):
