@@ -295,9 +295,12 @@ class _Process:
         self._process.stdout.close()
 
 
+_FAULT_HANDLER = ("Extension modules:", 'File "', "Current thread 0x", "Thread 0x", "<no Python frame>")
+
+
 def _says_something(line: str) -> bool:
     """Unlike what Python's handler of faults ends with."""
-    return bool(line.strip()) and not line.lstrip().startswith(("Extension modules:", 'File "'))
+    return bool(line.strip()) and not line.lstrip().startswith(_FAULT_HANDLER)
 
 
 class _LineReader:

@@ -52,8 +52,8 @@ def _list(title: str, lines: Sequence[Line]) -> list[str]:
 
 
 def _said(line: Line) -> str:
-    reason = f": {line['reason']}" if line.get("reason") else ""
-    return f"{line['stage']}, {line['name']}: {line['status']}{reason}"
+    reason = (line.get("reason") or "").removeprefix(f"{line['status']}: ")
+    return f"{line['stage']}, {line['name']}: {line['status']}{': ' if reason else ''}{reason}"
 
 
 def _counts(found: Sequence[Line], stages: Sequence[str]) -> str:
