@@ -70,8 +70,8 @@ test-aarch64: $(VENV)/.build-test $(VENV)/.test ## the numeric tests, cross-comp
 test-install: $(VENV)/.build-test $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
 	EFFATTN_CUDA=$(WITH_CUDA) $(BIN)/python tests/install.py
 
-gpu: ## on a machine with a GPU, whose python3 has torch and triton: build, tests, compute-sanitizer, benchmark
-	$(PYTHON) tests/gpu.py
+gpu: ## on a machine with a GPU, whose python3 has torch and triton: every kernel tried, measured and tested, in nine minutes
+	$(PYTHON) -m benchmarks gpu --seconds 520
 
 clean: ## removes what was built, not the virtual environment
 	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build $(VENV)/.build-test
@@ -127,7 +127,7 @@ $(VENV)/.cpp: $(VENV)/.timm
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers $(VENV)/.cpp
-	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis onnx onnxruntime onnxscript psutil tabulate
+	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis onnx onnxruntime onnxscript psutil tabulate typer
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@
 

@@ -104,19 +104,47 @@ def _present(data: Results, path: Path) -> None:
 @app.command()
 def gpu(
     suite: Annotated[list[str] | None, typer.Option(help="Which suites; may be repeated.")] = None,
-    seconds: Annotated[float, typer.Option(help="Starts no case after this, and says which are missing.")] = 1e9,
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each candidate.")] = FULL_ROUNDS,
+    seconds: Annotated[
+        float | None, typer.Option(help="All of it ends within this, tests and profiles included (make gpu: 520).")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each candidate.")] = 9,
     only: Annotated[list[str] | None, typer.Option(help="Cases whose name contains this; may be repeated.")] = None,
-    compiled: Annotated[int | None, typer.Option(min=0, help="In how many cases a suite torch.compile is.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; $OUT, or build/gpu.")] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Stand-ins for the card and its kernels.")] = False,
 ) -> None:
-    """Measures on a GPU, prints the tables, and writes JSON and markdown."""
-    environment.use_private_compile_cache()
-    from benchmarks import report, results
-    from benchmarks.gpu import session
+    """Tries every kernel on a GPU and measures it, each in a process of its own; gpu-report makes tables of it.
 
-    path = session.run(suite or None, seconds, rounds, tuple(only or ()), compiled, output, typer.echo)
-    typer.echo(report.table(results.read(path), markdown=False) + f"\n\nwrote {path}")
+    Without --seconds all cases of all suites are measured, with every mode of torch.compile; with it, what matters most
+    comes first: the plan is in benchmarks/gpu/plan.py.
+    """
+    from benchmarks.gpu.plan import BUDGETS, MEASURING, Run, Settings
+
+    folder = output or Path(os.environ.get("OUT") or environment.ROOT / "build" / "gpu")
+    settings = Settings(
+        folder.resolve(),
+        seconds,
+        MEASURING if seconds is None else tuple(BUDGETS),
+        tuple(suite or ()),
+        tuple(only or ()),
+        rounds,
+        rehearse,
+    )
+    status = Run(settings).run()
+    typer.echo(f"{folder}: results.jsonl, summary.md, log.txt")
+    raise typer.Exit(status)
+
+
+@app.command()
+def gpu_report(
+    lines: Annotated[Path, typer.Argument(help="results.jsonl of a run on a GPU.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    target: Annotated[Path, typer.Option(help="The README.")] = environment.ROOT / "README.md",
+) -> None:
+    """Makes a results file, its tables and the README's table of a run on a GPU."""
+    from benchmarks.gpu import report as gpu_report_of
+
+    for written in gpu_report_of.write(lines, output, target):
+        typer.echo(f"wrote {written}")
 
 
 @app.command()

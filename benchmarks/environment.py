@@ -88,9 +88,9 @@ def facts() -> dict[str, Any]:
         "system": platform.system(),
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD"),
         # Results land in the tree themselves; they change no number.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "dirty": bool(git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "effattn": effattn.__version__,
         "isa": isa,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
@@ -129,7 +129,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
     """The answer of git about the repository; None outside of one."""
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)

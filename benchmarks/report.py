@@ -119,7 +119,7 @@ def _suite_table(data: Results, suite: str, markdown: bool) -> str:
     lines = [
         f"### {part['title']}",
         "",
-        _machine(part["environment"]) + ("" if memory else f"; medians of {rounds} rounds") + ".",
+        taken_on(part["environment"]) + ("" if memory else f"; medians of {rounds} rounds") + ".",
         *(["A short run: fewer cases and rounds than a full one."] if part["settings"]["short"] else []),
         "",
         _grid(body, head, markdown),
@@ -155,7 +155,7 @@ def _verdict(case: CaseResult) -> list[str]:
     best = case.best_peer
     return [
         f"{best.candidate}, {best.variant}" if best else "-",
-        _marked(case),
+        marked(case),
         milliseconds(case.floor),
         times(case.over_floor),
         "-" if case.check is None else f"{case.check:.2f}",
@@ -174,11 +174,11 @@ def times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
 
 
-def _marked(case: CaseResult) -> str:
+def marked(case: CaseResult) -> str:
     return times(case.speed_up) + (" (!)" if case.doubtful else "")
 
 
-def _machine(facts: dict[str, object]) -> str:
+def taken_on(facts: dict[str, object]) -> str:
     versions = facts["versions"]
     assert isinstance(versions, dict)
     if "gpu" in facts:
@@ -212,7 +212,7 @@ def comparison(before: Results, after: Results) -> str:
                 continue
             ratio = case.speed_up / was.speed_up
             cells = [
-                [_named(side.best_peer), milliseconds(side.ours.milliseconds if side.ours else None), _marked(side)]
+                [_named(side.best_peer), milliseconds(side.ours.milliseconds if side.ours else None), marked(side)]
                 for side in (was, case)
             ]
             body.append([suite, case.name, *(cell for pair in zip(*cells, strict=True) for cell in pair)])
@@ -226,7 +226,7 @@ def comparison(before: Results, after: Results) -> str:
 def _taken(data: Results, suite: str) -> str:
     """Where, and by which protocols: rows from before protocols had names name none."""
     protocols = sorted({row.protocol for row in results.rows(data, suite) if row.protocol})
-    machine = _machine(data["suites"][suite]["environment"])
+    machine = taken_on(data["suites"][suite]["environment"])
     return f"{machine}; protocol {', '.join(protocols)}" if protocols else machine
 
 
@@ -254,7 +254,7 @@ def readme_table(files: list[Results], picture: str | None) -> str:
     machines: dict[str, int] = {}
 
     def number_of(data: Results, suite: str) -> int:
-        return machines.setdefault(_machine(data["suites"][suite]["environment"]), len(machines) + 1)
+        return machines.setdefault(taken_on(data["suites"][suite]["environment"]), len(machines) + 1)
 
     def last_with(suite: str) -> list[Results]:
         return [data for data in files if suite in data["suites"]][-1:]
@@ -270,12 +270,12 @@ def readme_table(files: list[Results], picture: str | None) -> str:
                     case.name,
                     _named(case.best_peer),
                     milliseconds(case.ours.milliseconds if case.ours else None),
-                    _marked(case),
+                    marked(case),
                     milliseconds(case.floor),
                 ]
                 if rested:
                     first = rested.get(f"{suite}: {case.name}")  # as suites/rests.py names it
-                    row.append(_marked(first) if first else "-")
+                    row.append(marked(first) if first else "-")
                 body.append(row)
     head = ["", "case", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
     head += [f"speed-up, first call after a rest [{number_of(data, 'rested')}]" for data in last_with("rested")]
@@ -287,13 +287,18 @@ def readme_table(files: list[Results], picture: str | None) -> str:
 
 
 def update_readme(readme: Path, content: str) -> None:
+    """Puts ``content`` between the markers of the CPU's table."""
+    update_between(readme, README_BEGIN, README_END, content)
+
+
+def update_between(readme: Path, begin: str, end: str, content: str) -> None:
     """Puts ``content`` between the two markers.
 
     Raises:
         ValueError: if the file does not have each marker once, in order.
     """
     text = readme.read_text()
-    between = re.compile(f"{re.escape(README_BEGIN)}.*?{re.escape(README_END)}", re.DOTALL)
-    if text.count(README_BEGIN) != 1 or text.count(README_END) != 1 or not between.search(text):
-        raise ValueError(f"{readme}: expected the markers {README_BEGIN} and {README_END}, each once, in this order")
-    readme.write_text(between.sub(lambda _: f"{README_BEGIN}\n{content}\n{README_END}", text))
+    between = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or not between.search(text):
+        raise ValueError(f"{readme}: expected the markers {begin} and {end}, each once, in this order")
+    readme.write_text(between.sub(lambda _: f"{begin}\n{content}\n{end}", text))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import platform
 import re
@@ -92,8 +93,15 @@ CUDA = (
     "kernels/cuda/multi_scale_narrow.cu",
 )
 # Of the device; and of the host, where threads of a block are emulated.
-CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp")
-CUDA_EMULATED = ("kernels/cuda/emulator.cpp", "csrc/cuda/emulated.cpp", "csrc/cuda/limits.cpp")
+CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp", "csrc/cuda/launched.cpp")
+CUDA_EMULATED = (
+    "kernels/cuda/emulator.cpp",
+    "csrc/cuda/emulated.cpp",
+    "csrc/cuda/limits.cpp",
+    "csrc/cuda/launched.cpp",
+)
+# What the library is told of itself is compiled in here.
+CUDA_IDENTITY = ("csrc/cuda/library.cpp", "csrc/cuda/emulated.cpp")
 # Compute capabilities; of the last one also code that newer cards can translate.
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 
@@ -148,6 +156,17 @@ class Cuda:
             if name != arch:
                 flags.append(f"-gencode arch=compute_{name},code=compute_{name}")
         return flags
+
+
+def cuda_digest(compiler: str) -> str:
+    """Of the sources that the CUDA library is made of, and of its compiler: what is said of one build holds for all
+    builds with the same digest."""
+    found = hashlib.sha256(compiler.encode())
+    for folder, pattern in (("kernels", "*.h"), ("kernels/cuda", "*"), ("csrc", "*.[ch]*"), ("csrc/cuda", "*")):
+        for path in sorted((ROOT / folder).glob(pattern)):
+            if path.is_file():
+                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def _capability(arch: str) -> str:
@@ -209,7 +228,7 @@ def import_torch() -> ModuleType:
     return torch
 
 
-def ninja_file(target: Target, output: Path, objects: Path) -> str:
+def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool = False) -> str:
     import pybind11
     from ninja import ninja_syntax
 
@@ -262,25 +281,10 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
         return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
 
-    # Where CUDA is emulated, its operators take the tensors of the CPU.
-    glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
-    parts = [compile(source, torch_flags) for source in glue]
-    for name, lanes, flags in isas:
-        defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
-        parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
     library = output / "libeffattn.so"
-    # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
-    link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
-    ninja.build(str(library), "link", parts, variables={"flags": link_torch})
-    outputs = [library]
-    if target.emulate_cuda:
-        emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
-        parts = [compile(source, emulated, "emulated") for source in (*CUDA, *CUDA_EMULATED, *SHARED)]
-        outputs.append(output / CUDA_LIBRARY)
-        ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
-    if target.cuda is not None:
-        outputs.append(output / CUDA_LIBRARY)
-        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
+    outputs: list[Path] = []
+    if not extension_only:
+        outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags)
     extension = output / f"_C{target.extension_suffix}"
     ninja.build(
         str(extension),
@@ -291,6 +295,41 @@ def ninja_file(target: Target, output: Path, objects: Path) -> str:
     )
     ninja.default([*map(str, outputs), str(extension)])
     return text.getvalue()
+
+
+def _add_libraries(
+    ninja: Any,
+    target: Target,
+    isas: list[tuple[str, int, tuple[str, ...]]],
+    library: Path,
+    objects: Path,
+    compile: Callable[..., str],
+    torch_flags: list[str],
+) -> list[Path]:
+    """libeffattn, and libeffattn_cuda where there is one."""
+    # Where CUDA is emulated, its operators take the tensors of the CPU.
+    glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
+    parts = [compile(source, torch_flags) for source in glue]
+    for name, lanes, flags in isas:
+        defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
+        parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
+    # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
+    link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
+    ninja.build(str(library), "link", parts, variables={"flags": link_torch})
+    outputs = [library]
+    if target.emulate_cuda:
+        emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
+        told = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
+        parts = [
+            compile(source, [*emulated, told] if source in CUDA_IDENTITY else emulated, "emulated")
+            for source in (*CUDA, *CUDA_EMULATED, *SHARED)
+        ]
+        outputs.append(library.with_name(CUDA_LIBRARY))
+        ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
+    if target.cuda is not None:
+        outputs.append(library.with_name(CUDA_LIBRARY))
+        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
+    return outputs
 
 
 def _is_cpu_glue(source: str) -> bool:
@@ -324,46 +363,62 @@ def _add_cuda(
         description="compile $out",
     )
     ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
-    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}"
-    glue_flags = [*torch_flags, "-DEFFATTN_CUDA", f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"]
+    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
+    glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []
     for source in (*CUDA, *CUDA_DEVICE, *SHARED):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
             parts += ninja.build(path, "compile_cuda", str(ROOT / source))
         else:
-            parts.append(compile(source, glue_flags, "cuda"))
+            told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source in CUDA_IDENTITY else []
+            parts.append(compile(source, [*glue_flags, *told], "cuda"))
     through_nvcc = " ".join(
         f"-Xlinker {flag.removeprefix('-Wl,')}" if flag.startswith("-Wl,") else flag for flag in link_torch.split()
     )
     ninja.build(str(library), "link_cuda", parts, variables={"flags": through_nvcc})
 
 
-def build(target: Target, output: Path, objects: Path, verbose: bool = False) -> list[Path]:
-    """Compiles what is out of date and returns the shared objects in ``output``."""
+def build(
+    target: Target, output: Path, objects: Path, verbose: bool = False, extension_only: bool = False
+) -> list[Path]:
+    """Compiles what is out of date and returns the shared objects in ``output``.
+
+    With ``extension_only`` that is ``_C`` alone, beside libraries that are there already.
+    """
     import ninja
 
     output.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve()))
+    (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve(), extension_only))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
     subprocess.run(command, check=True)
     built = [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
+    if extension_only:
+        return built
     if target.cuda is not None or target.emulate_cuda:
         return [*built, output / CUDA_LIBRARY]
     (output / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build: it would not fit any more
     return built
 
 
-def stage(target: Target, folder: Path) -> None:
-    """Puts an importable copy of the package, with its own binaries, into ``folder``."""
+def stage(target: Target, folder: Path, prebuilt: Path | None = None) -> None:
+    """Puts an importable copy of the package, with its own binaries, into ``folder``.
+
+    Args:
+        prebuilt: a folder with libraries that fit, of which ``_C`` alone is not taken: it is for one Python.
+    """
     package = folder / "effattn"
     if package.exists():
         shutil.rmtree(package)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "effattn", package, ignore=ignored)
     shutil.copytree(ROOT / "kernels" / "triton", package / "kernels", ignore=ignored, dirs_exist_ok=True)
-    build(target, folder / "lib", folder / "objects")
+    if prebuilt is not None:
+        (folder / "lib").mkdir(parents=True, exist_ok=True)
+        for library in prebuilt.glob("libeffattn*.so"):
+            shutil.copy2(library, folder / "lib" / library.name)
+    build(target, folder / "lib", folder / "objects", extension_only=prebuilt is not None)
     for binary in (folder / "lib").glob("*.so"):
         shutil.copy2(binary, package / binary.name)
 

@@ -32,6 +32,17 @@ def _instruction_sets() -> list[str]:
     return lines
 
 
+def _failed() -> list[str]:
+    """The kernels for which the next backend serves."""
+    found = registry.failed()
+    if not found:
+        return []
+    lines = [
+        "kernels that failed when they were tried on this card, for which the next backend serves (EFFATTN_VERDICTS):"
+    ]
+    return lines + [f"  {v.backend:<10} {v.operator}, {v.text()}" for v in found]
+
+
 def info() -> str:
     """The text of ``python -m effattn info``."""
     lines = [
@@ -42,6 +53,7 @@ def info() -> str:
     for backend in registry.backends():
         lines.append(f"  {backend.name:<10} {'available' if backend.available else backend.reason}")
     lines.append(f"  {registry.explain_order()}")
+    lines += _failed()
     lines += _instruction_sets()
     if _library._C is not None:
         build = _library._C.build

@@ -56,7 +56,8 @@ def cuda_driver_error() -> str | None:
 
 
 _cuda_build, _cuda_limits, cuda_error = _load_cuda()
-cuda_compiler, _, _archs = _cuda_build.partition("; ")
+cuda_compiler, _archs, cuda_digest = (*_cuda_build.split("; "), "", "")[:3]
+#: ``cuda_digest``: of the sources of the CUDA kernels and their compiler (csrc/build.py).
 #: What the CUDA kernels are compiled for, as EFFATTN_CUDA_ARCHS has it.
 cuda_archs = tuple(_archs.split())
 #: The most that they take of the sizes of a call, by name.

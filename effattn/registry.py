@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from effattn import verdicts
 from effattn.backends import ORDER, SMALL_CALL, Backend, order
+from effattn.verdicts import Verdict
 
 ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
 
@@ -40,6 +42,11 @@ def backends() -> list[BackendStatus]:
 def explain_order() -> str:
     """What the order of :func:`backends` leaves out, in a line."""
     return f"small calls on a GPU (fewer than {SMALL_CALL} elements) ask cuda before triton, whose launches cost more"
+
+
+def failed() -> list[Verdict]:
+    """The kernels that were found to fail on a card of this machine, and for which the next backend serves."""
+    return verdicts.here()
 
 
 def _named(name: str, asked_by: str) -> Backend:
@@ -82,7 +89,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
     unavailable = backend.unavailable()
-    return ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
+    reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
+    if not reasons:
+        verdict = verdicts.reason(backend.name, op, device, dtype)
+        reasons = [] if verdict is None else [verdict]
+    return reasons
 
 
 def find(

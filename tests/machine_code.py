@@ -162,9 +162,7 @@ def parse(text: str) -> dict[str, Kernel]:
         name, body = part.split("\n", 1)
         instructions = [
             Instruction(int(address, 16), code.strip(), predicate.strip())
-            for address, predicate, code in re.findall(
-                r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", body
-            )
+            for address, predicate, code in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*);", body)
         ]
         found[name] = Kernel(name, instructions)
     return found

@@ -47,8 +47,8 @@ def run(folder: Path, tests: Sequence[str], environment: Mapping[str, str] | Non
         "LD_PRELOAD": f"{_runtime('libasan.so')} {_runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "PYTHONPATH": str(folder),
-        "PYTHONSAFEPATH": "1",  # not the current folder: it holds the ordinary build
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),  # the latter for benchmarks alone
+        "PYTHONSAFEPATH": "1",  # not the current folder first: it holds the ordinary build
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",  # one of pytest's processes a core; tests of threads ask for theirs
         **(environment or {}),

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import sys
-from functools import partial
 
 import pytest
 import torch
 
-import effattn
 from benchmarks import environment, modules, peers, report, results
 from benchmarks import relu_linear_attention as rla
 from benchmarks import runner as cpu_runner
 from benchmarks.floor import Rates, Work
-from benchmarks.gpu import cases, runner, session
+from benchmarks.gpu import cases, runner
 from benchmarks.gpu.cases import NARROW
-from benchmarks.gpu.clock import WallClock
+from benchmarks.gpu.clock import WallClock, _locked
 from benchmarks.lite_mla import LiteMLACase
 from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Candidate, Case, Role, Row
 from benchmarks.suites import SUITES, Settings, TimedSuite, rests
-from effattn.registry import BackendStatus
 from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
-
-MEASURE = runner.measure
 
 
 def test_compiled_modules_are_frozen():
@@ -257,81 +253,84 @@ def test_the_readme_has_a_column_for_first_calls():
     assert "first call" not in without and "| 2.00x" in without
 
 
-def test_a_rehearsal_of_the_benchmark_of_a_gpu(tmp_path, monkeypatch):
-    """Every kind of case, tiny, on the CPU: who computes something else, or breaks, has no time."""
-    tiny = {
-        "gpu-attention": lambda training: [cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training)],
-        "gpu-multi-scale": lambda training: [cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), training)],
-        "gpu-cascade": lambda training: [cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), training)],
-        "gpu-biased": lambda training: [
-            cases._biased(f"tiny, {talking}", BiasedCase(1, 2, 5, 6, 4, 8, talking), training)
-            for talking in (False, True)
-        ],
+class Heard:
+    """What a case told while it was measured: (row, error, provisional), and the names of what was begun."""
+
+    def __init__(self):
+        self.begun, self.finished = [], []
+
+    def begin(self, row):
+        self.begun.append((row.candidate, row.variant))
+
+    def finish(self, row, error, provisional=False):
+        self.finished.append((row.candidate, row.variant, len(row.samples), provisional))
+
+
+def measured(case, ways=None, rounds=2):
+    heard = Heard()
+    ways = runner.plain_ways(case, ["reference"]) if ways is None else ways
+    return runner.measure(case, ways, WallClock(), rounds, heard), heard
+
+
+TINY = {
+    "attention": lambda training: cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training),
+    "tokens first": lambda training: cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training, True),
+    "multi-scale": lambda training: cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), training),
+    "cascade": lambda training: cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), training),
+    "biased": lambda training: cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), training),
+    "talking": lambda training: cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8, True), training),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_every_kind_of_case_of_a_gpu(name, training):
+    """On the CPU, by the reference: everyone is right, and has a time in a graph and as calls."""
+    rows, heard = measured(TINY[name](training))
+    assert {"ours", "peer", "check"} <= {row.role for row in rows} and {row.variant for row in rows} == {
+        "graph",
+        "calls",
     }
-    suites = {name: (name, partial(make, False)) for name, make in tiny.items()}
-    suites |= {f"{name}-training": (name, partial(make, True)) for name, make in tiny.items()}
-    monkeypatch.setattr(session, "SUITES", suites)
-    said: list[str] = []
-    path = session.run(None, 1e9, 2, (), 0, tmp_path, said.append, WallClock())
-    data = results.read(path)
-    assert set(data["suites"]) == set(suites) and len(said) == 10
-    rows = [row for name in suites for row in results.rows(data, name)]
-    assert {row.role for row in rows} == {"ours", "peer", "check", "context"}
-    assert {row.variant for row in rows} == {"graph", "calls"}
     for row in rows:
-        assert row.reason is None and row.milliseconds > 0, (row.suite, row.candidate, row.reason)
-    assert "rehearsal, driver none" in report.table(data)
+        assert row.reason is None and row.milliseconds > 0 and len(row.samples) == 2, (row.candidate, row.reason)
+    first, last = heard.finished[: len(rows)], heard.finished[len(rows) :]
+    assert [entry[2:] for entry in first] == [(1, True)] * len(rows), "after its first sample each is told of"
+    assert [entry[2:] for entry in last] == [(2, False)] * len(rows)
+    assert heard.begun == [(row.candidate, row.variant) for row in rows] * 2
 
 
-def test_a_wrong_result_gets_no_time_on_a_gpu_either(tmp_path, monkeypatch):
-    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
+def test_tokens_first_is_as_diffusers_has_it():
+    q, k, _ = TINY["tokens first"](False).make()
+    assert q.shape == (1, 2, 9, 8) and q.stride() == (9 * 16, 8, 16, 1) and not torch.equal(q, k)
+
+
+def test_a_wrong_result_gets_no_time_on_a_gpu_either():
+    case = TINY["biased"](False)
     wrong = dataclasses.replace(case, ours=lambda *arguments: 2 * case.ours(*arguments))
-    monkeypatch.setattr(session, "SUITES", {"wrong": ("wrong", lambda: [wrong])})
-    path = session.run(None, 1e9, 1, (), 0, tmp_path, str, WallClock())
-    ours = [row for row in results.rows(results.read(path), "wrong") if row.role == "ours"]
-    assert len(ours) == 2 and all(row.milliseconds is None and "wrong" in row.reason for row in ours)
+    rows, _ = measured(wrong)
+    ours = [row for row in rows if row.role == "ours"]
+    assert len(ours) == 2 and all(row.milliseconds is None and row.reason.startswith("wrong: ") for row in ours)
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch):
-    """Suites take turns; a case that has begun when time is over has rows without a time."""
-    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
-    late = dataclasses.replace(case, name="late")
-    monkeypatch.setattr(session, "SUITES", {"a": ("A", lambda: [case, late]), "b": ("B", lambda: [case])})
-    clock = WallClock()
-    monkeypatch.setattr(session.runner, "measure", _measured)
-    moments = iter([0.0, 1.0, 1.0, 2.0, 2.0])
-    monkeypatch.setattr(session.time, "monotonic", lambda: next(moments, 100.0))
-    said: list[str] = []
-    path = session.run(None, 50.0, 1, (), 0, tmp_path, said.append, clock)
-    assert said == ["    1 s  a: tiny", "    2 s  b: tiny", "no time was left for a: late"]
-    data = results.read(path)
-    assert data["suites"]["a"]["title"] == "A (no time was left for: late)"
-    assert data["suites"]["b"]["title"] == "B"
+def test_what_fails_later_has_no_time(monkeypatch):
+    """The first sample was taken, another raised."""
+    clock, left = WallClock(), iter([1.0, 1.0])
+    monkeypatch.setattr(clock, "seconds", lambda call, repeats: next(left))
+    case, heard = TINY["biased"](False), Heard()
+    (row,) = runner.measure(case, runner.plain_ways(case, [])[:1], clock, 3, heard)
+    assert row.milliseconds is None and "StopIteration" in row.reason and len(row.samples) == 1
+    assert [provisional for *_, provisional in heard.finished] == [True, False]
 
 
-def _measured(case, clock, *_):
-    return MEASURE(case, clock, 1, False)
-
-
-def test_ways_that_there_is_no_time_for_have_none():
-    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
-    over = iter([False, False])
-    rows = runner.measure(case, WallClock(), 3, False, lambda: next(over, True))
-    assert [row.reason for row in rows[:3]] == [None, None, "no time was left"]
-    assert len(rows[0].samples) == 1
-
-
-def test_a_case_whose_inputs_fail_is_a_reason(tmp_path, monkeypatch):
+def test_a_case_whose_inputs_fail_is_a_reason():
     def make():
         raise torch.OutOfMemoryError("too large")
 
-    case = dataclasses.replace(cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False), make=make)
-    monkeypatch.setattr(session, "SUITES", {"a": ("A", lambda: [case])})
-    path = session.run(None, 1e9, 1, (), 0, tmp_path, str, WallClock())
-    assert {row.reason for row in results.rows(results.read(path), "a")} == {"OutOfMemoryError: too large"}
+    rows, heard = measured(dataclasses.replace(TINY["biased"](False), make=make))
+    assert {row.reason for row in rows} == {"OutOfMemoryError: too large"} and len(heard.finished) == len(rows)
 
 
-def test_everyone_can_be_compiled(tmp_path, monkeypatch):
+def test_everyone_can_be_compiled(monkeypatch):
     """As far as recording the graphs; in every mode."""
     modes = []
 
@@ -340,32 +339,30 @@ def test_everyone_can_be_compiled(tmp_path, monkeypatch):
         return torch._dynamo.optimize("aot_eager", nopython=True)(function)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    tiny = {
-        "attention": cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, True),
-        "multi-scale": cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), False),
-        "cascade": cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), True),
-        "biased": cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8, True), False),
-    }
-    monkeypatch.setattr(session, "SUITES", {name: (name, lambda case=case: [case]) for name, case in tiny.items()})
-    path = session.run(None, 1e9, 1, (), 1, tmp_path, str, WallClock())
-    for name in tiny:
-        rows = results.rows(results.read(path), name)
+    for name, training in (("attention", True), ("multi-scale", False), ("cascade", True), ("talking", False)):
+        case = TINY[name](training)
+        rows, _ = measured(case, runner.compiled_ways(case, runner.ALL_MODES), 1)
         assert any("max-autotune" in row.candidate for row in rows)
         assert all(row.reason is None for row in rows), [(row.candidate, row.reason) for row in rows]
     assert set(modes) == {"default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"}
 
 
-def test_every_backend_of_a_card_is_measured(monkeypatch):
-    """Where several serve, each of them under its name; else whatever serves."""
-    case = cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), False)
-    names = {way.candidate for way in runner.ways(case, False)}
-    assert runner.OURS in names and f"{runner.OURS} cuda" not in names
-    status = [BackendStatus(name, None) for name in ("cpu", "triton", "cuda", "reference")]
-    monkeypatch.setattr(effattn, "backends", lambda: status)
-    names = {way.candidate for way in runner.ways(case, False)}
-    assert {f"{runner.OURS} triton", f"{runner.OURS} cuda"} <= names and runner.OURS not in names
+def test_every_backend_of_a_card_is_measured():
+    """Each under its name; of whole models, whatever serves."""
+    case = TINY["biased"](False)
+    found = runner.ours(case, ["cuda", "triton"])
+    assert set(found) == {"effattn cuda", "effattn triton"}
     with pytest.raises(RuntimeError, match="cuda: "):
-        runner._ours(case.ours)[f"{runner.OURS} cuda"](*case.make())
+        found["effattn cuda"](*case.make())
+    whole = dataclasses.replace(case, compile_ours=True)
+    assert set(runner.ours(whole, ["cuda", "triton"])) == {runner.OURS}
+
+
+def test_processes_that_share_a_card_time_one_after_the_other(tmp_path):
+    with _locked(str(tmp_path / "lock")), open(tmp_path / "lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_cases_of_a_gpu_can_be_made():
@@ -376,12 +373,3 @@ def test_the_cases_of_a_gpu_can_be_made():
         made = list(make())
         assert len({(case.name, case.dtype) for case in made}) == len(made) > 0
         assert all(case.suite == name and case.work.bytes > 0 and case.work.flops > 0 for case in made)
-
-
-def test_no_gpu_no_numbers(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(RuntimeError, match="torch sees no GPU"):
-        session.run(None, 1.0, 1, (), 0, tmp_path, str)
-    with pytest.raises(ValueError, match=r"suite: expected some of gpu-attention, .*, got nothing"):
-        session.run(["nothing"], 1.0, 1, (), 0, tmp_path, str)

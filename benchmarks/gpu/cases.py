@@ -6,6 +6,7 @@ Images are in a narrow type, weights in float32, as under autocast.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 import effattn
 from benchmarks import relu_linear_attention as rla
 from benchmarks.floor import Work
+from benchmarks.gpu import names
 from benchmarks.gpu.runner import STOCK, Arguments, GpuCase
 from effattn import testing
 from effattn.backends import reference
@@ -22,7 +24,7 @@ from effattn.testing import ATTENTION_CASES, AttentionCase, BiasedCase, CascadeC
 
 NARROW = torch.bfloat16
 BATCHES = (1, 16, 256)
-SANA = AttentionCase("Sana, B16 N4096 C1152 H36", 16, 36, 32, 64, 64)
+SANA = AttentionCase("Sana N4096 C1152 H36, batch 16", 16, 36, 32, 64, 64)
 
 
 def _work(flops: float, inputs: float, outputs: float, training: bool, dtype: torch.dtype) -> Work:
@@ -34,8 +36,14 @@ def _work(flops: float, inputs: float, outputs: float, training: bool, dtype: to
 # --- relu_linear_attention ------------------------------------------------------------------------------
 
 
-def _attention(case: AttentionCase, dtype: torch.dtype, training: bool) -> GpuCase:
+def _attention(case: AttentionCase, dtype: torch.dtype, training: bool, token_major: bool = False) -> GpuCase:
+    """Channel-major, as convolutions leave it; or as diffusers has it, heads of (batch, tokens, channels)."""
+
     def make() -> Arguments:
+        if token_major:
+            rows = (case.batch, case.tokens, case.heads * case.head_dim)
+            images = (testing.make_tensor(*rows, dtype=dtype, seed=seed) for seed in range(3))
+            return [t.unflatten(-1, (case.heads, case.head_dim)).transpose(1, 2) for t in images]
         sizes = (case.batch, case.heads, 3 * case.head_dim, case.tokens)
         return list(testing.split_heads(testing.make_tensor(*sizes, dtype=dtype)))
 
@@ -65,7 +73,7 @@ def attention(training: bool) -> list[GpuCase]:
     long = AttentionCase("N 65536, 16 heads of 32", 1, 16, 32, 256, 256)
     return [
         *(_attention(case, NARROW, training) for case in (cases[0], long)),
-        _attention(SANA, torch.float16, training),
+        _attention(SANA, torch.float16, training, token_major=True),
         *(_attention(case, NARROW, training) for case in cases[1:]),
         _attention(cases[0], torch.float32, training),
     ]
@@ -74,9 +82,9 @@ def attention(training: bool) -> list[GpuCase]:
 # --- multi_scale_linear_attention -----------------------------------------------------------------------
 
 
-def _multi_scale(name: str, case: MultiScaleCase, training: bool) -> GpuCase:
+def _multi_scale(name: str, case: MultiScaleCase, training: bool, dtype: torch.dtype = NARROW) -> GpuCase:
     def make() -> Arguments:
-        inputs = case.inputs(NARROW)
+        inputs = case.inputs(dtype)
         return [inputs["qkv"], inputs["dw_weights"], inputs["pw_weights"]]
 
     def ours(qkv: torch.Tensor, dw: list[torch.Tensor], pw: list[torch.Tensor]) -> torch.Tensor:
@@ -93,9 +101,9 @@ def _multi_scale(name: str, case: MultiScaleCase, training: bool) -> GpuCase:
     return GpuCase(
         suite="gpu-multi-scale" + ("-training" if training else ""),
         name=name,
-        dtype=NARROW,
+        dtype=dtype,
         sizes={"batch": case.batch, "heads": case.heads, "head_dim": case.head_dim, "height": case.height},
-        work=_work(pixels * per_pixel, pixels * case.channels, pixels * outputs, training, NARROW),
+        work=_work(pixels * per_pixel, pixels * case.channels, pixels * outputs, training, dtype),
         make=make,
         truth=lambda qkv, dw, pw: reference.multi_scale_linear_attention(qkv, dw, pw, (), (), case.head_dim, 1e-15),
         ours=ours,
@@ -117,7 +125,7 @@ def multi_scale(training: bool) -> list[GpuCase]:
 # --- cascaded_group_attention ---------------------------------------------------------------------------
 
 
-def _cascade(name: str, case: CascadeCase, training: bool) -> GpuCase:
+def _cascade(name: str, case: CascadeCase, training: bool, dtype: torch.dtype = NARROW) -> GpuCase:
     heads = len(case.kernels)
     value_dim, scale = case.channels // heads, case.key_dim**-0.5
     window = (case.height, case.width) if case.window is None else (case.window, case.window)
@@ -139,10 +147,10 @@ def _cascade(name: str, case: CascadeCase, training: bool) -> GpuCase:
     return GpuCase(
         suite="gpu-cascade" + ("-training" if training else ""),
         name=name,
-        dtype=NARROW,
+        dtype=dtype,
         sizes={"batch": case.batch, "channels": case.channels, "heads": heads, "size": case.height},
-        work=_work(pixels * per_pixel, pixels * case.channels, pixels * case.channels, training, NARROW),
-        make=lambda: _inputs(case),
+        work=_work(pixels * per_pixel, pixels * case.channels, pixels * case.channels, training, dtype),
+        make=lambda: _inputs(case, dtype),
         truth=lambda *arguments: reference.cascaded_group_attention(*arguments, scale, *window),
         ours=ours,
         peers={STOCK: stock},
@@ -150,8 +158,8 @@ def _cascade(name: str, case: CascadeCase, training: bool) -> GpuCase:
     )
 
 
-def _inputs(case: CascadeCase | BiasedCase) -> Arguments:
-    return [value for value in case.inputs(NARROW).values() if not isinstance(value, list) or value]
+def _inputs(case: CascadeCase | BiasedCase, dtype: torch.dtype) -> Arguments:
+    return [value for value in case.inputs(dtype).values() if not isinstance(value, list) or value]
 
 
 def _stock_cascade(
@@ -193,7 +201,7 @@ def cascade(training: bool) -> list[GpuCase]:
 # --- biased_attention -----------------------------------------------------------------------------------
 
 
-def _biased(name: str, case: BiasedCase, training: bool) -> GpuCase:
+def _biased(name: str, case: BiasedCase, training: bool, dtype: torch.dtype = NARROW) -> GpuCase:
     scale = case.head_dim**-0.5
 
     def ours(
@@ -219,16 +227,16 @@ def _biased(name: str, case: BiasedCase, training: bool) -> GpuCase:
     return GpuCase(
         suite="gpu-biased" + ("-training" if training else ""),
         name=name,
-        dtype=NARROW,
+        dtype=dtype,
         sizes={"batch": case.batch, "heads": case.heads, "queries": case.queries, "keys": case.keys},
         work=_work(
             2 * pairs * (case.head_dim + case.value_dim + (2 * case.heads if case.talking else 0)),
             tokens * (case.head_dim + case.value_dim / 2),
             tokens * case.value_dim / 2,
             training,
-            NARROW,
+            dtype,
         ),
-        make=lambda: _inputs(case),
+        make=lambda: _inputs(case, dtype),
         truth=lambda q, k, v, bias, mixing=(): reference.biased_attention(q, k, v, bias, mixing, scale),
         ours=ours,
         peers=peers if case.talking else peers | {"SDPA": sdpa},
@@ -287,11 +295,11 @@ def _model(name: str, batch: int) -> GpuCase:
 
 
 def models() -> list[GpuCase]:
-    names = ("efficientvit_m0", "efficientvit_b1", "efficientformer_l1", "efficientvit_m5", "efficientvit_b3")
-    return [_model(name, batch) for batch in (1, 256) for name in names]
+    models = ("efficientvit_m0", "efficientvit_b1", "efficientformer_l1", "efficientvit_m5", "efficientvit_b3")
+    return [_model(name, batch) for batch in (1, 256) for name in models]
 
 
-#: A case of each is measured in turn; what there is no time for is left out from the end of each.
+#: By suite, its title and its cases.
 SUITES: dict[str, tuple[str, Callable[[], list[GpuCase]]]] = {
     "gpu-attention": ("relu_linear_attention, forward", partial(attention, False)),
     "gpu-multi-scale": ("multi_scale_linear_attention, forward", partial(multi_scale, False)),
@@ -303,3 +311,48 @@ SUITES: dict[str, tuple[str, Callable[[], list[GpuCase]]]] = {
     "gpu-biased-training": ("biased_attention, forward and backward", partial(biased, True)),
     "gpu-models": ("whole models, inference, float16", models),
 }
+
+
+def name_of(case: GpuCase) -> str:
+    """As :mod:`benchmarks.gpu.names` has it."""
+    return f"{case.suite}: {case.name}, {str(case.dtype).removeprefix('torch.')}"
+
+
+# --- smoke ----------------------------------------------------------------------------------------------
+
+
+def _aggregation(case: MultiScaleCase, training: bool, dtype: torch.dtype) -> GpuCase:
+    """The convolutions of multi-scale attention alone."""
+
+    def ours(qkv: torch.Tensor, dw: list[torch.Tensor], pw: list[torch.Tensor]) -> torch.Tensor:
+        return effattn.multi_scale_aggregation(qkv, dw, pw, head_dim=case.head_dim)
+
+    def plain(qkv: torch.Tensor, dw: list[torch.Tensor], pw: list[torch.Tensor]) -> torch.Tensor:
+        return reference.multi_scale_aggregation(qkv, dw, pw, (), (), case.head_dim)
+
+    attention = _multi_scale("smoke", case, training, dtype)
+    return dataclasses.replace(attention, suite="gpu-aggregation", truth=plain, ours=ours, peers={STOCK: plain})
+
+
+def smoke(operator: str, dtype: torch.dtype, training: bool) -> list[GpuCase]:
+    """Small cases of one of ``names.SMOKE``, no multiples of a tile; they take different ways through its kernels.
+
+    Raises:
+        ValueError: for an operator that there is not.
+    """
+    images = [MultiScaleCase(2, 2, 16, 9, 21), MultiScaleCase(1, 1, 32, 33, 40, (3, 5))]
+    if operator == "relu_linear_attention":
+        sizes = [AttentionCase("few tokens", 2, 3, 16, 7, 11), AttentionCase("many tokens", 1, 2, 32, 40, 77)]
+        return [_attention(case, dtype, training, major) for case in sizes for major in (False, True)]
+    if operator == "multi_scale_linear_attention":
+        return [_multi_scale("smoke", case, training, dtype) for case in images]
+    if operator == "multi_scale_aggregation":
+        return [_aggregation(case, training, dtype) for case in images]
+    if operator == "cascaded_group_attention":
+        windows = [CascadeCase(2, 32, 16, 14, 14, 7, (7, 5, 3, 3)), CascadeCase(1, 24, 16, 9, 9, None, (5, 3))]
+        return [_cascade("smoke", case, training, dtype) for case in windows]
+    if operator in ("biased_attention", "biased_attention with talking heads"):
+        talking = operator != "biased_attention"
+        tokens = [BiasedCase(2, 4, 49, 49, 16, 32, talking), BiasedCase(1, 2, 70, 133, 32, 24, talking)]
+        return [_biased("smoke", case, training, dtype) for case in tokens]
+    raise ValueError(f"operator: expected one of {', '.join(names.SMOKE)}, got {operator!r}")

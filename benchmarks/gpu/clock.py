@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +21,16 @@ SAMPLE_SECONDS = 5e-3
 #: Inputs of all sets together, as a multiple of the last cache; and what they may take of the card's memory.
 COLD, MOST_MEMORY = 3.0, 0.2
 MOST_SETS = 64
+#: A file that is locked while something is timed, where processes that compile share a card.
+LOCK_VARIABLE = "EFFATTN_CARD_LOCK"
 
 
 class Clock(Protocol):
     device: torch.device
+
+    def alone(self) -> AbstractContextManager[None]:
+        """As long as this lasts, no other process of the run uses the card for what is timed or captured."""
+        ...
 
     def sets(self, size: int) -> int:
         """How many sets of inputs of ``size`` bytes are needed for none of them to be in a cache when it is used."""
@@ -46,6 +55,9 @@ class CudaClock:
     def __init__(self) -> None:
         self.device = torch.device("cuda")
         self.properties = torch.cuda.get_device_properties(self.device)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return _locked(os.environ[LOCK_VARIABLE]) if LOCK_VARIABLE in os.environ else nullcontext()
 
     def sets(self, size: int) -> int:
         wanted = math.ceil(COLD * self.properties.L2_cache_size / max(size, 1))
@@ -95,6 +107,9 @@ class WallClock:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def sets(self, size: int) -> int:
         return 2
 
@@ -110,6 +125,15 @@ class WallClock:
     def rates(self, rates: Rates) -> None:
         rates.copy[1 << 20], rates.matmul[torch.float32] = 1e10, 1e11
         rates.matmul |= {torch.bfloat16: 1e11, torch.float16: 1e11}
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # before the next one's turn
 
 
 def _keep(best: dict[Any, float], key: Any, rate: float) -> None:

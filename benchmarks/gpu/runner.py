@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.gpu.clock import SAMPLE_SECONDS, Call, Clock
-from benchmarks.runner import Role, Row, explain
+from benchmarks.runner import Accuracy, Role, Row, explain
 from effattn import testing
 
 Arguments = Sequence[Any]  # tensors, and lists of them
@@ -66,96 +66,148 @@ class Way:
     graph: bool = False
 
 
-def ways(case: GpuCase, compiled: bool = True) -> list[Way]:
-    """Everyone in every setting; ``reduce-overhead`` and ``max-autotune`` bring graphs of their own."""
+#: What torch.compile is asked for: a mode, and whether its calls are captured, unless it brings graphs of its own.
+QUICK_MODES = (("default", True), ("reduce-overhead", False))
+ALL_MODES = (*QUICK_MODES, ("default", False), ("max-autotune", False), ("max-autotune-no-cudagraphs", True))
+_CANDIDATES = {
+    "default": "compiled",
+    "reduce-overhead": "reduce-overhead",
+    "max-autotune": "max-autotune",
+    "max-autotune-no-cudagraphs": "max-autotune",
+}
+
+
+def plain_ways(case: GpuCase, backends: Sequence[str]) -> list[Way]:
+    """Ours on each of the backends, and everybody else without torch.compile: in graphs, then as calls.
+
+    Others come first: what is ours is what may end the process.
+    """
     found = []
     for graph in (True, False):
         variant = "graph" if graph else "calls"
-        for name, function in _ours(case.ours).items():
-            found.append(Way(name, variant, Role.OURS, function, graph=graph))
         for name, function in case.peers.items():
             found.append(Way(f"{name} eager", variant, Role.PEER, function, graph=graph))
-            if compiled:
-                found.append(Way(f"{name} compiled", variant, Role.PEER, function, "default", graph))
         for name, function in case.context.items():
             found.append(Way(name, variant, Role.CONTEXT, function, graph=graph))
-    stock = next(iter(case.peers))
-    found.append(Way(f"{stock} eager (again)", "graph", Role.CHECK, case.peers[stock], graph=True))
-    functions = [(name, Role.PEER, function) for name, function in case.peers.items()]
-    if case.compile_ours:
-        functions.append((OURS, Role.OURS, case.ours))
-    for name, role, function in functions if compiled else ():
-        for mode in ("reduce-overhead", "max-autotune"):
-            found.append(Way(f"{name} {mode}", "calls", role, function, mode))
-        captured = "max-autotune-no-cudagraphs"
-        found.append(Way(f"{name} max-autotune", "graph", role, function, captured, graph=True))
+        if graph:
+            stock = next(iter(case.peers))
+            found.append(Way(f"{stock} eager (again)", variant, Role.CHECK, case.peers[stock], graph=True))
+    for graph in (True, False):
+        for name, function in ours(case, backends).items():
+            found.append(Way(name, "graph" if graph else "calls", Role.OURS, function, graph=graph))
     return found
 
 
-def _ours(function: Function) -> dict[str, Function]:
-    """By each backend for cards, where there are several; what the registry's table of them is made from."""
-    here = [b.name for b in effattn.backends() if b.available and b.name in ("triton", "cuda")]
+def compiled_ways(case: GpuCase, modes: Sequence[tuple[str, bool]]) -> list[Way]:
+    """Under torch.compile, in these modes."""
+    functions = [(name, Role.PEER, function) for name, function in case.peers.items()]
+    if case.compile_ours:
+        functions.append((OURS, Role.OURS, case.ours))
+    return [
+        Way(f"{name} {_CANDIDATES[mode]}", "graph" if graph else "calls", role, function, mode, graph)
+        for name, role, function in functions
+        for mode, graph in modes
+    ]
+
+
+def ours(case: GpuCase, backends: Sequence[str]) -> dict[str, Function]:
+    """By each of the backends; whole models by whatever serves their operators."""
 
     def by(backend: str, *arguments: Any) -> torch.Tensor:
         with effattn.use_backend(backend):
-            return function(*arguments)
+            return case.ours(*arguments)
 
-    return {f"{OURS} {name}": partial(by, name) for name in here} if len(here) > 1 else {OURS: function}
+    return {OURS: case.ours} if case.compile_ours else {f"{OURS} {name}": partial(by, name) for name in backends}
 
 
-def measure(
-    case: GpuCase, clock: Clock, rounds: int, compiled: bool = True, is_over: Callable[[], bool] = lambda: False
-) -> list[Row]:
-    """A row for each way, whatever happens to it; none is begun once time ``is_over``; a round is timed in any case."""
+class Watch(Protocol):
+    """Who is told how a case goes on; the benchmark of a process tells its parent."""
+
+    def begin(self, row: Row) -> None:
+        """This one is prepared or timed now."""
+
+    def finish(self, row: Row, error: Exception | None, provisional: bool = False) -> None:
+        """It has all of its samples, or a reason why not; or, provisionally, the first one."""
+
+
+def measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch: Watch) -> list[Row]:
+    """A row for each way, whatever happens to it."""
     try:
-        return _measure(case, clock, rounds, compiled, is_over)
+        return _measure(case, ways, clock, rounds, watch)
     except Exception as error:  # of the inputs or the truth: there may be no memory for them
-        rows = [_new_row(case, way) for way in ways(case, compiled)]
+        rows = [new_row(case, way) for way in ways]
         for row in rows:
             row.reason = explain(error)
+            watch.finish(row, error)
         return rows
     finally:
         torch._dynamo.reset()
         gc.collect()
-        if clock.device.type == "cuda":
+        if clock.device.type == "cuda" and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
-def _measure(case: GpuCase, clock: Clock, rounds: int, compiled: bool, is_over: Callable[[], bool]) -> list[Row]:
-    first = _on(clock.device, case.make())
-    count = clock.sets(sum(t.nbytes for t in _tensors(first)))
-    sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
+def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch: Watch) -> list[Row]:
+    made = case.make()
     rows, ready = [], []
     with torch.set_grad_enabled(case.training):
-        wide = [_wide(a) for a in first]
-        with torch.no_grad():
-            shape = case.truth(*wide).shape
-        grad_out = testing.make_tensor(*shape, seed=9).to(case.dtype).to(clock.device) if case.training else None
-        truth = _step(case.truth, wide, None if grad_out is None else grad_out.double())()
-        for way in ways(case, compiled):
-            row = _new_row(case, way)
+        with clock.alone():
+            first = on(clock.device, made)
+            count = clock.sets(sum(t.nbytes for t in tensors(first)))
+            sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
+            grad_out, truth = expected(case, first)
+        for way in ways:
+            row = new_row(case, way)
             rows.append(row)
-            if is_over():
-                row.reason = "no time was left"
+            watch.begin(row)
+            try:
+                call = _admit(case, way, row, sets, grad_out, truth, clock)
+            except Exception as error:
+                row.reason = explain(error)
+                watch.finish(row, error)
                 continue
-            call = _admit(case, way, row, sets, grad_out, truth, clock)
+            watch.finish(row, None, provisional=call is not None)
             if call is not None:
                 ready.append((row, call))
-        for round_ in range(rounds):
-            if round_ > 0 and is_over():
-                break
+        for _ in range(1, rounds):
             for row, call in ready:
                 if row.reason is None:
+                    watch.begin(row)
                     try:
-                        assert row.repeats is not None
-                        seconds = clock.seconds(call, row.repeats) / (row.repeats * len(sets))
-                        row.samples.append(seconds * 1e3)
+                        row.samples.append(_sample(clock, call, row, len(sets)))
                     except Exception as error:
-                        row.reason = explain(error)
-    for row in rows:
+                        row.reason, row.milliseconds = explain(error), None
+                        watch.finish(row, error)
+    for row, _ in ready:
         if row.reason is None:
             row.milliseconds = statistics.median(row.samples)
+            watch.finish(row, None)
     return rows
+
+
+def expected(case: GpuCase, arguments: Arguments) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:
+    """The output's gradient, of a case of training, and what float64 makes of the arguments, where they are."""
+    wide = [_wide(a) for a in arguments]
+    with torch.no_grad():
+        shape = case.truth(*wide).shape
+    grad_out = None
+    if case.training:
+        grad_out = testing.make_tensor(*shape, seed=9).to(case.dtype).to(tensors(arguments)[0].device)
+    return grad_out, step(case.truth, wide, None if grad_out is None else grad_out.double())()
+
+
+def accuracy(case: GpuCase, role: Role, results: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> Accuracy:
+    """The largest relative error of the output and the gradients."""
+    is_loose = case.training and role is not Role.OURS and case.dtype != torch.float32
+    allowed = PEER_GRADIENTS if is_loose else case.tolerance or TOLERANCE[case.dtype]
+    norms = [torch.linalg.vector_norm(exact).item() for exact in truth]
+    # A gradient that vanishes identically has no digits: it is measured against the others.
+    least = LEAST_NORM * max(norms)
+    errors = [
+        testing.error(result, exact.to(result.device)) / max(norm, least)
+        for result, exact, norm in zip(results, truth, norms, strict=True)
+    ]
+    return Accuracy(math.nan if any(math.isnan(e) for e in errors) else max(errors), allowed)
 
 
 def _admit(
@@ -167,30 +219,30 @@ def _admit(
     truth: Sequence[torch.Tensor],
     clock: Clock,
 ) -> Call | None:
-    """All sets as one call, if the first result is right."""
-    try:
-        function = way.function if way.mode is None else peers.compiled(way.function, way.mode)
-        calls = [_step(function, arguments, grad_out) for arguments in sets]
-        if way.role is not Role.CONTEXT:
-            is_loose = case.training and way.role is not Role.OURS and case.dtype != torch.float32
-            row.allowed_error = PEER_GRADIENTS if is_loose else case.tolerance or TOLERANCE[case.dtype]
-            norms = [torch.linalg.vector_norm(expected).item() for expected in truth]
-            # A gradient that vanishes identically has no digits: it is measured against the others.
-            least = LEAST_NORM * max(norms)
-            row.error = max(
-                testing.error(result, expected) / max(norm, least)
-                for result, expected, norm in zip(calls[0](), truth, norms, strict=True)
-            )
-            if not row.error <= row.allowed_error:
-                row.reason = f"wrong: relative error {row.error:.1e}, allowed {row.allowed_error:.1e}"
-                return None
+    """All sets as one call that has been timed once, if the first result is right."""
+    function = way.function if way.mode is None else peers.compiled(way.function, way.mode)
+    calls = [step(function, arguments, grad_out) for arguments in sets]
+    results = calls[0]()  # compiles
+    if way.role is not Role.CONTEXT:
+        found = accuracy(case, way.role, results, truth)
+        row.error, row.allowed_error = found.error, found.allowed
+        if not found.passed:
+            row.reason = f"wrong: relative error {found.error:.1e}, allowed {found.allowed:.1e}"
+            return None
+    del results
+    with clock.alone():
         everything = clock.captured(calls) if way.graph else _in_turn(calls)
         everything()
         row.repeats = max(1, math.ceil(SAMPLE_SECONDS / max(clock.seconds(everything, 1), 1e-9)))
-    except Exception as error:
-        row.reason = explain(error)
-        return None
+    row.samples.append(_sample(clock, everything, row, len(sets)))
+    row.milliseconds = row.samples[0]
     return everything
+
+
+def _sample(clock: Clock, call: Call, row: Row, sets: int) -> float:
+    assert row.repeats is not None
+    with clock.alone():
+        return clock.seconds(call, row.repeats) / (row.repeats * sets) * 1e3
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:
@@ -201,14 +253,14 @@ def _in_turn(calls: Sequence[Call]) -> Call:
     return everything
 
 
-def _step(
+def step(
     function: Function, arguments: Arguments, grad_out: torch.Tensor | None
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
     """The output, and for training the gradients of all arguments."""
     if grad_out is None:
         return lambda: (function(*arguments),)
     leaves = [[t.detach() for t in a] if isinstance(a, list) else a.detach() for a in arguments]
-    flat = [t.requires_grad_() for t in _tensors(leaves)]
+    flat = [t.requires_grad_() for t in tensors(leaves)]
 
     def forward_and_backward() -> tuple[torch.Tensor, ...]:
         out = function(*leaves)
@@ -217,11 +269,11 @@ def _step(
     return forward_and_backward
 
 
-def _tensors(arguments: Arguments) -> list[torch.Tensor]:
+def tensors(arguments: Arguments) -> list[torch.Tensor]:
     return [t for a in arguments for t in (a if isinstance(a, list) else [a])]
 
 
-def _on(device: torch.device, arguments: Arguments) -> Arguments:
+def on(device: torch.device, arguments: Arguments) -> Arguments:
     return [[t.to(device) for t in a] if isinstance(a, list) else testing.moved(a, device) for a in arguments]
 
 
@@ -237,7 +289,7 @@ def _wide(argument: Any) -> Any:
     return [t.double() for t in argument] if isinstance(argument, list) else argument.double()
 
 
-def _new_row(case: GpuCase, way: Way) -> Row:
+def new_row(case: GpuCase, way: Way) -> Row:
     return Row(
         suite=case.suite,
         case=case.name,

@@ -9,12 +9,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <source_location>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../../kernels/cuda/biased_attention.h"
 #include "../../kernels/cuda/cascaded_group_attention.h"
+#include "../../kernels/cuda/launch_record.h"
 #include "../../kernels/cuda/multi_scale.h"
 #include "../../kernels/cuda/relu_linear_attention.h"
 
@@ -82,11 +84,37 @@ class OnDevice {
 
 #endif
 
+// A tensor that a call is named after, and the function of the glue that makes the call.
+struct Called {
+  const Tensor& tensor;
+  std::source_location from;
+  Called(const Tensor& t, std::source_location f = std::source_location::current()) : tensor(t), from(f) {}
+};
+
+inline cuda::CallRecord describe(const Called& called) {
+  cuda::CallRecord call;
+  call.file = called.from.file_name();
+  call.function = called.from.function_name();
+  const auto type = called.tensor.scalar_type();
+  using torch::headeronly::ScalarType;
+  call.dtype = type == ScalarType::Float      ? "float32"
+               : type == ScalarType::BFloat16 ? "bfloat16"
+               : type == ScalarType::Half     ? "float16"
+                                              : "another type";
+  call.rank = static_cast<int>(called.tensor.dim());
+  for (int i = 0; i < call.rank && i < cuda::CallRecord::kMostSizes; ++i)
+    call.sizes[i] = called.tensor.size(i);
+  return call;
+}
+
 // How a call on tensors is run: on their device, on torch's current stream, with workspace from torch's
 // allocator, which hands it to the next call on the stream.
 class Execution {
  public:
-  explicit Execution(const Tensor& of) : device_(of.get_device_index()), index_(of.get_device_index()) {}
+  explicit Execution(const Called& of)
+      : device_(of.tensor.get_device_index()), index_(of.tensor.get_device_index()) {
+    cuda::current_call() = describe(of);
+  }
   Execution(const Execution&) = delete;
 
   operator cuda::Execution() {
@@ -120,8 +148,8 @@ inline void require_together(const Tensor& first, const std::vector<Tensor>& all
 
 // `kept`: what the call reads beside `of`.
 template <class... Kept>
-Execution execution(const Tensor& of, const Kept&... kept) {
-  (require_together(of, kept), ...);
+Execution execution(const Called& of, const Kept&... kept) {
+  (require_together(of.tensor, kept), ...);
   return Execution(of);
 }
 

@@ -16,5 +16,7 @@ cuda::Card OnDevice::card() const {
 
 }  // namespace effattn
 
-extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_build() { return "emulated; "; }
+extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_build() {
+  return EFFATTN_CUDA_BUILD;
+}
 extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_driver() { return ""; }

@@ -30,3 +30,5 @@ class Backend(NamedTuple):
     #: By operator: a Fused; of the reference, a function of differentiable torch operations; of an operator that is
     #: for inference alone, that.
     functions: Mapping[str, Fused | Callable[..., torch.Tensor]]
+    #: Of kernels for cards: what they are made of, so that no verdict about others counts (:mod:`effattn.verdicts`).
+    identity: Callable[[], str] | None = None

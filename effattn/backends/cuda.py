@@ -133,4 +133,4 @@ def _card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-BACKEND = Backend("cuda", _unavailable, _reasons, _FUNCTIONS)
+BACKEND = Backend("cuda", _unavailable, _reasons, _FUNCTIONS, lambda: _library.cuda_digest)

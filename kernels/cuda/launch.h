@@ -1,11 +1,16 @@
 // How kernels are launched.
 #pragma once
 
+#ifndef EFFATTN_EMULATED
+#include <cxxabi.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 
 #include "device.h"
 #include "execution.h"
+#include "launch_record.h"
 
 namespace effattn::cuda {
 
@@ -35,12 +40,22 @@ inline void check(const Grid& grid) {
   }
 }
 
+// Written down before the launch, which may be the last thing that a process does.
+template <class Parameters>
+LaunchRecord record(const void* kernel, const Grid& grid) {
+  const LaunchRecord launch{current_call(),    kernel,       __PRETTY_FUNCTION__, grid.blocks,
+                            grid.shared_bytes, grid.threads, grid.cluster};
+  last_launches().add(launch);
+  return launch;
+}
+
 #ifdef EFFATTN_EMULATED
 
 template <class Parameters>
 void launch(void (*kernel)(const Parameters&), const Grid& grid, const Execution&,
             const Parameters& parameters) {
   check(grid);
+  if (grid.blocks > 0) record<Parameters>(reinterpret_cast<const void*>(kernel), grid);
   struct Call {
     void (*kernel)(const Parameters&);
     const Parameters& parameters;
@@ -58,6 +73,37 @@ inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // which would be the next call's otherwise
   throw std::runtime_error(std::string("effattn: ") + what + ": " + cudaGetErrorString(error));
+}
+
+// As its author wrote it; empty if CUDA does not tell any more.
+inline std::string kernel_name(const void* kernel) {
+  const char* mangled = nullptr;
+#if CUDART_VERSION >= 12030
+  if (kernel != nullptr && cudaFuncGetName(&mangled, kernel) != cudaSuccess) cudaGetLastError();
+#endif
+  if (mangled == nullptr) return "";
+  int status = 0;
+  char* const readable = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  const std::string name = status == 0 ? readable : mangled;
+  std::free(readable);
+  return name;
+}
+
+inline void check_launch(cudaError_t error, const LaunchRecord& launch) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // which would be the next call's otherwise
+  const LaunchRecord before = last_launches().before();
+  throw std::runtime_error(failed_launch(std::string("launch of a kernel: ") + cudaGetErrorString(error),
+                                         launches_are_waited_for(), launch, kernel_name(launch.kernel),
+                                         before, kernel_name(before.kernel)));
+}
+
+// Waits for what was launched; not while a graph is recorded, where nothing runs.
+inline cudaError_t waited_for(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  return error != cudaSuccess || status != cudaStreamCaptureStatusNone ? error
+                                                                       : cudaStreamSynchronize(stream);
 }
 
 template <class Parameters>
@@ -87,7 +133,9 @@ void launch(void (*kernel)(const Parameters), const Grid& grid, const Execution&
     dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent.val.programmaticStreamSerializationAllowed = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, parameters), "launch of a kernel");
+  const LaunchRecord launched = record<Parameters>(reinterpret_cast<const void*>(kernel), grid);
+  check_launch(cudaLaunchKernelEx(&config, kernel, parameters), launched);
+  if (launches_are_waited_for()) check_launch(waited_for(config.stream), launched);
 }
 
 #endif

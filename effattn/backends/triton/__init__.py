@@ -6,8 +6,12 @@ triton is imported before the first call.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from effattn.backends.triton import (
     relu_linear_attention,
 )
 from effattn.backends.triton._launch import is_interpreted
+from effattn.kernels import configs
 from effattn.kernels.configs import MOST_CHANNELS, MOST_TALKING_HEADS
 
 NAMESPACE = "effattn_triton"
@@ -65,6 +70,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def _identity() -> str:
+    """A digest of the sources of the kernels and of what launches them, and of their compiler's version."""
+    found = hashlib.sha256()
+    with suppress(PackageNotFoundError):
+        found.update(version("triton").encode())
+    for folder in (Path(configs.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
 # --- registration -------------------------------------------------------------------------------------------------
 
 #: By function, the kernels of its operators: inference, _forward and _backward.
@@ -88,7 +104,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
     "biased_attention": (biased_attention.forward, biased_attention.forward, biased_attention.backward),
 }
 _FUNCTIONS: dict[str, Fused | Callable[..., torch.Tensor]] = {}
-BACKEND = Backend("triton", _unavailable, _reasons, _FUNCTIONS)
+BACKEND = Backend("triton", _unavailable, _reasons, _FUNCTIONS, _identity)
 _OPERATORS = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 

@@ -1,0 +1,34 @@
+"""Which backends for cards can be used here, what their kernels are made of, and all cases: one process tells."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.gpu import cases, child, names
+from benchmarks.gpu.case import all_cases
+from benchmarks.gpu.lines import Status
+from benchmarks.gpu.smoke import device_of
+from effattn import _library, registry, verdicts
+
+NAME = "backends"
+
+
+def main() -> None:
+    child.start()
+    child.begin(NAME)
+    reasons = {status.name: status.reason for status in registry.backends() if status.name in names.BACKENDS}
+    card, driver = verdicts.card_and_driver(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+    child.finish(
+        NAME,
+        Status.OK if _library.error is None else Status.ERROR,
+        unavailable={name: reason for name, reason in reasons.items() if reason is not None},
+        devices={name: device_of(name).type for name, reason in reasons.items() if reason is None},
+        identities={name: verdicts.identity(name) for name in reasons},
+        verdicts_of=[card, driver],
+        cases=[cases.name_of(case) for case in all_cases()],
+        **({} if _library.error is None else {"reason": _library.error}),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""One kernel against float64, in this process: ``python -m benchmarks.gpu.smoke OPERATOR BACKEND DTYPE DIRECTION``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import cases, child, rehearsal, runner
+from benchmarks.gpu.lines import Status
+from benchmarks.gpu.names import Kernel
+from benchmarks.runner import Role, explain
+from effattn import _library
+from effattn.backends.triton import is_interpreted
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend for cards runs: on the host if it is emulated or interpreted."""
+    on_host = is_interpreted() if backend == "triton" else _library.cuda_is_emulated
+    return torch.device("cpu" if on_host else "cuda")
+
+
+def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
+    """Status, error and allowed error of the worst of the kernel's cases, or of the first ones.
+
+    Raises:
+        ValueError: for a kernel that there is not.
+    """
+    device, training = device_of(kernel.backend), kernel.direction == "backward"
+    dtype = getattr(torch, kernel.dtype)
+    found: dict[str, Any] = {"status": str(Status.OK), "error": 0.0, "allowed_error": runner.TOLERANCE[dtype]}
+    make = rehearsal.smoke if rehearsal.is_on() else cases.smoke
+    for case in make(kernel.operator, dtype, training)[:most]:
+        arguments = case.make()
+        with torch.set_grad_enabled(training):
+            grad_out, truth = runner.expected(case, arguments)
+            (function,) = runner.ours(case, [kernel.backend]).values()
+            there = None if grad_out is None else grad_out.to(device)
+            results = [t.cpu() for t in runner.step(function, runner.on(device, arguments), there)()]
+        accuracy = runner.accuracy(case, Role.OURS, results, truth)
+        if not accuracy.error <= found["error"]:
+            found["error"], found["allowed_error"] = accuracy.error, accuracy.allowed
+        if not accuracy.passed:
+            reason = f"{case.name}, {case.sizes}: relative error {accuracy.error:.1e}, allowed {accuracy.allowed:.1e}"
+            return {**found, "status": str(Status.WRONG), "reason": reason}
+    return found
+
+
+def main() -> None:
+    kernel = Kernel(*sys.argv[1:])
+    child.start()
+    child.begin(str(kernel))
+    try:
+        found = check(kernel)
+    except Exception as error:
+        found = {"status": str(Status.ERROR), "reason": explain(error)}
+    child.finish(str(kernel), found.pop("status"), **found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Builds what is tested and measured, or takes what was brought along: ``python -m benchmarks.gpu.staging FOLDER``.
+
+The package is staged in a folder of its own, whose libraries are for the card of EFFATTN_CUDA_ARCHS alone. Libraries in
+``effattn/`` are taken if they load here, have code for that card and are made of the sources that are here; then
+``_C`` is all that is compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import environment
+from benchmarks.gpu import child
+from benchmarks.gpu.lines import Status
+from benchmarks.runner import explain
+
+PREBUILT = "prebuilt libraries"
+BUILD = "build"
+
+
+def native() -> ModuleType:
+    """csrc/build.py."""
+    spec = importlib.util.spec_from_file_location("effattn_native_build", environment.ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def why_not(folder: Path, builder: ModuleType, arch: str) -> str | None:
+    """Why the libraries of a folder cannot be used on a card of this architecture ("90a"), or None."""
+    import torch
+
+    library, cuda = folder / "libeffattn.so", folder / str(builder.CUDA_LIBRARY)
+    absent = [path.name for path in (library, cuda) if not path.exists()]
+    if absent:
+        return f"there is no {' and no '.join(absent)}"
+    try:
+        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(cuda))
+        told = ctypes.CDLL(str(cuda)).effattn_cuda_build
+    except (OSError, AttributeError) as error:
+        return explain(error)
+    told.restype = ctypes.c_char_p
+    compiler, archs, digest = (*told().decode().split("; "), "", "")[:3]
+    if digest != builder.cuda_digest(compiler):
+        return f"they are made of other sources ({digest or 'no digest'})"
+    if arch not in archs.split():
+        return f"they are compiled for {archs or 'no card'}, not for {arch}"
+    return None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    child.start()
+    child.plan([PREBUILT, BUILD])
+    builder, source = native(), environment.ROOT / "effattn"
+    child.begin(PREBUILT)
+    reason = why_not(source, builder, os.environ["EFFATTN_CUDA_ARCHS"].split()[0])
+    if reason is None:
+        child.finish(PREBUILT, Status.OK)
+    else:
+        child.finish(PREBUILT, Status.SKIPPED, reason=reason)
+    child.begin(BUILD)
+    builder.stage(builder.Target.native(), folder, source if reason is None else None)
+    child.finish(BUILD, Status.OK, built="_C" if reason is None else "everything")
+
+
+if __name__ == "__main__":
+    main()

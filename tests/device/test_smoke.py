@@ -1,0 +1,33 @@
+"""What a run on a card tries first is right where it is interpreted and emulated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu import cases, names, smoke
+from benchmarks.gpu.lines import Status
+from benchmarks.gpu.names import Kernel
+
+
+@pytest.mark.parametrize("direction", names.DIRECTIONS)
+@pytest.mark.parametrize("operator", names.SMOKE)
+def test_every_kernel_passes(operator, direction, backend):
+    dtype = names.DTYPES[names.SMOKE.index(operator) % len(names.DTYPES)]
+    found = smoke.check(Kernel(operator, backend, dtype, direction), most=1)  # interpreted, the others take minutes
+    assert found["status"] == Status.OK, found
+    assert 0 < found["error"] <= found["allowed_error"]
+
+
+def test_a_wrong_kernel_does_not(backend, monkeypatch):
+    from benchmarks.gpu import rehearsal
+
+    monkeypatch.setenv(rehearsal.VARIABLE, "1")
+    found = smoke.check(Kernel("wrong", backend, "float16", "forward"))
+    assert found["status"] == Status.WRONG and found["error"] == pytest.approx(1, rel=1e-2)
+    assert "relative error 1.0e+00, allowed 5.0e-03" in found["reason"]
+
+
+def test_an_operator_that_there_is_not():
+    with pytest.raises(ValueError, match=r"operator: expected one of relu_linear_attention, .*, got 'softmax'"):
+        cases.smoke("softmax", torch.float32, False)

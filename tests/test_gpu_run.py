@@ -1,0 +1,314 @@
+"""A run on a card, rehearsed without one: the plan is the same, cases are tiny, and kernels fail in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("typer")
+
+from benchmarks import environment, results
+from benchmarks.gpu import cases, lines, names, plan, rehearsal, staging
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu.lines import Status
+from effattn import verdicts
+
+ROOT = environment.ROOT
+FILES = {"results.jsonl", "log.txt", "summary.md", "ncu.txt", "sanitizer.txt", "verdicts.json"}
+TESTS = "benchmarks/gpu/rehearsed_tests.py::"
+
+
+def start(output, seconds, **more):
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--seconds", str(seconds), "--rounds", "2"]
+    told = {**os.environ, "EFFATTN_COMMIT": "0123456789abcdef", **more}
+    return subprocess.Popen(
+        [*command, "--output", str(output)],
+        cwd=ROOT,
+        env={**told, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_rehearsal(tmp_path):
+    """All of it in one test: processes of pytest would each rehearse for themselves."""
+    output = tmp_path / "run"
+    process = start(output, 900)  # far more than it takes
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, said  # something failed, as it should
+    found = {(line["stage"], line["name"]): line for line in lines.latest(lines.read(output / plan.RESULTS))}
+    check_what_every_line_says(found)
+    check_smoke(found)
+    check_cases(found)
+    check_tests(found)
+    check_files(output)
+    check_verdicts(output)
+    check_tables(output, tmp_path)
+
+
+def of_stage(found, stage):
+    return {name: line["status"] for (of, name), line in found.items() if of == stage}
+
+
+def check_what_every_line_says(found):
+    for line in found.values():
+        assert line["commit"] == "0123456789abcdef" and line["at"] >= 0 and line["status"] in list(Status)
+        assert {"card", "driver", "versions", "sm_clock", "memory_clock"} <= set(line)
+    later = [line for (stage, _), line in found.items() if stage != "machine"]
+    assert {line["card"] for line in later} == {"rehearsal"} or {line["driver"] for line in later} != {"none"}
+    assert all(line["versions"]["torch"] and line["versions"]["triton"] for line in later)
+
+
+def check_smoke(found):
+    """A kernel that fails costs its line alone."""
+    smoke = of_stage(found, "smoke")
+    expected = {"crash": "crashed", "abort": "crashed", "hang": "timeout", "sticky": "error", "wrong": "wrong"}
+    assert {
+        name.split(":")[0]: status for name, status in smoke.items() if ": triton" in name and "all" not in name
+    } == {
+        **expected,
+        "relu_linear_attention": "ok",
+    }
+    line = found["smoke", "wrong: triton, bfloat16, forward"]
+    assert line["error"] > line["allowed_error"] > 0 and "relative error" in line["reason"]
+    assert found["smoke", "crash: triton, bfloat16, forward"]["reason"].startswith("SIGSEGV")
+
+
+def check_cases(found):
+    """So does a way to compute a case."""
+    for case in names.REHEARSED_MAIN:
+        rows = {name: line for (stage, name), line in found.items() if stage == "main" and name.startswith(case)}
+        for name, line in rows.items():
+            fails = ": crash," in name and ": effattn" in name
+            assert line["status"] == ("crashed" if fails else "ok"), (name, line.get("reason"))
+            if "row" in line:
+                assert (line["row"]["milliseconds"] is None) is fails
+                assert fails or len(line["row"]["samples"]) == 2
+        assert any(": effattn triton, graph" in name for name in rows) and any("eager, calls" in name for name in rows)
+    compiled = of_stage(found, "compiled")
+    assert len(compiled) == 4 and set(compiled.values()) == {"ok"}
+    wrong = {name: status for name, status in of_stage(found, "cases").items() if ": effattn" in name}
+    assert wrong and set(wrong.values()) == {"wrong"}
+
+
+def check_tests(found):
+    """And a test."""
+    assert of_stage(found, "tests") == {
+        f"{TESTS}test_before": "ok",
+        f"{TESTS}test_fault[crash]": "crashed",
+        f"{TESTS}test_fault[abort]": "crashed",
+        f"{TESTS}test_fault[hang]": "timeout",
+        f"{TESTS}test_fault[sticky]": "error",
+        f"{TESTS}test_wrong": "wrong",
+        f"{TESTS}test_after": "ok",
+    }
+    assert "a wrong result" in found["tests", f"{TESTS}test_wrong"]["reason"]
+
+
+def check_files(output):
+    assert {path.name for path in output.iterdir()} <= FILES
+    log = (output / plan.LOG).read_text()
+    assert "=== crash: triton, bfloat16, forward: crashed" in log and "Fatal Python error: Segmentation fault" in log
+    summary = (output / plan.SUMMARY).read_text()
+    assert "## Failed" in summary and "hang: triton, bfloat16, forward: timeout" in summary
+    assert "| effattn triton" in summary and "commit 0123456" in summary
+
+
+def check_verdicts(output):
+    """They name what failed as the registry asks for it."""
+    found = verdicts.read(output / plan.VERDICTS)
+    assert {v.operator: v.status for v in found} == {
+        "crash": "crashed",
+        "abort": "crashed",
+        "hang": "timeout",
+        "sticky": "error",
+        "wrong": "wrong",
+    }
+    assert {(v.backend, v.dtype, v.direction) for v in found} == {("triton", "bfloat16", "forward")}
+    assert {v.commit for v in found} == {"0123456789abcdef"} and all(len(v.identity) == 16 for v in found)
+
+
+def check_tables(output, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{gpu_report.README_BEGIN}\nold\n{gpu_report.README_END}\nafter\n")
+    written = gpu_report.write(output / plan.RESULTS, tmp_path / "results", readme)
+    data = results.read(written[0])
+    assert "-0123456-" in written[0].name and written[0].name.endswith("-short.json")
+    assert set(data["suites"]) == set(rehearsal.SUITES)
+    tables = written[1].read_text()
+    assert (
+        "effattn triton: crashed: SIGSEGV" in tables and "- smoke, hang: triton, bfloat16, forward: timeout" in tables
+    )
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    (tiny,) = [line for line in text.splitlines() if "tiny, bfloat16" in line]
+    assert "linear attention" in tiny and "effattn" in tiny and ", slower" in tiny  # interpreted
+
+
+def test_a_run_that_is_killed_leaves_what_it_knew(tmp_path):
+    """While a kernel hangs: lines that can be read, a summary, and no process."""
+    process = start(tmp_path, 900, EFFATTN_RUN_OUTPUT=str(tmp_path))
+    begin = time.monotonic()
+    log = tmp_path / plan.LOG
+    while not (log.exists() and "=== hang" in log.read_text()):
+        assert process.poll() is None and time.monotonic() - begin < 120
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = lines.read(tmp_path / plan.RESULTS)
+    assert {"machine", "build", "smoke"} == {line["stage"] for line in found}
+    assert "# GPU run" in (tmp_path / plan.SUMMARY).read_text()
+    assert any(v.operator == "crash" for v in verdicts.read(tmp_path / plan.VERDICTS))
+    assert {path.name for path in tmp_path.iterdir()} <= FILES
+    for _ in range(600):  # one that imports torch finds out when it has
+        if not processes_told_of(tmp_path):
+            return
+        time.sleep(0.1)
+    raise AssertionError("its processes still run")
+
+
+def processes_told_of(output):
+    """Those that have inherited the folder's name from the run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            told = path.read_bytes()
+        except OSError:
+            continue
+        if f"EFFATTN_RUN_OUTPUT={output}".encode() in told.split(b"\0"):
+            found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("seconds", [3, 14])
+def test_a_run_ends_in_time(tmp_path, seconds):
+    begin = time.monotonic()
+    process = start(tmp_path, seconds)
+    process.communicate(timeout=60)
+    assert time.monotonic() - begin < seconds + 2  # and what Python itself takes to start
+    found = lines.read(tmp_path / plan.RESULTS)
+    assert found and any(line["status"] == Status.NOT_RUN for line in found)
+    assert (tmp_path / plan.SUMMARY).read_text().startswith("# GPU run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_card_there_is_nothing_to_run(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--seconds", "60", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    found = lines.latest(lines.read(tmp_path / plan.RESULTS))
+    assert {(line["stage"], line["name"]): line["status"] for line in found} == {
+        ("machine", "run"): "ok",
+        ("machine", "machine"): "ok",
+        ("machine", "card"): "error",
+        ("build", "build"): "not run",
+    }
+    assert "torch sees no GPU" in done.stdout
+
+
+# --- without a process --------------------------------------------------------------------------------
+
+
+def test_the_budgets_of_a_visit():
+    """All stages have their time, and a last one what is left."""
+    assert sum(budget.seconds for budget in plan.BUDGETS.values()) <= plan.VISIT_SECONDS - plan.RESERVE
+    order = ["machine", "build", "smoke", "main", "compiled", "tests", "memcheck", "profile", "cases"]
+    assert list(plan.BUDGETS) == order and set(plan.MEASURING) < set(order)
+
+
+def test_names_of_cases_are_those_that_there_are():
+    known = {cases.name_of(case) for name, (_, make) in cases.SUITES.items() for case in make()}
+    assert set(names.MAIN) <= known and len(names.MAIN) == 7 and set(names.PROFILED) <= set(names.MAIN)
+    assert {suite.removesuffix("-training") for suite in cases.SUITES} == {*names.OPERATORS, "gpu-models"}
+    tests = {path.name for path in (ROOT / "tests" / "device").glob("test_*.py")}
+    assert set(names.TESTS) <= tests
+    for test in plan.SMALL_TESTS:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), test
+
+
+def test_which_kernel_a_case_takes():
+    assert str(names.kernel_of(names.MAIN[2], "cuda")) == "relu_linear_attention: cuda, float16, backward"
+    assert str(names.kernel_of(names.MAIN[3], "triton")) == "multi_scale_linear_attention: triton, bfloat16, forward"
+    assert names.kernel_of("gpu-models: efficientvit_b1 @224, batch 1, float16", "cuda") is None
+
+
+def test_a_quarantined_kernel_is_not_measured(tmp_path, monkeypatch):
+    """Its case is measured with the other backend, and a line says why."""
+    run = plan.Run(plan.Settings(tmp_path, rehearsal=True))
+    run.stage = "main"
+    case = names.MAIN[0]
+    run.backends = {"devices": {"cuda": "cuda", "triton": "cuda"}, "cases": [case], "unavailable": {}}
+    run.quarantine[names.kernel_of(case, "cuda")] = {"status": "crashed", "reason": ""}
+    ran = []
+    monkeypatch.setattr(plan.jobs, "run", lambda all_jobs, *rest: ran.extend(all_jobs))
+    run._measure([case], "plain")
+    (line,) = run.writer.lines
+    assert line["status"] == "skipped" and line["name"] == f"{case}: effattn cuda" and "quarantined" in line["reason"]
+    assert [job.environment["EFFATTN_MEASURED_BACKENDS"] for job in ran] == ["triton"]
+    run.sensors.close()
+
+
+def test_commits(monkeypatch):
+    monkeypatch.setenv("EFFATTN_COMMIT", "told")
+    assert plan.commit() == "told"
+    monkeypatch.delenv("EFFATTN_COMMIT")
+    monkeypatch.setattr(plan, "ROOT", Path("/"))
+    assert plan.commit() == "unknown"
+
+
+def test_a_readme_without_figures(tmp_path):
+    source = tmp_path / "results.jsonl"
+    line = {"stage": "machine", "name": "card", "status": "error", "card": "unknown", "driver": "none", "commit": "c"}
+    source.write_text(json.dumps({**line, "versions": {}, "sm_clock": None}) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    assert gpu_report.write(source, tmp_path, readme) == [readme]
+    assert f"{gpu_report.README_BEGIN}\n{gpu_report.NO_FIGURES}\n{gpu_report.README_END}" in readme.read_text()
+    source.write_text("")
+    with pytest.raises(ValueError, match="expected lines of a run on a GPU, got none"):
+        gpu_report.write(source, tmp_path, readme)
+
+
+# --- libraries that were brought along ------------------------------------------------------------------
+
+
+@pytest.fixture
+def libraries(tmp_path):
+    """Makes libraries that say of themselves what they are told."""
+
+    def make(told):
+        folder = tmp_path / f"libraries {len(list(tmp_path.iterdir()))}"  # of one path, one is loaded
+        folder.mkdir()
+        (folder / "told.c").write_text(f'const char* effattn_cuda_build(void) {{ return "{told}"; }}\n')
+        for name in ("libeffattn.so", "libeffattn_cuda.so"):
+            subprocess.run(["gcc", "-shared", "-fPIC", "told.c", "-o", name], cwd=folder, check=True)
+        return folder
+
+    return make
+
+
+def test_which_libraries_are_taken(libraries, tmp_path):
+    builder = staging.native()
+    digest = builder.cuda_digest("nvcc 13.0")
+    assert staging.why_not(libraries(f"nvcc 13.0; 80 90a; {digest}"), builder, "90a") is None
+    assert (
+        staging.why_not(libraries(f"nvcc 13.0; 80; {digest}"), builder, "90a")
+        == "they are compiled for 80, not for 90a"
+    )
+    assert "made of other sources (0000)" in staging.why_not(libraries("nvcc 13.0; 90a; 0000"), builder, "90a")
+    assert "made of other sources (no digest)" in staging.why_not(libraries("nvcc 13.0; 90a"), builder, "90a")
+    assert staging.why_not(tmp_path, builder, "90a") == "there is no libeffattn.so and no libeffattn_cuda.so"
+    broken = libraries("")
+    (broken / "libeffattn_cuda.so").write_text("none")
+    assert "libeffattn_cuda.so" in staging.why_not(broken, builder, "90a")
