@@ -9,6 +9,8 @@ export EFFATTN_CUDA_ARCHS ?= 80 90a
 # The tests compile the CUDA kernels wherever there is an nvcc, whatever torch there is.
 WITH_CUDA := $(or $(EFFATTN_CUDA),$(if $(shell command -v nvcc),1,0))
 BIN := $(VENV)/bin
+# Tests of what Triton's compiler makes of the kernels, which its interpreter knows nothing of.
+TRITON_COMPILED := tests/triton/test_compiled.py tests/triton/test_budgets.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
@@ -52,10 +54,10 @@ test-python: $(VENV)/.build-test $(VENV)/.test ## the test suite
 	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton --ignore tests/device --ignore tests/cuda
 
 test-triton: $(VENV)/.build-test $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
-	$(BIN)/python -m pytest tests/triton/test_compiled.py -q -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton tests/device -q -n auto --ignore tests/triton/test_compiled.py
+	$(BIN)/python -m pytest $(TRITON_COMPILED) -q -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton tests/device -q -n auto $(TRITON_COMPILED:%=--ignore %)
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  $(BIN)/python -m pytest tests/triton tests/device -q --ignore tests/triton/test_compiled.py
+	  $(BIN)/python -m pytest tests/triton tests/device -q $(TRITON_COMPILED:%=--ignore %)
 
 test-cuda: $(VENV)/.build-test $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
 	$(BIN)/python -m pytest tests/cuda -q -n auto

@@ -1,7 +1,7 @@
 """What the main kernels' inner loops take, read from the machine code for sm_90a: a budget an instance.
 
-A budget is the number that a count without the compiler predicts, plus what its addresses take; what was before and what
-changed it is in benchmarks/NOTES.md. They are for the code that runs where everything is whole and aligned.
+A budget is what a count without the compiler predicts, plus what addresses take; what was before and what changed it
+is in benchmarks/NOTES.md. They are for the code that runs where everything is whole and aligned.
 """
 
 from __future__ import annotations

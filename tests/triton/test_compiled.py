@@ -6,8 +6,6 @@ Each operator is compiled for its smallest and largest heads, and for those of t
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from itertools import product
 from pathlib import Path
 
@@ -17,45 +15,19 @@ import torch
 triton = pytest.importorskip("triton")
 
 # Behind the line above (E402): without triton these would be errors, not a skip.
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.driver import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from no_gpu import TARGETS, compile_only, cuobjdump, options_for  # noqa: E402
 
 from effattn.backends.triton import is_interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="the interpreter compiles nothing")
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 KERNELS = Path(__file__).parents[2] / "kernels" / "triton"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class NoCard:
-    """What the launch asks of a driver before it compiles. Kernels are kept by device: each target is one."""
-
-    def __init__(self, target):
-        self.get_current_target = lambda: target
-        self.get_current_device = lambda: list(TARGETS.values()).index(target)
-        self.get_current_stream = lambda device: 0
 
 
 @pytest.fixture
 def compiled(monkeypatch, target):
     """What launches compile for the target, in order; nothing runs."""
-    kernels = []
-    run = JITFunction.run
-
-    def warm_up(self, *args, **kwargs):
-        kernels.append(run(self, *args, **{**kwargs, "warmup": True}))
-
-    monkeypatch.setattr(JITFunction, "run", warm_up)
-    monkeypatch.setattr(driver, "_active", NoCard(TARGETS[target]))
-    return kernels
+    return compile_only(monkeypatch, target)
 
 
 def spilled(kernel) -> int:
@@ -67,24 +39,15 @@ def spilled(kernel) -> int:
         found = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"])
         assert len(found) == 2
         return sum(map(int, found))
-    (stack,) = re.findall(r"STACK:(\d+)", resources(kernel))
+    (stack,) = re.findall(r"STACK:(\d+)", cuobjdump(kernel, "-res-usage"))
     return int(stack)
-
-
-def resources(kernel) -> str:
-    """What the assembler says of a kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def registers(kernel) -> int:
     """Of a program, of 65536 that a multiprocessor of NVIDIA's has; AMD's compiler keeps to what there is."""
     if "amdgcn" in kernel.asm:
         return 0
-    per_thread = re.search(r"REG:(\d+)", resources(kernel))
+    per_thread = re.search(r"REG:(\d+)", cuobjdump(kernel, "-res-usage"))
     return -(-int(per_thread[1]) // 8) * 8 * 32 * kernel.metadata.num_warps
 
 
@@ -97,12 +60,6 @@ def names_of(compiled) -> list[str]:
         # The least of the targets: gfx942.
         assert kernel.metadata.shared <= 65536, kernel.metadata.name
     return [name for name, _ in found]
-
-
-def options_for(target):
-    from effattn.kernels.numerics import TargetOptions
-
-    return TargetOptions.of(TARGETS[target].backend)
 
 
 on_every_target = pytest.mark.parametrize("target", TARGETS)
