@@ -445,7 +445,8 @@ class Run:
         pairs = sorted(
             {(k.operator.split(" with ")[0], k.backend) for k, v in self.quarantine.items() if v["status"] in ends}
         )
-        tests = ["tests/device", "tests/triton", "--ignore=tests/triton/test_compiled.py"]
+        tests = ["tests/device", "tests/triton"]
+        tests += [f"--ignore=tests/triton/test_{name}.py" for name in ("compiled", "budgets")]
         if self.settings.rehearsal:
             tests = ["benchmarks/gpu/rehearsed_tests.py"]
         all_jobs = []
