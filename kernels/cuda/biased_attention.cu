@@ -75,9 +75,11 @@ template <class Element = float>
 EFFATTN_DEVICE Element* staged_keys(const Attention& p) {
   return reinterpret_cast<Element*>(shared_memory() + p.mix_bytes() + p.queries_bytes);
 }
-// Logits of all pairs of a block, or what becomes of them.
+// Logits of all pairs of a block, or what becomes of them. Without kSpills the compiler knows that they are
+// in shared memory, and addresses them as such.
+template <bool kSpills>
 EFFATTN_DEVICE float* buffer(const Attention& p, int i) {
-  if (i < p.in_shared) return reinterpret_cast<float*>(shared_memory() + p.shared_bytes(i));
+  if (!kSpills || i < p.in_shared) return reinterpret_cast<float*>(shared_memory() + p.shared_bytes(i));
   return p.spilled + (block_index() * p.spilled_buffers + i - p.in_shared) * p.buffer();
 }
 
@@ -167,6 +169,7 @@ EFFATTN_DEVICE void pairs_of_floats(const Attention& p, const Place& at, const P
 // The same of a narrow type. Behind the last key too there is 0, up to whole steps.
 template <class T>
 EFFATTN_DEVICE void pairs_of_narrow(const Attention& p, const Place& at, const Pairs& of) {
+  if (p.keys == 0) return;  // or nobody would wait for the queries
   constexpr int groups = 2, together = groups * kGroupCols;
   const NarrowTile<1> queries{staged_queries<uint16_t>(p), p.staged_stride, 0};
   const NarrowTile<1> keys{staged_keys<uint16_t>(p), p.staged_stride, 0};
@@ -190,14 +193,19 @@ EFFATTN_DEVICE void pairs_of_narrow(const Attention& p, const Place& at, const P
           // What is added to the products: the bias, or what the channels before these gave. It is asked for
           // before they are multiplied, and of the first tile while the operands still come.
           NarrowSums<groups> sums, added;
-          added.fill(row, col, there, [&](int r) {
-            const bool inside = r < p.rows && at.query + r < p.queries;
-            const float* const source = first > 0 ? to : of.bias;
-            const int64_t begin = key0 + (first > 0 ? r * int64_t{p.stride} : row_of_pairs(p, at, head, r));
-            return [=, last = inside && source != nullptr ? count : 0](int key) {
-              return key < last ? source[begin + key] : 0.0f;
-            };
-          });
+          const auto add = [&](const float* source, auto begin_of_row) {
+            added.fill(row, col, there, [&](int r) {
+              const bool inside = source != nullptr && r < p.rows && at.query + r < p.queries;
+              return [=, begin = key0 + begin_of_row(r), last = inside ? count : 0](int key) {
+                return key < last ? source[begin + key] : 0.0f;
+              };
+            });
+          };
+          if (first == 0) {
+            add(of.bias, [&](int r) { return row_of_pairs(p, at, head, r); });
+          } else {
+            add(of.to, [&](int r) { return (static_cast<int64_t>(head) * p.rows + r) * p.stride; });
+          }
           if (tile0 == 0) {
             cp_async_wait<0>();
             sync_block();
@@ -424,10 +432,10 @@ EFFATTN_DEVICE void weighted_narrow_values(const Attention& p, const Place& at, 
   }
 }
 
-template <class T>
+template <class T, bool kSpills>
 EFFATTN_KERNEL(kThreads, 4)
 attend(EFFATTN_PARAMETERS(Attention) p) {
-  float* const first = buffer(p, 0);
+  float* const first = buffer<kSpills>(p, 0);
   const TalkingHeads<const float> mix = shared_mix(p);
   for (int64_t index = block_index(); index < p.count; index += p.blocks) {
     const Place at(p, index);
@@ -436,7 +444,7 @@ attend(EFFATTN_PARAMETERS(Attention) p) {
     if constexpr (kIsNarrow<T>) stage_values<T>(p, at, 0, 0, 0);
     sync_block();
     if (p.talk()) {
-      float* const second = buffer(p, 1);
+      float* const second = buffer<kSpills>(p, 1);
       mix_heads(p, mix.logits, mix.logits_bias, false, first, second);
       sync_block();
       softmax_rows(kWarps, second, p.together * p.rows, p.keys, p.stride);
@@ -483,16 +491,16 @@ EFFATTN_DEVICE void keep(const Attention& p, const Place& at, const float* from,
   });
 }
 
-template <class T>
+template <class T, bool kSpills>
 EFFATTN_DEVICE void gradients_of_tile(const Attention& p, const TalkingHeads<const float>& mix,
                                       int64_t index) {
   const Place at(p, index);
   const int rows = p.together * p.rows;
-  float* const softmax = buffer(p, 0);
-  float* const grad = buffer(p, 1);
+  float* const softmax = buffer<kSpills>(p, 0);
+  float* const grad = buffer<kSpills>(p, 1);
   // Of heads that talk, what is mixed to these.
-  float* const unmixed = p.talk() ? buffer(p, 3) : softmax;
-  float* const mixed = p.talk() ? buffer(p, 2) : grad;
+  float* const unmixed = p.talk() ? buffer<kSpills>(p, 3) : softmax;
+  float* const mixed = p.talk() ? buffer<kSpills>(p, 2) : grad;
   EFFATTN_NOT_UNROLLED
   for (int i = 0; i < 2; ++i) {
     pairs<T>(p, at,
@@ -524,12 +532,12 @@ EFFATTN_DEVICE void gradients_of_tile(const Attention& p, const TalkingHeads<con
   keep(p, at, unmixed, p.grad_logits);
 }
 
-template <class T>
+template <class T, bool kSpills>
 EFFATTN_KERNEL(kThreads, 4)
 softmax_gradients(EFFATTN_PARAMETERS(Attention) p) {
   const TalkingHeads<const float> mix = shared_mix(p);
   for (int64_t index = block_index(); index < p.count; index += p.blocks) {
-    gradients_of_tile<T>(p, mix, index);
+    gradients_of_tile<T, kSpills>(p, mix, index);
     sync_block();
   }
 }
@@ -717,7 +725,7 @@ void biased_attention(const BiasedAttention& problem, const Execution& execution
   p.out = view_of(problem, problem.out);
   with_dtype(problem.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(attend<T>, grid_of(p), execution, p);
+    launch(p.spilled_buffers > 0 ? attend<T, true> : attend<T, false>, grid_of(p), execution, p);
   });
 }
 
@@ -735,7 +743,8 @@ void biased_attention_backward(const BiasedAttention& problem, const Execution& 
   }
   with_dtype(problem.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(softmax_gradients<T>, grid, execution, p);
+    launch(p.spilled_buffers > 0 ? softmax_gradients<T, true> : softmax_gradients<T, false>, grid, execution,
+           p);
     const auto multiply = [&](const float* matrix, bool transposed, const HeadsView& x,
                               const HeadsOperand& out, int channels, float factor) {
       const int rows = transposed ? p.keys : p.queries;
