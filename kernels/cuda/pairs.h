@@ -29,6 +29,12 @@ EFFATTN_DEVICE BFloat16Parts split(float first, float second) {
   const float other = rest_behind(second, float_of(bits_of(second) & mask));
   return {high_halves(bits_of(first), bits_of(second)), pack<BFloat16>(rest, other)};
 }
+// One number's parts in one word, the high one in the upper half.
+EFFATTN_DEVICE float split_word(float x) {
+  const uint32_t mask = 0xffff0000u;
+  const float rest = rest_behind(x, float_of(bits_of(x) & mask));
+  return float_of((bits_of(x) & mask) | narrowed<BFloat16>(rest).bits);
+}
 
 // A number as the sum of two of TF32, to 2^-20.
 struct Tf32Parts {

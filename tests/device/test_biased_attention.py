@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from effattn import biased_attention, use_backend
-from effattn.testing import LAYOUTS, BiasedCase, check_softmax, moved, with_gradients
+from effattn.testing import LAYOUTS, BiasedCase, allowed_error, check_softmax, error, moved, with_gradients
 
 pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
 
@@ -40,6 +40,48 @@ def test_against_float64(device, backend, case, layout):
 @pytest.mark.parametrize("case", [BiasedCase(2, 4, 49, 49, 32, 64), *CASES[2:4]], ids=str)
 def test_narrow_types_against_float64(device, backend, case, dtype):
     check_softmax(biased_attention, backend, case, dtype, device=device)
+
+
+NARROW_CASES = [
+    BiasedCase(1, 2, 33, 35, 17, 13),  # odd numbers of channels
+    BiasedCase(1, 1, 20, 49, 7, 128),
+    BiasedCase(1, 2, 17, 20, 5, 128, talking=True),
+    BiasedCase(1, 1, 50, 150, 128, 16),  # keys, and inner sizes of the gradients, are taken in parts
+    BiasedCase(1, 1, 3, 1300, 4, 8),  # more of them than are summed up in one chain
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=str)
+def test_sizes_of_narrow_types_against_float64(device, backend, case, dtype):
+    check_softmax(biased_attention, backend, case, dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layouts_of_narrow_types_against_float64(device, backend, layout, dtype):
+    for case in (BiasedCase(2, 2, 24, 40, 16, 24), BiasedCase(1, 2, 9, 21, 8, 12, talking=True)):
+        check_softmax(biased_attention, backend, case, dtype, layout, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4], ids=str)
+def test_views_that_are_not_aligned(device, backend, dtype, offset):
+    """Tensors that begin `offset` elements behind 16 bytes, and rows that do: of the same values the same results."""
+    case = BiasedCase(1, 2, 20, 35, 16, 24)
+    q, k, v, bias, _ = arguments(device, case, dtype)
+
+    def shifted(t):
+        memory = t.new_empty(*t.shape[:-1], t.shape[-1] + 2 * offset)
+        return memory[..., offset:-offset].copy_(t)
+
+    results = []
+    for tensors in ((q, k, v), tuple(shifted(t) for t in (q, k, v))):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = biased_attention(*leaves, bias)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for aligned, unaligned in zip(*results, strict=True):
+        assert torch.equal(aligned, unaligned)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 7, 9, 17, 33])
@@ -82,14 +124,38 @@ def test_bias_of_minus_infinity_masks(device, talking):
         assert is_nan[:, 1, 3].all() and is_nan.sum() == 16
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_weights_that_float16_does_not_hold(device, dtype):
+    """Mixing makes them larger than 65504, where nothing else is: products with small values are in range."""
+    case = BiasedCase(1, 2, 20, 35, 8, 16, talking=True)
+    inputs = case.inputs(dtype)
+    inputs["v"] *= 1e-3
+    inputs["talking_heads"][2] *= 1e6
+    there = {
+        k: moved(v, device) if isinstance(v, torch.Tensor) else [t.to(device) for t in v] for k, v in inputs.items()
+    }
+    out = case.call(biased_attention, there).cpu()
+    with use_backend("reference"):
+        truth, plain = (
+            case.call(
+                biased_attention,
+                {k: v.to(d) if isinstance(v, torch.Tensor) else [t.to(d) for t in v] for k, v in inputs.items()},
+            )
+            for d in (torch.float64, torch.float32)
+        )
+    assert out.isfinite().all()
+    assert error(out, truth) <= allowed_error(plain.to(dtype), truth, 0.0)
+
+
 @talking_or_not
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_not_a_number_as_the_reference_has_it(device, value, talking):
+def test_not_a_number_as_the_reference_has_it(device, value, talking, dtype):
     case = BiasedCase(2, 2, 20, 35, 8, 16, talking)
     for name in ("q", "k", "v", "bias"):
-        inputs = case.inputs()
+        inputs = case.inputs(dtype)
         inputs[name][..., 3, 4] = value
-        there = dict(zip(inputs, arguments(device, case), strict=True))
+        there = dict(zip(inputs, arguments(device, case, dtype), strict=True))
         there[name] = inputs[name].to(device)
         out = case.call(biased_attention, there).cpu()
         with use_backend("reference"):
@@ -114,10 +180,11 @@ def test_same_bits_every_time(device, backend, talking):
     [(0, 2, 5, 6, 4, 8), (2, 0, 5, 6, 4, 8), (2, 2, 0, 6, 4, 8), (2, 2, 5, 0, 4, 8), (2, 2, 5, 6, 4, 0)],
     ids=str,
 )
-def test_empty(device, backend, sizes, talking):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty(device, backend, sizes, talking, dtype):
     """No batch, heads, queries, keys or values."""
     case = BiasedCase(*sizes, talking)
-    for name, result in with_gradients(biased_attention, backend, case, case.inputs(), torch.float32, device).items():
+    for name, result in with_gradients(biased_attention, backend, case, case.inputs(dtype), dtype, device).items():
         assert torch.equal(result, torch.zeros_like(result)), name
 
 

@@ -92,11 +92,12 @@ def test_large_kernels_of_wide_heads(head_dim, kernel):
     check_multi_scale(multi_scale_aggregation, "cuda", case, device=DEVICE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "case", [BiasedCase(1, 8, 17, 430, 4, 4, talking=True), BiasedCase(2, 1, 3, 26000, 2, 2)], ids=["heads", "keys"]
 )
-def test_logits_that_do_not_fit_into_shared_memory(case):
-    check_softmax(biased_attention, "cuda", case, device=DEVICE)
+def test_logits_that_do_not_fit_into_shared_memory(case, dtype):
+    check_softmax(biased_attention, "cuda", case, dtype, device=DEVICE)
 
 
 def test_the_most_heads():
