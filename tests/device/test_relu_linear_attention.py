@@ -111,6 +111,19 @@ def test_a_long_sum_in_one_part(device, monkeypatch):
     check(*problem(device, (), 6000, 6000, 16, 16, layout="channel_major"))
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_a_sum_longer_than_a_chain(device):
+    """So many tokens that a warp's sums of a narrow type leave the registers more than once."""
+    tokens = 280_000
+    q, k, v = (make_tensor(tokens, 4, dtype=torch.bfloat16, seed=i).to(device) for i in range(3))
+    out = relu_linear_attention(q, k, v).cpu()
+    with use_backend("reference"):
+        plain, truth = (
+            relu_linear_attention(*(t.cpu().to(dtype) for t in (q, k, v))) for dtype in (q.dtype, torch.double)
+        )
+    assert error(out, truth) <= allowed_error(plain, truth, 0)
+
+
 def test_addresses_beyond_32_bits(device):
     """Groups that lie far apart, in memory that is reserved and mostly never touched."""
     stride = 1_500_000_000
