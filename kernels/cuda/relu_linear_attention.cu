@@ -48,7 +48,7 @@ constexpr int kStepsOfChain = 32;
 
 // sum v relu(k)^T and sum relu(k) of a narrow type over the tokens of a part that are a warp's, for some
 // channels of each. The next tokens are asked for before these are used.
-template <class T, int kPadded, bool kTokenMajor, int kAccess>
+template <class T, int kPadded, bool kTokenMajor, int kAccess, bool kPrefetches>
 EFFATTN_DEVICE void sum_chunk(const Matrix<const T>& k, const Matrix<const T>& v, int first_k, int first_v,
                               int begin, int end, int step, float* matrix, float* vector) {
   using Tiles = SumTiles<kPadded>;
@@ -84,10 +84,8 @@ EFFATTN_DEVICE void sum_chunk(const Matrix<const T>& k, const Matrix<const T>& v
       }
     }
   };
-  // Vectors alone: single elements would take all registers, and are slow anyway.
-  constexpr bool prefetches = kAccess == 16;
   Tokens even, odd;
-  if (prefetches && begin < end) even.load(k, v, first_k, first_v, begin);
+  if (kPrefetches && begin < end) even.load(k, v, first_k, first_v, begin);
   int token = begin;
   do {
     EFFATTN_UNROLL
@@ -102,7 +100,7 @@ EFFATTN_DEVICE void sum_chunk(const Matrix<const T>& k, const Matrix<const T>& v
     const int chain_end = least(end, token + kStepsOfChain * step);
     EFFATTN_NOT_UNROLLED
     while (token < chain_end) {
-      if constexpr (prefetches) {
+      if constexpr (kPrefetches) {
         if (token + step < end) odd.load(k, v, first_k, first_v, token + step);
         add(even);
         token += step;
@@ -154,9 +152,9 @@ EFFATTN_DEVICE void sum_narrow_part(const SumTokens& p, int64_t group, int part,
     const int first_v = chunk / Tiles::kAcross * Tiles::kChunk,
               first_k = chunk % Tiles::kAcross * Tiles::kChunk;
     const auto sum = [&](auto bytes) {
-      sum_chunk<T, kPadded, kTokenMajor, bytes()>(k, v, first_k, first_v, begin, end,
-                                                  Tiles::kSlices * Tiles::kTokens, matrix,
-                                                  matrix + kPadded * kPadded);
+      sum_chunk<T, kPadded, kTokenMajor, bytes(), kVectors>(k, v, first_k, first_v, begin, end,
+                                                            Tiles::kSlices * Tiles::kTokens, matrix,
+                                                            matrix + kPadded * kPadded);
     };
     if (kVectors || access == 16) {
       sum(std::integral_constant<int, 16>{});
@@ -312,7 +310,9 @@ sum_tokens(EFFATTN_PARAMETERS(SumTokens) p) {
 // --- what uses the sums, a token a row --------------------------------------------------------------
 
 // Rows of a tile are tokens: vectors of them in channel-major, so many in token-major that registers suffice.
-template <class T, int kPadded, bool kTokenMajor, int kMostRows = 8, int kMostAtATime = 8>
+// kVectors: of a narrow type, all of whose vectors can be accessed at once.
+template <class T, int kPadded, bool kTokenMajor, bool kVectors = false, int kMostRows = 8,
+          int kMostAtATime = 8>
 struct TokenTiles {
   static constexpr int kWarps = SumTiles<kPadded>::kWarps, kThreads = kWarps * kLanes;
   static constexpr int kWantedRows = kPadded <= 32 ? kVector<T> : most(2, kVector<T> * 32 / kPadded);
@@ -324,11 +324,11 @@ struct TokenTiles {
   static constexpr int kRowVector = kTokenMajor ? 1 : least(kVector<T>, kRows);
   // Two columns at least are neighbours: so the registers of a result are those of an operand.
   static constexpr int kColVector = kTokenMajor ? least(kVector<T>, kCols) : 2;
-  // A result with all its channels, and what is loaded at a time: less than all of what TF32 multiplies,
+  // A result with all its channels, and what is loaded at a time: all of it where that is vectors, else less,
   // where the result takes most registers.
-  static constexpr int kAtATime = std::is_same_v<T, BFloat16> || (kIsNarrow<T> && kPadded <= 64)
-                                      ? kCols
-                                      : least(kCols, kPadded >= 64 ? (kIsNarrow<T> ? 8 : 4) : kMostAtATime);
+  static constexpr bool kWhole = kVectors && (std::is_same_v<T, BFloat16> || kPadded <= 64);
+  static constexpr int kOfWide = std::is_same_v<T, BFloat16> || (kIsNarrow<T> && kTokenMajor) ? 8 : 4;
+  static constexpr int kAtATime = kWhole ? kCols : least(kCols, kPadded >= 64 ? kOfWide : kMostAtATime);
   using Piece = Fragment<T, kRows, kCols, kRowVector, kColVector, !kTokenMajor>;
   using Chunk =
       std::conditional_t<kIsNarrow<T>, PairFragment<T, kRows, kAtATime, kRowVector, kColVector, !kTokenMajor>,
@@ -385,10 +385,11 @@ struct Place {
 // The output of a warp's tile of queries, of which the first chunk has been asked for.
 template <class T, int kPadded, bool kTokenMajor, bool kVectors>
 EFFATTN_DEVICE void attend_tile(
-    const Queries& p, const typename TokenTiles<T, kPadded, kTokenMajor>::template Operand<true>& state,
+    const Queries& p,
+    const typename TokenTiles<T, kPadded, kTokenMajor, kVectors>::template Operand<true>& state,
     const Matrix<const T>& q, const Matrix<T>& to, int token,
-    typename TokenTiles<T, kPadded, kTokenMajor>::Chunk& query) {
-  using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
+    typename TokenTiles<T, kPadded, kTokenMajor, kVectors>::Chunk& query) {
+  using Tiles = TokenTiles<T, kPadded, kTokenMajor, kVectors>;
   typename Tiles::Piece out;
   out.clear();
   float denominator[Tiles::kRows / 2][4] = {};
@@ -415,10 +416,10 @@ EFFATTN_DEVICE void attend_tile(
 
 // kVectors: of a narrow type, all of whose vectors can be accessed at once.
 template <class T, int kPadded, bool kTokenMajor, bool kVectors>
-EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor>::kThreads),
-               (kVectors ? TokenTiles<T, kPadded, kTokenMajor>::kBlocks : 1))
+EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor, kVectors>::kThreads),
+               (kVectors ? TokenTiles<T, kPadded, kTokenMajor, kVectors>::kBlocks : 1))
 attend(EFFATTN_PARAMETERS(Queries) p) {
-  using Tiles = TokenTiles<T, kPadded, kTokenMajor>;
+  using Tiles = TokenTiles<T, kPadded, kTokenMajor, kVectors>;
   const Place<Tiles> at(p.tiles, p.tiles_of_block);
   typename Tiles::Chunk query;
   const Matrix<const T> q = by_token<const T>(p.q, p.groups, at.group, p.tokens, p.head_dim);
@@ -600,7 +601,7 @@ struct Keys {
 };
 
 template <class T, int kPadded, bool kTokenMajor>
-using KeyTiles = TokenTiles<T, kPadded, kTokenMajor, 4, kTokenMajor ? 8 : 4>;
+using KeyTiles = TokenTiles<T, kPadded, kTokenMajor, false, 4, kTokenMajor ? 8 : 4>;
 
 template <class T, int kPadded, bool kTokenMajor>
 EFFATTN_KERNEL((KeyTiles<T, kPadded, kTokenMajor>::kThreads), 1)
@@ -657,7 +658,9 @@ constexpr int64_t kTokensAtOnce = 256, kBlocksAtOnce = 256, kMostTokensAtOnce = 
 constexpr int64_t kTilesOfBlock = 4, kBlocksOfTiles = 792;
 // Rows of sums that queries add up themselves: each block reads them, so more of them are worth a launch.
 constexpr int kMostSummands = 8;
-constexpr int kMostAtOnce = 64;  // channels: the sums stand three times in shared memory
+// Channels of a head: the sums stand three times in shared memory, and wider ones take more registers than
+// there are.
+constexpr int kMostAtOnce = 32;
 
 // What the launches of a call share.
 class Call {
@@ -760,14 +763,17 @@ class Call {
     s.groups = take({&p_.q, &p_.out}, {&s.q, &s.out});
     with_instance([&](auto type, auto padded, auto token_major) {
       using T = decltype(type);
-      using Tiles = TokenTiles<T, padded(), token_major()>;
-      const int64_t tiles = p_.groups * ceil_div(s.tokens, Tiles::kTokens);
-      s.tiles_of_block = static_cast<int>(larger(1, smaller(kTilesOfBlock, tiles / kBlocksOfTiles)));
-      auto kernel = attend<T, padded(), token_major(), false>;
+      const auto launch_by = [&](auto vectors) {
+        using Tiles = TokenTiles<T, padded(), token_major(), vectors()>;
+        const int64_t tiles = p_.groups * ceil_div(s.tokens, Tiles::kTokens);
+        s.tiles_of_block = static_cast<int>(larger(1, smaller(kTilesOfBlock, tiles / kBlocksOfTiles)));
+        launch_tiles<Tiles>(attend<T, padded(), token_major(), vectors()>, s,
+                            Tiles::template Operand<true>::kSharedBytes, true, s.tiles_of_block);
+      };
       if constexpr (kIsNarrow<T>) {
-        if (by_vectors(p_.queries, s.q, s.out)) kernel = attend<T, padded(), token_major(), true>;
+        if (by_vectors(p_.queries, s.q, s.out)) return launch_by(std::true_type{});
       }
-      launch_tiles<Tiles>(kernel, s, Tiles::template Operand<true>::kSharedBytes, true, s.tiles_of_block);
+      launch_by(std::false_type{});
     });
   }
 
