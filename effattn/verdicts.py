@@ -95,8 +95,15 @@ def write(file: Path, verdicts: Sequence[Verdict]) -> None:
 @cache
 def _known() -> tuple[Verdict, ...]:
     """Those of this process's file: read once, when the registry first looks for a backend with kernels for cards."""
+    if ENVIRONMENT_VARIABLE not in os.environ:
+        # Nobody asked for the file in the user's cache: none where there is no home, or one that cannot be entered.
+        try:
+            if not default_path().exists():
+                return ()
+        except (OSError, RuntimeError):
+            return ()
     file = path()
-    if file is None or (not file.exists() and ENVIRONMENT_VARIABLE not in os.environ):
+    if file is None:
         return ()
     try:
         return tuple(read(file))
@@ -108,6 +115,8 @@ def _known() -> tuple[Verdict, ...]:
 @torch.compiler.assume_constant_result
 def reason(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend's kernels for ``op`` must not be used on the device, or None."""
+    if not identity(backend):  # none for cards: whatever is wrong with the file concerns no call of the CPU
+        return None
     name = str(dtype).removeprefix("torch.")
     asked = [v for v in _known() if (v.backend, v.operator, v.dtype) == (backend, op, name)]
     against = [

@@ -30,7 +30,7 @@ def card(monkeypatch):
     triton = by_name["triton"]._replace(unavailable=lambda: None, reasons=lambda *call: [], identity=lambda: IDENTITY)
     order = (triton, by_name["reference"])
     monkeypatch.setattr(registry, "ORDER", order)
-    monkeypatch.setattr(registry, "order", lambda op, device: order)
+    monkeypatch.setattr(registry, "order", lambda op, device, *, is_small: order)
     monkeypatch.setattr(verdicts, "ORDER", order)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
@@ -142,6 +142,25 @@ def test_a_file_that_is_asked_for_and_missing_is_said(card, tmp_path, monkeypatc
     monkeypatch.setenv("EFFATTN_VERDICTS", str(tmp_path / "none.json"))
     with pytest.warns(UserWarning, match=r"none\.json"):
         assert served() == "triton"
+
+
+@pytest.mark.parametrize(("method", "error"), [("exists", PermissionError), ("home", RuntimeError)])
+def test_a_home_that_is_none_concerns_no_call(monkeypatch, method, error):
+    """As in a container whose HOME another user owns."""
+
+    def refuse(*_):
+        raise error("not yours")
+
+    monkeypatch.delenv("EFFATTN_VERDICTS", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    forget()
+    monkeypatch.setattr(verdicts.Path, method, refuse)
+    try:
+        for backend in ORDER:
+            assert verdicts.reason(backend.name, "relu_linear_attention", torch.device("cpu"), torch.float32) is None
+        assert verdicts.here() == []
+    finally:
+        forget()
 
 
 def test_where_they_lie(card, tmp_path, monkeypatch):
