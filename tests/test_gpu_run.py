@@ -243,6 +243,82 @@ def test_which_kernel_a_case_takes():
     assert names.kernel_of("gpu-models: efficientvit_b1 @224, batch 1, float16", "cuda") is None
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        ({"building": True}, ["building", "backends"]),
+        ({"building": False, "building without CUDA": True}, ["building", "building without CUDA", "backends"]),
+        ({"building": True, "backends": [False, True]}, ["building", "backends", "backends"]),
+    ],
+    ids=["built", "no CUDA", "asked twice"],
+)
+def test_a_build_that_fails_is_not_the_end(tmp_path, monkeypatch, outcomes, expected):
+    """Without CUDA's kernels, Triton's and the peers are still measured."""
+    run = plan.Run(plan.Settings(tmp_path, seconds=520))
+    run.stage, run.until, ran = "build", time.monotonic() + 200, []
+    run.machine = {"card": "NVIDIA H200", "capability": "9.0", "tools": ["nvcc"]}
+    answers = list(outcomes.get("backends", [True]))
+
+    def told(all_jobs, until, heard, *rest, **more):
+        (job,) = all_jobs
+        ran.append(job.name)
+        if job.name == "backends":
+            figures = {"identities": {}, "cases": [], "devices": {}}
+            heard("backends", Status.OK if answers.pop(0) else Status.TIMEOUT, figures)
+        else:
+            assert job.environment["EFFATTN_CUDA"] == ("1" if job.name == "building" else "0")
+            assert job.environment["EFFATTN_CUDA_ARCHS"] == "90a" and job.limit <= 200
+            built = {"built": "everything"} if outcomes[job.name] else {"reason": "nvcc: error"}
+            heard("build", Status.OK if outcomes[job.name] else Status.ERROR, built)
+
+    monkeypatch.setattr(plan.jobs, "run", told)
+    run.build()
+    assert ran == expected and run.backends
+    run.sensors.close()
+
+
+def test_what_was_slow_is_tried_again_and_what_was_wrong_is_not(tmp_path, monkeypatch):
+    run = plan.Run(plan.Settings(tmp_path, rehearsal=True))
+    run.stage, run.until = "smoke", time.monotonic() + 100
+    run.backends = {
+        **{"devices": {"triton": "cpu"}, "cases": [], "unavailable": {}, "verdicts_of": ["card", "driver"]},
+        "identities": {"triton": "0" * 16},
+    }
+    first = {"hang": Status.TIMEOUT, "wrong": Status.WRONG, "crash": Status.CRASHED, "sticky": Status.ERROR}
+    again = []
+
+    def told(all_jobs, until, heard, *rest, **more):
+        for job in all_jobs:
+            name = job.name.split(":")[0]
+            if job.name.endswith(names.AGAIN):
+                again.append(name)
+                assert job.command[-1] == names.AGAIN
+                heard(job.name, Status.OK if name == "hang" else Status.ERROR, {"reason": None})
+            else:
+                heard(job.name, first.get(name, Status.OK), {"reason": "so"})
+
+    monkeypatch.setattr(plan.jobs, "run", told)
+    run.smoke()
+    assert sorted(again) == ["hang", "sticky"]
+    assert {k.operator for k in run.quarantine} == {"wrong", "crash", "sticky"}
+    assert {v.operator for v in verdicts.read(tmp_path / plan.VERDICTS)} == {"wrong", "crash", "sticky"}
+    run.sensors.close()
+
+
+def test_libraries_that_end_the_process_are_left_alone(tmp_path, monkeypatch):
+    """The next process does not load them again, and builds."""
+    staged = []
+    builder = staging.native()
+    monkeypatch.setattr(builder, "stage", lambda target, folder, prebuilt: staged.append(prebuilt))
+    monkeypatch.setattr(builder.Target, "native", classmethod(lambda cls: None))
+    monkeypatch.setattr(staging, "native", lambda: builder)
+    monkeypatch.setattr(staging.child, "start", lambda: {staging.PREBUILT})
+    monkeypatch.setattr(staging, "why_not", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr(sys, "argv", ["staging", str(tmp_path)])
+    staging.main()
+    assert staged == [None]
+
+
 def test_a_quarantined_kernel_is_not_measured(tmp_path, monkeypatch):
     """Its case is measured with the other backend, and a line says why."""
     run = plan.Run(plan.Settings(tmp_path, rehearsal=True))

@@ -67,3 +67,7 @@ def kernel_of(case: str, backend: str) -> Kernel | None:
     operator = OPERATORS.get(suite.removesuffix("-training"))
     direction = "backward" if suite.endswith("-training") else "forward"
     return None if operator is None else Kernel(operator, backend, rest.rpartition(", ")[2], direction)
+
+
+#: Behind the name of a kernel that is tried a second time, beside fewer others.
+AGAIN = ", again"

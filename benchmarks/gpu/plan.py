@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ BUDGETS = {
 }
 #: Of a run without a limit: what is measured, and what that needs.
 MEASURING = ("machine", "build", "smoke", "main", "compiled", "cases")
+#: Of the smoke stage, with fewer left nothing is tried again.
+_RETRY_SECONDS = 20.0
 #: The card's times are taken by one process at a time; these stages do not take any.
 AT_ONCE = {"smoke": 6, "tests": 6, "compiled": 4}
 
@@ -237,7 +239,7 @@ class Run:
         text = summary.of(self.writer.lines, self.settings.stages, seconds)
         (self.settings.output / SUMMARY).write_text(text)
 
-    def _run(self, all_jobs: Sequence[Job], heard: jobs.Heard | None = None) -> None:
+    def _run(self, all_jobs: Sequence[Job], heard: jobs.Heard | None = None, at_once: int | None = None) -> None:
         """The jobs of this stage; what they tell becomes lines."""
 
         def write(name: str, status: str, figures: dict[str, Any]) -> None:
@@ -245,7 +247,7 @@ class Run:
             if heard is not None:
                 heard(name, status, figures)
 
-        at_once = max(1, min(AT_ONCE.get(self.stage, 1), os.cpu_count() or 1))
+        at_once = max(1, min(at_once or AT_ONCE.get(self.stage, 1), os.cpu_count() or 1))
         if self.stage == "compiled" and self.settings.seconds is None:
             at_once = 1  # max-autotune times kernels while it compiles
         jobs.run(all_jobs, self.until, write, self.log, at_once)
@@ -285,24 +287,61 @@ class Run:
         only = [*asked.suites, *asked.only]
         self.line("run", Status.OK, limit=asked.seconds, only=only, stages=list(asked.stages), rounds=asked.rounds)
         command = self._python("-m", "benchmarks.gpu.machine")
-        self._run([Job("machine", command, limit=60, least=1, line=False)], heard)
+        self._run([Job("machine", command, limit=90, least=1, line=False)], heard)
+        if not self.machine and not self.settings.rehearsal:
+            self._look_without_torch()
         if self.machine.get("missing"):
             self.line("packages", Status.ERROR, reason=f"this Python lacks {', '.join(self.machine['missing'])}")
         if "card" not in self.machine and not self.settings.rehearsal:
             self.line("card", Status.ERROR, reason="torch sees no GPU")
 
-    def build(self) -> None:
-        """In a rehearsal nothing is built: what is importable is taken."""
-        if not self.settings.rehearsal:
-            if "card" not in self.machine:
-                self.line("build", Status.NOT_RUN, reason="there is no card to build for")
-                return
-            major, minor = self.machine["capability"].split(".")
-            arch = f"{major}{minor}" + ("a" if int(major) >= 9 else "")
-            told = {"EFFATTN_CUDA_ARCHS": arch, "EFFATTN_CUDA": "1" if "nvcc" in self.machine["tools"] else "0"}
-            command = self._python("-m", "benchmarks.gpu.staging", str(STAGE))
-            self._run([Job("building", command, limit=600, environment=told, line=False)])
+    def _look_without_torch(self) -> None:
+        """What a build needs to know, where torch did not import in time: the next process may."""
+        command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=15).stdout.splitlines()
+            card, driver, capability = (part.strip() for part in told[0].split(","))
+        except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
+            self.line("nvidia-smi", Status.ERROR, reason=f"{type(error).__name__}: {error}")
+            return
+        tools = [tool for tool in ("nvcc", "ncu", "compute-sanitizer") if shutil.which(tool)]
+        self.machine = {"card": card, "driver": driver, "capability": capability, "tools": tools, "missing": []}
+        self.facts.card, self.facts.driver = card, driver
+        self.line("nvidia-smi", Status.OK, **self.machine)
 
+    def build(self) -> None:
+        """In a rehearsal nothing is built: what is importable is taken.
+
+        If the CUDA kernels cannot be built, or not in time, Triton's and the peers are still measured.
+        """
+        if self.settings.rehearsal:
+            self._ask_backends()
+        elif "card" not in self.machine:
+            self.line("build", Status.NOT_RUN, reason="there is no card to build for")
+        else:
+            with_cuda = "nvcc" in self.machine["tools"] and self._build(with_cuda=True, reserve=60)
+            if with_cuda or self._build(with_cuda=False, reserve=0):
+                self._ask_backends()
+            if not self.backends:  # once more: what ended a process may not end the next
+                self._ask_backends()
+
+    def _build(self, *, with_cuda: bool, reserve: float) -> bool:
+        """Whether it was done, in the time that is left but for the reserve."""
+        built = []
+
+        def heard(name: str, status: str, figures: dict[str, Any]) -> None:
+            built.append("built" in figures and status == Status.OK)
+
+        major, minor = self.machine["capability"].split(".")
+        arch = f"{major}{minor}" + ("a" if int(major) >= 9 else "")
+        told = {"EFFATTN_CUDA_ARCHS": arch, "EFFATTN_CUDA": str(int(with_cuda))}
+        command = self._python("-m", "benchmarks.gpu.staging", str(STAGE))
+        limit = max(30.0, min(600.0, self.until - time.monotonic() - reserve))
+        name = "building" if with_cuda else "building without CUDA"
+        self._run([Job(name, command, limit=limit, environment=told, line=False)], heard)
+        return any(built)
+
+    def _ask_backends(self) -> None:
         def heard(name: str, status: str, figures: dict[str, Any]) -> None:
             if "identities" in figures and status == Status.OK:
                 self.backends = figures
@@ -335,14 +374,26 @@ class Run:
         tried: list[Kernel] = []
 
         def heard(name: str, status: str, figures: dict[str, Any]) -> None:
-            if status != Status.NOT_RUN:
-                tried.append(kernels[name])
-            if status not in (Status.OK, Status.NOT_RUN):
-                self.quarantine[kernels[name]] = {"status": status, "reason": figures.get("reason") or ""}
-                self._write_verdicts()
+            kernel = kernels[name.removesuffix(names.AGAIN)]
+            if status == Status.NOT_RUN:
+                return
+            tried.append(kernel)
+            if status == Status.OK:
+                self.quarantine.pop(kernel, None)
+            else:
+                self.quarantine[kernel] = {"status": status, "reason": figures.get("reason") or ""}
+            self._write_verdicts()
 
         self._write_verdicts()
         self._run(all_jobs, heard)
+        # What took too long, or found no memory, did so beside five others.
+        unsure = [
+            replace(job, name=job.name + names.AGAIN, command=[*job.command, names.AGAIN])
+            for job in all_jobs
+            if self.quarantine.get(kernels[job.name], {}).get("status") in (Status.TIMEOUT, Status.ERROR)
+        ]
+        if unsure and self.until - time.monotonic() > _RETRY_SECONDS:
+            self._run(unsure, heard, at_once=2)
         if not self.settings.rehearsal:
             self._keep_verdicts(tried)
 

@@ -1,4 +1,7 @@
-"""One kernel against float64, in this process: ``python -m benchmarks.gpu.smoke OPERATOR BACKEND DTYPE DIRECTION``."""
+"""One kernel against float64, in this process: ``python -m benchmarks.gpu.smoke OPERATOR BACKEND DTYPE DIRECTION``.
+
+Whatever follows is put behind the kernel's name in what is told of it.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +51,15 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    kernel = Kernel(*sys.argv[1:])
+    kernel = Kernel(*sys.argv[1:5])
+    name = str(kernel) + "".join(sys.argv[5:])
     child.start()
-    child.begin(str(kernel))
+    child.begin(name)
     try:
         found = check(kernel)
     except Exception as error:
         found = {"status": str(Status.ERROR), "reason": explain(error)}
-    child.finish(str(kernel), found.pop("status"), **found)
+    child.finish(name, found.pop("status"), **found)
 
 
 if __name__ == "__main__":

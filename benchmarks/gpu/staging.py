@@ -58,14 +58,18 @@ def why_not(folder: Path, builder: ModuleType, arch: str) -> str | None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    child.start()
+    done = child.start()
     child.plan([PREBUILT, BUILD])
     builder, source = native(), environment.ROOT / "effattn"
-    child.begin(PREBUILT)
-    reason = why_not(source, builder, os.environ["EFFATTN_CUDA_ARCHS"].split()[0])
-    if reason is None:
-        child.finish(PREBUILT, Status.OK)
-    else:
+    reason: str | None = "there is no CUDA to build for"
+    if PREBUILT in done:  # and ended the process before this one
+        reason = "they cannot be loaded"
+    elif os.environ.get("EFFATTN_CUDA") != "0":
+        child.begin(PREBUILT)
+        reason = why_not(source, builder, os.environ["EFFATTN_CUDA_ARCHS"].split()[0])
+        if reason is None:
+            child.finish(PREBUILT, Status.OK)
+    if reason is not None and PREBUILT not in done:
         child.finish(PREBUILT, Status.SKIPPED, reason=reason)
     child.begin(BUILD)
     builder.stage(builder.Target.native(), folder, source if reason is None else None)
