@@ -49,6 +49,23 @@ def test_memory_formats_against_float64(device, backend, function, memory_format
     check_multi_scale(function, backend, case, torch.float32, memory_format, device=device)
 
 
+NARROW_CASES = [
+    (MultiScaleCase(1, 1, 32, 9, 20, kernels=(5,), biases=True), FORMATS),
+    (MultiScaleCase(1, 1, 13, 10, 18, kernels=(3, 5)), FORMATS[:2]),
+    (MultiScaleCase(1, 2, 3, 5, 21, kernels=(5,)), FORMATS[:2]),
+    (MultiScaleCase(2, 1, 24, 8, 16, kernels=(3,)), FORMATS[:2]),
+    (MultiScaleCase(1, 1, 8, 25, 40, kernels=(5,), biases=True), FORMATS[:2]),  # several tiles and parts
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("case", "memory_formats"), NARROW_CASES, ids=str)
+def test_narrow_attention_against_float64(device, backend, case, memory_formats, dtype):
+    """Heads that fill what is padded and heads that do not, in every place that memory can have them."""
+    for memory_format in memory_formats:
+        check_multi_scale(multi_scale_linear_attention, backend, case, dtype, memory_format, device=device)
+
+
 @both
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_narrow_types_against_float64(device, backend, function, dtype):
@@ -74,14 +91,15 @@ def test_large_values(device, backend, dtype):
     assert all(result.isfinite().all() for result in results.values())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @both
-def test_not_a_number_as_the_reference_has_it(device, backend, function, value):
+def test_not_a_number_as_the_reference_has_it(device, backend, function, value, dtype):
     case = MultiScaleCase(1, 2, 4, 6, 7, kernels=(3,))
-    inputs = case.inputs()
+    inputs = case.inputs(dtype)
     inputs["qkv"][0, 5, 3, 2] = value
-    got = with_gradients(function, backend, case, inputs, torch.float32, device)["out"]
-    expected = with_gradients(function, "reference", case, inputs, torch.float32)["out"]
+    got = with_gradients(function, backend, case, inputs, dtype, device)["out"]
+    expected = with_gradients(function, "reference", case, inputs, dtype)["out"]
     assert torch.equal(got.isnan(), expected.isnan())
 
 
