@@ -580,7 +580,14 @@ class Call {
     r.grad_k = operand(grad_aggregated, 1);
     r.grad_v = operand(grad_aggregated, 2);
     r.grad_out = {grad_out.image.data, of_one, grad_out.image.token_stride, grad_out.image.channel_stride};
-    backward(r, sums, execution_);
+    // Gradients are differences: sums to 2^-16, as narrow types' forward has them, are not enough for those
+    // of weights.
+    float* exact = nullptr;
+    if (p_.dtype != DType::kFloat32) {
+      exact = execution_.workspace(r.groups * r.sums_size());
+      sum_keys(r, exact, execution_);
+    }
+    backward(r, exact != nullptr ? exact : sums, execution_);
     aggregate_backward(grad_aggregated);
   }
 

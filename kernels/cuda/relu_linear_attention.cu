@@ -870,6 +870,11 @@ void forward(const ReluLinearAttention& problem, float* sums, const Execution& e
   call.attend_to(summands, sums);
 }
 
+void sum_keys(const ReluLinearAttention& problem, float* sums, const Execution& execution) {
+  if (problem.groups == 0) return;
+  Call(problem, execution).sum_over(problem.k, problem.v, problem.keys, nullptr, sums);
+}
+
 void backward(const ReluLinearAttention& problem, const float* sums, const Execution& execution) {
   if (problem.groups == 0) return;
   const Call call(problem, execution);

@@ -8,6 +8,8 @@ namespace effattn::cuda {
 
 // `sums`: groups x (value_dim + 1, head_dim) floats to keep for the backward pass, or null.
 void forward(const ReluLinearAttention& problem, float* sums, const Execution& execution);
+// Fills `sums` with those of the forward pass, of keys and values alone.
+void sum_keys(const ReluLinearAttention& problem, float* sums, const Execution& execution);
 // `sums`: those of the forward pass.
 void backward(const ReluLinearAttention& problem, const float* sums, const Execution& execution);
 
