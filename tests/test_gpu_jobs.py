@@ -152,6 +152,15 @@ def alive(pid):
         return False
 
 
+def test_a_job_that_says_too_much(run, tmp_path):
+    """Keeps its beginning and how it ended, and leaves room for the others."""
+    run("print('first'); [print('x' * 1000) for _ in range(1000)]; sys.exit(3)", "print('other')")
+    log = (tmp_path / "log.txt").read_text()
+    assert len(log) < 1.2 * jobs.MOST_OF_JOB and log.count("the rest is not kept") == 1
+    for text in ("job 0 | first\n", "=== job 0: error, status 3", "job 1 | other\n"):
+        assert text in log
+
+
 def test_output_beside_the_log(run, tmp_path):
     run("print('of its own')", output=tmp_path / "other.txt")
     assert "of its own\n" in (tmp_path / "other.txt").read_text().splitlines(keepends=True)

@@ -52,15 +52,31 @@ class Job:
     line: bool = True
 
 
+#: Characters of a log that are kept of a job, and of all of them: what comes back from elsewhere is limited.
+MOST_OF_JOB, MOST_OF_LOG = 256 << 10, 12 << 20
+
+
 class Log:
-    """All output of all processes, each line with the name of its job, on the disk when it is known."""
+    """The output of all processes, each line with the name of its job, on the disk when it is known.
+
+    Of a job that says too much only the beginning is kept, and how it ended.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[Path, IO[str]] = {}
+        self._written: dict[str, int] = {}
 
-    def write(self, job: Job, text: str) -> None:
+    def write(self, job: Job, text: str, is_end: bool = False) -> None:
         path = job.output or self.path
+        before = self._written.get(job.name, 0)
+        room = min(MOST_OF_JOB - before, MOST_OF_LOG - sum(self._written.values()))
+        if len(text) > room and not is_end:
+            if before < MOST_OF_JOB:
+                self._written[job.name] = MOST_OF_JOB
+                self.write(job, "=== the rest is not kept", is_end=True)
+            return
+        self._written[job.name] = before + len(text)
         if path not in self._files:
             self._files[path] = path.open("a", errors="replace")
         begin = f"{job.name} | " if job.output is None else ""
@@ -258,7 +274,8 @@ class _Process:
         seconds = round(time.monotonic() - self._began, 2)
         code = self._process.returncode
         status, reason = self._end(code)
-        self._log.write(self.job, f"=== {self.job.name}: {status}{f', {reason}' if reason else ''}, {seconds} s")
+        end = f"=== {self.job.name}: {status}{f', {reason}' if reason else ''}, {seconds} s"
+        self._log.write(self.job, end, is_end=True)
         figures = {"reason": reason, "seconds": seconds}
         is_item = self._begun is not None
         if self._begun is not None:

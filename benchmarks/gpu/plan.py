@@ -133,6 +133,8 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.begin = time.monotonic()
+        # CUDA's tools where its installer puts them, if PATH has no others.
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
         self.end = self.begin + settings.seconds if settings.seconds is not None else float("inf")
         settings.output.mkdir(parents=True, exist_ok=True)
         for name in (RESULTS, LOG, SUMMARY, PROFILE, SANITIZER, VERDICTS):
