@@ -2,7 +2,7 @@
 // (mma_m16n8k16 of device.h). Sums are float32.
 //
 // An operand is exact, or a number is the sum of two parts of bfloat16; then the products of a high part are
-// summed up, and that of two low ones, 2^-16 of the whole, is left out.
+// summed up, and that of two low ones, 2^-17 of the whole on average, is left out.
 #pragma once
 
 #include <type_traits>

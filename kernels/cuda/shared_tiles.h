@@ -69,7 +69,8 @@ struct PartsTile {
   }
 };
 
-// c += a b, 16 x 16 by 16. The low parts' product is 2^-16 of the whole, and of one sign with it.
+// c += a b, 16 x 16 by 16. The low parts' product is 2^-17 of the whole on average, at most 2^-14, and of one
+// sign with it: left out, it would be a bias.
 EFFATTN_DEVICE void multiply_16(float (&c)[2][4], const Operand16& a, const Operand16& b) {
   EFFATTN_UNROLL
   for (int j = 0; j < 2; ++j) {
