@@ -58,6 +58,9 @@ NARROW_CASES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "backend", ["cuda"], indirect=True
+)  # which has kernels for them; interpreted, they take minutes
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("case", "memory_formats"), NARROW_CASES, ids=str)
 def test_narrow_attention_against_float64(device, backend, case, memory_formats, dtype):
