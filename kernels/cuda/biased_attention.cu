@@ -498,7 +498,7 @@ EFFATTN_DEVICE void gradients_of_tile(const Attention& p, const TalkingHeads<con
   const int rows = p.together * p.rows;
   float* const softmax = buffer<kSpills>(p, 0);
   float* const grad = buffer<kSpills>(p, 1);
-  // Of heads that talk, what is mixed to these.
+  // Of talking heads, what is mixed to these.
   float* const unmixed = p.talk() ? buffer<kSpills>(p, 3) : softmax;
   float* const mixed = p.talk() ? buffer<kSpills>(p, 2) : grad;
   EFFATTN_NOT_UNROLLED
