@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +39,14 @@ def fresh_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 def same_random_numbers() -> None:
     """Every test draws the same numbers, whichever tests ran before it in its process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """What other tests compiled counts towards torch.compile's recompile_limit of a `forward`; beyond it the
+    code runs uncompiled, and fullgraph=True fails."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=[row["name"] for row in _C.isas()])

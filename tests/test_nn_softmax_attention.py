@@ -624,7 +624,6 @@ def test_compile_fullgraph(name, training):
 @pytest.mark.parametrize("name", ["cascade", "windows", "efficientformer", "v2", "v2, stride", "v2, downsampling"])
 def test_compile_dynamic(name, training):
     """Images of several sizes through one module; tables are gathered for each, so that graphs are too."""
-    torch._dynamo.reset()  # what other tests compiled counts towards the limit
     case = CASES[name]
     _, module = case.pair()
     module.train(training)

@@ -293,7 +293,6 @@ def test_the_compiled_backward_is_the_kernel():
 
 def test_recompiles_only_for_what_shapes_require():
     counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
     function = torch.compile(relu_linear_attention, fullgraph=True, backend=counter)
     with torch.no_grad():
         for tokens in (20, 30, 40, 77, 500):
@@ -308,7 +307,6 @@ def test_recompiles_only_for_what_shapes_require():
 
 
 def test_dynamic_shapes_in_one_graph():
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     function = torch.compile(relu_linear_attention, fullgraph=True, dynamic=True, backend=counter)
     graphs = None  # torch may call the backend twice for one graph, when it meets a float argument
@@ -326,7 +324,6 @@ def test_dynamic_shapes_in_one_graph():
 
 
 def test_backend_choice_is_seen_by_compile():
-    torch._dynamo.reset()
     function = torch.compile(relu_linear_attention, fullgraph=True, backend="aot_eager")
     q, k, v = qkv()
     with torch.no_grad():
@@ -336,7 +333,6 @@ def test_backend_choice_is_seen_by_compile():
 
 
 def test_errors_inside_of_compile_are_named():
-    torch._dynamo.reset()
     function = torch.compile(relu_linear_attention, backend="aot_eager")
     q, k, v = qkv()
     with pytest.raises(ValueError, match="k: expected the head_dim of q"):

@@ -150,7 +150,6 @@ def test_a_compiled_call_serves_small_and_large(dynamic):
         namespaces.append([target.namespace for target in calls if OP in str(target)])
         return graph
 
-    torch._dynamo.reset()
     compiled = torch.compile(
         lambda q: effattn.relu_linear_attention(q, q, q), backend=backend, dynamic=dynamic, fullgraph=True
     )

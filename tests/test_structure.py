@@ -620,7 +620,6 @@ def test_containers_and_copies(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_compiled_before_and_replaced_then(name):
-    torch._dynamo.reset()
     module, x = make(name)
     compiled = torch.compile(module, backend="aot_eager")
     with torch.no_grad():

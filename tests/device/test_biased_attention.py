@@ -232,7 +232,6 @@ def test_opcheck(device, ops, talking):
 @talking_or_not
 def test_compile_without_graph_breaks(device, talking):
     """Sizes that change, in one graph; and its gradients."""
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(biased_attention, fullgraph=True, dynamic=True, backend=counter)
     first = 0

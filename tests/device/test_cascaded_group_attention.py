@@ -140,7 +140,6 @@ def test_opcheck(device, ops):
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_compile_without_graph_breaks(device, grad):
     """Sizes that change, in one graph; and its gradients."""
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(cascaded_group_attention, fullgraph=True, dynamic=True, backend=counter)
     first = 0
