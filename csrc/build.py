@@ -73,6 +73,8 @@ ONCE = (
     "csrc/cpu/cascade_projected.cpp",
     "csrc/cpu/cascade_training.cpp",
 )
+# What libeffattn is told of itself is compiled in here.
+IDENTITY = "csrc/digest.cpp"
 # The glue of the five functions, the same for every library of kernels.
 SHARED = (
     "csrc/relu_linear_attention.cpp",
@@ -158,14 +160,22 @@ class Cuda:
         return flags
 
 
+def cpu_digest(compiler: str) -> str:
+    """Of the sources that libeffattn is made of, of how they are compiled, and of the compiler."""
+    return _digest("cpu", compiler)
+
+
 def cuda_digest(compiler: str) -> str:
-    """Of the sources that the CUDA library is made of, and of its compiler: what is said of one build holds for all
-    builds with the same digest."""
+    """The same of the CUDA library: what is said of one build holds for all builds with the same digest."""
+    return _digest("cuda", compiler)
+
+
+def _digest(device: str, compiler: str) -> str:
     found = hashlib.sha256(compiler.encode())
-    for folder, pattern in (("kernels", "*.h"), ("kernels/cuda", "*"), ("csrc", "*.[ch]*"), ("csrc/cuda", "*")):
-        for path in sorted((ROOT / folder).glob(pattern)):
-            if path.is_file():
-                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    patterns = ("kernels/*.h", f"kernels/{device}/*", "csrc/*.[ch]*", f"csrc/{device}/*", "csrc/build.py")
+    for path in (path for pattern in patterns for path in sorted(ROOT.glob(pattern))):
+        if path.is_file():
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
 
@@ -228,6 +238,11 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def compiler_of(target: Target) -> str:
+    """Its name and version, as it says them."""
+    return _output(target.compiler, "--version").splitlines()[0]
+
+
 def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool = False) -> str:
     import pybind11
     from ninja import ninja_syntax
@@ -255,7 +270,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     ]
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}"]
     facts = {
-        "COMPILER": _output(target.compiler, "--version").splitlines()[0],
+        "COMPILER": compiler_of(target),
         "TORCH_VERSION": target.torch_version,
         "ARCHITECTURE": target.architecture,
         "SANITIZER": target.sanitize,
@@ -310,6 +325,9 @@ def _add_libraries(
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
     parts = [compile(source, torch_flags) for source in glue]
+    compiler = compiler_of(target)
+    told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
+    parts.append(compile(IDENTITY, [told]))
     for name, lanes, flags in isas:
         defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
         parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]

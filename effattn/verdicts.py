@@ -23,6 +23,8 @@ from effattn.backends import ORDER
 #: The file; empty for none.
 ENVIRONMENT_VARIABLE = "EFFATTN_VERDICTS"
 SCHEMA = 1
+#: A driver that cannot be asked: no two of them are known to be the same.
+UNKNOWN = "unknown"
 #: The card and the driver of kernels that run on the host, for tests.
 HOST = ("host", "none")
 
@@ -119,9 +121,7 @@ def reason(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> s
         return None
     name = str(dtype).removeprefix("torch.")
     asked = [v for v in _known() if (v.backend, v.operator, v.dtype) == (backend, op, name)]
-    against = [
-        v.text() for v in asked if (v.card, v.driver) == card_and_driver(device) and v.identity == identity(backend)
-    ]
+    against = [v.text() for v in asked if _counts(v, [device])]
     return f"failed when {op} was tried on this card, {'; '.join(against)} (verdicts of {path()})" if against else None
 
 
@@ -130,8 +130,14 @@ def here() -> list[Verdict]:
     if not _known():
         return []
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    cards = {card_and_driver(device) for device in devices}
-    return [v for v in _known() if (v.card, v.driver) in cards and v.identity == identity(v.backend)]
+    return [v for v in _known() if _counts(v, devices)]
+
+
+def _counts(verdict: Verdict, devices: Sequence[torch.device]) -> bool:
+    """Whether it is about the kernels that are here, on one of the devices."""
+    if verdict.driver == UNKNOWN or verdict.identity != identity(verdict.backend):
+        return False
+    return (verdict.card, verdict.driver) in map(card_and_driver, devices)
 
 
 @cache
@@ -148,14 +154,14 @@ def card_and_driver(device: torch.device) -> tuple[str, str]:
 
 
 def driver_version() -> str:
-    """As nvidia-smi prints it, "580.65.06"; "unknown" without a driver."""
+    """As nvidia-smi prints it, "580.65.06"; UNKNOWN without a driver."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return "unknown"
+        return UNKNOWN
     text = ctypes.create_string_buffer(96)
     if library.nvmlInit_v2() != 0:
-        return "unknown"
+        return UNKNOWN
     failed = library.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text)))
     library.nvmlShutdown()
-    return "unknown" if failed else text.value.decode()
+    return UNKNOWN if failed else text.value.decode()

@@ -96,6 +96,12 @@ def test_a_verdict_about_something_else_does_not_count(told, change):
     assert served() == "triton" and not registry.failed()
 
 
+def test_two_drivers_that_nobody_knows_are_not_the_same(told, monkeypatch):
+    monkeypatch.setattr(verdicts, "driver_version", lambda: verdicts.UNKNOWN)
+    told(verdict(driver=verdicts.UNKNOWN))
+    assert served() == "triton" and not registry.failed()
+
+
 def test_a_forced_backend_says_what_failed(told):
     file = told(verdict())
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
@@ -223,8 +229,15 @@ def test_the_library_knows_what_it_is_made_of():
     assert len(_library.cuda_digest) == 16 and verdicts.identity("cuda") == _library.cuda_digest
 
 
-def test_the_digest_of_the_cuda_sources(tmp_path, monkeypatch):
-    """Changes with any source and with the compiler, and with nothing else."""
+@pytest.mark.parametrize(
+    ("device", "sources", "unrelated"),
+    [
+        ("cuda", ["kernels/cuda/sums.cu", "csrc/cuda/backend.h"], ["kernels/cpu/simd.h", "csrc/cpu/lite_mla.cpp"]),
+        ("cpu", ["kernels/cpu/simd.h", "csrc/cpu/lite_mla.cpp"], ["kernels/cuda/sums.cu", "csrc/cuda/backend.h"]),
+    ],
+)
+def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrelated):
+    """Changes with any source, how they are compiled and the compiler, and with nothing else."""
     import importlib.util
     import shutil
     from pathlib import Path
@@ -237,15 +250,16 @@ def test_the_digest_of_the_cuda_sources(tmp_path, monkeypatch):
     for folder in ("csrc", "kernels"):
         shutil.copytree(root / folder, tmp_path / folder)
     monkeypatch.setattr(build, "ROOT", tmp_path)
-    first = build.cuda_digest("nvcc 13.0")
-    assert build.cuda_digest("nvcc 12.8") != first
-    for unrelated in ("kernels/cpu/simd.h", "kernels/triton/sums.py", "csrc/build.py"):
-        (tmp_path / unrelated).write_text("changed")
-    assert build.cuda_digest("nvcc 13.0") == first
-    for source in ("kernels/cuda/sums.cu", "kernels/image.h", "csrc/multi_scale.cpp", "csrc/cuda/backend.h"):
+    digest = getattr(build, f"{device}_digest")
+    first = digest("nvcc 13.0")
+    assert digest("nvcc 12.8") != first
+    for path in (*unrelated, "kernels/triton/sums.py"):
+        (tmp_path / path).write_text("changed")
+    assert digest("nvcc 13.0") == first
+    for source in (*sources, "kernels/image.h", "csrc/multi_scale.cpp", "csrc/build.py"):
         with (tmp_path / source).open("a") as file:
             file.write("// changed\n")
-        changed, first = first, build.cuda_digest("nvcc 13.0")
+        changed, first = first, digest("nvcc 13.0")
         assert changed != first, source
 
 

@@ -26,10 +26,11 @@ NEEDED = {
 def facts() -> dict[str, Any]:
     import torch
 
+    changed = environment.git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     found: dict[str, Any] = {
         "date": environment.now(),
-        # Results land in the tree themselves; they change no number.
-        "dirty": bool(environment.git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        # Results land in the tree themselves; they change no number. Without git nobody knows.
+        "dirty": None if changed is None else bool(changed),
         "cpu": environment.cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {

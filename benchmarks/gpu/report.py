@@ -117,7 +117,7 @@ def _facts(found: Sequence[Line]) -> dict[str, Any]:
         "gpu": last["card"],
         "driver": last["driver"],
         "commit": last["commit"],
-        "dirty": machine.get("dirty", False),
+        "dirty": machine.get("dirty"),
         "versions": {**machine.get("versions", {}), **last["versions"]},
         "cpu": machine.get("cpu", ""),
         "cores": machine.get("cores", 0),

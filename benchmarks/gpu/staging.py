@@ -44,16 +44,24 @@ def why_not(folder: Path, builder: ModuleType, arch: str) -> str | None:
     try:
         torch.ops.load_library(str(library))
         torch.ops.load_library(str(cuda))
-        told = ctypes.CDLL(str(cuda)).effattn_cuda_build
+        of_cpu, of_cuda = _told(library, "effattn_build"), _told(cuda, "effattn_cuda_build")
     except (OSError, AttributeError) as error:
         return explain(error)
-    told.restype = ctypes.c_char_p
-    compiler, archs, digest = (*told().decode().split("; "), "", "")[:3]
-    if digest != builder.cuda_digest(compiler):
-        return f"they are made of other sources ({digest or 'no digest'})"
+    (compiler, digest), (nvcc, archs, cuda_digest) = (*of_cpu, "")[:2], (*of_cuda, "", "")[:3]
+    for made, known in ((digest, builder.cpu_digest(compiler)), (cuda_digest, builder.cuda_digest(nvcc))):
+        if made != known:
+            return f"they are made of other sources ({made or 'no digest'})"
     if arch not in archs.split():
         return f"they are compiled for {archs or 'no card'}, not for {arch}"
     return None
+
+
+def _told(library: Path, name: str) -> list[str]:
+    """What a library says of itself: compiler, for CUDA the cards that it is for, and digest of sources."""
+    function = getattr(ctypes.CDLL(str(library)), name)
+    function.restype = ctypes.c_char_p
+    text: bytes = function()
+    return text.decode().split("; ")
 
 
 def main() -> None:
