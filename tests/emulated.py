@@ -15,6 +15,8 @@ from staged import ROOT, instruction_sets, run, stage
 
 STAGE = ROOT / "build" / "emulated"
 TESTS = ["tests/device", "-m=not gpu"]
+#: A run on a card, of which these kernels are the CUDA backend.
+REHEARSAL = "tests/test_gpu_run.py::test_a_rehearsal_of_emulated_kernels"
 BACKWARDS = {"EFFATTN_EMULATOR_ORDER": "backwards", "EFFATTN_EMULATED_CAPABILITY": "80"}
 
 
@@ -24,7 +26,9 @@ def main() -> int:
     stage(STAGE, "--emulate-cuda", "--without", *wider)
     if sys.argv[1:]:
         return run(STAGE, sys.argv[1:])
-    return run(STAGE, TESTS) or run(STAGE, [*TESTS, "-k=float64 or several_parts"], BACKWARDS)
+    return (
+        run(STAGE, [REHEARSAL]) or run(STAGE, TESTS) or run(STAGE, [*TESTS, "-k=float64 or several_parts"], BACKWARDS)
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,21 +18,35 @@ pytest.importorskip("triton")
 pytest.importorskip("typer")
 
 from benchmarks import environment, results
-from benchmarks.gpu import cases, lines, names, plan, rehearsal, staging
+from benchmarks.gpu import cases, lines, machine, names, plan, rehearsal, staging
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu.lines import Status
-from effattn import verdicts
+from effattn import _library, verdicts
 
 ROOT = environment.ROOT
 FILES = {"results.jsonl", "log.txt", "summary.md", "ncu.txt", "sanitizer.txt", "verdicts.json"}
 TESTS = "benchmarks/gpu/rehearsed_tests.py::"
+#: What becomes of kernels that fail.
+FAILS = {"crash": "crashed", "abort": "crashed", "hang": "timeout", "sticky": "error", "wrong": "wrong"}
 
 
-def start(output, seconds, **more):
+RUN = """
+import sys
+from pathlib import Path
+from benchmarks.gpu.plan import Run, Settings
+output, seconds, *stages = sys.argv[1:]
+Run(Settings(Path(output), float(seconds), stages, rounds=2, rehearsal=True)).run()
+"""
+
+
+def start(output, seconds, stages=(), **more):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--seconds", str(seconds), "--rounds", "2"]
+    command += ["--output", str(output)]
+    if stages:
+        command = [sys.executable, "-c", RUN, str(output), str(seconds), *stages]
     told = {**os.environ, "EFFATTN_COMMIT": "0123456789abcdef", **more}
     return subprocess.Popen(
-        [*command, "--output", str(output)],
+        command,
         cwd=ROOT,
         env={**told, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])},
         stdout=subprocess.PIPE,
@@ -50,10 +65,45 @@ def test_a_rehearsal(tmp_path):
     check_what_every_line_says(found)
     check_smoke(found)
     check_cases(found)
+    check_compiled(found)
     check_tests(found)
     check_files(output)
     check_verdicts(output)
     check_tables(output, tmp_path)
+
+
+@pytest.mark.skipif(not _library.cuda_is_emulated, reason="the CUDA kernels are not emulated: tests/emulated.py")
+def test_a_rehearsal_of_emulated_kernels(tmp_path, monkeypatch):
+    """The CUDA backend alone serves what of it takes kernels, on the host."""
+    output = tmp_path / "run"
+    # A crash is the system's to tell, as it is where nothing is instrumented.
+    options = f"{os.environ.get('ASAN_OPTIONS', '')}:handle_segv=0:handle_abort=0"
+    stages = ("machine", "build", "smoke", "main", "cases")
+    said, _ = start(output, 900, stages, ASAN_OPTIONS=options, TRITON_INTERPRET="0").communicate(timeout=600)
+    found = {(line["stage"], line["name"]): line for line in lines.latest(lines.read(output / plan.RESULTS))}
+    assert found["build", "backends"]["devices"] == {"cuda": "cpu"}, said
+    assert found["smoke", "all kernels: triton"]["status"] == "skipped"
+    check_what_every_line_says(found)
+    check_smoke(found, "cuda")
+    check_cases(found, "cuda")
+    check_verdicts(output, "cuda")
+    check_that_a_verdict_counts(output, monkeypatch)
+
+
+def check_that_a_verdict_counts(output, monkeypatch):
+    """Here, against the kernels that it was made of, if it has the name of an operator."""
+
+    def why_not():
+        verdicts._known.cache_clear()
+        return verdicts.reason("cuda", "relu_linear_attention", torch.device("cpu"), torch.bfloat16)
+
+    (wrong,) = [v for v in verdicts.read(output / plan.VERDICTS) if v.operator == "wrong"]
+    file = output / "verdicts of an operator.json"
+    verdicts.write(file, [wrong._replace(operator="relu_linear_attention")])
+    monkeypatch.setenv("EFFATTN_VERDICTS", str(file))
+    assert "failed when relu_linear_attention was tried on this card, forward in bfloat16: wrong" in why_not()
+    monkeypatch.setenv("EFFATTN_VERDICTS", "")
+    assert why_not() is None
 
 
 def of_stage(found, stage):
@@ -69,22 +119,21 @@ def check_what_every_line_says(found):
     assert all(line["versions"]["torch"] and line["versions"]["triton"] for line in later)
 
 
-def check_smoke(found):
+def check_smoke(found, backend="triton"):
     """A kernel that fails costs its line alone."""
     smoke = of_stage(found, "smoke")
-    expected = {"crash": "crashed", "abort": "crashed", "hang": "timeout", "sticky": "error", "wrong": "wrong"}
     assert {
-        name.split(":")[0]: status for name, status in smoke.items() if ": triton" in name and "all" not in name
+        name.split(":")[0]: status for name, status in smoke.items() if f": {backend}" in name and "all" not in name
     } == {
-        **expected,
+        **FAILS,
         "relu_linear_attention": "ok",
     }
-    line = found["smoke", "wrong: triton, bfloat16, forward"]
+    line = found["smoke", f"wrong: {backend}, bfloat16, forward"]
     assert line["error"] > line["allowed_error"] > 0 and "relative error" in line["reason"]
-    assert found["smoke", "crash: triton, bfloat16, forward"]["reason"].startswith("SIGSEGV")
+    assert found["smoke", f"crash: {backend}, bfloat16, forward"]["reason"].startswith("SIGSEGV")
 
 
-def check_cases(found):
+def check_cases(found, backend="triton"):
     """So does a way to compute a case."""
     for case in names.REHEARSED_MAIN:
         rows = {name: line for (stage, name), line in found.items() if stage == "main" and name.startswith(case)}
@@ -94,11 +143,16 @@ def check_cases(found):
             if "row" in line:
                 assert (line["row"]["milliseconds"] is None) is fails
                 assert fails or len(line["row"]["samples"]) == 2
-        assert any(": effattn triton, graph" in name for name in rows) and any("eager, calls" in name for name in rows)
-    compiled = of_stage(found, "compiled")
-    assert len(compiled) == 4 and set(compiled.values()) == {"ok"}
+        assert any(f": effattn {backend}, graph" in name for name in rows) and any(
+            "eager, calls" in name for name in rows
+        )
     wrong = {name: status for name, status in of_stage(found, "cases").items() if ": effattn" in name}
     assert wrong and set(wrong.values()) == {"wrong"}
+
+
+def check_compiled(found):
+    compiled = of_stage(found, "compiled")
+    assert len(compiled) == 4 and set(compiled.values()) == {"ok"}
 
 
 def check_tests(found):
@@ -124,17 +178,11 @@ def check_files(output):
     assert "| effattn triton" in summary and "commit 0123456" in summary
 
 
-def check_verdicts(output):
+def check_verdicts(output, backend="triton"):
     """They name what failed as the registry asks for it."""
     found = verdicts.read(output / plan.VERDICTS)
-    assert {v.operator: v.status for v in found} == {
-        "crash": "crashed",
-        "abort": "crashed",
-        "hang": "timeout",
-        "sticky": "error",
-        "wrong": "wrong",
-    }
-    assert {(v.backend, v.dtype, v.direction) for v in found} == {("triton", "bfloat16", "forward")}
+    assert {v.operator: v.status for v in found} == FAILS
+    assert {(v.backend, v.dtype, v.direction) for v in found} == {(backend, "bfloat16", "forward")}
     assert {v.commit for v in found} == {"0123456789abcdef"} and all(len(v.identity) == 16 for v in found)
 
 
@@ -335,6 +383,13 @@ def test_a_quarantined_kernel_is_not_measured(tmp_path, monkeypatch):
     run.sensors.close()
 
 
+@pytest.mark.parametrize(("status", "dirty"), [(None, None), ("", False), (" M a.py", True)])
+def test_whether_the_sources_are_changed(monkeypatch, status, dirty):
+    """Nobody knows where there is no git."""
+    monkeypatch.setattr(machine.environment, "git", lambda *_: status)
+    assert machine.facts()["dirty"] is dirty
+
+
 def test_commits(monkeypatch):
     monkeypatch.setenv("EFFATTN_COMMIT", "told")
     assert plan.commit() == "told"
@@ -358,17 +413,38 @@ def test_a_readme_without_figures(tmp_path):
 
 # --- libraries that were brought along ------------------------------------------------------------------
 
+REAL = _library.library_path
+#: What a CUDA library says that fits a card of 9.0.
+OF_CUDA = f"nvcc 13.0; 90a; {staging.native().cuda_digest('nvcc 13.0')}"
+#: Pretends to compile: what it should write is there, and empty.
+COMPILER = """#!/bin/sh
+case "$*" in
+  *--version*) echo "a compiler, release 13.0, of a test"; exit ;;
+  *--list-gpu-code*) echo "sm_80 sm_90"; exit ;;
+esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+def make_library(path, of_cuda, of_cpu="", more=""):
+    """One that says this of itself, and does nothing else."""
+    source = path.with_suffix(".c")
+    functions = {"effattn_cuda_build": of_cuda, "effattn_build": of_cpu}
+    texts = [f'const char* {name}(void) {{ return "{told}"; }}' for name, told in functions.items()]
+    source.write_text("\n".join([*texts, more, ""]))
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+
 
 @pytest.fixture
 def libraries(tmp_path):
     """Makes libraries that say of themselves what they are told."""
+    fits = f"g++ 12; {staging.native().cpu_digest('g++ 12')}"
 
-    def make(told):
+    def make(of_cuda, of_cpu=fits):
         folder = tmp_path / f"libraries {len(list(tmp_path.iterdir()))}"  # of one path, one is loaded
         folder.mkdir()
-        (folder / "told.c").write_text(f'const char* effattn_cuda_build(void) {{ return "{told}"; }}\n')
         for name in ("libeffattn.so", "libeffattn_cuda.so"):
-            subprocess.run(["gcc", "-shared", "-fPIC", "told.c", "-o", name], cwd=folder, check=True)
+            make_library(folder / name, of_cuda, of_cpu)
         return folder
 
     return make
@@ -384,7 +460,84 @@ def test_which_libraries_are_taken(libraries, tmp_path):
     )
     assert "made of other sources (0000)" in staging.why_not(libraries("nvcc 13.0; 90a; 0000"), builder, "90a")
     assert "made of other sources (no digest)" in staging.why_not(libraries("nvcc 13.0; 90a"), builder, "90a")
+    of_cuda = f"nvcc 13.0; 90a; {digest}"
+    assert "made of other sources (0000)" in staging.why_not(libraries(of_cuda, "g++ 12; 0000"), builder, "90a")
+    assert "made of other sources (no digest)" in staging.why_not(libraries(of_cuda, ""), builder, "90a")
     assert staging.why_not(tmp_path, builder, "90a") == "there is no libeffattn.so and no libeffattn_cuda.so"
     broken = libraries("")
     (broken / "libeffattn_cuda.so").write_text("none")
     assert "libeffattn_cuda.so" in staging.why_not(broken, builder, "90a")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of the sources, with libraries for a card of 9.0 that fit, and compilers that pretend."""
+    tree = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
+    for name in ("benchmarks", "csrc", "effattn", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    shutil.copy(REAL, tree / "effattn")
+    make_library(tree / "effattn" / "libeffattn_cuda.so", OF_CUDA)
+    for path in (tree / "bin" / "nvcc", tree / "bin" / "g++"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(COMPILER)
+        path.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tree))
+    monkeypatch.setenv("CXX", str(tree / "bin" / "g++"))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(plan.jobs, "ROOT", tree)
+    monkeypatch.setattr(plan, "STAGE", tree / "stage")
+    return tree
+
+
+def fits(tree):
+    return None, "_C"
+
+
+def is_cut_off(tree):
+    """In its middle: the loader refuses it, or dies of it."""
+    library = tree / "effattn" / REAL.name
+    library.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
+    return ("skipped", "crashed"), "everything"
+
+
+def is_of_other_sources(tree):
+    (tree / "kernels" / "image.h").write_text("// changed\n")
+    return ("skipped",), "everything"
+
+
+def ends_the_process(tree):
+    more = "__attribute__((constructor)) void begin(void) { *(volatile int*)0 = 1; }"
+    make_library(tree / "effattn" / "libeffattn_cuda.so", OF_CUDA, more=more)
+    return ("crashed",), "everything"
+
+
+def does_not_fit_and_cannot_be_built(tree):
+    is_of_other_sources(tree)
+    (tree / "bin" / "nvcc").write_text(COMPILER.replace("while", "exit 1; while"))
+    return ("skipped",), "everything but CUDA"
+
+
+@pytest.mark.parametrize(
+    "given", [fits, is_cut_off, is_of_other_sources, ends_the_process, does_not_fit_and_cannot_be_built]
+)
+def test_what_becomes_of_libraries(checkout, monkeypatch, given):
+    """They are taken, or all is built, or all but CUDA's kernels."""
+    refused, built = given(checkout)
+    run = plan.Run(plan.Settings(checkout / "output", seconds=520))
+    run.stage, run.until = "build", time.monotonic() + 200
+    run.machine = {"card": "NVIDIA H200", "capability": "9.0", "tools": ["nvcc"]}
+    asked = []
+    monkeypatch.setattr(run, "_ask_backends", lambda: asked.append(run.backends.update(devices={})))
+    run.build()
+    run.sensors.close()
+    lines_of = [(line["name"], str(line["status"])) for line in run.writer.lines]
+    assert asked == [None] and lines_of[-1] == (staging.BUILD, "ok"), (checkout / "output" / plan.LOG).read_text()
+    first = next(status for name, status in lines_of if name == staging.PREBUILT)
+    assert first == "ok" if refused is None else first in refused
+    objects = {path.name for path in (checkout / "stage" / "objects").glob("*.o")}
+    has_cuda = (checkout / "stage" / "effattn" / "libeffattn_cuda.so").exists()
+    assert has_cuda is (built != "everything but CUDA")
+    assert ("csrc_python.cpp.o" in objects) and ("kernels_cpu_isa.cpp.o" in objects) is (built != "_C")
+    assert ((checkout / "stage" / "effattn" / REAL.name).stat().st_size == REAL.stat().st_size) is (built == "_C")

@@ -272,7 +272,8 @@ class Run:
             **more,
         }
         if self.settings.rehearsal:
-            found |= {"EFFATTN_REHEARSAL": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+            found |= {"EFFATTN_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
+            found["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "1")
         return found
 
     # --- stages -------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ class Run:
         here = [backend for backend in names.BACKENDS if backend in self.backends["devices"]]
         if self.settings.rehearsal:
             works = [Kernel("relu_linear_attention", backend, "bfloat16", "backward") for backend in here]
-            return [*works, *(Kernel(fault, "triton", "bfloat16", "forward") for fault in faults.NAMES)]
+            return [*works, *(Kernel(fault, at, "bfloat16", "forward") for at in here[:1] for fault in faults.NAMES)]
         return [
             Kernel(operator, backend, dtype, direction)
             for direction in names.DIRECTIONS
