@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ from benchmarks import runner as cpu_runner
 from benchmarks.floor import Rates, Work
 from benchmarks.gpu import cases, runner
 from benchmarks.gpu.cases import NARROW
-from benchmarks.gpu.clock import WallClock, _locked
+from benchmarks.gpu.clock import WallClock
 from benchmarks.lite_mla import LiteMLACase
 from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Candidate, Case, Role, Row
 from benchmarks.suites import SUITES, Settings, TimedSuite, rests
@@ -315,7 +314,7 @@ def test_a_wrong_result_gets_no_time_on_a_gpu_either():
 def test_what_fails_later_has_no_time(monkeypatch):
     """The first sample was taken, another raised."""
     clock, left = WallClock(), iter([1.0, 1.0])
-    monkeypatch.setattr(clock, "seconds", lambda call, repeats: next(left))
+    monkeypatch.setattr(clock, "seconds", lambda *_: next(left))
     case, heard = TINY["biased"](False), Heard()
     (row,) = runner.measure(case, runner.plain_ways(case, [])[:1], clock, 3, heard)
     assert row.milliseconds is None and "StopIteration" in row.reason and len(row.samples) == 1
@@ -356,13 +355,6 @@ def test_every_backend_of_a_card_is_measured():
         found["effattn cuda"](*case.make())
     whole = dataclasses.replace(case, compile_ours=True)
     assert set(runner.ours(whole, ["cuda", "triton"])) == {runner.OURS}
-
-
-def test_processes_that_share_a_card_time_one_after_the_other(tmp_path):
-    with _locked(str(tmp_path / "lock")), open(tmp_path / "lock") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with open(tmp_path / "lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_cases_of_a_gpu_can_be_made():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from benchmarks.gpu import child, jobs, lines
+from benchmarks.gpu import child, jobs, lines, turns
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.lines import Status
 
@@ -179,6 +180,71 @@ def test_output_beside_the_log(run, tmp_path):
 )
 def test_which_errors_are_sticky(text, sticky):
     assert child.is_sticky(RuntimeError(text)) is sticky
+
+
+# --- turns ------------------------------------------------------------------------------------------------
+
+TURNS = """
+import time
+from benchmarks.gpu import turns
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.05)
+def during(kind, seconds, tell=os.devnull):
+    with kind():
+        open(tell, "w").close()
+        begin = time.monotonic()
+        time.sleep(seconds)
+        print(kind.__name__, begin, time.monotonic())
+"""
+
+
+KINDS = ("preparing", "alone")
+
+
+def overlap(a, b):
+    return a[1] < b[2] and b[1] < a[2]
+
+
+def test_who_is_timed_is_alone(run, tmp_path):
+    """Whatever others prepare, which they do side by side, and however long a turn is waited for."""
+    told = {"EFFATTN_CARD_LOCK": str(tmp_path / "lock")}
+    code = TURNS + "steps(a=lambda: [during(k, 0.4) for k in [turns.preparing, turns.alone] * 3])"
+    heard = run(*[code] * 3, at_once=3, environment=told, item_limit=4.0, line=False)
+    assert statuses(heard) == [("a", "ok")] * 3, "2.4 s are its own, the others' turns are not"
+    said = [line.partition(" | ")[2].split(" ") for line in (tmp_path / "log.txt").read_text().splitlines()]
+    taken = [(kind, float(begin), float(end)) for kind, begin, end in (of for of in said if of[0] in KINDS)]
+    assert len(taken) == 18
+    pairs = [{a[0], b[0]} for i, a in enumerate(taken) for b in taken[:i] if overlap(a, b)]
+    assert pairs and all(pair == {"preparing"} for pair in pairs)
+
+
+def test_who_waits_to_be_timed_goes_before_who_would_begin(tmp_path, monkeypatch):
+    monkeypatch.setenv(turns.VARIABLE, str(tmp_path / "lock"))
+    order = []
+
+    def take(kind):
+        with kind():
+            order.append(kind.__name__)
+
+    threads = [threading.Thread(target=take, args=[kind]) for kind in (turns.alone, turns.preparing)]
+    with turns.preparing():
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        assert order == [], "the one waits for what has begun, the other for the one"
+    for thread in threads:
+        thread.join()
+    assert order == ["alone", "preparing"]
+
+
+def test_a_hang_in_a_turn_is_ended(run, tmp_path):
+    """By its own limit, and then it is the next one's turn."""
+    told, held = {"EFFATTN_CARD_LOCK": str(tmp_path / "lock")}, str(tmp_path / "held")
+    first = f"steps(a=lambda: during(turns.alone, 100, {held!r}))"
+    second = f"wait_for({held!r}); steps(b=lambda: during(turns.alone, 0))"
+    heard = run(TURNS + first, TURNS + second, at_once=2, environment=told, item_limit=2.0, line=False)
+    assert statuses(heard) == [("a", "timeout"), ("b", "ok")]
 
 
 # --- tests ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ pytest.importorskip("triton")
 pytest.importorskip("typer")
 
 from benchmarks import environment, results
-from benchmarks.gpu import cases, lines, machine, names, plan, rehearsal, staging
+from benchmarks.gpu import cases, clock, lines, machine, names, plan, rehearsal, runner, staging
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu.lines import Status
 from effattn import _library, verdicts
@@ -381,6 +383,91 @@ def test_a_quarantined_kernel_is_not_measured(tmp_path, monkeypatch):
     assert line["status"] == "skipped" and line["name"] == f"{case}: effattn cuda" and "quarantined" in line["reason"]
     assert [job.environment["EFFATTN_MEASURED_BACKENDS"] for job in ran] == ["triton"]
     run.sensors.close()
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A card's clock without a card, and what was asked of the card, in turn."""
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            said.append("event")
+            self.at = len(said)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    facts = SimpleNamespace(L2_cache_size=50 << 20, total_memory=100 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: SimpleNamespace(zero_=lambda: said.append(size)))
+    return clock.CudaClock(), said
+
+
+def test_a_cache_that_inputs_do_not_fill_is_cleared(pretended):
+    """Before each pass over them, outside of its time; calls are not issued while it is."""
+    card, said = pretended
+    call = lambda: said.append("call")  # noqa: E731
+    small, large = 64 * (1 << 20), 160 << 20
+    assert card.clearing(large, is_graph=True) is None and card.sets(1 << 20) == 64
+    assert card.seconds(call, 3) == pytest.approx(4e-3) and said == ["event", "call", "call", "call", "event"]
+    for is_graph, clear in ((True, [150 << 20]), (False, [150 << 20, "wait"])):
+        said.clear()
+        assert card.seconds(call, 2, card.clearing(small, is_graph)) == pytest.approx(4e-3)
+        assert said == [*clear, "event", "call", "event"] * 2
+
+
+def test_samples_are_of_a_cold_cache(monkeypatch):
+    """The inputs' bytes, all sets together, decide."""
+    wall, sizes = clock.WallClock(), []
+    monkeypatch.setattr(wall, "clearing", lambda size, is_graph: sizes.append((size, is_graph)))
+    case = rehearsal.attention()[0]
+    ways = runner.plain_ways(case, [])
+    runner.measure(case, ways, wall, 1, SimpleNamespace(begin=lambda *_: None, finish=lambda *_, **__: None))
+    one = sum(t.nbytes for t in case.make())
+    assert sizes == [(2 * one, way.graph) for way in ways]
+
+
+def test_nothing_is_timed_beside_a_compiler(monkeypatch):
+    """Whatever is computed is computed in a turn, and samples are taken alone."""
+    now, seen = [], set()
+
+    def turn(name):
+        @contextlib.contextmanager
+        def held():
+            assert not now, "one in another would wait for itself"
+            now.append(name)
+            yield
+            now.pop()
+
+        return held
+
+    def compiled(function, mode):
+        return lambda *arguments: (seen.add((*now, "computes")), function(*arguments))[1]
+
+    def seconds(call, repeats, before=None):
+        seen.add((*now, "is timed"))
+        return 1.0
+
+    for name in ("preparing", "alone"):
+        monkeypatch.setattr(runner.turns, name, turn(name))
+    monkeypatch.setattr(runner.peers, "compiled", compiled)
+    wall, case = clock.WallClock(), rehearsal.attention()[0]
+    monkeypatch.setattr(wall, "seconds", seconds)
+    monkeypatch.setattr(wall, "captured", lambda calls: lambda: None)
+    ways = runner.compiled_ways(case, runner.QUICK_MODES)
+    rows = runner.measure(case, ways, wall, 3, SimpleNamespace(begin=lambda *_: None, finish=lambda *_, **__: None))
+    assert all(len(row.samples) == 3 for row in rows)
+    assert seen == {("preparing", "computes"), ("alone", "is timed")}
+    assert plan.AT_ONCE["compiled"] == len(names.MAIN), "none starts, and imports torch, while others are timed"
 
 
 @pytest.mark.parametrize(("status", "dirty"), [(None, None), ("", False), (" M a.py", True)])

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.floor import Rates
-from benchmarks.gpu import cases, child, rehearsal, runner
+from benchmarks.gpu import cases, child, rehearsal, runner, turns
 from benchmarks.gpu.clock import Clock, CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.runner import GpuCase, Way
@@ -112,7 +112,8 @@ def main() -> None:
         child.begin(rates)
         found = Rates()
         try:
-            clock.rates(found)
+            with turns.alone():
+                clock.rates(found)
             child.finish(rates, Status.OK, rates=found.as_json())
         except Exception as error:
             child.finish(rates, Status.ERROR, reason=explain(error))

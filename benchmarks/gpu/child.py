@@ -4,6 +4,7 @@ A record is a JSON object on a line of the pipe that EFFATTN_RECORDS names (with
 
 - ``{"plan": [NAME, ...]}``: all that this process would do
 - ``{"begin": NAME, ...}``: what it does now, so that a crash or a hang can be told of, with these figures
+- ``{"waits": true}`` and ``{"waits": false}``: for others' turn, from here to there; that time is not its own
 - ``{"name": NAME, "status": STATUS, ...}``: what became of it, as in :mod:`benchmarks.gpu.lines`; with
   ``"provisional": true`` it is not done with yet
 
@@ -19,6 +20,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 VARIABLE = "EFFATTN_RECORDS"
@@ -53,6 +56,16 @@ def plan(names: list[str]) -> None:
 
 def begin(name: str, **figures: Any) -> None:
     _tell({"begin": name, **figures})
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """For others of the run."""
+    _tell({"waits": True})
+    try:
+        yield
+    finally:
+        _tell({"waits": False})
 
 
 def finish(name: str, status: str, **figures: Any) -> None:

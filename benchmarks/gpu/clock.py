@@ -1,13 +1,15 @@
-"""How calls are timed on a card: many of them between two events, over inputs that have left the cache."""
+"""How calls are timed on a card: many of them between two events, over inputs that have left the cache.
+
+Inputs rotate over several sets. Where as many as may be do not fill the cache, it is cleared before each pass over
+them, as Triton's do_bench clears it before each call: outside of the time. A pass of many calls has the two events'
+cost, and that of a first launch on a card that waits, once.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,16 +23,10 @@ SAMPLE_SECONDS = 5e-3
 #: Inputs of all sets together, as a multiple of the last cache; and what they may take of the card's memory.
 COLD, MOST_MEMORY = 3.0, 0.2
 MOST_SETS = 64
-#: A file that is locked while something is timed, where processes that compile share a card.
-LOCK_VARIABLE = "EFFATTN_CARD_LOCK"
 
 
 class Clock(Protocol):
     device: torch.device
-
-    def alone(self) -> AbstractContextManager[None]:
-        """As long as this lasts, no other process of the run uses the card for what is timed or captured."""
-        ...
 
     def sets(self, size: int) -> int:
         """How many sets of inputs of ``size`` bytes are needed for none of them to be in a cache when it is used."""
@@ -40,8 +36,19 @@ class Clock(Protocol):
         """The calls as one, without what it costs to issue them."""
         ...
 
-    def seconds(self, call: Call, repeats: int) -> float:
-        """Of so many calls, one after the other."""
+    def clearing(self, size: int, is_graph: bool) -> Call | None:
+        """What clears the cache before a call with inputs of ``size`` bytes, all sets together, which would stay in it.
+
+        None if they would not. ``is_graph`` says that the call is a single launch.
+        """
+        ...
+
+    def replayed(self, call: Call) -> Sequence[torch.Tensor]:
+        """What a call of tensors gives when it is captured and replayed."""
+        ...
+
+    def seconds(self, call: Call, repeats: int, before: Call | None = None) -> float:
+        """Of so many calls, one after the other, and of nothing that is done before each."""
         ...
 
     def rates(self, rates: Rates) -> None:
@@ -55,9 +62,7 @@ class CudaClock:
     def __init__(self) -> None:
         self.device = torch.device("cuda")
         self.properties = torch.cuda.get_device_properties(self.device)
-
-    def alone(self) -> AbstractContextManager[None]:
-        return _locked(os.environ[LOCK_VARIABLE]) if LOCK_VARIABLE in os.environ else nullcontext()
+        self._cleared: torch.Tensor | None = None
 
     def sets(self, size: int) -> int:
         wanted = math.ceil(COLD * self.properties.L2_cache_size / max(size, 1))
@@ -65,27 +70,58 @@ class CudaClock:
         return max(1, min(wanted + 1, possible, MOST_SETS))
 
     def captured(self, calls: Sequence[Call]) -> Call:
+        def everything() -> None:
+            for call in calls:
+                call()
+
+        return self._capture(everything)[0].replay
+
+    def replayed(self, call: Call) -> Sequence[torch.Tensor]:
+        graph, results = self._capture(call)
+        graph.replay()
+        return [t.clone() for t in results]
+
+    def _capture(self, call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The graph, and what the call returned."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                for call in calls:
-                    call()
+                call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return graph.replay
+            results = call()
+        return graph, results
 
-    def seconds(self, call: Call, repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+    def clearing(self, size: int, is_graph: bool) -> Call | None:
+        enough = int(COLD * self.properties.L2_cache_size)
+        if size >= enough:
+            return None
+        if self._cleared is None:
+            self._cleared = torch.empty(enough, dtype=torch.uint8, device=self.device)
+        cleared = self._cleared
+
+        def clear() -> None:
+            cleared.zero_()
+            if not is_graph:  # calls must not be issued ahead, while this takes its time
+                torch.cuda.synchronize()
+
+        return clear
+
+    def seconds(self, call: Call, repeats: int, before: Call | None = None) -> float:
+        # Each call between two events of its own where something comes in between, else all between the same two.
+        passes, inner = (1, repeats) if before is None else (repeats, 1)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(passes)]
+        for start, end in events:
+            if before is not None:
+                before()
+            start.record()
+            for _ in range(inner):
+                call()
+            end.record()
+        events[-1][1].synchronize()
+        return sum(float(start.elapsed_time(end)) for start, end in events) / 1e3
 
     def rates(self, rates: Rates) -> None:
         size = 1 << 30
@@ -107,16 +143,20 @@ class WallClock:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def alone(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def sets(self, size: int) -> int:
         return 2
 
     def captured(self, calls: Sequence[Call]) -> Call:
         return lambda: [call() for call in calls]
 
-    def seconds(self, call: Call, repeats: int) -> float:
+    def clearing(self, size: int, is_graph: bool) -> Call | None:
+        return None
+
+    def replayed(self, call: Call) -> Sequence[torch.Tensor]:
+        results: Sequence[torch.Tensor] = call()
+        return results
+
+    def seconds(self, call: Call, repeats: int, before: Call | None = None) -> float:
         start = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -125,15 +165,6 @@ class WallClock:
     def rates(self, rates: Rates) -> None:
         rates.copy[1 << 20], rates.matmul[torch.float32] = 1e10, 1e11
         rates.matmul |= {torch.bfloat16: 1e11, torch.float16: 1e11}
-
-
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # before the next one's turn
 
 
 def _keep(best: dict[Any, float], key: Any, rate: float) -> None:

@@ -37,8 +37,9 @@ Heard = Callable[[str, str, dict[str, Any]], None]
 class Job:
     """A command, and how long it may take.
 
-    A process may take ``limit`` seconds, and ``item_limit`` for each of the things that it says it does. With less than
-    ``least`` seconds left it is not started. What its output says goes into the file ``output``, or the log.
+    A process may take ``limit`` seconds, and ``item_limit`` for each of the things that it says it does; what it waits
+    for others does not count. With less than ``least`` seconds left it is not started. What its output says goes into
+    the file ``output``, or the log.
     ``line`` says that it has a line of its own even if all is well.
     """
 
@@ -158,6 +159,7 @@ class _Process:
         self._begun: str | None = None
         self._figures: dict[str, Any] = {}  # of what was begun
         self._progress = False
+        self._waits_since: float | None = None
         self._killed: str | None = None  # why
         self._killed_at = 0.0
         self._status = Status.TIMEOUT  # of what is killed
@@ -218,7 +220,14 @@ class _Process:
             record = json.loads(line)
         except ValueError:  # it died while it wrote
             return
-        self._item_began = time.monotonic()
+        now = time.monotonic()
+        if "waits" in record:
+            if self._waits_since is not None:
+                self._began += now - self._waits_since
+                self._item_began += now - self._waits_since
+            self._waits_since = now if record["waits"] else None
+            return
+        self._item_began = now
         if "plan" in record:
             self.state.planned = list(dict.fromkeys([*self.state.planned, *record["plan"]]))
         elif "begin" in record:
@@ -246,6 +255,8 @@ class _Process:
         elif now > self._until:
             self._status = Status.NOT_RUN
             self.kill("ended when no time was left")
+        elif self._waits_since is not None:
+            pass
         elif now - self._began > self.job.limit:
             self.kill(f"did not end within {self.job.limit:.0f} s")
         elif self._begun is not None and now - self._item_began > self.job.item_limit:

@@ -79,8 +79,8 @@ BUDGETS = {
 MEASURING = ("machine", "build", "smoke", "main", "compiled", "cases")
 #: Of the smoke stage, with fewer left nothing is tried again.
 _RETRY_SECONDS = 20.0
-#: The card's times are taken by one process at a time; these stages do not take any.
-AT_ONCE = {"smoke": 6, "tests": 6, "compiled": 4}
+#: What runs side by side, a job a core at most; those that are timed take turns (benchmarks/gpu/turns.py).
+AT_ONCE = {"smoke": 6, "tests": 6, "compiled": len(names.MAIN)}
 
 
 @dataclass(frozen=True)

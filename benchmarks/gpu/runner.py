@@ -15,6 +15,7 @@ import torch
 import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
+from benchmarks.gpu import turns
 from benchmarks.gpu.clock import SAMPLE_SECONDS, Call, Clock
 from benchmarks.runner import Accuracy, Role, Row, explain
 from effattn import testing
@@ -148,11 +149,10 @@ def measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch
 
 
 def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch: Watch) -> list[Row]:
-    made = case.make()
     rows, ready = [], []
     with torch.set_grad_enabled(case.training):
-        with clock.alone():
-            first = on(clock.device, made)
+        with turns.preparing():
+            first = on(clock.device, case.make())
             count = clock.sets(sum(t.nbytes for t in tensors(first)))
             sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
             grad_out, truth = expected(case, first)
@@ -161,23 +161,24 @@ def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watc
             rows.append(row)
             watch.begin(row)
             try:
-                call = _admit(case, way, row, sets, grad_out, truth, clock)
+                sample = _admit(case, way, row, sets, grad_out, truth, clock)
             except Exception as error:
                 row.reason = explain(error)
                 watch.finish(row, error)
                 continue
-            watch.finish(row, None, provisional=call is not None)
-            if call is not None:
-                ready.append((row, call))
-        for _ in range(1, rounds):
-            for row, call in ready:
-                if row.reason is None:
-                    watch.begin(row)
-                    try:
-                        row.samples.append(_sample(clock, call, row, len(sets)))
-                    except Exception as error:
-                        row.reason, row.milliseconds = explain(error), None
-                        watch.finish(row, error)
+            watch.finish(row, None, provisional=sample is not None)
+            if sample is not None:
+                ready.append((row, sample))
+        with turns.alone():
+            for _ in range(1, rounds):
+                for row, sample in ready:
+                    if row.reason is None:
+                        watch.begin(row)
+                        try:
+                            row.samples.append(sample())
+                        except Exception as error:
+                            row.reason, row.milliseconds = explain(error), None
+                            watch.finish(row, error)
     for row, _ in ready:
         if row.reason is None:
             row.milliseconds = statistics.median(row.samples)
@@ -218,32 +219,32 @@ def _admit(
     grad_out: torch.Tensor | None,
     truth: Sequence[torch.Tensor],
     clock: Clock,
-) -> Call | None:
-    """All sets as one call that has been timed once, if the first result is right."""
-    function = way.function if way.mode is None else peers.compiled(way.function, way.mode)
-    calls = [step(function, arguments, grad_out) for arguments in sets]
-    results = calls[0]()  # compiles
-    if way.role is not Role.CONTEXT:
-        with clock.alone():  # in float64, on the card
+) -> Callable[[], float] | None:
+    """What takes a sample, in milliseconds, and has taken the first one, if the first result is right."""
+    with turns.preparing():
+        function = way.function if way.mode is None else peers.compiled(way.function, way.mode)
+        calls = [step(function, arguments, grad_out) for arguments in sets]
+        results = calls[0]()  # compiles
+        if way.role is not Role.CONTEXT:
             found = accuracy(case, way.role, results, truth)
-        row.error, row.allowed_error = found.error, found.allowed
-        if not found.passed:
-            row.reason = f"wrong: relative error {found.error:.1e}, allowed {found.allowed:.1e}"
-            return None
-    del results
-    with clock.alone():
+            row.error, row.allowed_error = found.error, found.allowed
+            if not found.passed:
+                row.reason = f"wrong: relative error {found.error:.1e}, allowed {found.allowed:.1e}"
+                return None
+        del results
         everything = clock.captured(calls) if way.graph else _in_turn(calls)
-        everything()
-        row.repeats = max(1, math.ceil(SAMPLE_SECONDS / max(clock.seconds(everything, 1), 1e-9)))
-    row.samples.append(_sample(clock, everything, row, len(sets)))
+        everything()  # what brings graphs of its own captures them at its second call
+        before = clock.clearing(sum(t.nbytes for arguments in sets for t in tensors(arguments)), way.graph)
+
+    def sample() -> float:
+        assert row.repeats is not None
+        return clock.seconds(everything, row.repeats, before) / (row.repeats * len(sets)) * 1e3
+
+    with turns.alone():
+        row.repeats = max(1, math.ceil(SAMPLE_SECONDS / max(clock.seconds(everything, 1, before), 1e-9)))
+        row.samples.append(sample())
     row.milliseconds = row.samples[0]
-    return everything
-
-
-def _sample(clock: Clock, call: Call, row: Row, sets: int) -> float:
-    assert row.repeats is not None
-    with clock.alone():
-        return clock.seconds(call, row.repeats) / (row.repeats * sets) * 1e3
+    return sample
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:
