@@ -272,8 +272,23 @@ def test_without_a_card_there_is_nothing_to_run(tmp_path):
 def test_the_budgets_of_a_visit():
     """All stages have their time, and a last one what is left."""
     assert sum(budget.seconds for budget in plan.BUDGETS.values()) <= plan.VISIT_SECONDS - plan.RESERVE
-    order = ["machine", "build", "smoke", "main", "compiled", "tests", "memcheck", "profile", "cases"]
+    order = ["machine", "build", "smoke", "main", "compiled", "tests", "profile", "memcheck", "cases"]
     assert list(plan.BUDGETS) == order and set(plan.MEASURING) < set(order)
+
+
+def test_what_memory_is_checked_of(tmp_path, monkeypatch):
+    """CUDA's kernels and none of torch's."""
+    run, ran = plan.Run(plan.Settings(tmp_path, rehearsal=True)), []
+    run.sensors.close()
+    run.machine, run.backends = {"tools": ["compute-sanitizer"]}, {"unavailable": {}}
+    monkeypatch.setattr(run, "_run", ran.extend)
+    run.check_memory()
+    (job,) = ran
+    at = job.command.index("--kernel-regex")
+    assert job.command[0] == "compute-sanitizer" and job.command[at + 1] == "kns=effattn"
+    source = (ROOT / "kernels" / "cuda" / "sums.cu").read_text()
+    assert "namespace effattn::cuda" in source, "so mangled names have it"
+    assert plan.BUDGETS["memcheck"].seconds >= 40
 
 
 def test_names_of_cases_are_those_that_there_are():
