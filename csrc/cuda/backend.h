@@ -43,7 +43,10 @@ class OnDevice {
  public:
   explicit OnDevice(int32_t) {}
   void* stream() const { return nullptr; }
-  cuda::Card card() const;  // emulated.cpp: as tests ask for it
+  cuda::Card card() const;  // emulated.cpp, as are the others: as tests ask for it
+  // Of a call: workspace is full of NaN, and what was launched is done at its end.
+  void poison(float* workspace, int64_t floats) const;
+  void end() const;
 };
 
 #else
@@ -76,6 +79,8 @@ class OnDevice {
     return stream;
   }
   cuda::Card card() const { return cuda::card(index_); }
+  void poison(float*, int64_t) const {}
+  void end() const {}
 
  private:
   int32_t index_;
@@ -116,6 +121,7 @@ class Execution {
     cuda::current_call() = describe(of);
   }
   Execution(const Execution&) = delete;
+  ~Execution() { device_.end(); }
 
   operator cuda::Execution() {
     return {device_.stream(), device_.card(), this, [](void* self, int64_t floats) {
@@ -125,7 +131,9 @@ class Execution {
               TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &floats, &stride, aoti_torch_dtype_float32(),
                                                               device_type(), e.index_, &handle));
               e.workspace_.emplace_back(handle);
-              return static_cast<float*>(e.workspace_.back().mutable_data_ptr());
+              float* const workspace = static_cast<float*>(e.workspace_.back().mutable_data_ptr());
+              e.device_.poison(workspace, floats);
+              return workspace;
             }};
   }
 

@@ -1,7 +1,9 @@
 // The card that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and
 // EFFATTN_EMULATED_MULTIPROCESSORS, 132 unless told.
 #include <cstdlib>
+#include <cstring>
 
+#include "../../kernels/cuda/emulator.h"
 #include "backend.h"
 
 namespace effattn {
@@ -13,6 +15,10 @@ cuda::Card OnDevice::card() const {
   };
   return {told("EFFATTN_EMULATED_CAPABILITY", 90), told("EFFATTN_EMULATED_MULTIPROCESSORS", 132)};
 }
+
+void OnDevice::poison(float* workspace, int64_t floats) const { std::memset(workspace, 0xff, 4 * floats); }
+
+void OnDevice::end() const { cuda::run_launches(); }
 
 }  // namespace effattn
 

@@ -7,8 +7,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -62,29 +64,32 @@ struct Fiber {
 };
 
 struct Machine {
+  EmulatedLaunch launch;
   std::vector<Block> blocks;  // of one cluster
   std::vector<Fiber> fibers;
   Meeting cluster;
-  int64_t shared_bytes = 0;
-  bool is_dependent = false;
   size_t running = 0, alive = 0;
   int64_t progress = 0;  // threads that came to a barrier or to their end
   ucontext_t caller;
   void* caller_asan = nullptr;
   const void* caller_stack = nullptr;
   size_t caller_stack_bytes = 0;
-  void (*body)(const void*) = nullptr;
-  const void* context = nullptr;
 };
 
-Machine machine;
+// One a launch under way: a fiber of a dependent one runs those in front of it while it waits for them.
+std::deque<Machine> machines;
+size_t under_way = 0;
+// Launches that have not begun, in order. All but the first are dependent.
+std::vector<EmulatedLaunch> pending;
+
+Machine& machine() { return machines[under_way - 1]; }
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s\n", what);
   std::abort();
 }
 
-Fiber& self() { return machine.fibers[machine.running]; }
+Fiber& self() { return machine().fibers[machine().running]; }
 Warp& warp() { return self().block->warps[self().thread / kLanesOfWarp]; }
 int lane() { return self().thread % kLanesOfWarp; }
 
@@ -93,7 +98,7 @@ void switched(void* asan) {
   const void* stack;
   size_t bytes;
   __sanitizer_finish_switch_fiber(asan, &stack, &bytes);
-  if (machine.caller_stack == nullptr) machine.caller_stack = stack, machine.caller_stack_bytes = bytes;
+  if (machine().caller_stack == nullptr) machine().caller_stack = stack, machine().caller_stack_bytes = bytes;
 #else
   (void)asan;
 #endif
@@ -111,7 +116,7 @@ void go_to(ucontext_t* from, ucontext_t* to, [[maybe_unused]] void** keep, [[may
 void run_next() {
   Fiber& from = self();
   do {
-    machine.running = (machine.running + 1) % machine.fibers.size();
+    machine().running = (machine().running + 1) % machine().fibers.size();
   } while (self().done);
   Fiber& to = self();
   if (&to == &from) return;
@@ -121,21 +126,21 @@ void run_next() {
 
 void start() {
   switched(nullptr);
-  machine.body(machine.context);
+  machine().launch.body();
   Fiber& fiber = self();
-  if (machine.is_dependent && !fiber.has_waited) fail("a thread of a dependent launch did not wait");
+  if (machine().launch.is_dependent && !fiber.has_waited) fail("a thread of a dependent launch did not wait");
   for (const std::vector<Copy>& group : fiber.copies) {
     if (!group.empty()) fail("a thread ended before what it copies was there");
   }
   fiber.done = true;
-  ++machine.progress;
-  if (--machine.alive > 0) {
+  ++machine().progress;
+  if (--machine().alive > 0) {
     do {
-      machine.running = (machine.running + 1) % machine.fibers.size();
+      machine().running = (machine().running + 1) % machine().fibers.size();
     } while (self().done);
     go_to(&fiber.context, &self().context, nullptr, self().stack.get(), kStackBytes);
   } else {
-    go_to(&fiber.context, &machine.caller, nullptr, machine.caller_stack, machine.caller_stack_bytes);
+    go_to(&fiber.context, &machine().caller, nullptr, machine().caller_stack, machine().caller_stack_bytes);
   }
 }
 
@@ -155,7 +160,7 @@ void meet(Meeting& meeting, int kind, F last) {
   if (meeting.come == 0) meeting.kind = kind;
   if (meeting.kind != kind) fail("threads of a group wait at different barriers");
   const int64_t round = meeting.round;
-  ++machine.progress;
+  ++machine().progress;
   if (++meeting.come == meeting.members) {
     last();
     meeting.come = 0;
@@ -163,10 +168,11 @@ void meet(Meeting& meeting, int kind, F last) {
     return;
   }
   while (meeting.round == round) {
-    const int64_t before = machine.progress;
+    const int64_t before = machine().progress;
     run_next();
     // Every other thread had its turn since.
-    if (meeting.round == round && machine.progress == before) fail("threads wait for some that do not come");
+    if (meeting.round != round || machine().progress != before) continue;
+    fail("threads wait for some that do not come");
   }
 }
 
@@ -214,6 +220,46 @@ void multiply_narrow(Warp& w) {
   }
 }
 
+void run(const EmulatedLaunch& launch) {
+  if (++under_way > machines.size()) machines.emplace_back();
+  Machine& m = machine();
+  m.launch = launch;
+  m.caller_stack = nullptr;
+  m.blocks = std::vector<Block>(launch.cluster);
+  const size_t fibers = static_cast<size_t>(launch.cluster) * launch.threads;
+  m.fibers.resize(fibers);
+  const char* const order = std::getenv("EFFATTN_EMULATOR_ORDER");
+  const bool backwards = order != nullptr && std::string(order) == "backwards";
+  for (int64_t first = 0; first < launch.blocks; first += launch.cluster) {
+    for (int rank = 0; rank < launch.cluster; ++rank) {
+      Block& block = m.blocks[rank];
+      block.index = first + rank;
+      block.rank = rank;
+      block.shared.reset(new char[launch.shared_bytes]);  // anew, or a block would find what another one left
+      std::memset(block.shared.get(), 0xff, launch.shared_bytes);
+      block.meeting = {launch.threads, 0, 0, 0};
+      block.warps = std::vector<Warp>(launch.threads / kLanesOfWarp);
+      for (Warp& w : block.warps) w.meeting.members = kLanesOfWarp;
+      for (int i = 0; i < launch.threads; ++i) {
+        Fiber& fiber = m.fibers[rank * launch.threads + i];
+        fiber.block = &block;
+        fiber.thread = backwards ? launch.threads - 1 - i : i;
+        fiber.done = fiber.has_waited = false;
+        fiber.copies.clear();
+        prepare(fiber);
+      }
+    }
+    m.cluster = {static_cast<int>(fibers), 0, 0, 0};
+    m.alive = fibers;
+    m.running = 0;
+    go_to(&m.caller, &m.fibers[0].context, &m.caller_asan, m.fibers[0].stack.get(), kStackBytes);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(m.caller_asan, nullptr, nullptr);
+#endif
+  }
+  --under_way;
+}
+
 void check_tf32(float x) {
   if (std::isfinite(x) && (bits_of(x) & 0x1fff) != 0) fail("an operand of a product is not in TF32");
 }
@@ -221,7 +267,8 @@ void check_tf32(float x) {
 // Of an access to shared memory, which has to be aligned.
 void check_shared(const char* at, int64_t bytes) {
   const int64_t offset = at - self().block->shared.get();
-  if (offset < 0 || offset + bytes > machine.shared_bytes) fail("an address is not in shared memory");
+  if (offset < 0 || offset + bytes > machine().launch.shared_bytes)
+    fail("an address is not in shared memory");
   if (offset % bytes != 0) fail("an address in shared memory is not aligned");
 }
 
@@ -238,7 +285,7 @@ void sync_warp() {
   meet(warp().meeting, kWarp, [] {});
 }
 void sync_cluster() {
-  meet(machine.cluster, kCluster, [] {});
+  meet(machine().cluster, kCluster, [] {});
 }
 
 float exchange(float x, int bits) {
@@ -252,12 +299,12 @@ float exchange(float x, int bits) {
 float of_cluster(const float* shared, int rank) {
   const char* const begin = self().block->shared.get();
   const int64_t offset = reinterpret_cast<const char*>(shared) - begin;
-  if (offset < 0 || offset + 4 > machine.shared_bytes)
+  if (offset < 0 || offset + 4 > machine().launch.shared_bytes)
     fail("an address of the cluster is not in shared memory");
-  if (rank < 0 || rank >= static_cast<int>(machine.blocks.size()))
+  if (rank < 0 || rank >= static_cast<int>(machine().blocks.size()))
     fail("there is no such block in the cluster");
   float x;
-  std::memcpy(&x, machine.blocks[rank].shared.get() + offset, 4);
+  std::memcpy(&x, machine().blocks[rank].shared.get() + offset, 4);
   return x;
 }
 
@@ -324,7 +371,10 @@ void cp_async_wait(int pending) {
   }
 }
 
-void grid_dependency_wait() { self().has_waited = true; }
+void grid_dependency_wait() {
+  run_launches();
+  self().has_waited = true;
+}
 
 float widened(Float16 x) {
   _Float16 h;
@@ -349,46 +399,20 @@ BFloat16 narrowed<BFloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, bool is_dependent,
-             void (*body)(const void*), const void* context) {
-  if (threads % kLanesOfWarp != 0) fail("a block must have whole warps");
-  machine.body = body;
-  machine.context = context;
-  machine.shared_bytes = shared_bytes;
-  machine.is_dependent = is_dependent;
-  machine.blocks = std::vector<Block>(cluster);
-  const size_t fibers = static_cast<size_t>(cluster) * threads;
-  machine.fibers.resize(fibers);
-  const char* const order = std::getenv("EFFATTN_EMULATOR_ORDER");
-  const bool backwards = order != nullptr && std::string(order) == "backwards";
-  for (int64_t first = 0; first < blocks; first += cluster) {
-    for (int rank = 0; rank < cluster; ++rank) {
-      Block& block = machine.blocks[rank];
-      block.index = first + rank;
-      block.rank = rank;
-      block.shared.reset(new char[shared_bytes]);  // anew, or a block would find what another one left
-      std::memset(block.shared.get(), 0xff, shared_bytes);
-      block.meeting = {threads, 0, 0, 0};
-      block.warps = std::vector<Warp>(threads / kLanesOfWarp);
-      for (Warp& w : block.warps) w.meeting.members = kLanesOfWarp;
-      for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = machine.fibers[rank * threads + i];
-        fiber.block = &block;
-        fiber.thread = backwards ? threads - 1 - i : i;
-        fiber.done = fiber.has_waited = false;
-        fiber.copies.clear();
-        prepare(fiber);
-      }
-    }
-    machine.cluster = {static_cast<int>(fibers), 0, 0, 0};
-    machine.alive = fibers;
-    machine.running = 0;
-    go_to(&machine.caller, &machine.fibers[0].context, &machine.caller_asan, machine.fibers[0].stack.get(),
-          kStackBytes);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(machine.caller_asan, nullptr, nullptr);
-#endif
-  }
+void emulate(EmulatedLaunch launch) {
+  if (launch.threads % kLanesOfWarp != 0) fail("a block must have whole warps");
+  // What other libraries launched is in front of a call's first launch.
+  if (launch.is_dependent && pending.empty()) fail("the first launch of a call is dependent");
+  if (!launch.is_dependent) run_launches();
+  pending.push_back(std::move(launch));
+}
+
+void run_launches() {
+  if (pending.empty()) return;
+  const EmulatedLaunch last = std::move(pending.back());
+  pending.pop_back();
+  run(last);
+  run_launches();  // where no thread of the last one waited
 }
 
 }  // namespace effattn::cuda

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #include "../dtype.h"
 
@@ -39,12 +40,21 @@ void cp_async_wait() {
 void grid_dependency_wait();
 inline void grid_dependency_launch() {}
 
-// Runs `body` in every thread of every block. EFFATTN_EMULATOR_ORDER=backwards has the last thread of a block
-// go first, which changes nothing unless a barrier is missing.
-// `is_dependent`: the launch may begin before the one in front of it is done, so that every thread has to
-// wait for it.
-void emulate(int64_t blocks, int threads, int64_t shared_bytes, int cluster, bool is_dependent,
-             void (*body)(const void*), const void* context);
+struct EmulatedLaunch {
+  int64_t blocks = 0;
+  int threads = 0;
+  int64_t shared_bytes = 0;
+  int cluster = 1;
+  bool is_dependent = false;
+  std::function<void()> body;  // of a thread
+};
+
+// A launch begins as late as it may: when another one has to wait for it, or a call ends. A dependent launch
+// begins before those in front of it, which run when its first thread waits, so that what it does too early
+// shows. EFFATTN_EMULATOR_ORDER=backwards has the last thread of a block go first, which changes nothing
+// unless a barrier is missing.
+void emulate(EmulatedLaunch launch);
+void run_launches();
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;

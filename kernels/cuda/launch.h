@@ -55,16 +55,10 @@ template <class Parameters>
 void launch(void (*kernel)(const Parameters&), const Grid& grid, const Execution&,
             const Parameters& parameters) {
   check(grid);
-  if (grid.blocks > 0) record<Parameters>(reinterpret_cast<const void*>(kernel), grid);
-  struct Call {
-    void (*kernel)(const Parameters&);
-    const Parameters& parameters;
-  } call{kernel, parameters};
-  const auto body = [](const void* context) {
-    const Call& c = *static_cast<const Call*>(context);
-    c.kernel(c.parameters);
-  };
-  emulate(grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, grid.is_dependent, body, &call);
+  if (grid.blocks == 0) return;
+  record<Parameters>(reinterpret_cast<const void*>(kernel), grid);
+  emulate({grid.blocks, grid.threads, grid.shared_bytes, grid.cluster, grid.is_dependent,
+           [kernel, parameters] { kernel(parameters); }});
 }
 
 #else

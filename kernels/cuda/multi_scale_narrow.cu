@@ -23,9 +23,12 @@ constexpr int kStrip = 8;
 // Of a staged row: a vector of pixels on each side of the tile, and what keeps rows from meeting in a bank.
 constexpr int kBeside = 8, kRowStride = kWidth + 2 * kBeside + 8;
 constexpr int kMostPadded = 32;
-// Blocks that a scale's tiles are split into: two for each place on the largest cards, where that can be. And
-// the rows of sums that each block of the queries adds up itself.
-constexpr int64_t kWantedBlocks = 528, kMostParts = 64, kMostRows = 8;
+// Blocks that a scale's tiles are split into: two for each place on the largest cards, where that can be.
+constexpr int64_t kWantedBlocks = 528, kMostParts = 64;
+// Tensor cores truncate what they add up: no sum is longer than so many tiles, 16 pixels of each a warp.
+constexpr int64_t kMostTiles = 64;
+// Blocks of the queries, at least, and the rows of sums that each of them adds up itself.
+constexpr int64_t kWantedQueryBlocks = 1056, kMostRows = 8;
 
 // One scale of an image, and the heads of the image itself where they are taken along.
 struct Scale {
@@ -47,7 +50,8 @@ struct Sum {
 
 struct Attend {
   Scale scale;
-  const float* sums;  // likewise, to be added up over the rows
+  int tiles, pieces;  // of a block, and of a head
+  const float* sums;  // as Sum's, to be added up over the rows
   int rows;
   float* keep;  // what they add up to, or null
   Picture out;
@@ -147,12 +151,13 @@ EFFATTN_DEVICE void stage(const Scale& s, const Memory& memory, int64_t batch, i
   const bool by_channels = x.image.channel_stride == 1;
   if (x.vector != 0 && !by_channels) {
     constexpr int vectors = (kWidth + 2 * kBeside) / kVector<T>;
+    const T* const of_head = data + (batch * x.image.batch_stride + channel * x.image.channel_stride);
     for_each_of<kThreads, Memory::kChannels * rows * vectors>([&](int i) {
       const int line = i / vectors, c = line / rows, right = i % vectors * kVector<T>;
       const int row = at.row - halo + line % rows, col = at.col - kBeside + right;
       const bool inside = c < s.head_dim && x.has(row, col);
       cp_async_16(memory.staged + line * kRowStride + right,
-                  inside ? data + x.at(batch, channel + c, row, col) : data, inside);
+                  inside ? of_head + (c * x.image.channel_stride + (row * x.width + col)) : data, inside);
     });
   } else if (x.vector != 0 && channel % kVector<T> == 0 && s.head_dim % kVector<T> == 0) {
     const int vectors = s.head_dim / kVector<T>;
@@ -404,76 +409,78 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
 // --- what uses them ---------------------------------------------------------------------------------
 
 template <class T, int kPadded, int kKernel, bool kChannelsLast>
-EFFATTN_KERNEL(kThreads, 2)
-attend_narrow_tile(EFFATTN_PARAMETERS(Attend) p) {
-  using Memory = Memory<kPadded, kKernel, 1>;
-  constexpr int tiles = kPadded / 16;
-  const Scale& s = p.scale;
-  const Memory memory;
-  const Place place(s, s.tiles());
-  const Corner at = corner_of(s, place.piece);
-  const int pixel = warp_index() * kWidth, image_row = at.row + warp_index();
-  stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, at);
-  if (!place.is_own) place_weights<1, Memory, kPadded, kKernel>(s, memory, place.channel);
-  cp_async_wait<0>();
-  sync_block();
-  convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
-  sync_block();
-  Operand16 query[tiles];
-  EFFATTN_UNROLL
-  for (int n = 0; n < tiles; ++n) {
-    if (place.is_own) {
-      if (kChannelsLast) {
-        memory.convolved.template load_a<true>(query[n], 16 * n, pixel);
-      } else {
-        memory.convolved.template load_b<true>(query[n], 16 * n, pixel);
+struct Attended {
+  using OfQueries = Memory<kPadded, kKernel, 1>;
+  static constexpr int kTiles = kPadded / 16;
+
+  const Attend& p;
+  const OfQueries memory;
+  const Place place;
+  // Below S stands z in 16 rows, so that all lanes get the denominators of their pixels.
+  const PartsTile state;
+
+  EFFATTN_DEVICE explicit Attended(const Attend& p)
+      : p(p), place(p.scale, p.pieces), state(shared_memory() + OfQueries::kBytes, kPadded + 16, kPadded) {}
+
+  EFFATTN_DEVICE void place_state() const {
+    const Scale& s = p.scale;
+    const int floats = (s.head_dim + 1) * s.head_dim;
+    const int64_t head = place.batch * s.all_heads + place.output;
+    const float* const sums = p.sums + head * p.rows * floats;
+    float* const keep = p.keep != nullptr && place.piece == 0 ? p.keep + head * floats : nullptr;
+    for_each_of<kThreads, (kPadded + 16) * kPadded / 2>([&](int i) {
+      const int row = i / (kPadded / 2), col = i % (kPadded / 2) * 2, of = row < kPadded ? row : s.head_dim;
+      float x[2] = {};
+      EFFATTN_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        if ((row < kPadded && row >= s.head_dim) || col + e >= s.head_dim) continue;
+        const int number = of * s.head_dim + col + e;
+        for (int r = 0; r < p.rows; ++r) x[e] += sums[r * floats + number];
+        if (keep != nullptr && row <= kPadded) keep[number] = x[e];
       }
-      continue;
-    }
-    float x[2][4] = {};
-    const PartsTile pointwise = memory.pointwise(0);
+      state.put_pair(row, col, x[0], x[1]);
+    });
+  }
+
+  // Of the warp's row of pixels, relu taken.
+  EFFATTN_DEVICE void load(Operand16 (&query)[kTiles]) const {
+    const int pixel = warp_index() * kWidth;
     EFFATTN_UNROLL
-    for (int k = 0; k < kPadded; k += 16) {
-      Operand16 a, b;
-      memory.convolved.template load_a<true>(a, k, pixel);
-      pointwise.template load_b<false>(b, 16 * n, k);
-      multiply_16(x, a, b);
-    }
-    EFFATTN_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      float& of = x[e / 4][e % 4];
-      of = relu(of + memory.biases[16 * n + e / 4 * 8 + 2 * col_lane() + e % 2]);
-    }
-    if (kChannelsLast) {
-      as_rows(query[n], x);
-    } else {
-      as_columns(query[n], x);
+    for (int n = 0; n < kTiles; ++n) {
+      if (place.is_own) {
+        if (kChannelsLast) {
+          memory.convolved.template load_a<true>(query[n], 16 * n, pixel);
+        } else {
+          memory.convolved.template load_b<true>(query[n], 16 * n, pixel);
+        }
+        continue;
+      }
+      float x[2][4] = {};
+      const PartsTile pointwise = memory.pointwise(0);
+      EFFATTN_UNROLL
+      for (int k = 0; k < kPadded; k += 16) {
+        Operand16 a, b;
+        memory.convolved.template load_a<true>(a, k, pixel);
+        pointwise.template load_b<false>(b, 16 * n, k);
+        multiply_16(x, a, b);
+      }
+      EFFATTN_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        float& of = x[e / 4][e % 4];
+        of = relu(of + memory.biases[16 * n + e / 4 * 8 + 2 * col_lane() + e % 2]);
+      }
+      if (kChannelsLast) {
+        as_rows(query[n], x);
+      } else {
+        as_columns(query[n], x);
+      }
     }
   }
-  // The state, and below it z in 16 rows, so that all lanes get the denominators of their pixels.
-  const PartsTile state(shared_memory() + Memory::kBytes, kPadded + 16, kPadded);
-  const int floats = (s.head_dim + 1) * s.head_dim;
-  const int64_t head = place.batch * s.all_heads + place.output;
-  const float* const sums = p.sums + head * p.rows * floats;
-  float* const keep = p.keep != nullptr && place.piece == 0 ? p.keep + head * floats : nullptr;
-  grid_dependency_wait();
-  for_each_of<kThreads, (kPadded + 16) * kPadded / 2>([&](int i) {
-    const int row = i / (kPadded / 2), col = i % (kPadded / 2) * 2, of = row < kPadded ? row : s.head_dim;
-    float x[2] = {};
+
+  // 16 channels of the state from `row` on times queries.
+  EFFATTN_DEVICE void multiply(float (&c)[2][4], const Operand16 (&query)[kTiles], int row) const {
     EFFATTN_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      if ((row < kPadded && row >= s.head_dim) || col + e >= s.head_dim) continue;
-      const int number = of * s.head_dim + col + e;
-      for (int r = 0; r < p.rows; ++r) x[e] += sums[r * floats + number];
-      if (keep != nullptr && row <= kPadded) keep[number] = x[e];
-    }
-    state.put_pair(row, col, x[0], x[1]);
-  });
-  sync_block();
-  float denominator[2][4] = {}, inverse[2][2];
-  const auto multiply = [&](float (&c)[2][4], int row) {
-    EFFATTN_UNROLL
-    for (int k = 0; k < tiles; ++k) {
+    for (int k = 0; k < kTiles; ++k) {
       Operand16 of_state;
       if constexpr (kChannelsLast) {
         state.template load_b<false>(of_state, row, 16 * k);
@@ -483,38 +490,79 @@ attend_narrow_tile(EFFATTN_PARAMETERS(Attend) p) {
         multiply_16(c, of_state, query[k]);
       }
     }
-  };
-  multiply(denominator, kPadded);
-  EFFATTN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    // Of pixels g and g + 8, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
-    const float x = kChannelsLast ? denominator[0][i % 2 * 2] : denominator[i / 2][i % 2];
-    inverse[i / 2][i % 2] = approximate_inverse(divisible(x + p.eps));
   }
-  T* const out = static_cast<T*>(p.out.image.data);
-  const Image& image = p.out.image;
-  EFFATTN_UNROLL
-  for (int m = 0; m < tiles; ++m) {
-    float x[2][4] = {};
-    multiply(x, 16 * m);
+
+  EFFATTN_DEVICE void store(const Operand16 (&query)[kTiles], const Corner& at) const {
+    const int head_dim = p.scale.head_dim, image_row = at.row + warp_index();
+    float denominator[2][4] = {}, inverse[2][2];
+    multiply(denominator, query, kPadded);
     EFFATTN_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int j = i / 2, half = i % 2;
-      const int row = row_lane() + 8 * half, col = 8 * j + 2 * col_lane();
-      const int channel = 16 * m + (kChannelsLast ? col : row), right = at.col + (kChannelsLast ? row : col);
-      if (image_row >= p.out.height || right >= p.out.width || channel >= s.head_dim) continue;
-      const float first = x[j][2 * half] * (kChannelsLast ? inverse[0][half] : inverse[j][0]);
-      const float second = x[j][2 * half + 1] * (kChannelsLast ? inverse[0][half] : inverse[j][1]);
-      T* const to =
-          out + p.out.at(place.batch, int64_t{place.output} * s.head_dim + channel, image_row, right);
-      if (p.by_pairs) {
-        store_words(to, Words<1>{{pack<T>(first, second)}});
-        continue;
-      }
-      to[0] = narrowed<T>(first);
-      const bool has_second = kChannelsLast ? channel + 1 < s.head_dim : right + 1 < p.out.width;
-      if (has_second) to[kChannelsLast ? image.channel_stride : image.token_stride] = narrowed<T>(second);
+      // Of pixels g and g + 8, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+      const float x = kChannelsLast ? denominator[0][i % 2 * 2] : denominator[i / 2][i % 2];
+      inverse[i / 2][i % 2] = approximate_inverse(divisible(x + p.eps));
     }
+    if (image_row >= p.out.height) return;
+    // A lane has two neighbours along what is contiguous, and the same eight further on, both ways.
+    const int channel = kChannelsLast ? 2 * col_lane() : row_lane();
+    const int right = at.col + (kChannelsLast ? row_lane() : 2 * col_lane());
+    const int64_t over_channels = p.out.image.channel_stride, over_columns = p.out.image.token_stride;
+    T* const out = static_cast<T*>(p.out.image.data) +
+                   p.out.at(place.batch, int64_t{place.output} * head_dim + channel, image_row, right);
+    EFFATTN_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      float x[2][4] = {};
+      multiply(x, query, 16 * m);
+      EFFATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int j = i / 2, half = i % 2;
+        const int channels = 16 * m + 8 * (kChannelsLast ? j : half),
+                  columns = 8 * (kChannelsLast ? half : j);
+        if (right + columns >= p.out.width || channel + channels >= head_dim) continue;
+        const float first = x[j][2 * half] * (kChannelsLast ? inverse[0][half] : inverse[j][0]);
+        const float second = x[j][2 * half + 1] * (kChannelsLast ? inverse[0][half] : inverse[j][1]);
+        T* const to = out + (channels * over_channels + columns * over_columns);
+        if (p.by_pairs) {
+          store_words(to, Words<1>{{pack<T>(first, second)}});
+          continue;
+        }
+        to[0] = narrowed<T>(first);
+        const bool has_second =
+            kChannelsLast ? channel + channels + 1 < head_dim : right + columns + 1 < p.out.width;
+        if (has_second) to[kChannelsLast ? over_channels : over_columns] = narrowed<T>(second);
+      }
+    }
+  }
+};
+
+template <class T, int kPadded, int kKernel, bool kChannelsLast>
+EFFATTN_KERNEL(kThreads, kPadded <= 16 ? 3 : 2)
+attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
+  using Memory = Memory<kPadded, kKernel, 1>;
+  const Scale& s = p.scale;
+  const Attended<T, kPadded, kKernel, kChannelsLast> attended(p);
+  const Place& place = attended.place;
+  const Memory& memory = attended.memory;
+  const int begin = place.piece * p.tiles, end = least(begin + p.tiles, s.tiles());  // one at least
+  stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, corner_of(s, begin));
+  if (!place.is_own) place_weights<1, Memory, kPadded, kKernel>(s, memory, place.channel);
+  EFFATTN_NOT_UNROLLED
+  for (int tile = begin; tile < end; ++tile) {
+    cp_async_wait<0>();
+    sync_block();
+    convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
+    sync_block();
+    if (tile + 1 < end) {
+      stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, corner_of(s, tile + 1));
+    }
+    Operand16 query[kPadded / 16];
+    attended.load(query);
+    if (tile == begin) {  // the first tile is convolved while the sums are still being added up
+      grid_dependency_wait();
+      attended.place_state();
+      sync_block();
+    }
+    attended.store(query, corner_of(s, tile));
   }
 }
 
@@ -524,7 +572,7 @@ attend_narrow_tile(EFFATTN_PARAMETERS(Attend) p) {
 Split split_tiles(int64_t heads, int tiles, const Card& card) {
   int64_t parts = larger(1, smaller(smaller(ceil_div(kWantedBlocks, heads), kMostParts), tiles));
   const int cluster = cluster_of(parts, card);
-  parts = parts / cluster * cluster;
+  parts = larger(parts / cluster * cluster, round_up(ceil_div(tiles, kMostTiles), cluster));
   return {static_cast<int>(ceil_div(tiles, parts)), static_cast<int>(parts), cluster};
 }
 
@@ -576,7 +624,14 @@ bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& o
            {problem.batch * s.together() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
            execution, sum);
   });
-  Attend a{s, sum.sums, static_cast<int>(rows), rows > 1 ? sums : nullptr, out, false, problem.eps};
+  Attend a{s};
+  a.tiles = static_cast<int>(larger(1, groups * s.tiles() / kWantedQueryBlocks));
+  a.pieces = static_cast<int>(ceil_div(s.tiles(), a.tiles));
+  a.sums = sum.sums;
+  a.rows = static_cast<int>(rows);
+  a.keep = rows > 1 ? sums : nullptr;
+  a.out = out;
+  a.eps = problem.eps;
   if (rows > kMostRows) {
     if (sums == nullptr) sums = execution.workspace(groups * floats);
     add_up(sum.sums, sums, groups, rows, floats, execution);
@@ -594,9 +649,9 @@ bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& o
     using T = decltype(type);
     a.scale = s;
     const int64_t bytes = Memory<padded(), kernel(), 1>::kBytes + PartsTile::bytes(padded() + 16, padded());
-    launch(channels_last ? attend_narrow_tile<T, padded(), kernel(), true>
-                         : attend_narrow_tile<T, padded(), kernel(), false>,
-           {problem.batch * s.together() * s.tiles(), kThreads, bytes, 1, true}, execution, a);
+    launch(channels_last ? attend_narrow_tiles<T, padded(), kernel(), true>
+                         : attend_narrow_tiles<T, padded(), kernel(), false>,
+           {problem.batch * s.together() * a.pieces, kThreads, bytes, 1, true}, execution, a);
   });
   return true;
 }

@@ -15,7 +15,8 @@ struct Picture {
       0;  // elements of 16 bytes, along channels if they are neighbours, else along columns; 0 if not aligned
 
   EFFATTN_DEVICE bool has(int row, int col) const {
-    return row >= 0 && row < height && col >= 0 && col < width;
+    return static_cast<unsigned>(row) < static_cast<unsigned>(height) &&
+           static_cast<unsigned>(col) < static_cast<unsigned>(width);
   }
   EFFATTN_DEVICE int64_t at(int64_t batch, int64_t channel, int row, int col) const {
     return batch * image.batch_stride + channel * image.channel_stride +

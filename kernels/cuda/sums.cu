@@ -57,7 +57,8 @@ void add_up(const float* partial, float* sums, int64_t groups, int64_t rows, int
   const int64_t part_rows = ceil_div(rows, parts);
   parts = larger(1, ceil_div(rows, larger(1, part_rows)));
   float* const to = parts == 1 ? sums : execution.workspace(groups * parts * floats);
-  launch(add_up_kernel, {groups * parts * pieces, kThreads, 0, 1, true}, execution,
+  const bool is_dependent = rows > 0;  // no rows: a call of its own, that clears
+  launch(add_up_kernel, {groups * parts * pieces, kThreads, 0, 1, is_dependent}, execution,
          AddUp{partial, to, floats, pieces, rows, part_rows, parts});
   if (parts > 1) add_up(to, sums, groups, parts, floats, execution);
 }

@@ -11,8 +11,9 @@ constexpr int kThreads = 64;
 
 struct Fault {
   bool missing_barrier, beyond_shared, beyond_global, divergent, not_tf32, waits_alone;
-  bool not_aligned, not_waited_for, not_copied, not_ended;
+  bool not_aligned, not_waited_for, not_copied, not_ended, read_early, first_dependent;
   float* out;
+  const float* in;
 };
 
 EFFATTN_KERNEL(kThreads, 1)
@@ -51,6 +52,15 @@ faulty_copy(EFFATTN_PARAMETERS(Fault) p) {
   p.out[4 * i] = float_of(x[0]);
 }
 
+// Takes what an earlier launch wrote.
+EFFATTN_KERNEL(kThreads, 1)
+faulty_reader(EFFATTN_PARAMETERS(Fault) p) {
+  const int i = thread_index();
+  const float early = p.in[i];
+  grid_dependency_wait();
+  p.out[i] = p.read_early ? early : p.in[i];
+}
+
 }  // namespace
 }  // namespace effattn::cuda
 
@@ -69,13 +79,16 @@ int main(int count, char** arguments) {
                       {"not_aligned", &p.not_aligned},
                       {"not_waited_for", &p.not_waited_for},
                       {"not_copied", &p.not_copied},
-                      {"not_ended", &p.not_ended}};
+                      {"not_ended", &p.not_ended},
+                      {"read_early", &p.read_early},
+                      {"first_dependent", &p.first_dependent}};
   for (const auto& [name, fault] : faults) *fault = count > 1 && std::strcmp(arguments[1], name) == 0;
   p.not_copied |= p.not_ended;
   float* const out = new float[kThreads];
+  std::memset(out, 0xff, kThreads * 4);
   p.out = out;
   const Execution execution{};
-  launch(faulty, {1, kThreads, kThreads * 4}, execution, p);
+  launch(faulty, {1, kThreads, kThreads * 4, 1, p.first_dependent}, execution, p);
   float wrong = 0;
   // Four numbers a thread, of which the first becomes the first pair of the warp's matrix in the thread's
   // lane: row lane / 4, words lane % 4.
@@ -83,12 +96,17 @@ int main(int count, char** arguments) {
   for (int i = 0; i < 4 * kThreads; ++i) copied[i] = static_cast<float>(i);
   p.out = copied;
   launch(faulty_copy, {1, kThreads, kThreads * 16, 1, true}, execution, p);
+  float read[kThreads];
+  p.out = read;
+  p.in = out;
+  launch(faulty_reader, {1, kThreads, 0, 1, true}, execution, p);
+  run_launches();
   for (int i = 0; i < kThreads; ++i) {
     const int lane = i % kLanes, row = i / kLanes * kLanes + lane / 4;
     if (!(copied[4 * i] == static_cast<float>(4 * row + lane % 4))) ++wrong;
   }
   for (int i = 0; i < kThreads; ++i) {
-    if (!(out[i] == static_cast<float>(kThreads - 1 - i))) ++wrong;
+    if (!(read[i] == static_cast<float>(kThreads - 1 - i))) ++wrong;
   }
   std::printf("%g wrong\n", wrong);
   delete[] out;

@@ -35,9 +35,10 @@ def test_no_fault(program, order):
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
-@pytest.mark.parametrize("fault", ["missing_barrier", "not_copied"])
+@pytest.mark.parametrize("fault", ["missing_barrier", "not_copied", "read_early"])
 def test_what_is_not_waited_for_gives_another_result(program, fault, order):
-    """What nobody has written yet is NaN, whichever thread goes first; so is what is being copied."""
+    """What nobody has written yet is NaN, whichever thread goes first; so is what is being copied, and what the
+    launch in front of a dependent one has not written."""
     done = run(program, fault, EFFATTN_EMULATOR_ORDER=order)
     assert done.returncode == 3, done.stdout + done.stderr
 
@@ -52,6 +53,7 @@ def test_what_is_not_waited_for_gives_another_result(program, fault, order):
         ("not_tf32", "an operand of a product is not in TF32"),
         ("not_aligned", "an address in shared memory is not aligned"),
         ("not_waited_for", "a thread of a dependent launch did not wait"),
+        ("first_dependent", "the first launch of a call is dependent"),
         ("not_ended", "a thread ended before what it copies was there"),
     ],
 )
