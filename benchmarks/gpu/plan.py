@@ -41,6 +41,8 @@ RESULTS, LOG, SUMMARY, PROFILE, SANITIZER, VERDICTS = (
     "sanitizer.txt",
     "verdicts.json",
 )
+#: So often the summary is written again, if there is something new.
+SUMMARY_SECONDS = 1.0
 #: Of a limited run: kept for ending what runs and for the last summary.
 RESERVE = 8.0
 #: What the budgets are made for.
@@ -137,7 +139,7 @@ class Run:
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
         self.end = self.begin + settings.seconds if settings.seconds is not None else float("inf")
         settings.output.mkdir(parents=True, exist_ok=True)
-        for name in (RESULTS, LOG, SUMMARY, PROFILE, SANITIZER, VERDICTS):
+        for name in (RESULTS, LOG, SUMMARY, f"{SUMMARY}.new", PROFILE, SANITIZER, VERDICTS):
             (settings.output / name).unlink(missing_ok=True)  # of an earlier run
         self.facts = Facts(commit())
         self.sensors = Sensors()
@@ -148,6 +150,8 @@ class Run:
         self.machine: Line = {}
         self.backends: Line = {}
         self.quarantine: dict[Kernel, Line] = {}
+        self._over = threading.Event()
+        self._summarizing = threading.Lock()
         self._temporary = Path(tempfile.mkdtemp(prefix="effattn-gpu-"))
 
     def _common(self) -> Mapping[str, Any]:
@@ -214,9 +218,11 @@ class Run:
             watchdog = threading.Timer(self.settings.seconds, end)
             watchdog.daemon = True
             watchdog.start()
+        threading.Thread(target=self._keep_summary, daemon=True).start()
         try:
             yield
         finally:
+            self._over.set()
             if watchdog is not None:
                 watchdog.cancel()
             jobs.kill_all()
@@ -236,10 +242,22 @@ class Run:
     def _say(self, text: str) -> None:
         print(text, flush=True)
 
+    def _keep_summary(self) -> None:
+        """Whoever kills this process finds what was known a second ago, whatever the stage waits for."""
+        known = 0
+        while not self._over.wait(SUMMARY_SECONDS):
+            if len(self.writer.lines) > known:
+                known = len(self.writer.lines)
+                self.summarize()
+
     def summarize(self) -> None:
-        seconds = time.monotonic() - self.begin
-        text = summary.of(self.writer.lines, self.settings.stages, seconds)
-        (self.settings.output / SUMMARY).write_text(text)
+        with self._summarizing:
+            seconds = time.monotonic() - self.begin
+            text = summary.of(list(self.writer.lines), self.settings.stages, seconds)
+            # At once: a file that is cut off would be of less use than the one before.
+            beside = self.settings.output / f"{SUMMARY}.new"
+            beside.write_text(text)
+            beside.replace(self.settings.output / SUMMARY)
 
     def _run(self, all_jobs: Sequence[Job], heard: jobs.Heard | None = None, at_once: int | None = None) -> None:
         """The jobs of this stage; what they tell becomes lines."""

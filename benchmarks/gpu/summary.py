@@ -1,4 +1,4 @@
-"""A run in words and tables, made from its lines whenever a stage is over."""
+"""A run in words and tables, made from its lines while it goes on."""
 
 from __future__ import annotations
 
