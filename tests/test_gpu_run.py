@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 pytest.importorskip("typer")
 
 from benchmarks import environment, results
-from benchmarks.gpu import cases, clock, lines, machine, names, plan, rehearsal, runner, staging
+from benchmarks.gpu import cases, clock, lines, machine, names, plan, rehearsal, runner, smoke, staging
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu.lines import Status
 from effattn import _library, verdicts
@@ -123,13 +123,14 @@ def check_what_every_line_says(found):
 
 def check_smoke(found, backend="triton"):
     """A kernel that fails costs its line alone."""
-    smoke = of_stage(found, "smoke")
+    tried = of_stage(found, "smoke")
     assert {
-        name.split(":")[0]: status for name, status in smoke.items() if f": {backend}" in name and "all" not in name
+        name.split(":")[0]: status for name, status in tried.items() if f": {backend}" in name and "all" not in name
     } == {
         **FAILS,
         "relu_linear_attention": "ok",
     }
+    assert found["smoke", f"relu_linear_attention: {backend}, bfloat16, backward, overlapped"]["status"] == "ok"
     line = found["smoke", f"wrong: {backend}, bfloat16, forward"]
     assert line["error"] > line["allowed_error"] > 0 and "relative error" in line["reason"]
     assert found["smoke", f"crash: {backend}, bfloat16, forward"]["reason"].startswith("SIGSEGV")
@@ -370,6 +371,60 @@ def test_what_was_slow_is_tried_again_and_what_was_wrong_is_not(tmp_path, monkey
     assert {k.operator for k in run.quarantine} == {"wrong", "crash", "sticky"}
     assert {v.operator for v in verdicts.read(tmp_path / plan.VERDICTS)} == {"wrong", "crash", "sticky"}
     run.sensors.close()
+
+
+def test_launches_of_one_kernel_overlap(tmp_path, monkeypatch):
+    """It is quarantined if it fails in either way, whichever is done last."""
+    run = plan.Run(plan.Settings(tmp_path, rehearsal=True))
+    run.stage, run.until = "smoke", time.monotonic() + 100
+    run.backends = {
+        **{"devices": {"cuda": "cpu"}, "cases": [], "unavailable": {}, "verdicts_of": ["card", "driver"]},
+        "identities": {"cuda": "0" * 16},
+    }
+    works, blocking = "relu_linear_attention: cuda, bfloat16, backward", {}
+
+    def told(all_jobs, until, heard, *rest, **more):
+        blocking.update({job.name: job.environment["CUDA_LAUNCH_BLOCKING"] for job in all_jobs})
+        for name in (f"{works}{names.OVERLAPPED}", works):
+            heard(name, Status.OK if name == works else Status.WRONG, {"reason": None})
+
+    monkeypatch.setattr(plan.jobs, "run", told)
+    run.smoke()
+    run.sensors.close()
+    assert [name for name, waits in blocking.items() if waits != "1"] == [f"{works}{names.OVERLAPPED}"]
+    assert [str(kernel) for kernel in run.quarantine] == [works]
+    assert [v.operator for v in verdicts.read(tmp_path / plan.VERDICTS)] == ["relu_linear_attention"]
+
+
+@pytest.mark.parametrize(
+    ("replay", "status", "text"),
+    [
+        (lambda results: results, "ok", None),
+        (lambda results: [2 * t for t in results], "wrong", runner.OTHER_BITS),
+        (None, "ok", "operation not permitted when stream is capturing"),
+    ],
+    ids=["same", "other", "impossible"],
+)
+def test_what_a_graph_replays_has_the_same_bits(monkeypatch, replay, status, text):
+    def replayed(self, call):
+        if replay is None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return replay(call())
+
+    monkeypatch.setattr(clock.WallClock, "replayed", replayed)
+    monkeypatch.setattr(smoke, "device_of", lambda backend: torch.device("cpu"))
+    for direction in names.DIRECTIONS:
+        found = smoke.check(names.Kernel("biased_attention", "reference", "float32", direction), most=1)
+        assert found["status"] == status and (text is None or text in str(found)), found
+
+
+def test_a_case_whose_graph_gives_other_bits_is_not_timed(monkeypatch):
+    monkeypatch.setattr(clock.WallClock, "replayed", lambda self, call: [-t for t in call()])
+    watch = SimpleNamespace(begin=lambda *_: None, finish=lambda *_, **__: None)
+    case = rehearsal.attention()[0]
+    rows = runner.measure(case, runner.plain_ways(case, ["reference"]), clock.WallClock(), 1, watch)
+    assert {(row.candidate, row.variant) for row in rows if row.reason} == {("effattn reference", "graph")}
+    assert next(row.reason for row in rows if row.reason) == f"wrong: {runner.OTHER_BITS}"
 
 
 def test_libraries_that_end_the_process_are_left_alone(tmp_path, monkeypatch):

@@ -69,5 +69,8 @@ def kernel_of(case: str, backend: str) -> Kernel | None:
     return None if operator is None else Kernel(operator, backend, rest.rpartition(", ")[2], direction)
 
 
+#: Behind the name of a kernel whose launches are not waited for one by one: those that depend on the one before
+#: (programmatic dependent launch) overlap with it.
+OVERLAPPED = ", overlapped"
 #: Behind the name of a kernel that is tried a second time, beside fewer others.
 AGAIN = ", again"

@@ -378,31 +378,39 @@ class Run:
 
     def smoke(self) -> None:
         """Every kernel in a process of its own; what fails is quarantined, and a verdict says so."""
-        kernels = {str(kernel): kernel for kernel in self._kernels()}
+        kernels: dict[str, Kernel] = {}
+        for kernel in self._kernels():
+            kernels[str(kernel)] = kernel
+            if (kernel.operator, kernel.dtype) == (names.SMOKE[0], names.DTYPES[0]):
+                kernels[f"{kernel}{names.OVERLAPPED}"] = kernel
         blocking = self._environment(CUDA_LAUNCH_BLOCKING="1", OMP_NUM_THREADS="2")
         all_jobs = [
             Job(
                 name,
-                self._python("-m", "benchmarks.gpu.smoke", *kernel),
+                self._python(
+                    "-m", "benchmarks.gpu.smoke", *kernel, *([] if name == str(kernel) else [names.OVERLAPPED])
+                ),
                 limit=35,
                 item_limit=4 if kernel.operator in faults.NAMES else 20,
-                environment=blocking,
+                environment=blocking if name == str(kernel) else {**blocking, "CUDA_LAUNCH_BLOCKING": "0"},
                 line=False,
             )
             for name, kernel in kernels.items()
         ]
 
         tried: list[Kernel] = []
+        failed: dict[str, Line] = {}
 
         def heard(name: str, status: str, figures: dict[str, Any]) -> None:
-            kernel = kernels[name.removesuffix(names.AGAIN)]
             if status == Status.NOT_RUN:
                 return
-            tried.append(kernel)
-            if status == Status.OK:
-                self.quarantine.pop(kernel, None)
-            else:
-                self.quarantine[kernel] = {"status": status, "reason": figures.get("reason") or ""}
+            name = name.removesuffix(names.AGAIN)
+            tried.append(kernels[name])
+            failed.pop(name, None)
+            if status != Status.OK:
+                failed[name] = {"status": status, "reason": figures.get("reason") or ""}
+            # However it was launched: a verdict knows nothing of that.
+            self.quarantine = {kernels[name]: line for name, line in failed.items()}
             self._write_verdicts()
 
         self._write_verdicts()
@@ -411,7 +419,7 @@ class Run:
         unsure = [
             replace(job, name=job.name + names.AGAIN, command=[*job.command, names.AGAIN])
             for job in all_jobs
-            if self.quarantine.get(kernels[job.name], {}).get("status") in (Status.TIMEOUT, Status.ERROR)
+            if failed.get(job.name, {}).get("status") in (Status.TIMEOUT, Status.ERROR)
         ]
         if unsure and self.until - time.monotonic() > _RETRY_SECONDS:
             self._run(unsure, heard, at_once=2)

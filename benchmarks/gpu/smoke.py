@@ -1,6 +1,7 @@
 """One kernel against float64, in this process: ``python -m benchmarks.gpu.smoke OPERATOR BACKEND DTYPE DIRECTION``.
 
-Whatever follows is put behind the kernel's name in what is told of it.
+Then its calls are captured on a card, and a graph's replay must give the same bits. Whatever follows is put behind the
+kernel's name in what is told of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import cases, child, rehearsal, runner
+from benchmarks.gpu.clock import Clock, CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.names import Kernel
 from benchmarks.runner import Role, explain
@@ -33,6 +35,7 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
     device, training = device_of(kernel.backend), kernel.direction == "backward"
     dtype = getattr(torch, kernel.dtype)
     found: dict[str, Any] = {"status": str(Status.OK), "error": 0.0, "allowed_error": runner.TOLERANCE[dtype]}
+    calls = []
     make = rehearsal.smoke if rehearsal.is_on() else cases.smoke
     for case in make(kernel.operator, dtype, training)[:most]:
         arguments = case.make()
@@ -40,13 +43,31 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
             grad_out, truth = runner.expected(case, arguments)
             (function,) = runner.ours(case, [kernel.backend]).values()
             there = None if grad_out is None else grad_out.to(device)
-            results = [t.cpu() for t in runner.step(function, runner.on(device, arguments), there)()]
+            call = runner.step(function, runner.on(device, arguments), there)
+            results = call()
+        calls.append((case, call, results))
+        results = tuple(t.cpu() for t in results)
         accuracy = runner.accuracy(case, Role.OURS, results, truth)
         if not accuracy.error <= found["error"]:
             found["error"], found["allowed_error"] = accuracy.error, accuracy.allowed
         if not accuracy.passed:
             reason = f"{case.name}, {case.sizes}: relative error {accuracy.error:.1e}, allowed {accuracy.allowed:.1e}"
             return {**found, "status": str(Status.WRONG), "reason": reason}
+    clock: Clock = CudaClock() if device.type == "cuda" else WallClock()
+    with torch.set_grad_enabled(training):
+        for case, call, results in calls:  # after all of them: a capture that fails may leave more behind than a call
+            try:
+                is_same = runner.same_bits(results, clock.replayed(call))
+            except RuntimeError as error:
+                if child.is_sticky(error):
+                    raise
+                return {**found, "not_captured": explain(error)}
+            if not is_same:
+                return {
+                    **found,
+                    "status": str(Status.WRONG),
+                    "reason": f"{case.name}, {case.sizes}: {runner.OTHER_BITS}",
+                }
     return found
 
 
