@@ -23,12 +23,13 @@ constexpr int kStrip = 8;
 // Of a staged row: a vector of pixels on each side of the tile, and what keeps rows from meeting in a bank.
 constexpr int kBeside = 8, kRowStride = kWidth + 2 * kBeside + 8;
 constexpr int kMostPadded = 32;
-// Blocks that a scale's tiles are split into: two for each place on the largest cards, where that can be.
+// Blocks that a scale's tiles are split into, where that can be: four for each multiprocessor of the largest
+// cards.
 constexpr int64_t kWantedBlocks = 528, kMostParts = 64;
 // Tensor cores truncate what they add up: no sum is longer than so many tiles, 16 pixels of each a warp.
 constexpr int64_t kMostTiles = 64;
-// Blocks of the queries, at least, and the rows of sums that each of them adds up itself.
-constexpr int64_t kWantedQueryBlocks = 1056, kMostRows = 8;
+// Rows of sums that each block of the queries adds up itself.
+constexpr int64_t kMostRows = 8;
 
 // One scale of an image, and the heads of the image itself where they are taken along.
 struct Scale {
@@ -625,7 +626,7 @@ bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& o
            execution, sum);
   });
   Attend a{s};
-  a.tiles = static_cast<int>(larger(1, groups * s.tiles() / kWantedQueryBlocks));
+  a.tiles = static_cast<int>(ceil_div(groups * s.tiles(), kWantedBlocks));
   a.pieces = static_cast<int>(ceil_div(s.tiles(), a.tiles));
   a.sums = sum.sums;
   a.rows = static_cast<int>(rows);
