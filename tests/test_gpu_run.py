@@ -539,7 +539,19 @@ def test_nothing_is_timed_beside_a_compiler(monkeypatch):
     rows = runner.measure(case, ways, wall, 3, SimpleNamespace(begin=lambda *_: None, finish=lambda *_, **__: None))
     assert all(len(row.samples) == 3 for row in rows)
     assert seen == {("preparing", "computes"), ("alone", "is timed")}
-    assert plan.AT_ONCE["compiled"] == len(names.MAIN), "none starts, and imports torch, while others are timed"
+
+
+def test_compilers_keep_to_their_process(tmp_path, monkeypatch):
+    """No workers go on outside of its turn, and none starts, and imports torch, while others are timed."""
+    run, ran = plan.Run(plan.Settings(tmp_path, seconds=520)), []
+    run.sensors.close()
+    run.stage, run.backends = "compiled", {"devices": {}, "cases": list(names.MAIN)}
+    monkeypatch.setattr(plan.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(plan.jobs, "run", lambda all_jobs, until, heard, log, at_once: ran.append((all_jobs, at_once)))
+    run.measure_compiled()
+    ((all_jobs, at_once),) = ran
+    assert at_once == len(all_jobs) == len(names.MAIN)
+    assert {job.environment["TORCHINDUCTOR_COMPILE_THREADS"] for job in all_jobs} == {"1"}
 
 
 @pytest.mark.parametrize(("status", "dirty"), [(None, None), ("", False), (" M a.py", True)])

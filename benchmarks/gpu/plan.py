@@ -498,12 +498,14 @@ class Run:
                 Job(
                     f"{case}: {part}",
                     self._python("-m", "benchmarks.gpu.case", part, case),
-                    limit=60 if self.settings.seconds is not None else 3600,
+                    limit=3600 if self.settings.seconds is None else 60 if part == "plain" else 120,
                     item_limit=40 if self.settings.seconds is not None else 900,
                     environment=self._environment(
                         EFFATTN_MEASURED_BACKENDS=" ".join(backends),
                         # A model takes what serves; a case of a kernel asks for it by name.
                         EFFATTN_VERDICTS=str(self.settings.output / VERDICTS) if case.startswith("gpu-models") else "",
+                        # Those that a process starts to compile for it know nothing of its turn.
+                        **({"TORCHINDUCTOR_COMPILE_THREADS": "1"} if part == "compiled" else {}),
                     ),
                     line=False,
                 )

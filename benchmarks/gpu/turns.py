@@ -8,7 +8,8 @@ A process that waits for its samples goes before those that would begin to prepa
 have begun, a candidate each; then all who are ready are timed one after the other, which takes milliseconds, and all
 who are left prepare their next candidate. Compiling is as parallel as without a lock, but for the ends of these rounds;
 a slow compiler costs others their wait and not their samples, as it would if all was compiled first. Importing torch is
-under no lock, so all processes are started at once.
+under no lock, so all processes are started at once; and each compiles itself, with no workers that go on outside of its
+turn: there are about as many processes as cores.
 """
 
 from __future__ import annotations

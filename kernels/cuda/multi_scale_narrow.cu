@@ -626,7 +626,8 @@ bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& o
            execution, sum);
   });
   Attend a{s};
-  a.tiles = static_cast<int>(ceil_div(groups * s.tiles(), kWantedBlocks));
+  // Results do not depend on it, so that it may depend on the card.
+  a.tiles = static_cast<int>(ceil_div(groups * s.tiles(), 4 * execution.card.multiprocessors));
   a.pieces = static_cast<int>(ceil_div(s.tiles(), a.tiles));
   a.sums = sum.sums;
   a.rows = static_cast<int>(rows);
