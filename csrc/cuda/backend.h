@@ -117,9 +117,7 @@ inline cuda::CallRecord describe(const Called& called) {
 class Execution {
  public:
   explicit Execution(const Called& of)
-      : device_(of.tensor.get_device_index()), index_(of.tensor.get_device_index()) {
-    cuda::current_call() = describe(of);
-  }
+      : device_(named(of).tensor.get_device_index()), index_(of.tensor.get_device_index()) {}
   Execution(const Execution&) = delete;
   ~Execution() { device_.end(); }
 
@@ -138,6 +136,12 @@ class Execution {
   }
 
  private:
+  // Before anything asks CUDA, whose errors name the call.
+  static const Called& named(const Called& of) {
+    cuda::current_call() = describe(of);
+    return of;
+  }
+
   OnDevice device_;
   int32_t index_;
   std::vector<Tensor> workspace_;

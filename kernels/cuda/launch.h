@@ -63,12 +63,6 @@ void launch(void (*kernel)(const Parameters&), const Grid& grid, const Execution
 
 #else
 
-inline void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // which would be the next call's otherwise
-  throw std::runtime_error(std::string("effattn: ") + what + ": " + cudaGetErrorString(error));
-}
-
 // As its author wrote it; empty if CUDA does not tell any more.
 inline std::string kernel_name(const void* kernel) {
   const char* mangled = nullptr;
@@ -90,6 +84,16 @@ inline void check_launch(cudaError_t error, const LaunchRecord& launch) {
   throw std::runtime_error(failed_launch(std::string("launch of a kernel: ") + cudaGetErrorString(error),
                                          launches_are_waited_for(), launch, kernel_name(launch.kernel),
                                          before, kernel_name(before.kernel)));
+}
+
+// Of a call that launches nothing: an error may be that of an earlier launch all the same.
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // which would be the next call's otherwise
+  const LaunchRecord last = last_launches().last();
+  throw std::runtime_error(failed_call(std::string(what) + ": " + cudaGetErrorString(error),
+                                       launches_are_waited_for(), current_call(), last,
+                                       kernel_name(last.kernel)));
 }
 
 // Waits for what was launched; not while a graph is recorded, where nothing runs.

@@ -108,6 +108,16 @@ inline bool launches_are_waited_for() {
   return wanted;
 }
 
+constexpr const char* kAskForSync =
+    "; if the error is that of an earlier kernel, EFFATTN_CUDA_SYNC=1 tells of which";
+
+// `error`: what CUDA says before a call launches anything; `last` ran before it and is called `name`.
+inline std::string failed_call(const std::string& error, bool is_waited_for, const CallRecord& call,
+                               const LaunchRecord& last, const std::string& name) {
+  return "effattn: " + error + ", in " + call.text() + "; the launch before it was " + last.text(name) +
+         (is_waited_for ? "" : kAskForSync);
+}
+
 // `error`: what CUDA says of `launch`, whose kernel is called `name`; `before` ran before it and is called
 // `name_before`.
 inline std::string failed_launch(const std::string& error, bool is_waited_for, const LaunchRecord& launch,
@@ -115,9 +125,7 @@ inline std::string failed_launch(const std::string& error, bool is_waited_for, c
                                  const std::string& name_before) {
   std::string text = "effattn: " + error + ", of " + launch.text(name);
   text += "; the launch before it was " + before.text(name_before);
-  if (!is_waited_for) {
-    text += "; if the error is that of an earlier kernel, EFFATTN_CUDA_SYNC=1 tells of which";
-  }
+  if (!is_waited_for) text += kAskForSync;
   return text;
 }
 

@@ -1,8 +1,7 @@
 // Products of narrow types on tensor cores, 16 rows by some 16 columns a warp, in steps of 16 of the depth
 // (mma_m16n8k16 of device.h). Sums are float32.
 //
-// An operand is exact, or a number is the sum of two parts of bfloat16; then the products of a high part are
-// summed up, and that of two low ones, 2^-17 of the whole on average, is left out.
+// An operand is exact, or each number of it is the sum of two parts of bfloat16.
 #pragma once
 
 #include <type_traits>
@@ -124,9 +123,10 @@ struct NarrowSums {
         if (i >= groups) break;
         uint32_t of_b[B::kParts][4];
         b.load(of_b, kGroupCols * i);
-        // The small products first.
+        // The small products first. That of two low parts is of one sign with the whole: left out, it would
+        // be a bias.
         EFFATTN_UNROLL
-        for (int low = A::kParts + B::kParts > 2 ? 1 : 0; low >= 0; --low) {
+        for (int low = A::kParts + B::kParts - 2; low >= 0; --low) {
           EFFATTN_UNROLL
           for (int part = 0; part < A::kParts; ++part) {
             const int other = low - part;

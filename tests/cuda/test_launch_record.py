@@ -39,6 +39,9 @@ int main() {{
   print();
   record("again", 56);
   print();
+  current_call() = {{"multi_scale.cpp", "forward(const Tensor&)", "float16", 2, {{7, 8}}}};
+  std::puts(failed_call("a device: no memory", launches_are_waited_for(), current_call(), last_launches().last(),
+                        "attend<float>").c_str());
 }}
 """
 
@@ -61,7 +64,7 @@ def printed(program, **environment):
 
 
 def test_an_error_says_where_it_comes_from(program):
-    nothing, backward, inference = printed(program).splitlines()
+    nothing, backward, inference, before_a_launch = printed(program).splitlines()
     assert "of none; the launch before it was none" in nothing
     assert backward.startswith(
         "effattn: an illegal memory access was encountered, "
@@ -72,6 +75,11 @@ def test_an_error_says_where_it_comes_from(program):
     assert "of relu_linear_attention, inference, bfloat16 (1, 16, 8192, 16): attend<float>, 56 blocks" in inference
     assert "the launch before it was biased_attention, backward, float32" in inference
     assert inference.endswith("EFFATTN_CUDA_SYNC=1 tells of which")
+    assert before_a_launch.startswith(
+        "effattn: a device: no memory, in multi_scale, forward, float16 (7, 8); "
+        "the launch before it was relu_linear_attention, inference, bfloat16 (1, 16, 8192, 16): attend<float>, 56"
+    )
+    assert before_a_launch.endswith("EFFATTN_CUDA_SYNC=1 tells of which")
 
 
 @pytest.mark.parametrize("name", ["EFFATTN_CUDA_SYNC", "CUDA_LAUNCH_BLOCKING"])
