@@ -585,8 +585,6 @@ def test_a_readme_without_figures(tmp_path):
 # --- libraries that were brought along ------------------------------------------------------------------
 
 REAL = _library.library_path
-#: What a CUDA library says that fits a card of 9.0.
-OF_CUDA = f"nvcc 13.0; 90a; {staging.native().cuda_digest('nvcc 13.0')}"
 #: Pretends to compile: what it should write is there, and empty.
 COMPILER = """#!/bin/sh
 case "$*" in
@@ -640,6 +638,13 @@ def test_which_libraries_are_taken(libraries, tmp_path):
     assert "libeffattn_cuda.so" in staging.why_not(broken, builder, "90a")
 
 
+def what_fits(tree):
+    """What a CUDA library says that is made of these sources, for a card of 9.0."""
+    builder = staging.native()
+    builder.ROOT = tree
+    return f"nvcc 13.0; 90a; {builder.cuda_digest('nvcc 13.0')}"
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A copy of the sources, with libraries for a card of 9.0 that fit, and compilers that pretend."""
@@ -648,7 +653,7 @@ def checkout(tmp_path, monkeypatch):
     for name in ("benchmarks", "csrc", "effattn", "kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     shutil.copy(REAL, tree / "effattn")
-    make_library(tree / "effattn" / "libeffattn_cuda.so", OF_CUDA)
+    make_library(tree / "effattn" / "libeffattn_cuda.so", what_fits(tree))
     for path in (tree / "bin" / "nvcc", tree / "bin" / "g++"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(COMPILER)
@@ -680,7 +685,7 @@ def is_of_other_sources(tree):
 
 def ends_the_process(tree):
     more = "__attribute__((constructor)) void begin(void) { *(volatile int*)0 = 1; }"
-    make_library(tree / "effattn" / "libeffattn_cuda.so", OF_CUDA, more=more)
+    make_library(tree / "effattn" / "libeffattn_cuda.so", what_fits(tree), more=more)
     return ("crashed",), "everything"
 
 
