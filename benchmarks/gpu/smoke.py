@@ -7,14 +7,16 @@ kernel's name in what is told of it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import cases, child, rehearsal, runner
-from benchmarks.gpu.clock import Clock, CudaClock, WallClock
+from benchmarks.gpu.clock import Call, Clock, CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.names import Kernel
+from benchmarks.gpu.runner import GpuCase
 from benchmarks.runner import Role, explain
 from effattn import _library
 from effattn.backends.triton import is_interpreted
@@ -46,29 +48,31 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
             call = runner.step(function, runner.on(device, arguments), there)
             results = call()
         calls.append((case, call, results))
-        results = tuple(t.cpu() for t in results)
-        accuracy = runner.accuracy(case, Role.OURS, results, truth)
+        accuracy = runner.accuracy(case, Role.OURS, [t.cpu() for t in results], truth)
         if not accuracy.error <= found["error"]:
             found["error"], found["allowed_error"] = accuracy.error, accuracy.allowed
         if not accuracy.passed:
             reason = f"{case.name}, {case.sizes}: relative error {accuracy.error:.1e}, allowed {accuracy.allowed:.1e}"
             return {**found, "status": str(Status.WRONG), "reason": reason}
-    clock: Clock = CudaClock() if device.type == "cuda" else WallClock()
+    if device.type != "cuda" and not rehearsal.is_on():
+        return found
     with torch.set_grad_enabled(training):
-        for case, call, results in calls:  # after all of them: a capture that fails may leave more behind than a call
-            try:
-                is_same = runner.same_bits(results, clock.replayed(call))
-            except RuntimeError as error:
-                if child.is_sticky(error):
-                    raise
-                return {**found, "not_captured": explain(error)}
-            if not is_same:
-                return {
-                    **found,
-                    "status": str(Status.WRONG),
-                    "reason": f"{case.name}, {case.sizes}: {runner.OTHER_BITS}",
-                }
-    return found
+        # After all of them: a capture that fails may leave more behind than a call.
+        return found | _replays(CudaClock() if device.type == "cuda" else WallClock(), calls)
+
+
+def _replays(clock: Clock, calls: Sequence[tuple[GpuCase, Call, Sequence[torch.Tensor]]]) -> dict[str, Any]:
+    """What there is to say of graphs of these calls, beside what the calls gave; nothing if they are right."""
+    for case, call, results in calls:
+        try:
+            is_same = runner.same_bits(results, clock.replayed(call))
+        except RuntimeError as error:
+            if child.is_sticky(error):
+                raise
+            return {"not_captured": explain(error)}
+        if not is_same:
+            return {"status": str(Status.WRONG), "reason": f"{case.name}, {case.sizes}: {runner.OTHER_BITS}"}
+    return {}
 
 
 def main() -> None:
