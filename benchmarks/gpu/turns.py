@@ -1,15 +1,15 @@
 """Whose turn it is, where processes of a run share a card and its host: torch.compile of several cases, side by side.
 
 Who prepares (inputs, compiling, checks, captures) holds a lock that others who prepare may hold too; who takes a time
-holds it alone. So nothing of the run uses a core or the card while one of its processes is timed: a compiler on the
+holds it alone. So nothing of the run compiles or uses the card while one of its processes is timed: a compiler on the
 same host disturbs those above all whose launches cost more than their kernels.
 
 A process that waits for its samples goes before those that would begin to prepare. What it waits for is what others
 have begun, a candidate each; then all who are ready are timed one after the other, which takes milliseconds, and all
 who are left prepare their next candidate. Compiling is as parallel as without a lock, but for the ends of these rounds;
 a slow compiler costs others their wait and not their samples, as it would if all was compiled first. Importing torch is
-under no lock, so all processes are started at once; and each compiles itself, with no workers that go on outside of its
-turn: there are about as many processes as cores.
+under no lock, so all processes are started at once; and each compiles by itself, with no workers that would go on
+outside of its turn.
 """
 
 from __future__ import annotations
