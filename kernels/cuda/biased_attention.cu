@@ -329,12 +329,8 @@ EFFATTN_DEVICE void weighted_values(const Attention& p, const Place& at, const f
 EFFATTN_DEVICE void exponentials(float* logits, int rows, int keys, int stride) {
   for (int row = warp_index(); row < rows; row += kWarps) {
     float* const at = logits + static_cast<int64_t>(row) * stride;
-    float largest = -kInfinity, total = 0;
-    for (int key = lane_index(); key < keys; key += kLanes) {
-      const float x = at[key];
-      largest = x > largest || x != x ? x : largest;
-    }
-    largest = largest_of_warp(largest);
+    const float largest = largest_of_row(at, keys);
+    float total = 0;
     for (int key = lane_index(); key < keys; key += kLanes) {
       const float x = exponential(at[key] - largest);
       total += x;

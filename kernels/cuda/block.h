@@ -121,16 +121,35 @@ EFFATTN_DEVICE float largest_of_warp(float x) {
   return x;
 }
 
+EFFATTN_DEVICE float largest_of_row(const float* row, int count) {
+  float largest = -kInfinity;
+  for (int i = lane_index(); i < count; i += kLanes) {
+    const float x = row[i];
+    largest = x > largest || x != x ? x : largest;
+  }
+  return largest_of_warp(largest);
+}
+
+// What all blocks of a cluster have in shared memory at at(number), added up in order: f(number, sum), each
+// in one of the blocks.
+template <int kThreads, class At, class F>
+EFFATTN_DEVICE void sum_of_cluster(int cluster, int count, At at, F f) {
+  sync_cluster();
+  for (int i = cluster_rank() * kThreads + thread_index(); i < count; i += cluster * kThreads) {
+    const float* const of_block = at(i);
+    float total = 0;
+    for (int rank = 0; rank < cluster; ++rank) total += of_cluster(of_block, rank);
+    f(i, total);
+  }
+  sync_cluster();  // nobody may leave while others read
+}
+
 // Rows of logits in place to their softmax, a warp a row. Where all are -infinity it is NaN, as torch has it.
 EFFATTN_DEVICE void softmax_rows(int warps, float* logits, int rows, int keys, int stride) {
   for (int row = warp_index(); row < rows; row += warps) {
     float* const at = logits + static_cast<int64_t>(row) * stride;
-    float largest = -kInfinity, total = 0;
-    for (int key = lane_index(); key < keys; key += kLanes) {
-      const float x = at[key];
-      largest = x > largest || x != x ? x : largest;
-    }
-    largest = largest_of_warp(largest);
+    const float largest = largest_of_row(at, keys);
+    float total = 0;
     for (int key = lane_index(); key < keys; key += kLanes) total += at[key] = exponential(at[key] - largest);
     const float inverse = 1 / sum_of_warp(total);
     for (int key = lane_index(); key < keys; key += kLanes) at[key] *= inverse;

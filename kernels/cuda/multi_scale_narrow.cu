@@ -398,13 +398,8 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
   }
   float* const of_block = shared + kWarps * (kPadded + 1) * kPadded;
   each_sum<kPadded>(shared, s.head_dim, matrix, vector, [&](int i, float total) { of_block[i] = total; });
-  sync_cluster();
-  for (int i = cluster_rank() * kThreads + thread_index(); i < floats; i += cluster * kThreads) {
-    float total = 0;
-    for (int rank = 0; rank < cluster; ++rank) total += of_cluster(of_block + i, rank);
-    to[i] = total;
-  }
-  sync_cluster();  // nobody may leave while others read
+  sum_of_cluster<kThreads>(
+      cluster, floats, [&](int i) { return of_block + i; }, [&](int i, float total) { to[i] = total; });
 }
 
 // --- what uses them ---------------------------------------------------------------------------------

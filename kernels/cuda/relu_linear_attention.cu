@@ -5,6 +5,7 @@
 // q, k and v passes through shared memory, warps wait for nobody, and each tensor is read once.
 #include "relu_linear_attention.h"
 
+#include "block.h"
 #include "pairs.h"
 #include "state.h"
 #include "sums.h"
@@ -278,15 +279,9 @@ EFFATTN_DEVICE void each_sum(float* shared, int head_dim, int value_dim, F f) {
 template <int kPadded, class F>
 EFFATTN_DEVICE void each_sum_of_cluster(float* shared, int cluster, int head_dim, int value_dim, F f) {
   each_sum<kPadded>(shared, head_dim, value_dim, [](int, float* at, float total) { *at = total; });
-  sync_cluster();
-  const int step = SumTiles<kPadded>::kThreads;
-  for (int i = cluster_rank() * step + thread_index(); i < (value_dim + 1) * head_dim; i += cluster * step) {
-    const float* const at = shared + shared_place<kPadded>(i, head_dim, value_dim);
-    float total = 0;
-    for (int rank = 0; rank < cluster; ++rank) total += of_cluster(at, rank);
-    f(i, total);
-  }
-  sync_cluster();  // nobody may leave while others read
+  sum_of_cluster<SumTiles<kPadded>::kThreads>(
+      cluster, (value_dim + 1) * head_dim,
+      [&](int i) { return shared + shared_place<kPadded>(i, head_dim, value_dim); }, f);
 }
 
 template <class T, int kPadded, bool kTokenMajor, Sum kKind>

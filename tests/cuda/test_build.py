@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine_code import cuobjdump
 
 from effattn import _library
 from effattn.backends import cuda
@@ -25,16 +26,6 @@ compiled = pytest.mark.skipif(
     not LIBRARY.exists() and shutil.which("nvcc") is None,
     reason="no nvcc here, so there are no CUDA kernels to look at",
 )
-
-
-def cuobjdump():
-    """The toolkit's, or the one that comes with triton."""
-    found = shutil.which("cuobjdump")
-    spec = importlib.util.find_spec("triton")
-    if found is None and spec is not None:
-        found = shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
-    assert found is not None, "cuobjdump is missing: the CUDA toolkit and triton have it"
-    return found
 
 
 @pytest.fixture(scope="module")
