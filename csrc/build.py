@@ -146,7 +146,7 @@ class Cuda:
             if _capability(arch) not in known or re.search(r"[af]\+PTX$", arch):
                 raise SystemExit(
                     f"EFFATTN_CUDA_ARCHS: expected compute capabilities that {nvcc} knows, separated by spaces "
-                    f"({', '.join(sorted(known, key=int))}; 90a, 100+PTX), got {arch!r}"
+                    f"({', '.join(sorted(known, key=lambda arch: int(_capability(arch))))}; 90a, 100+PTX), got {arch!r}"
                 )
         return cls(nvcc, _output(nvcc, "--version").split("release ")[1].split(",")[0], tuple(archs))
 

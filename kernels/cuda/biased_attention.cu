@@ -693,6 +693,8 @@ Attention attention_of(const BiasedAttention& problem, int buffers, bool is_back
   };
   take_rows(p.rows);
   const auto fits = [&](int count) { return p.shared_bytes(count) <= kMostSharedBytes; };
+  // Of more keys than a chain has, more rows would not fit: weighted_narrow_values counts on it.
+  static_assert(int64_t{4} * 2 * kTileRows * kNarrowDepth > kMostSharedBytes);
   // Fewer rows than a product has are no gain.
   while (p.rows > kTileRows && !fits(buffers)) take_rows(p.rows / 2);
   while (p.in_shared < buffers && fits(p.in_shared + 1)) ++p.in_shared;

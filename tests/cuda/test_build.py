@@ -137,7 +137,10 @@ def found(monkeypatch):
     build = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "effattn_build", build)
     spec.loader.exec_module(build)
-    says = {"--list-gpu-code": "sm_80\nsm_90\nsm_100\n", "--version": "Cuda compilation tools, release 12.8, V12.8.1\n"}
+    says = {
+        "--list-gpu-code": "sm_80\nsm_90\nsm_90a\nsm_100\n",
+        "--version": "Cuda compilation tools, release 12.8, V12.8.1\n",
+    }
     monkeypatch.setattr(build, "_output", lambda nvcc, option: says[option])
 
     def search(nvcc="/somewhere/nvcc", torch_has_cuda=True, **environment):
