@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from benchmarks.gpu import child, jobs, lines, turns
+from benchmarks.gpu import child, jobs, lines, names, turns
 from benchmarks.gpu.jobs import Job
 from benchmarks.gpu.lines import Status
 
@@ -220,7 +220,7 @@ def test_who_is_timed_is_alone(run, tmp_path):
 
 
 def test_who_waits_to_be_timed_goes_before_who_would_begin(tmp_path, monkeypatch):
-    monkeypatch.setenv(turns.VARIABLE, str(tmp_path / "lock"))
+    monkeypatch.setenv(names.CARD_LOCK, str(tmp_path / "lock"))
     order = []
 
     def take(kind):

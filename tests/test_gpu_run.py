@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 pytest.importorskip("typer")
 
 from benchmarks import environment, results
-from benchmarks.gpu import cases, clock, lines, machine, names, plan, rehearsal, runner, smoke, staging
+from benchmarks.gpu import cases, clock, lines, machine, names, plan, rehearsal, runner, smoke, staging, summary
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu.lines import Status
 from effattn import _library, verdicts
@@ -481,7 +481,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
-    monkeypatch.setattr(torch, "empty", lambda size, **_: SimpleNamespace(zero_=lambda: said.append(size)))
+    monkeypatch.setattr(torch, "zeros", lambda size, **_: SimpleNamespace(amax=lambda: said.append(4 * size)))
     return clock.CudaClock(), said
 
 
@@ -496,6 +496,25 @@ def test_a_cache_that_inputs_do_not_fill_is_cleared(pretended):
         said.clear()
         assert card.seconds(call, 2, card.clearing(small, is_graph)) == pytest.approx(4e-3)
         assert said == [*clear, "event", "call", "event"] * 2
+
+
+def test_clocks_are_up_before_calls_are_counted(pretended, monkeypatch):
+    card, said = pretended
+    monkeypatch.setattr(runner, "WARM_SECONDS", 0.005)
+    runner._warm(lambda: said.append("call"), card)
+    assert said[:6] == ["event", "call", "event"] * 2
+
+
+def test_a_capture_that_fails_is_in_the_summary():
+    """And is no fault of the kernel, whatever the card says afterwards."""
+    told = smoke._replays(SimpleNamespace(replayed=fails), [(None, None, None)])
+    assert told == {"not_captured": "RuntimeError: operation not permitted when stream is capturing"}
+    line = {"stage": "smoke", "name": "a kernel", "status": "ok", "card": "a card", "driver": "1", "commit": "abc"}
+    assert "smoke, a kernel: ok: RuntimeError: operation not" in summary.of([{**line, "versions": {}, **told}], [], 1)
+
+
+def fails(call):
+    raise RuntimeError("operation not permitted when stream is capturing")
 
 
 def test_samples_are_of_a_cold_cache(monkeypatch):

@@ -341,11 +341,12 @@ def smoke(operator: str, dtype: torch.dtype, training: bool) -> list[GpuCase]:
         ValueError: for an operator that there is not.
     """
     images = [MultiScaleCase(2, 2, 16, 9, 21), MultiScaleCase(1, 1, 32, 33, 40, (3, 5))]
+    several_tiles = MultiScaleCase(8, 8, 16, 33, 40)  # of a block: more than a card's multiprocessors take at once
     if operator == "relu_linear_attention":
         sizes = [AttentionCase("few tokens", 2, 3, 16, 7, 11), AttentionCase("many tokens", 1, 2, 32, 40, 77)]
         return [_attention(case, dtype, training, major) for case in sizes for major in (False, True)]
     if operator == "multi_scale_linear_attention":
-        return [_multi_scale("smoke", case, training, dtype) for case in images]
+        return [_multi_scale("smoke", case, training, dtype) for case in (*images, several_tiles)]
     if operator == "multi_scale_aggregation":
         return [_aggregation(case, training, dtype) for case in images]
     if operator == "cascaded_group_attention":

@@ -72,9 +72,14 @@ def finish(name: str, status: str, **figures: Any) -> None:
     _tell({"name": name, "status": status, **figures})
 
 
+def says_sticky(error: BaseException | str) -> bool:
+    """Whether an error's text is that of CUDA after which nothing works in this process any more."""
+    return _STICKY_TEXTS.search(str(error)) is not None
+
+
 def is_sticky(error: BaseException | str) -> bool:
-    """Whether a CUDA error is one after which nothing works in this process any more."""
-    if _STICKY_TEXTS.search(str(error)):
+    """The same, and the card is asked, whatever the text."""
+    if says_sticky(error):
         return True
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

@@ -1,8 +1,8 @@
 """How calls are timed on a card: many of them between two events, over inputs that have left the cache.
 
-Inputs rotate over several sets. Where as many as may be do not fill the cache, it is cleared before each pass over
-them, as Triton's do_bench clears it before each call: outside of the time. A pass of many calls has the two events'
-cost, and that of a first launch on a card that waits, once.
+Inputs rotate over several sets. Where as many as may be do not fill the cache, it is filled with something else before
+each pass over them, outside of the time, as Triton's do_bench does before each call. A pass of many calls has the two
+events' cost, and that of a first launch on a card that waits, once.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ class CudaClock:
         if size >= enough:
             return None
         if self._cleared is None:
-            self._cleared = torch.empty(enough, dtype=torch.uint8, device=self.device)
+            self._cleared = torch.zeros(enough // 4, device=self.device)
         cleared = self._cleared
 
         def clear() -> None:
-            cleared.zero_()
+            cleared.amax()  # read: what is written, the cache would write back while the time is taken
             if not is_graph:  # calls must not be issued ahead, while this takes its time
                 torch.cuda.synchronize()
 

@@ -72,5 +72,7 @@ def kernel_of(case: str, backend: str) -> Kernel | None:
 #: Behind the name of a kernel whose launches are not waited for one by one: those that depend on the one before
 #: (programmatic dependent launch) overlap with it.
 OVERLAPPED = ", overlapped"
+#: A file that processes of a stage take turns by (benchmarks/gpu/turns.py); without one, nothing runs beside a process.
+CARD_LOCK = "EFFATTN_CARD_LOCK"
 #: Behind the name of a kernel that is tried a second time, beside fewer others.
 AGAIN = ", again"

@@ -52,6 +52,7 @@ SMALL_TESTS = (
     "tests/device/test_relu_linear_attention.py::test_against_float64",
     "tests/device/test_multi_scale.py::test_memory_formats_against_float64",
     "tests/device/test_multi_scale.py::test_narrow_types_against_float64",
+    "tests/device/test_multi_scale.py::test_blocks_that_take_several_tiles_of_queries",
     "tests/device/test_biased_attention.py::test_numbers_of_talking_heads",
     "tests/device/test_cascaded_group_attention.py::test_programs_that_take_several_windows",
 )
@@ -82,7 +83,7 @@ MEASURING = ("machine", "build", "smoke", "main", "compiled", "cases")
 #: Of the smoke stage, with fewer left nothing is tried again.
 _RETRY_SECONDS = 20.0
 #: What runs side by side, a job a core at most; those that are timed take turns (benchmarks/gpu/turns.py).
-AT_ONCE = {"smoke": 6, "tests": 6, "compiled": len(names.MAIN)}
+AT_ONCE = {"smoke": 12, "tests": 12, "compiled": len(names.MAIN)}
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,6 @@ class Run:
             "EFFATTN_VERDICTS": "",
             "EFFATTN_ROUNDS": str(self.settings.rounds),
             "TORCHINDUCTOR_CACHE_DIR": str(self._temporary / "inductor"),
-            "EFFATTN_CARD_LOCK": str(self._temporary / "card.lock"),
             **more,
         }
         if self.settings.rehearsal:
@@ -415,7 +415,7 @@ class Run:
 
         self._write_verdicts()
         self._run(all_jobs, heard)
-        # What took too long, or found no memory, did so beside five others.
+        # What took too long, or found no memory, did so beside others.
         unsure = [
             replace(job, name=job.name + names.AGAIN, command=[*job.command, names.AGAIN])
             for job in all_jobs
@@ -504,6 +504,8 @@ class Run:
                         EFFATTN_MEASURED_BACKENDS=" ".join(backends),
                         # A model takes what serves; a case of a kernel asks for it by name.
                         EFFATTN_VERDICTS=str(self.settings.output / VERDICTS) if case.startswith("gpu-models") else "",
+                        # A stage's own: a process that cannot be ended keeps its lock.
+                        **({names.CARD_LOCK: str(self._temporary / self.stage)} if self.stage in AT_ONCE else {}),
                         # Those that a process starts to compile for it know nothing of its turn.
                         **({"TORCHINDUCTOR_COMPILE_THREADS": "1"} if part == "compiled" else {}),
                     ),

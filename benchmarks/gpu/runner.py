@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 #: The same of a peer's gradients in a narrow type: what it rounds between its parts opens and shuts relus.
 PEER_GRADIENTS = 0.5
 LEAST_NORM = 1e-3
+WARM_SECONDS = 20e-3
 OURS, STOCK = "effattn", "stock"
 #: What is wrong with a kernel whose results depend on how it is launched.
 OTHER_BITS = "a graph's replay gives other bits than a call"
@@ -172,6 +174,8 @@ def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watc
             if sample is not None:
                 ready.append((row, sample))
         with turns.alone():
+            if ready and rounds > 1:
+                _warm(ready[0][1], clock)
             for _ in range(1, rounds):
                 for row, sample in ready:
                     if row.reason is None:
@@ -216,7 +220,7 @@ def accuracy(case: GpuCase, role: Role, results: Sequence[torch.Tensor], truth: 
 def same_bits(results: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
     """NaN is the same as itself, and 0 is not as -0."""
     pairs = zip(results, others, strict=True)
-    return all(torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)) for a, b in pairs)
+    return all(torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
 
 
 def _admit(
@@ -254,10 +258,18 @@ def _admit(
         return clock.seconds(everything, row.repeats, before) / (row.repeats * len(sets)) * 1e3
 
     with turns.alone():
+        _warm(everything, clock)
         row.repeats = max(1, math.ceil(SAMPLE_SECONDS / max(clock.seconds(everything, 1, before), 1e-9)))
         row.samples.append(sample())
     row.milliseconds = row.samples[0]
     return sample
+
+
+def _warm(call: Callable[[], object], clock: Clock) -> None:
+    """Until the clocks are up, which were down while others compiled."""
+    end = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < end:
+        clock.seconds(call, 1)
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:

@@ -23,10 +23,12 @@ def of(lines: Iterable[Line], stages: Sequence[str], seconds: float) -> str:
     found = latest(lines)
     if not found:
         return "Nothing was run.\n"
+    not_captured = [{**line, "reason": line["not_captured"]} for line in found if "not_captured" in line]
     skipped = [line for line in found if line["status"] == Status.SKIPPED and line["stage"] != "tests"]
     parts = [
         brief(found, stages, seconds),
         *_times(found),
+        *_list("Right, but no graph could be captured", not_captured),
         *_list("Not run", [line for line in found if line["status"] == Status.NOT_RUN]),
         *_list("Skipped", skipped),
     ]

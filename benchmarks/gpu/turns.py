@@ -22,10 +22,7 @@ from typing import IO
 
 import torch
 
-from benchmarks.gpu import child
-
-#: The file that is locked; without one, nothing runs beside this process.
-VARIABLE = "EFFATTN_CARD_LOCK"
+from benchmarks.gpu import child, names
 
 
 @contextmanager
@@ -44,7 +41,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def _held(kind: int) -> Iterator[None]:
-    path = os.environ.get(VARIABLE)
+    path = os.environ.get(names.CARD_LOCK)
     if path is None:
         yield
         return

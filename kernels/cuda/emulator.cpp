@@ -372,6 +372,7 @@ void cp_async_wait(int pending) {
 }
 
 void grid_dependency_wait() {
+  if (!pending.empty()) run_next();  // others of the cluster come as far as they do by themselves
   run_launches();
   self().has_waited = true;
 }

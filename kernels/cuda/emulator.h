@@ -50,9 +50,9 @@ struct EmulatedLaunch {
 };
 
 // A launch begins as late as it may: when another one has to wait for it, or a call ends. A dependent launch
-// begins before those in front of it, which run when its first thread waits, so that what it does too early
-// shows. EFFATTN_EMULATOR_ORDER=backwards has the last thread of a block go first, which changes nothing
-// unless a barrier is missing.
+// begins before those in front of it, which run when all threads of its first cluster wait, so that what
+// these do too early shows. EFFATTN_EMULATOR_ORDER=backwards has the last thread of a block go first, which
+// changes nothing unless a barrier is missing.
 void emulate(EmulatedLaunch launch);
 void run_launches();
 

@@ -30,6 +30,9 @@ constexpr int64_t kWantedBlocks = 528, kMostParts = 64;
 constexpr int64_t kMostTiles = 64;
 // Rows of sums that each block of the queries adds up itself.
 constexpr int64_t kMostRows = 8;
+// Blocks of the queries for each multiprocessor: all of them at once.
+template <int kPadded>
+constexpr int kQueryBlocks = kPadded <= 16 ? 3 : 2;
 
 // One scale of an image, and the heads of the image itself where they are taken along.
 struct Scale {
@@ -532,7 +535,7 @@ struct Attended {
 };
 
 template <class T, int kPadded, int kKernel, bool kChannelsLast>
-EFFATTN_KERNEL(kThreads, kPadded <= 16 ? 3 : 2)
+EFFATTN_KERNEL(kThreads, kQueryBlocks<kPadded>)
 attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
   using Memory = Memory<kPadded, kKernel, 1>;
   const Scale& s = p.scale;
@@ -621,9 +624,6 @@ bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& o
            execution, sum);
   });
   Attend a{s};
-  // Results do not depend on it, so that it may depend on the card.
-  a.tiles = static_cast<int>(ceil_div(groups * s.tiles(), 4 * execution.card.multiprocessors));
-  a.pieces = static_cast<int>(ceil_div(s.tiles(), a.tiles));
   a.sums = sum.sums;
   a.rows = static_cast<int>(rows);
   a.keep = rows > 1 ? sums : nullptr;
@@ -645,6 +645,10 @@ bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& o
   each_scale([&](auto type, auto padded, auto kernel) {
     using T = decltype(type);
     a.scale = s;
+    // Results do not depend on it, so that it may depend on the card.
+    const int64_t blocks = int64_t{kQueryBlocks<padded()>} * execution.card.multiprocessors;
+    a.pieces = static_cast<int>(ceil_div(s.tiles(), ceil_div(groups * s.tiles(), blocks)));
+    a.tiles = static_cast<int>(ceil_div(s.tiles(), a.pieces));
     const int64_t bytes = Memory<padded(), kernel(), 1>::kBytes + PartsTile::bytes(padded() + 16, padded());
     launch(channels_last ? attend_narrow_tiles<T, padded(), kernel(), true>
                          : attend_narrow_tiles<T, padded(), kernel(), false>,

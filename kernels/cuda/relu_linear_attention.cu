@@ -377,12 +377,23 @@ struct Place {
   }
 };
 
-// The output of a warp's tile of queries, of which the first chunk has been asked for.
+// A chunk of queries. kVectors: of a narrow type, all of whose vectors can be accessed at once.
+template <bool kVectors, class T, class Chunk>
+EFFATTN_DEVICE void load_queries(Chunk& query, const Matrix<const T>& q, int token, int chunk) {
+  if constexpr (kVectors) {
+    query.template load<true>(q, token, chunk * Chunk::kAllCols);
+  } else {
+    query.load(q, token, chunk * Chunk::kAllCols);
+  }
+}
+
+// The output of a warp's tile of queries, of which the first chunk has been asked for; that of the tile at
+// `next` is asked for in its place, if it is below `end`.
 template <class T, int kPadded, bool kTokenMajor, bool kVectors>
 EFFATTN_DEVICE void attend_tile(
     const Queries& p,
     const typename TokenTiles<T, kPadded, kTokenMajor, kVectors>::template Operand<true>& state,
-    const Matrix<const T>& q, const Matrix<T>& to, int token,
+    const Matrix<const T>& q, const Matrix<T>& to, int token, int next, int end,
     typename TokenTiles<T, kPadded, kTokenMajor, kVectors>::Chunk& query) {
   using Tiles = TokenTiles<T, kPadded, kTokenMajor, kVectors>;
   typename Tiles::Piece out;
@@ -390,13 +401,7 @@ EFFATTN_DEVICE void attend_tile(
   float denominator[Tiles::kRows / 2][4] = {};
   EFFATTN_NOT_UNROLLED
   for (int chunk = 0; chunk < Tiles::kChunks; ++chunk) {
-    if (chunk > 0) {
-      if constexpr (kVectors) {
-        query.template load<true>(q, token, chunk * Tiles::Chunk::kAllCols);
-      } else {
-        query.load(q, token, chunk * Tiles::Chunk::kAllCols);
-      }
-    }
+    if (chunk > 0) load_queries<kVectors>(query, q, token, chunk);
     state.template multiply_add<true>(out, denominator, query, chunk);
   }
   float inverse[Tiles::kRows];
@@ -406,10 +411,12 @@ EFFATTN_DEVICE void attend_tile(
     inverse[r] = kIsNarrow<T> ? approximate_inverse(x) : 1 / x;
   }
   out.each([&](float& x, int r, int) { x *= inverse[r]; });
+  // While this one's are stored, where there are registers for both.
+  if (kVectors && next < end) load_queries<kVectors>(query, q, next, 0);
   out.template store<kVectors>(to, token, 0);
+  if (!kVectors && next < end) load_queries<kVectors>(query, q, next, 0);
 }
 
-// kVectors: of a narrow type, all of whose vectors can be accessed at once.
 template <class T, int kPadded, bool kTokenMajor, bool kVectors>
 EFFATTN_KERNEL((TokenTiles<T, kPadded, kTokenMajor, kVectors>::kThreads),
                (kVectors ? TokenTiles<T, kPadded, kTokenMajor, kVectors>::kBlocks : 1))
@@ -418,14 +425,7 @@ attend(EFFATTN_PARAMETERS(Queries) p) {
   const Place<Tiles> at(p.tiles, p.tiles_of_block);
   typename Tiles::Chunk query;
   const Matrix<const T> q = by_token<const T>(p.q, p.groups, at.group, p.tokens, p.head_dim);
-  const auto load = [&](int token) {
-    if constexpr (kVectors) {
-      query.template load<true>(q, token, 0);
-    } else {
-      query.load(q, token, 0);
-    }
-  };
-  load(at.token);
+  load_queries<kVectors>(query, q, at.token, 0);
   typename Tiles::template Operand<true> state(shared_memory());
   grid_dependency_wait();
   State sums{p.sums, p.head_dim, p.value_dim};
@@ -446,8 +446,8 @@ attend(EFFATTN_PARAMETERS(Queries) p) {
   const int end = least(at.token + p.tiles_of_block * Tiles::kTokens, p.tokens);
   EFFATTN_NOT_UNROLLED
   for (int token = at.token; token < end; token += Tiles::kTokens) {
-    if (token > at.token) load(token);
-    attend_tile<T, kPadded, kTokenMajor, kVectors>(p, state, q, out, token, query);
+    attend_tile<T, kPadded, kTokenMajor, kVectors>(p, state, q, out, token, token + Tiles::kTokens, end,
+                                                   query);
   }
 }
 
@@ -489,6 +489,11 @@ attend_at_once(EFFATTN_PARAMETERS(AtOnce) p) {
   } else {
     each_sum_of_cluster<kPadded>(shared, cluster, keys.head_dim, keys.value_dim, keep);
   }
+  const Matrix<const T> q =
+      by_token<const T>(p.queries.q, p.queries.groups, group, p.queries.tokens, p.queries.head_dim);
+  const int first = rank * Tiles::kTokens + warp_index() * Tiles::Piece::kAllRows;
+  typename Tiles::Chunk query;  // comes while the sums are added up
+  load_queries<false>(query, q, first, 0);
   typename Tiles::template Operand<true> state(shared_memory() + 4 * Tiles::kAll);
   const State sums{share, keys.head_dim, keys.value_dim};
   state.template place<Tiles::kThreads>([&](int k, int n) {
@@ -497,15 +502,12 @@ attend_at_once(EFFATTN_PARAMETERS(AtOnce) p) {
     return cluster == 1 ? share[i] : of_cluster(share + i, i / Tiles::kThreads % cluster);
   });
   sync_block();
-  const Matrix<const T> q =
-      by_token<const T>(p.queries.q, p.queries.groups, group, p.queries.tokens, p.queries.head_dim);
   const Matrix<T> out =
       by_token<T>(p.queries.out, p.queries.groups, group, p.queries.tokens, p.queries.value_dim);
-  for (int64_t tile = rank; tile < p.queries.tiles; tile += cluster) {
-    const int token = static_cast<int>(tile) * Tiles::kTokens + warp_index() * Tiles::Piece::kAllRows;
-    typename Tiles::Chunk query;
-    query.load(q, token, 0);
-    attend_tile<T, kPadded, kTokenMajor, false>(p.queries, state, q, out, token, query);
+  const int step = cluster * Tiles::kTokens;
+  for (int token = first; token < p.queries.tokens; token += step) {
+    attend_tile<T, kPadded, kTokenMajor, false>(p.queries, state, q, out, token, token + step,
+                                                p.queries.tokens, query);
   }
   if (cluster > 1) sync_cluster();
 }

@@ -81,9 +81,9 @@ def count(blocks: list[Block], op: str) -> int:
     ],
 )
 def test_attend_64_tokens(named, dtype, channels, instructions, products, registers, token_major):
-    """Of linear attention: loads, products with both parts of the state, division, stores."""
+    """Of linear attention: products with both parts of the state, division, the next tile's loads, stores."""
     kernel, used = named("attend", dtype, number(channels), flag(token_major), flag(True))
-    tile = kernel.cycle(has(LDG__E=2), has(HMMA=8), has(STG__E=2))
+    tile = kernel.cycle(has(HMMA=8), has(LDG__E=2), has(STG__E=2))
     assert count(tile, "HMMA") == products
     assert length(tile) <= instructions
     assert used <= registers

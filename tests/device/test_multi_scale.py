@@ -72,10 +72,12 @@ def test_narrow_attention_against_float64(device, backend, case, memory_formats,
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_blocks_that_take_several_tiles_of_queries(device, backend, dtype, monkeypatch):
-    monkeypatch.setenv("EFFATTN_EMULATED_MULTIPROCESSORS", "2")
-    case = MultiScaleCase(1, 1, 13, 26, 40, kernels=(3, 5), biases=True)
-    for memory_format in FORMATS[:2]:
-        check_multi_scale(multi_scale_linear_attention, backend, case, dtype, memory_format, device=device)
+    monkeypatch.setenv("EFFATTN_EMULATED_MULTIPROCESSORS", "4")
+    batch = 1 if device.type == "cpu" else 64  # of a card's multiprocessors more are wanted
+    for head_dim, kernels in ((13, (3, 5)), (32, (5,))):
+        case = MultiScaleCase(batch, 1, head_dim, 26, 40, kernels=kernels, biases=True)
+        for memory_format in FORMATS[:2]:
+            check_multi_scale(multi_scale_linear_attention, backend, case, dtype, memory_format, device=device)
 
 
 @both
