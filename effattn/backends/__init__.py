@@ -19,10 +19,10 @@ _CUDA_FIRST = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
 #: Elements of a call's images (or of q, k and v together) below which CUDA is asked before Triton. Triton's launches,
 #: two or three a call, cost about 50 us of Python, a call in C++ a few: where the GPU needs less, Python decides how
-#: long a call takes. Linear attention, the lightest of the operators, is predicted to take 17 us for 6.3 million
-#: elements (bfloat16, H200), so 50 us for 18 million. The others take longer for as many; which backend is faster there
+#: long a call takes. Linear attention, the lightest of the operators, is predicted to take 7 us for 6.3 million
+#: elements (bfloat16, H200), so 50 us for 45 million. The others take longer for as many; which backend is faster there
 #: has not been measured.
-SMALL_CALL = 2**24
+SMALL_CALL = 2**25
 
 
 def order(op: str, device: torch.device, *, is_small: bool = False) -> tuple[Backend, ...]:
