@@ -105,21 +105,24 @@ def _present(data: Results, path: Path) -> None:
 def gpu(
     suite: Annotated[list[str] | None, typer.Option(help="Which suites; may be repeated.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="All of it ends within this, tests and profiles included (make gpu: 520).")
+        float | None, typer.Option(help="It ends within this, and tests and profiles too (make gpu: 520).")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each candidate.")] = 9,
     only: Annotated[list[str] | None, typer.Option(help="Cases whose name contains this; may be repeated.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; $OUT, or build/gpu.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results, emptied first; $OUT, or build/gpu.")
+    ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Stand-ins for the card and its kernels.")] = False,
 ) -> None:
     """Tries every kernel on a GPU and measures it, each in a process of its own; gpu-report makes tables of it.
 
-    Without --seconds all cases of all suites are measured, with every mode of torch.compile; with it, what matters most
-    comes first: the plan is in benchmarks/gpu/plan.py.
+    Without --seconds all cases of all suites are measured, with every mode of torch.compile, and nothing is tested or
+    profiled; with it, what matters most comes first, and stages get more time in proportion: benchmarks/gpu/plan.py.
     """
     from benchmarks.gpu.plan import BUDGETS, MEASURING, Run, Settings
 
-    folder = output or Path(os.environ.get("OUT") or environment.ROOT / "build" / "gpu")
+    default = "gpu-rehearsal" if rehearse else "gpu"
+    folder = output or Path(os.environ.get("OUT") or environment.ROOT / "build" / default)
     settings = Settings(
         folder.resolve(),
         seconds,
@@ -140,11 +143,12 @@ def gpu_report(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
     target: Annotated[Path, typer.Option(help="The README.")] = environment.ROOT / "README.md",
 ) -> None:
-    """Makes a results file, its tables and the README's table of a run on a GPU."""
+    """Makes a results file and its tables of a run on a GPU, and replaces the table in the README."""
     from benchmarks.gpu import report as gpu_report_of
 
     for written in gpu_report_of.write(lines, output, target):
         typer.echo(f"wrote {written}")
+    typer.echo(f"{target}: see git diff")
 
 
 @app.command()

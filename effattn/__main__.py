@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 import effattn
-from effattn import _library, registry
+from effattn import _library, registry, verdicts
 
 
 def _instruction_sets() -> list[str]:
@@ -38,7 +38,8 @@ def _failed() -> list[str]:
     if not found:
         return []
     lines = [
-        "kernels that failed when they were tried on this card, for which the next backend serves (EFFATTN_VERDICTS):"
+        "kernels that failed when they were tried on this card, for which the next backend serves "
+        f"({verdicts.path()}; EFFATTN_VERDICTS overrides):"
     ]
     return lines + [f"  {v.backend:<10} {v.operator}, {v.text()}" for v in found]
 
@@ -53,6 +54,9 @@ def info() -> str:
     for backend in registry.backends():
         lines.append(f"  {backend.name:<10} {'available' if backend.available else backend.reason}")
     lines.append(f"  {registry.explain_order()}")
+    for device, serving in registry.explain_devices().items():
+        said = (f"{name} {', '.join(reasons) or 'serves'}" for name, reasons in serving.items())
+        lines.append(f"  {device}: {'; '.join(said) or 'no kernels'}")
     lines += _failed()
     lines += _instruction_sets()
     if _library._C is not None:

@@ -41,7 +41,23 @@ def backends() -> list[BackendStatus]:
 
 def explain_order() -> str:
     """What the order of :func:`backends` leaves out, in a line."""
-    return f"small calls on a GPU (fewer than {SMALL_CALL} elements) ask cuda before triton, whose launches cost more"
+    return (
+        f"on a GPU cuda is asked before triton, whose launches cost more, if a call's images (or q, k and v together) "
+        f"have fewer than {SMALL_CALL} elements"
+    )
+
+
+def explain_devices() -> dict[str, dict[str, list[str]]]:
+    """By GPU and backend that is available here: every reason why its kernels do not run there; none if they do."""
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        found[f"{device}, {torch.cuda.get_device_name(device)}"] = {
+            backend.name: backend.reasons("relu_linear_attention", device, torch.bfloat16, ())
+            for backend in ORDER
+            if backend.identity is not None and backend.unavailable() is None
+        }
+    return found
 
 
 def failed() -> list[Verdict]:

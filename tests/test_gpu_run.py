@@ -202,6 +202,8 @@ def check_tables(output, tmp_path):
     )
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    with pytest.raises(ValueError, match=r"expected lines of a run on a GPU, got .* of a rehearsal"):
+        gpu_report.write(output / plan.RESULTS, tmp_path / "results", ROOT / "README.md")
     (tiny,) = [line for line in text.splitlines() if "tiny, bfloat16" in line]
     assert "linear attention" in tiny and "effattn" in tiny and ", slower" in tiny  # interpreted
 
@@ -589,14 +591,15 @@ def test_commits(monkeypatch):
     assert plan.commit() == "unknown"
 
 
-def test_a_readme_without_figures(tmp_path):
+def test_a_run_without_figures_leaves_the_readme_alone(tmp_path):
     source = tmp_path / "results.jsonl"
     line = {"stage": "machine", "name": "card", "status": "error", "card": "unknown", "driver": "none", "commit": "c"}
     source.write_text(json.dumps({**line, "versions": {}, "sm_clock": None}) + "\n")
     readme = tmp_path / "README.md"
     readme.write_text((ROOT / "README.md").read_text())
-    assert gpu_report.write(source, tmp_path, readme) == [readme]
-    assert f"{gpu_report.README_BEGIN}\n{gpu_report.NO_FIGURES}\n{gpu_report.README_END}" in readme.read_text()
+    with pytest.raises(ValueError, match=r"expected lines of a run that measured something, got .*results\.jsonl"):
+        gpu_report.write(source, tmp_path, readme)
+    assert readme.read_text() == (ROOT / "README.md").read_text()
     source.write_text("")
     with pytest.raises(ValueError, match="expected lines of a run on a GPU, got none"):
         gpu_report.write(source, tmp_path, readme)

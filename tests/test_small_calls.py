@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -159,4 +160,19 @@ def test_a_compiled_call_serves_small_and_large(dynamic):
 
 
 def test_info_explains_it():
-    assert f"small calls on a GPU (fewer than {SMALL_CALL} elements) ask cuda before triton" in info()
+    assert "cuda is asked before triton, whose launches cost more, if a call's images" in info()
+    assert f"fewer than {SMALL_CALL} elements" in info()
+
+
+def test_info_tells_of_each_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device.index])
+    monkeypatch.setattr(registry.verdicts, "here", list)
+    text = info()
+    assert re.search(r"\n  cuda:0, card 0: .*triton needs .* compute capability 8.0, this one has 7.5", text)
+    assert re.search(r"\n  cuda:1, card 1: .*triton serves", text)

@@ -224,6 +224,16 @@ def test_a_run_forgets_what_it_has_tried_again(card, monkeypatch):
     assert merged(old, new, tried, CARD, DRIVER) == [*old[1:4], *new]
 
 
+def test_what_may_be_others_fault_is_kept_after_a_second_try():
+    from benchmarks.gpu.keep import is_sure
+    from benchmarks.gpu.names import Kernel
+
+    kernel = Kernel("biased_attention with talking heads", "triton", "bfloat16", "backward")
+    assert all(is_sure(verdict(status=status), []) for status in ("wrong", "crashed"))
+    for status in ("timeout", "error"):
+        assert not is_sure(verdict(status=status), []) and is_sure(verdict(status=status), [kernel])
+
+
 @pytest.mark.skipif(_library.cuda_error is not None, reason="the CUDA library is not built")
 def test_the_library_knows_what_it_is_made_of():
     assert len(_library.cuda_digest) == 16 and verdicts.identity("cuda") == _library.cuda_digest

@@ -1,7 +1,7 @@
-"""Puts the verdicts of a run where the registry looks for them: ``python -m benchmarks.gpu.keep FILE KERNELS``.
+"""Puts the verdicts of a run where the registry looks for them: ``python -m benchmarks.gpu.keep FILE TRIED AGAIN``.
 
-KERNELS are those that were tried, as JSON. What an earlier run said of them, made of the same sources, on this card
-with this driver, is forgotten.
+TRIED are the kernels that were tried, AGAIN those of them that were so twice, as JSON. What an earlier run said of
+them, made of the same sources, on this card with this driver, is forgotten.
 """
 
 from __future__ import annotations
@@ -23,24 +23,33 @@ def merged(
     old: Sequence[Verdict], new: Sequence[Verdict], tried: Sequence[Kernel], card: str, driver: str
 ) -> list[Verdict]:
     """The old ones that still count, and the new ones."""
-    again = {(k.operator.split(" with ")[0], k.backend, k.dtype, k.direction) for k in tried}
 
     def is_forgotten(v: Verdict) -> bool:
         is_same = (v.card, v.driver, v.identity) == (card, driver, verdicts.identity(v.backend))
-        return is_same and (v.operator, v.backend, v.dtype, v.direction) in again
+        return is_same and is_of(v, tried)
 
     return list(dict.fromkeys([*(v for v in old if not is_forgotten(v)), *new]))
 
 
+def is_of(v: Verdict, kernels: Sequence[Kernel]) -> bool:
+    """Whether a verdict is that of one of these."""
+    them = {(k.operator.split(" with ")[0], k.backend, k.dtype, k.direction) for k in kernels}
+    return (v.operator, v.backend, v.dtype, v.direction) in them
+
+
+def is_sure(v: Verdict, again: Sequence[Kernel]) -> bool:
+    """Without a second try a timeout or an error counts for its run alone: what ran beside it may have caused it."""
+    return v.status in (Status.WRONG, Status.CRASHED) or is_of(v, again)
+
+
 def main() -> None:
-    source, tried = sys.argv[1:]
+    source = Path(sys.argv[1])
+    tried, again = ([Kernel(*kernel) for kernel in json.loads(text)] for text in sys.argv[2:])
     target = verdicts.default_path()
     old = verdicts.read(target) if target.exists() else []
     card, driver = verdicts.card_and_driver(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    kernels = [Kernel(*kernel) for kernel in json.loads(tried)]
-    # A timeout or an error may be the fault of what ran beside it: it counts for this run alone.
-    sure = [v for v in verdicts.read(Path(source)) if v.status in (Status.WRONG, Status.CRASHED)]
-    found = merged(old, sure, kernels, card, driver)
+    sure = [v for v in verdicts.read(source) if is_sure(v, again)]
+    found = merged(old, sure, tried, card, driver)
     if found or old:
         verdicts.write(target, found)
     print(f"{target}: {len(found)} verdicts")

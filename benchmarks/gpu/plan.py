@@ -306,7 +306,15 @@ class Run:
 
         asked = self.settings
         only = [*asked.suites, *asked.only]
-        self.line("run", Status.OK, limit=asked.seconds, only=only, stages=list(asked.stages), rounds=asked.rounds)
+        self.line(
+            "run",
+            Status.OK,
+            limit=asked.seconds,
+            only=only,
+            stages=list(asked.stages),
+            rounds=asked.rounds,
+            rehearsal=asked.rehearsal,
+        )
         command = self._python("-m", "benchmarks.gpu.machine")
         self._run([Job("machine", command, limit=90, least=1, line=False)], heard)
         if not self.machine and not self.settings.rehearsal:
@@ -399,12 +407,15 @@ class Run:
         ]
 
         tried: list[Kernel] = []
+        again: list[Kernel] = []
         failed: dict[str, Line] = {}
 
         def heard(name: str, status: str, figures: dict[str, Any]) -> None:
             if status == Status.NOT_RUN:
                 return
-            name = name.removesuffix(names.AGAIN)
+            if name.endswith(names.AGAIN):
+                name = name.removesuffix(names.AGAIN)
+                again.append(kernels[name])
             tried.append(kernels[name])
             failed.pop(name, None)
             if status != Status.OK:
@@ -424,7 +435,7 @@ class Run:
         if unsure and self.until - time.monotonic() > _RETRY_SECONDS:
             self._run(unsure, heard, at_once=2)
         if not self.settings.rehearsal:
-            self._keep_verdicts(tried)
+            self._keep_verdicts(tried, again)
 
     def _kernels(self) -> list[Kernel]:
         """What the main cases take comes first. A backend that cannot be used gets a line instead."""
@@ -462,9 +473,10 @@ class Run:
         ]
         (self.settings.output / VERDICTS).write_text(json.dumps({"schema": 1, "verdicts": found}, indent=1) + "\n")
 
-    def _keep_verdicts(self, tried: Sequence[Kernel]) -> None:
+    def _keep_verdicts(self, tried: Sequence[Kernel], again: Sequence[Kernel]) -> None:
         """Where the registry looks for them unless it is told otherwise."""
-        command = self._python("-m", "benchmarks.gpu.keep", str(self.settings.output / VERDICTS), json.dumps(tried))
+        kernels = [json.dumps(tried), json.dumps(again)]
+        command = self._python("-m", "benchmarks.gpu.keep", str(self.settings.output / VERDICTS), *kernels)
         self._run([Job("verdicts into the cache folder", command, limit=30, environment=self._environment(), least=1)])
 
     def measure_main_cases(self) -> None:

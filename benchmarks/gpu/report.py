@@ -38,19 +38,21 @@ def write(source: Path, folder: Path, readme: Path) -> list[Path]:
     """Writes <card>-torch<version>-<commit>.json and .md into a folder, and the README's table; returns what it wrote.
 
     Raises:
-        ValueError: if ``source`` has no lines of a run, or the README has no markers.
+        ValueError: if ``source`` has no lines of a run that measured something, or the README has no markers; of a
+            rehearsal, if this is the project's README.
     """
     found = lines.latest(lines.read(source))
     data = results_of(found)
-    written = [readme]
-    if data["suites"]:
-        facts = next(iter(data["suites"].values()))["environment"]
-        path = folder / results.file_name(facts, Settings(0, facts["short"], tuple(facts["only"])))
-        results.write(path, data)
-        path.with_suffix(".md").write_text(f"{report.table(data)}\n\n{failures(found)}")
-        written = [path, path.with_suffix(".md"), readme]
+    if not data["suites"]:
+        raise ValueError(f"expected lines of a run that measured something, got {source}, which did not")
+    if any(line.get("rehearsal") for line in found) and readme.resolve() == (environment.ROOT / "README.md").resolve():
+        raise ValueError(f"expected lines of a run on a GPU, got {source}, of a rehearsal: give another --target")
+    facts = next(iter(data["suites"].values()))["environment"]
+    path = folder / results.file_name(facts, Settings(0, facts["short"], tuple(facts["only"])))
     report.update_between(readme, README_BEGIN, README_END, readme_table(data))
-    return written
+    results.write(path, data)
+    path.with_suffix(".md").write_text(f"{report.table(data)}\n\n{failures(found)}")
+    return [path, path.with_suffix(".md"), readme]
 
 
 def results_of(found: Sequence[Line]) -> Results:
