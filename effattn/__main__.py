@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 import effattn
-from effattn import _library, registry, verdicts
+from effattn import _library, registry
 
 
 def _instruction_sets() -> list[str]:
@@ -39,7 +39,7 @@ def _failed() -> list[str]:
         return []
     lines = [
         "kernels that failed when they were tried on this card, for which the next backend serves "
-        f"({verdicts.path()}; EFFATTN_VERDICTS overrides):"
+        f"({registry.verdict_file()}; EFFATTN_VERDICTS overrides):"
     ]
     return lines + [f"  {v.backend:<10} {v.operator}, {v.text()}" for v in found]
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,11 @@ def explain_devices() -> dict[str, dict[str, list[str]]]:
 def failed() -> list[Verdict]:
     """The kernels that were found to fail on a card of this machine, and for which the next backend serves."""
     return verdicts.here()
+
+
+def verdict_file() -> Path | None:
+    """Where they are read from; None if ``EFFATTN_VERDICTS`` is empty."""
+    return verdicts.path()
 
 
 def _named(name: str, asked_by: str) -> Backend:
