@@ -148,7 +148,6 @@ def gpu_report(
 
     for written in gpu_report_of.write(lines, output, target):
         typer.echo(f"wrote {written}")
-    typer.echo(f"{target}: see git diff")
 
 
 @app.command()

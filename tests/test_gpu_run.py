@@ -490,7 +490,10 @@ def pretended(monkeypatch):
 def test_a_cache_that_inputs_do_not_fill_is_cleared(pretended):
     """Before each pass over them, outside of its time; calls are not issued while it is."""
     card, said = pretended
-    call = lambda: said.append("call")  # noqa: E731
+
+    def call():
+        said.append("call")
+
     small, large = 64 * (1 << 20), 160 << 20
     assert card.clearing(large, is_graph=True) is None and card.sets(1 << 20) == 64
     assert card.seconds(call, 3) == pytest.approx(4e-3) and said == ["event", "call", "call", "call", "event"]

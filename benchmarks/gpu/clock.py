@@ -1,8 +1,8 @@
 """How calls are timed on a card: many of them between two events, over inputs that have left the cache.
 
 Inputs rotate over several sets. Where as many as may be do not fill the cache, it is filled with something else before
-each pass over them, outside of the time, as Triton's do_bench does before each call. A pass of many calls has the two
-events' cost, and that of a first launch on a card that waits, once.
+each pass over them, outside of the time, as Triton's do_bench does before each call. A pass of many calls pays
+once for its two events and for the first launch on an idle GPU.
 """
 
 from __future__ import annotations
