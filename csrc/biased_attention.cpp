@@ -15,7 +15,7 @@ HeadsOperand operand(const Tensor& t) {
 
 // The problem without its results, and the tensors that it points into.
 struct Problem {
-  BiasedAttention p{};
+  BiasedAttentionParams p{};
   Tensors alive;
 
   Problem(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bias,
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> backward(const Tensor& grad_
                                                              double scale) {
   const char* const op = "biased_attention_backward";
   Problem problem(op, q, k, v, bias, given(talking_heads), scale);
-  BiasedAttention& p = problem.p;
+  BiasedAttentionParams& p = problem.p;
   require_like(op, "grad_out", grad_out, q, "q");
   require_shape(op, "grad_out", grad_out, shape_with_last(q, v.size(3)));
   p.grad_out = operand(grad_out);

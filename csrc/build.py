@@ -172,7 +172,7 @@ def cuda_digest(compiler: str) -> str:
 
 def _digest(device: str, compiler: str) -> str:
     found = hashlib.sha256(compiler.encode())
-    patterns = ("kernels/*.h", f"kernels/{device}/*", "csrc/*.[ch]*", f"csrc/{device}/*", "csrc/build.py")
+    patterns = ("kernels/params/*.h", f"kernels/{device}/*", "csrc/*.[ch]*", f"csrc/{device}/*", "csrc/build.py")
     for path in (path for pattern in patterns for path in sorted(ROOT.glob(pattern))):
         if path.is_file():
             found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

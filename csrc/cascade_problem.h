@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/cascaded_group_attention.h"
+#include "../kernels/params/cascaded_group_attention.h"
 #include "images.h"
 #include "weights.h"
 
@@ -20,7 +20,7 @@ struct Weights {
 
 // The problem without its results and weights, and what it points into.
 struct Problem {
-  CascadedGroupAttention p{};
+  CascadeParams p{};
   std::vector<int64_t> kernels;
   std::vector<HeadWeights<const float>> weights;
   Tensors alive;

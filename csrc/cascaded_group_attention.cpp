@@ -13,7 +13,7 @@ Tensor forward(const Tensor& x, Tensors qkv, MaybeTensors qkv_biases, Tensors dw
   const Problem problem =
       problem_of("cascaded_group_attention", x, {qkv, given(qkv_biases), dw, given(dw_biases)}, bias, scale,
                  window_height, window_width);
-  CascadedGroupAttention p = problem.p;
+  CascadeParams p = problem.p;
   Tensor out = new_image(x, shape_of(x, x.size(1)), p.out);
   kernels::cascaded_group_attention(p, execution(x, problem.alive));
   return out;
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
   const char* const op = "cascaded_group_attention_backward";
   Problem problem = problem_of(op, x, {qkv, given(qkv_biases), dw, given(dw_biases)}, bias, scale,
                                window_height, window_width);
-  CascadedGroupAttention& p = problem.p;
+  CascadeParams& p = problem.p;
   require_like(op, "grad_out", grad_out, x, "x");
   require_shape(op, "grad_out", grad_out, shape_of(x, x.size(1)));
   problem.alive.push_back(with_mergeable_rows(grad_out));

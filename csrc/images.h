@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../kernels/image.h"
+#include "../kernels/params/image.h"
 #include "tensor.h"
 
 namespace effattn {

@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/multi_scale.h"
-#include "../kernels/relu_linear_attention.h"
+#include "../kernels/params/multi_scale.h"
+#include "../kernels/params/relu_linear_attention.h"
 #include "images.h"
 #include "weights.h"
 
@@ -19,7 +19,7 @@ struct Weights {
 
 // The problem without its results, and the tensors that it points into.
 struct Problem {
-  MultiScale sizes{};
+  MultiScaleParams sizes{};
   Tensors alive;
 
   Problem(const char* op, const Tensor& qkv, const Weights& weights, int64_t head_dim)
@@ -31,7 +31,7 @@ struct Problem {
   // Of `channels` channels that are made of those of `x`, an image of the same size.
   Problem(const char* op, const char* argument, const Tensor& x, int64_t channels, const Weights& weights,
           int64_t head_dim) {
-    MultiScale& p = sizes;
+    MultiScaleParams& p = sizes;
     p.dtype = kernel_dtype(op, argument, x);
     EFFATTN_REQUIRE(x.dim() == 4, op, ": ", argument, " must have 4 dimensions (B, C, H, W), got shape ",
                     shape_text(x));
@@ -46,7 +46,7 @@ struct Problem {
     p.height = x.size(2);
     p.width = x.size(3);
     const size_t scales = weights.depthwise.size();
-    EFFATTN_REQUIRE(scales <= MultiScale::kMaxScales, op, ": at most ", MultiScale::kMaxScales,
+    EFFATTN_REQUIRE(scales <= MultiScaleParams::kMaxScales, op, ": at most ", MultiScaleParams::kMaxScales,
                     " scales are supported, got ", scales);
     EFFATTN_REQUIRE(weights.pointwise.size() == scales, op, ": pw_weights must have ", scales,
                     " tensors, one a scale, got ", weights.pointwise.size());

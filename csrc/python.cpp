@@ -38,7 +38,7 @@ py::dict relu_linear_attention_plan(int64_t groups, int64_t queries, int64_t key
   for (const int64_t size : {groups, queries, keys, head_dim, value_dim}) {
     if (size < 0) throw py::value_error("plan: sizes must be >= 0, got " + std::to_string(size));
   }
-  ReluLinearAttention p{};
+  LinearAttentionParams p{};
   p.dtype = dtype_named(dtype);
   p.groups = groups;
   p.queries = queries;
@@ -64,11 +64,11 @@ py::dict multi_scale_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_
   for (const int64_t size : {batch, heads, head_dim, height, width}) {
     if (size < 0) throw py::value_error("plan: sizes must be >= 0, got " + std::to_string(size));
   }
-  if (kernels.size() > MultiScale::kMaxScales) {
-    throw py::value_error("kernels: expected at most " + std::to_string(MultiScale::kMaxScales) + ", got " +
-                          std::to_string(kernels.size()));
+  if (kernels.size() > MultiScaleParams::kMaxScales) {
+    throw py::value_error("kernels: expected at most " + std::to_string(MultiScaleParams::kMaxScales) +
+                          ", got " + std::to_string(kernels.size()));
   }
-  MultiScale p{};
+  MultiScaleParams p{};
   p.dtype = DType::kFloat32;  // plans are the same for all
   p.batch = batch;
   p.heads = heads;
@@ -99,7 +99,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build") =
       py::dict(py::arg("compiler") = EFFATTN_COMPILER, py::arg("torch") = EFFATTN_TORCH_VERSION,
                py::arg("architecture") = EFFATTN_ARCHITECTURE, py::arg("sanitizer") = EFFATTN_SANITIZER);
-  m.attr("limits") = py::dict(py::arg("scales") = MultiScale::kMaxScales);
+  m.attr("limits") = py::dict(py::arg("scales") = MultiScaleParams::kMaxScales);
   m.def("isas", &isas, "The instruction sets compiled in, from narrow to wide.");
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));

@@ -18,9 +18,9 @@ Operand operand(const Tensor& t) {
 }
 
 // Checks q, k, v and eps, and fills in sizes and inputs.
-ReluLinearAttention problem_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                               double eps) {
-  ReluLinearAttention p{};
+LinearAttentionParams problem_of(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 double eps) {
+  LinearAttentionParams p{};
   p.dtype = kernel_dtype(op, "q", q);
   require_like(op, "k", k, q, "q");
   require_like(op, "v", v, q, "q");
@@ -73,7 +73,7 @@ std::vector<int64_t> sums_shape(const Tensor& q, int64_t value_dim) {
 }
 
 Tensor inference(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
-  ReluLinearAttention p = problem_of("relu_linear_attention", q, k, v, eps);
+  LinearAttentionParams p = problem_of("relu_linear_attention", q, k, v, eps);
   Tensor out = empty_in_order_of(q, shape_with_last(q, p.value_dim));
   p.out = operand(out);
   kernels::forward(p, nullptr, execution(q));
@@ -81,7 +81,7 @@ Tensor inference(const Tensor& q, const Tensor& k, const Tensor& v, double eps) 
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
-  ReluLinearAttention p = problem_of("relu_linear_attention_forward", q, k, v, eps);
+  LinearAttentionParams p = problem_of("relu_linear_attention_forward", q, k, v, eps);
   Tensor out = empty_in_order_of(q, shape_with_last(q, p.value_dim));
   p.out = operand(out);
   const std::vector<int64_t> shape = sums_shape(q, p.value_dim);
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& sums, double eps) {
   const char* const op = "relu_linear_attention_backward";
-  ReluLinearAttention p = problem_of(op, q, k, v, eps);
+  LinearAttentionParams p = problem_of(op, q, k, v, eps);
   require_like(op, "grad_out", grad_out, q, "q");
   require_shape(op, "grad_out", grad_out, shape_with_last(q, p.value_dim));
   const float* const kept = kept_floats(op, "sums", sums, sums_shape(q, p.value_dim));

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/dtype.h"
+#include "../kernels/params/dtype.h"
 #include "backend.h"
 
 namespace effattn {

@@ -24,8 +24,8 @@ PACKAGE = Path(effattn.__file__).parent
 ALLOWED = {
     "_library": set(),
     "_tracing": set(),
-    "backends": {"_library", "_tracing", "kernels"},
-    "kernels": set(),
+    "backends": {"_library", "_tracing", "_triton"},
+    "_triton": set(),
     "registry": {"backends", "verdicts"},
     "verdicts": {"backends"},
     "ops": {"registry", "backends", "_library", "_tracing"},
@@ -59,9 +59,9 @@ def sources():
     """Every part of the package with its files; the kernels lie elsewhere before they are installed."""
     for path in PACKAGE.rglob("*.py"):
         yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
-    for folder in importlib.util.find_spec("effattn.kernels").submodule_search_locations:
+    for folder in importlib.util.find_spec("effattn._triton").submodule_search_locations:
         for path in Path(folder).glob("*.py"):
-            yield "kernels", path
+            yield "_triton", path
 
 
 def test_imports_go_one_way():
@@ -83,7 +83,7 @@ def test_kernels_know_no_torch():
 def test_no_model_library_is_imported():
     script = (
         "import sys, effattn, torch; effattn.accelerate(torch.nn.ReLU());"
-        "launchers = 'effattn.kernels.relu_linear_attention';"
+        "launchers = 'effattn._triton.relu_linear_attention';"
         "heavy = {'timm', 'torchvision', 'diffusers', launchers, 'numpy.testing'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -266,7 +266,7 @@ def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrel
     for path in (*unrelated, "kernels/triton/sums.py"):
         (tmp_path / path).write_text("changed")
     assert digest("nvcc 13.0") == first
-    for source in (*sources, "kernels/image.h", "csrc/multi_scale.cpp", "csrc/build.py"):
+    for source in (*sources, "kernels/params/image.h", "csrc/multi_scale.cpp", "csrc/build.py"):
         with (tmp_path / source).open("a") as file:
             file.write("// changed\n")
         changed, first = first, digest("nvcc 13.0")

@@ -24,7 +24,7 @@ Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, con
     all_taps += kernel * kernel;
   }
   Problem problem(op, x, heads, key_dim, bias, scale, window_height, window_width);
-  CascadedGroupAttention& p = problem.p;
+  CascadeParams& p = problem.p;
   Tensors& alive = problem.alive;
   const int64_t keys = round_up(key_dim, cpu::kWholeVectors);
   const int64_t stride = 2 * keys + round_up(p.value_dim, cpu::kWholeVectors);

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
   const char* const op = "cascaded_group_attention_batch_norm_backward";
   TrainingProblem problem(op, x, qkv, dw, norm_weights, norm_biases, bias, eps, scale, window_height,
                           window_width);
-  CascadedGroupAttention& p = problem.of.p;
+  CascadeParams& p = problem.of.p;
   Tensors& alive = problem.of.alive;
   for (const auto& [name, t, into] :
        {std::tuple{"grad_out", &grad_out, &p.grad_out}, std::tuple{"out", &out, &p.out}}) {

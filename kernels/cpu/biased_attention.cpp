@@ -12,7 +12,7 @@ constexpr int64_t kMostPartFloats = 1 << 22;  // of all parts
 // A thread at work on the heads of one image that are computed together.
 class Worker {
  public:
-  Worker(const BiasedAttention& problem, bool backward)
+  Worker(const BiasedAttentionParams& problem, bool backward)
       : p_(problem),
         of_tiles_(channels_last_passes(active_isa())),
         passes_(softmax_passes(active_isa())),
@@ -24,7 +24,7 @@ class Worker {
     next_ = thread_scratch(rows_ + scratch_);
   }
 
-  static int64_t groups(const BiasedAttention& p) { return p.heads.talk() ? 1 : p.heads.heads; }
+  static int64_t groups(const BiasedAttentionParams& p) { return p.heads.talk() ? 1 : p.heads.heads; }
 
   void forward(int64_t batch, int64_t group) {
     const SoftmaxHeads heads = heads_of(p_, group);
@@ -58,7 +58,7 @@ class Worker {
   }
 
  private:
-  static SoftmaxHeads heads_of(const BiasedAttention& p, int64_t group) {
+  static SoftmaxHeads heads_of(const BiasedAttentionParams& p, int64_t group) {
     SoftmaxHeads heads = p.heads;
     if (!heads.talk()) {
       heads.heads = 1;
@@ -110,7 +110,7 @@ class Worker {
     }
   }
 
-  const BiasedAttention& p_;
+  const BiasedAttentionParams& p_;
   const ChannelsLastPasses& of_tiles_;
   const SoftmaxPasses& passes_;
   const SoftmaxHeads group_;
@@ -118,17 +118,17 @@ class Worker {
   float* next_;
 };
 
-int64_t work(const BiasedAttention& p) {
+int64_t work(const BiasedAttentionParams& p) {
   const SoftmaxHeads& heads = p.heads;
   const int64_t a_head = heads.queries * heads.keys * (heads.head_dim + heads.value_dim + 20);
-  return larger(1, a_head * (heads.talk() ? heads.heads : 1));
+  return max(1, a_head * (heads.talk() ? heads.heads : 1));
 }
 
 // Without keys there is nothing to attend to.
-void clear_images(const BiasedAttention& p, const HeadsOperand& t, int64_t tokens, int64_t channels) {
+void clear_images(const BiasedAttentionParams& p, const HeadsOperand& t, int64_t tokens, int64_t channels) {
   const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const int64_t stride = round_up(channels, kWholeVectors);
-  float* const zeros = thread_scratch(larger(1, tokens * stride));
+  float* const zeros = thread_scratch(max(1, tokens * stride));
   clear(zeros, tokens * stride);
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads.heads; ++h) {
@@ -142,7 +142,7 @@ void clear_images(const BiasedAttention& p, const HeadsOperand& t, int64_t token
 
 }  // namespace
 
-void biased_attention(const BiasedAttention& p, const Parallel& parallel) {
+void biased_attention(const BiasedAttentionParams& p, const Parallel& parallel) {
   const SoftmaxHeads& heads = p.heads;
   if (p.batch * heads.heads * heads.queries * heads.value_dim == 0) return;
   if (heads.keys == 0) return clear_images(p, p.out, heads.queries, heads.value_dim);
@@ -153,7 +153,7 @@ void biased_attention(const BiasedAttention& p, const Parallel& parallel) {
   });
 }
 
-void biased_attention_backward(const BiasedAttention& p, const Parallel& parallel) {
+void biased_attention_backward(const BiasedAttentionParams& p, const Parallel& parallel) {
   const SoftmaxHeads& heads = p.heads;
   const int64_t of_bias = heads.heads * heads.queries * heads.keys;
   const int64_t of_mix = heads.talk() ? heads.heads * (heads.heads + 1) : 0;  // a matrix and its bias
@@ -173,8 +173,7 @@ void biased_attention_backward(const BiasedAttention& p, const Parallel& paralle
   }
   // What all images share is summed up part by part, and parts in order: a function of the sizes alone.
   const int64_t part_floats = of_bias + 2 * of_mix;
-  const int64_t parts =
-      smaller(p.batch, larger(1, smaller(kMostParts, kMostPartFloats / larger(1, part_floats))));
+  const int64_t parts = min(p.batch, max(1, min(kMostParts, kMostPartFloats / max(1, part_floats))));
   const Floats memory = aligned_floats(parts * part_floats);
   clear(memory.get(), parts * part_floats);
   const auto mix_of = [&](float* part) {
@@ -184,7 +183,7 @@ void biased_attention_backward(const BiasedAttention& p, const Parallel& paralle
     return TalkingHeads<float>{first, first + h * h, first + of_mix, first + of_mix + h * h};
   };
   const int64_t groups = Worker::groups(p);
-  parallel(parts * groups, larger(kMinWorkPerThread, work(p) * p.batch / parts),
+  parallel(parts * groups, max(kMinWorkPerThread, work(p) * p.batch / parts),
            [&](int64_t begin, int64_t end) {
              Worker worker(p, true);
              for (int64_t unit = begin; unit < end; ++unit) {

@@ -7,7 +7,7 @@
 
 namespace effattn::cpu {
 
-void biased_attention(const BiasedAttention& problem, const Parallel& parallel);
-void biased_attention_backward(const BiasedAttention& problem, const Parallel& parallel);
+void biased_attention(const BiasedAttentionParams& problem, const Parallel& parallel);
+void biased_attention_backward(const BiasedAttentionParams& problem, const Parallel& parallel);
 
 }  // namespace effattn::cpu

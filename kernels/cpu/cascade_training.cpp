@@ -256,7 +256,7 @@ void cascade_training_backward(const CascadeTraining& t, const Parallel& paralle
   if (units * of.tokens == 0) return;
   // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
   const int64_t part_floats = pairs + 3 * of.stride + of.outputs() * of.d;
-  const int64_t parts = larger(1, smaller(smaller(units, kMostSums), kMostSumFloats / part_floats));
+  const int64_t parts = max(1, min(min(units, kMostSums), kMostSumFloats / part_floats));
   struct Memory {
     std::vector<LaidOut> laid_out;
     std::vector<BackwardWeights> backward_weights;
@@ -300,7 +300,7 @@ void cascade_training_backward(const CascadeTraining& t, const Parallel& paralle
   const int64_t padded_floats = of.padded(nullptr).floats(), window_floats = of.tokens * of.d;
   const double count = static_cast<double>(units) * static_cast<double>(of.tokens);
   const auto for_parts = [&](const auto& f) {
-    parallel(parts, larger(kMinWorkPerThread, training.unit_work * units / parts),
+    parallel(parts, max(kMinWorkPerThread, training.unit_work * units / parts),
              [&](int64_t begin, int64_t end) {
                for (int64_t part = begin; part < end; ++part)
                  f(part, part * units / parts, (part + 1) * units / parts);

@@ -20,8 +20,7 @@ struct HeadNorms {
 };
 
 struct CascadeTraining {
-  CascadedGroupAttention
-      cascade;  // weights not packed and without biases; float only; out is read by backward
+  CascadeParams cascade;  // weights not packed and without biases; float only; out is read by backward
   const HeadNorms<const float>* norms;
   const float *qkv_eps, *q_eps;  // a number a head
   // (heads, 2, outputs + key_dim): means, then variances (over the batch, not corrected), of the projection's

@@ -8,7 +8,7 @@
 
 namespace effattn::cpu::cascade {
 
-using Problem = CascadedGroupAttention;
+using Problem = CascadeParams;
 
 constexpr int kParts = 3;                    // q, k and v
 constexpr int64_t kMostSums = 16;            // into which the gradients of the weights are split
@@ -27,7 +27,7 @@ struct Layout {
         tokens(p.window_tokens()),
         border(0),
         largest_kernel(1) {
-    for (int64_t h = 0; h < p.heads; ++h) largest_kernel = larger(largest_kernel, p.kernels[h]);
+    for (int64_t h = 0; h < p.heads; ++h) largest_kernel = max(largest_kernel, p.kernels[h]);
     border = largest_kernel / 2;
   }
 
@@ -157,7 +157,7 @@ struct Worker {
   Inside inside(int64_t window) const {
     const int64_t y = window / p.windows_across() * p.window_height;
     const int64_t x = window % p.windows_across() * p.window_width;
-    return {y, x, smaller(p.window_height, p.height - y), smaller(p.window_width, p.width - x)};
+    return {y, x, min(p.window_height, p.height - y), min(p.window_width, p.width - x)};
   }
 
   // Calls f(token of the window, token of the image, tokens) for the runs of tokens inside.

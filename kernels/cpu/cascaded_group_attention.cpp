@@ -32,7 +32,7 @@ int64_t work_of_a_window(const Layout& of) {
     work += of.p.value_dim * of.outputs() + of.taps(h) * of.p.key_dim +
             of.tokens * (of.p.key_dim + of.p.value_dim + 20);
   }
-  return larger(1, work * of.tokens);
+  return max(1, work * of.tokens);
 }
 
 }  // namespace
@@ -147,7 +147,7 @@ struct Backward {
     zeros = memory.floats(of.dk);
     const SoftmaxPasses& softmax = softmax_passes(active_isa());
     const SoftmaxHeads heads = of.softmax(0);
-    scratch = memory.floats(larger(softmax.scratch_floats(heads), softmax.scratch_floats_backward(heads)));
+    scratch = memory.floats(max(softmax.scratch_floats(heads), softmax.scratch_floats_backward(heads)));
     padded.data = memory.floats(padded.floats());
   }
 };
@@ -200,7 +200,7 @@ void cascaded_group_attention_backward(const Problem& p, const Parallel& paralle
   const int64_t floats = floats_of(lay_out_sums), windows = p.windows();
   const int64_t units = p.batch * p.height * p.width * p.channels() == 0 ? 0 : p.batch * windows;
   // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
-  const int64_t parts = larger(1, smaller(smaller(units, kMostSums), kMostSumFloats / larger(1, floats)));
+  const int64_t parts = max(1, min(min(units, kMostSums), kMostSumFloats / max(1, floats)));
   const Floats memory = aligned_floats(parts * floats);
   clear(memory.get(), parts * floats);
   if (units > 0) {
@@ -215,7 +215,7 @@ void cascaded_group_attention_backward(const Problem& p, const Parallel& paralle
     const std::vector<Weights> weights = taken(of, laid_out, parallel);
     for (int64_t h = 0; h < p.heads; ++h) backward_weights[h].take(of, h, weights[h]);
     const Worker worker(of);
-    parallel(parts, larger(kMinWorkPerThread, work_of_a_window(of) * p.batch * p.windows() / parts),
+    parallel(parts, max(kMinWorkPerThread, work_of_a_window(of) * p.batch * p.windows() / parts),
              [&](int64_t begin, int64_t end) {
                Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
                const Backward own = lay_out_work(pieces);

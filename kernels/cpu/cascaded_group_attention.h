@@ -1,7 +1,7 @@
 // Cascaded group attention on the CPU. A window stays in one thread's cache from its input to its output.
 #pragma once
 
-#include "../cascaded_group_attention.h"
+#include "../params/cascaded_group_attention.h"
 #include "parallel.h"
 #include "project_tokens.h"
 #include "softmax_attention.h"
@@ -10,11 +10,11 @@ namespace effattn::cpu {
 
 // `projection`: what follows in the networks, relu and a 1x1 convolution; or null, and out has the channels
 // of x.
-void cascaded_group_attention(const CascadedGroupAttention& problem, const ProjectionWeights* projection,
+void cascaded_group_attention(const CascadeParams& problem, const ProjectionWeights* projection,
                               const Parallel& parallel);
-inline void cascaded_group_attention(const CascadedGroupAttention& problem, const Parallel& parallel) {
+inline void cascaded_group_attention(const CascadeParams& problem, const Parallel& parallel) {
   cascaded_group_attention(problem, nullptr, parallel);
 }
-void cascaded_group_attention_backward(const CascadedGroupAttention& problem, const Parallel& parallel);
+void cascaded_group_attention_backward(const CascadeParams& problem, const Parallel& parallel);
 
 }  // namespace effattn::cpu

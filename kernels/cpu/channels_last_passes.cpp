@@ -265,8 +265,8 @@ struct Between {
     const float exact =
         (static_cast<float>(at) + 0.5f) * static_cast<float>(size) / static_cast<float>(out_size) - 0.5f;
     const float inside = exact > 0.0f ? exact : 0.0f;
-    first = smaller(static_cast<int64_t>(inside), size - 1);
-    second = smaller(first + 1, size - 1);
+    first = min(static_cast<int64_t>(inside), size - 1);
+    second = min(first + 1, size - 1);
     weight = inside - static_cast<float>(first);
   }
 };

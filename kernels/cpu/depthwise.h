@@ -1,7 +1,7 @@
 // Depthwise k x k convolution of one channel and its gradient, on rows of float between zeros.
 #pragma once
 
-#include "../sizes.h"
+#include "../params/sizes.h"
 #include "simd.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
@@ -55,7 +55,7 @@ __attribute__((noinline)) void depthwise_block(float* out, int64_t out_stride, c
     EFFATTN_UNROLL
     for (int v = 0; v < V; ++v) {
       const float* const at = out + r * out_stride + v * kLanes;
-      acc[0][r][v] = Add ? load_first(at, smaller(cols - v * kLanes, kLanes)) : broadcast(bias);
+      acc[0][r][v] = Add ? load_first(at, min(cols - v * kLanes, kLanes)) : broadcast(bias);
     }
   }
   const auto column_of_weights = [&](int j, Vec(&sums)[R][V]) __attribute__((always_inline)) {
@@ -88,7 +88,7 @@ __attribute__((noinline)) void depthwise_block(float* out, int64_t out_stride, c
       Vec total = acc[0][r][v];
       EFFATTN_UNROLL
       for (int c = 1; c < kChains; ++c) total += acc[c][r][v];
-      store_first(out + r * out_stride + v * kLanes, total, smaller(cols - v * kLanes, kLanes));
+      store_first(out + r * out_stride + v * kLanes, total, min(cols - v * kLanes, kLanes));
     }
   }
 }
@@ -159,7 +159,7 @@ __attribute__((noinline)) void depthwise_weight_block(Vec* sums, const float* gr
     for (int64_t x = 0; x < width; x += kLanes) {
       Vec g[R];
       EFFATTN_UNROLL
-      for (int r = 0; r < R; ++r) g[r] = load_first(grad + r * grad_stride + x, smaller(width - x, kLanes));
+      for (int r = 0; r < R; ++r) g[r] = load_first(grad + r * grad_stride + x, min(width - x, kLanes));
       const float* at = in + x + j;
       EFFATTN_UNROLL
       for (int row = 0; row < R + K - 1; ++row, at += in_stride) {

@@ -33,7 +33,7 @@ class FeaturesOf {
         const Image from = channels_from(dtype_, image_, b, first);
         // A row a channel: the pass's channels are our tokens.
         passes.load(dtype_, {from.data, 0, from.token_stride, from.channel_stride},
-                    smaller(kChannels, channels_ - first), tokens_,
+                    min(kChannels, channels_ - first), tokens_,
                     {memory + (b * channels_ + first) * stride_, stride_});
       }
     });

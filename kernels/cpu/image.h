@@ -1,7 +1,7 @@
 // Parts of images.
 #pragma once
 
-#include "../image.h"
+#include "../params/image.h"
 
 namespace effattn::cpu {
 

@@ -15,15 +15,16 @@ constexpr int kParts = 3;  // q, k and v
 // A thread at work on one head after the other.
 struct Head {
   const LiteMLA& problem;
-  const MultiScale& p;
+  const MultiScaleParams& p;
   const ChannelsLastPasses& passes;
   const Call& call;
   const int64_t d, tokens, stride;  // of a part, and of a row of parts
   Rows<float> qkv_weight;
   float *qkv_bias, *sums, *attention_memory;
-  float *taps[MultiScale::kMaxScales][kParts], *mix[MultiScale::kMaxScales][kParts];
-  float *tap_bias[MultiScale::kMaxScales][kParts], *mix_bias[MultiScale::kMaxScales][kParts];
-  Rows<float> slots[1 + MultiScale::kMaxScales];  // tokens of q, k and v: of qkv itself and of every scale
+  float *taps[MultiScaleParams::kMaxScales][kParts], *mix[MultiScaleParams::kMaxScales][kParts];
+  float *tap_bias[MultiScaleParams::kMaxScales][kParts], *mix_bias[MultiScaleParams::kMaxScales][kParts];
+  Rows<float>
+      slots[1 + MultiScaleParams::kMaxScales];  // tokens of q, k and v: of qkv itself and of every scale
   Rows<float> mixed;
   PaddedImage padded;
 
@@ -55,7 +56,7 @@ struct Head {
 
   // What the constructor takes.
   static int64_t floats(const LiteMLA& whole, const Call& call) {
-    const MultiScale& p = whole.attention;
+    const MultiScaleParams& p = whole.attention;
     const int64_t d = round_up(p.head_dim, kWholeVectors), border = largest_border(p);
     int64_t floats = (whole.in_channels + 1 + (1 + p.scales) * p.tokens()) * kParts * d + p.tokens() * d +
                      round_up(call.sums_size(), kWholeVectors) + call.attention_floats() +
@@ -110,7 +111,7 @@ struct Head {
   // out: the tokens of all heads.
   void attend(int64_t head, const Rows<float>& out) const {
     for (int s = 0; s <= p.scales; ++s) {
-      ReluLinearAttention group = call.heads_of(tokens);
+      LinearAttentionParams group = call.heads_of(tokens);
       float* const of_part = slots[s].data;
       group.q = {of_part, nullptr, stride, 1};
       group.k = {of_part + d, nullptr, stride, 1};
@@ -125,11 +126,11 @@ struct Head {
 }  // namespace
 
 void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
-  const MultiScale& p = problem.attention;
+  const MultiScaleParams& p = problem.attention;
   const int64_t tokens = p.tokens(), attended = p.all_heads() * p.head_dim;
   if (p.batch * tokens * problem.out_channels == 0) return;
   const Call call(p);
-  const auto work = [&](int64_t outputs, int64_t inputs) { return larger(1, outputs * inputs * tokens); };
+  const auto work = [&](int64_t outputs, int64_t inputs) { return max(1, outputs * inputs * tokens); };
 
   const FeaturesOf x(p.dtype, problem.x, p.batch, problem.in_channels, tokens);
   const int64_t stride = round_up(attended, kWholeVectors) + kWholeVectors;  // rows in different cache sets

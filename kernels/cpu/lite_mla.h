@@ -9,7 +9,7 @@
 namespace effattn::cpu {
 
 struct LiteMLA {
-  MultiScale attention;  // its images are not looked at
+  MultiScaleParams attention;  // its images are not looked at
   int64_t in_channels, out_channels;
   const float *qkv_weight, *qkv_bias;    // (3 * heads * head_dim, in_channels); bias or null
   const float *proj_weight, *proj_bias;  // (out_channels, all heads * head_dim)

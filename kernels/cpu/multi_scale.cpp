@@ -14,7 +14,7 @@ namespace {
 // The gradients of all weights, once for each image of the batch, so that threads never add to the same.
 class WeightGradients {
  public:
-  explicit WeightGradients(const MultiScale& p) : p_(p), channels_(3 * p.heads * p.head_dim) {
+  explicit WeightGradients(const MultiScaleParams& p) : p_(p), channels_(3 * p.heads * p.head_dim) {
     for (int s = 0; s < p.scales; ++s) for_parts(s, [&](float*, int64_t count) { floats_ += count; });
     memory_ = aligned_floats(p.batch * floats_);
     clear(memory_.get(), p.batch * floats_);
@@ -59,14 +59,14 @@ class WeightGradients {
     f(to.pointwise_bias, to.pointwise_bias == nullptr ? 0 : channels_);
   }
 
-  const MultiScale& p_;
+  const MultiScaleParams& p_;
   int64_t channels_, floats_ = 0;
   Floats memory_;
 };
 
 }  // namespace
 
-MultiScalePlan plan(const MultiScale& p) {
+MultiScalePlan plan(const MultiScaleParams& p) {
   const Call call(p);
   MultiScalePlan plan;
   plan.rows = call.rows;
@@ -78,7 +78,7 @@ MultiScalePlan plan(const MultiScale& p) {
 
 // --- aggregation alone ---------------------------------------------------------------------------
 
-void aggregate(const MultiScale& p, const Parallel& parallel) {
+void aggregate(const MultiScaleParams& p, const Parallel& parallel) {
   const int64_t groups = 3 * p.heads, units = p.batch * (1 + p.scales) * groups;
   if (units * p.tokens() * p.head_dim == 0) return;
   const Call call(p);
@@ -106,13 +106,13 @@ void aggregate(const MultiScale& p, const Parallel& parallel) {
            });
 }
 
-void aggregate_backward(const MultiScale& p, const Parallel& parallel) {
+void aggregate_backward(const MultiScaleParams& p, const Parallel& parallel) {
   const int64_t groups = 3 * p.heads;
   const WeightGradients weights(p);
   if (p.batch * groups * p.tokens() * p.head_dim > 0) {
     const Call call(p);
     const int64_t plane = call.plane_floats();
-    parallel(p.batch * groups, larger(kMinWorkPerThread, aggregation_work(p, p.head_dim)),
+    parallel(p.batch * groups, max(kMinWorkPerThread, aggregation_work(p, p.head_dim)),
              [&](int64_t begin, int64_t end) {
                Carver memory{thread_scratch(call.aggregate_backward_floats())};
                const Worker worker(call, memory);
@@ -165,10 +165,10 @@ namespace {
 struct OwnHeads {
   int64_t sizes[2];
   int64_t qkv_strides[2], out_strides[2];
-  ReluLinearAttention problem;
+  LinearAttentionParams problem;
 
   OwnHeads(const Call& call) {
-    const MultiScale& p = call.p;
+    const MultiScaleParams& p = call.p;
     const int64_t d = p.head_dim;
     sizes[0] = p.batch;
     sizes[1] = p.heads;
@@ -192,7 +192,7 @@ struct OwnHeads {
 
 }  // namespace
 
-void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
+void attend(const MultiScaleParams& p, float* sums, const Parallel& parallel) {
   const int64_t groups = p.batch * p.all_heads();
   if (groups * p.tokens() * p.head_dim == 0) {
     if (sums != nullptr) clear(sums, groups * p.head_dim * (p.head_dim + 1));
@@ -201,8 +201,8 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
   const Call call(p);
   const OwnHeads own(call);
   const ReluLinearAttentionPasses& own_passes = relu_linear_attention_passes(active_isa(), p.dtype);
-  const int64_t work = aggregation_work(p, 3 * p.head_dim) / larger(1, p.scales) +
-                       2 * p.tokens() * p.head_dim * (p.head_dim + 1);
+  const int64_t work =
+      aggregation_work(p, 3 * p.head_dim) / max(1, p.scales) + 2 * p.tokens() * p.head_dim * (p.head_dim + 1);
   const Schedule schedule{groups,           p.tokens(),           p.tokens(), call.strip,
                           call.sums_size(), call.attend_floats(), work};
   // The same range of the problem of qkv's own heads.
@@ -230,7 +230,7 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
         const Plane<float> v{memory.floats(call.tile_floats()), call.strip_stride};
         worker.aggregate(scale, batch, 3 * head + 1, first, rows, k);
         worker.aggregate(scale, batch, 3 * head + 2, first, rows, v);
-        ReluLinearAttention problem = call.heads_of(r.end - r.begin);
+        LinearAttentionParams problem = call.heads_of(r.end - r.begin);
         problem.k = operand(k, 0);
         problem.v = operand(v, 0);
         call.attention.sum_keys(problem, {0, 0, r.end - r.begin}, call.tile, part, worker.attention_memory);
@@ -251,7 +251,7 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
         for_strips(call, r.begin, r.end, [&](int64_t first, int64_t rows) {
           const int64_t token = first * p.width, tokens = rows * p.width;
           worker.aggregate(scale, batch, 3 * head, first, rows, q);
-          ReluLinearAttention problem = call.heads_of(tokens);
+          LinearAttentionParams problem = call.heads_of(tokens);
           problem.q = operand(q, 0);
           if (p.dtype == DType::kFloat32) {
             problem.out = {static_cast<float*>(to.data) + token * to.token_stride, nullptr, to.token_stride,
@@ -265,13 +265,13 @@ void attend(const MultiScale& p, float* sums, const Parallel& parallel) {
       });
 }
 
-void attend_backward(const MultiScale& p, const float* sums, const Parallel& parallel) {
+void attend_backward(const MultiScaleParams& p, const float* sums, const Parallel& parallel) {
   const WeightGradients weights(p);
   const int64_t units = p.batch * p.heads, d = p.head_dim;
   if (units * p.tokens() * d > 0) {
     const Call call(p);
     const int64_t stride = call.plane_stride(), size = call.sums_size();
-    parallel(units, larger(kMinWorkPerThread, aggregation_work(p, 3 * d)), [&](int64_t begin, int64_t end) {
+    parallel(units, max(kMinWorkPerThread, aggregation_work(p, 3 * d)), [&](int64_t begin, int64_t end) {
       Carver memory{thread_scratch(call.attend_backward_floats())};
       const Worker worker(call, memory);
       const auto tile = [&] { return Plane<float>{memory.floats(call.tile_floats()), call.strip_stride}; };
@@ -324,7 +324,7 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
           clear(grad_sums, size);
           for_strips(call, 0, p.tokens(), [&](int64_t first, int64_t rows) {
             const int64_t token = first * p.width, tokens = rows * p.width;
-            ReluLinearAttention problem = call.heads_of(tokens);
+            LinearAttentionParams problem = call.heads_of(tokens);
             problem.grad_out = operand(grad_out, token);
             if (slot == 0) {
               problem.q = operand(part_of(in, 0), token);
@@ -341,7 +341,7 @@ void attend_backward(const MultiScale& p, const float* sums, const Parallel& par
           });
           for_strips(call, 0, p.tokens(), [&](int64_t first, int64_t rows) {
             const int64_t token = first * p.width, tokens = rows * p.width;
-            ReluLinearAttention problem = call.heads_of(tokens);
+            LinearAttentionParams problem = call.heads_of(tokens);
             if (slot == 0) {
               problem.k = operand(part_of(in, 1), token);
               problem.v = operand(part_of(in, 2), token);

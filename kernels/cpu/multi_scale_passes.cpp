@@ -14,13 +14,13 @@ using Gradients = ScaleWeights<float>;
 using In = Plane<const float>;
 using Out = Plane<float>;
 
-int64_t largest_kernel(const MultiScale& p) {
+int64_t largest_kernel(const MultiScaleParams& p) {
   int64_t kernel = 1;
-  for (int s = 0; s < p.scales; ++s) kernel = larger(kernel, p.kernels[s]);
+  for (int s = 0; s < p.scales; ++s) kernel = max(kernel, p.kernels[s]);
   return kernel;
 }
 
-int64_t scratch_floats(const MultiScale& p, int64_t rows) {
+int64_t scratch_floats(const MultiScaleParams& p, int64_t rows) {
   const int64_t kernel = largest_kernel(p), d = padded(p.head_dim);
   const int64_t pieces[] = {
       2 * PaddedRows::floats(rows + kernel - 1, p.width, kernel / 2),  // of the input and of a gradient
@@ -32,7 +32,7 @@ int64_t scratch_floats(const MultiScale& p, int64_t rows) {
   return total;
 }
 
-Scratch scratch_of(const MultiScale& p, int64_t rows, float* memory) {
+Scratch scratch_of(const MultiScaleParams& p, int64_t rows, float* memory) {
   return {memory, scratch_floats(p, rows)};
 }
 
@@ -52,8 +52,8 @@ void store_plane(DType dtype, const Image& image, int64_t token, int64_t tokens,
 
 float bias_of(const float* biases, int64_t channel) { return biases == nullptr ? 0.0f : biases[channel]; }
 
-void depthwise_pass(const MultiScale& p, int64_t kernel, const Weights& scale, int64_t first, int64_t rows,
-                    const In& in, const Out& mixed, float* memory) {
+void depthwise_pass(const MultiScaleParams& p, int64_t kernel, const Weights& scale, int64_t first,
+                    int64_t rows, const In& in, const Out& mixed, float* memory) {
   Scratch scratch = scratch_of(p, rows, memory);
   const int64_t border = kernel / 2, padded_rows = rows + 2 * border;
   const int64_t line_floats = PaddedRows::floats(padded_rows, p.width, border);
@@ -84,7 +84,7 @@ void with_edge(float* out, int64_t row_stride, const float* biases, const F& f) 
   }
 }
 
-void pointwise_pass(const MultiScale& p, const Weights& scale, int64_t tokens, const In& mixed,
+void pointwise_pass(const MultiScaleParams& p, const Weights& scale, int64_t tokens, const In& mixed,
                     const Out& out, float* memory) {
   Scratch scratch = scratch_of(p, 0, memory);
   const int64_t d = p.head_dim;
@@ -100,8 +100,8 @@ void pointwise_pass(const MultiScale& p, const Weights& scale, int64_t tokens, c
 
 // --- backward -------------------------------------------------------------------------------------------
 
-void pointwise_backward(const MultiScale& p, const Weights& scale, const Gradients& gradients, int64_t tokens,
-                        const In& mixed, const In& grad_out, const Out& grad_mixed, float*) {
+void pointwise_backward(const MultiScaleParams& p, const Weights& scale, const Gradients& gradients,
+                        int64_t tokens, const In& mixed, const In& grad_out, const Out& grad_mixed, float*) {
   const int64_t d = p.head_dim;
   Fetch fetch;
   product(d, tokens, RowsAdjacent{scale.pointwise, d}, Vectors<>{grad_out.data, grad_out.stride}, d,
@@ -114,7 +114,7 @@ void pointwise_backward(const MultiScale& p, const Weights& scale, const Gradien
   }
 }
 
-void depthwise_backward(const MultiScale& p, int64_t kernel, int64_t rows_at_once, const Weights& scale,
+void depthwise_backward(const MultiScaleParams& p, int64_t kernel, int64_t rows_at_once, const Weights& scale,
                         const Gradients& gradients, const In& in, const In& grad_mixed, const Out& grad_in,
                         float* memory) {
   Scratch scratch = scratch_of(p, rows_at_once, memory);
@@ -132,7 +132,7 @@ void depthwise_backward(const MultiScale& p, int64_t kernel, int64_t rows_at_onc
     const float* const in_plane = in.data + c * in.stride;
     const float* const grad_plane = grad_mixed.data + c * grad_mixed.stride;
     for (int64_t first = 0; first < p.height; first += rows_at_once) {
-      const int64_t rows = smaller(rows_at_once, p.height - first);
+      const int64_t rows = min(rows_at_once, p.height - first);
       grads.fill(grad_plane, first - border, rows + 2 * border, p.height, p.width);
       depthwise<true>(kernel, rows, grad_in.data + c * grad_in.stride + first * p.width, p.width, grads,
                       flipped, 0.0f, p.width);

@@ -14,15 +14,15 @@ constexpr int64_t kPadding = 32;        // floats behind a row, for whole vector
 
 inline int64_t row_stride(int64_t tokens) { return round_up(tokens, 16) + kPadding; }
 
-inline int64_t strip_rows(const MultiScale& p) {
-  int64_t rows = larger(kMinRows, kStripTokens / larger(1, p.width));
+inline int64_t strip_rows(const MultiScaleParams& p) {
+  int64_t rows = max(kMinRows, kStripTokens / max(1, p.width));
   if (rows > kRowsOfABlock) rows = rows / kRowsOfABlock * kRowsOfABlock;
-  return smaller(rows, larger(1, p.height));
+  return min(rows, max(1, p.height));
 }
 
-inline int64_t largest_border(const MultiScale& p) {
+inline int64_t largest_border(const MultiScaleParams& p) {
   int64_t border = 0;
-  for (int s = 0; s < p.scales; ++s) border = larger(border, p.kernels[s] / 2);
+  for (int s = 0; s < p.scales; ++s) border = max(border, p.kernels[s] / 2);
   return border;
 }
 
@@ -36,11 +36,11 @@ inline ScaleWeights<Float> of_group(const ScaleWeights<Float>& w, int64_t kernel
           w.pointwise_bias == nullptr ? nullptr : w.pointwise_bias + c};
 }
 
-inline Image channels_from(const MultiScale& p, const Image& image, int64_t batch, int64_t channel) {
+inline Image channels_from(const MultiScaleParams& p, const Image& image, int64_t batch, int64_t channel) {
   return channels_from(p.dtype, image, batch, channel);
 }
 
-inline bool is_plane(const MultiScale& p, const Image& image) {
+inline bool is_plane(const MultiScaleParams& p, const Image& image) {
   return p.dtype == DType::kFloat32 && image.token_stride == 1;
 }
 
@@ -50,12 +50,12 @@ inline Operand operand(const Plane<float>& plane, int64_t token) {
 
 // What stays the same for a call, whichever the thread.
 struct Call {
-  const MultiScale& p;
+  const MultiScaleParams& p;
   const MultiScalePasses& passes;
   const ReluLinearAttentionPasses& attention;  // of planes, in float
   int64_t rows, strip, strip_stride, tile;
 
-  explicit Call(const MultiScale& problem)
+  explicit Call(const MultiScaleParams& problem)
       : p(problem),
         passes(multi_scale_passes(active_isa())),
         attention(relu_linear_attention_passes(active_isa(), DType::kFloat32)),
@@ -65,8 +65,8 @@ struct Call {
         tile(cpu::plan(heads_of(problem.tokens()), active_isa()).tile) {}
 
   // One head, or several of them, of `tokens` tokens.
-  ReluLinearAttention heads_of(int64_t tokens) const {
-    ReluLinearAttention heads{};
+  LinearAttentionParams heads_of(int64_t tokens) const {
+    LinearAttentionParams heads{};
     heads.dtype = DType::kFloat32;
     heads.groups = 1;
     heads.queries = heads.keys = tokens;
@@ -124,28 +124,28 @@ struct Worker {
   // The channels of a group in float, as if from the image's first token on; those of the strip and of the
   // rows around it are there.
   Plane<const float> source(const Image& image, int64_t first, int64_t strip_rows, int64_t border) const {
-    const MultiScale& p = call.p;
+    const MultiScaleParams& p = call.p;
     if (is_plane(p, image)) return {static_cast<const float*>(image.data), image.channel_stride};
-    const int64_t from = larger(0, first - border), to = smaller(p.height, first + strip_rows + border);
+    const int64_t from = max(0, first - border), to = min(p.height, first + strip_rows + border);
     const Plane<float> plane{source_memory, call.source_stride()};
     call.passes.load(p.dtype, image, from * p.width, (to - from) * p.width, p.head_dim, plane);
     return {plane.data - from * p.width, plane.stride};
   }
   void convolve(int scale, int64_t group, const Plane<const float>& in, int64_t first, int64_t strip_rows,
                 const Plane<float>& to) const {
-    const MultiScale& p = call.p;
+    const MultiScaleParams& p = call.p;
     call.passes.depthwise(p, p.kernels[scale],
                           of_group(p.weights[scale], p.kernels[scale], p.head_dim, group), first, strip_rows,
                           in, to, pass_memory);
   }
   void mix(int scale, int64_t group, int64_t tokens, const Plane<float>& from, const Plane<float>& to) const {
-    const MultiScale& p = call.p;
+    const MultiScaleParams& p = call.p;
     call.passes.pointwise(p, of_group(p.weights[scale], p.kernels[scale], p.head_dim, group), tokens,
                           {from.data, from.stride}, to, pass_memory);
   }
   void aggregate(int scale, int64_t batch, int64_t group, int64_t first, int64_t strip_rows,
                  const Plane<float>& to) const {
-    const MultiScale& p = call.p;
+    const MultiScaleParams& p = call.p;
     const Image image = channels_from(p, p.qkv, batch, group * p.head_dim);
     convolve(scale, group, source(image, first, strip_rows, p.kernels[scale] / 2), first, strip_rows, mixed);
     mix(scale, group, strip_rows * p.width, mixed, to);
@@ -157,14 +157,14 @@ template <class F>
 inline void for_strips(const Call& call, int64_t begin, int64_t end, const F& f) {
   const int64_t width = call.p.width;
   for (int64_t at = begin; at < end; at += call.strip) {
-    f(at / width, (smaller(end, at + call.strip) - at) / width);
+    f(at / width, (min(end, at + call.strip) - at) / width);
   }
 }
 
-inline int64_t aggregation_work(const MultiScale& p, int64_t channels) {
+inline int64_t aggregation_work(const MultiScaleParams& p, int64_t channels) {
   int64_t work = 0;
   for (int s = 0; s < p.scales; ++s) work += p.kernels[s] * p.kernels[s] + p.head_dim;
-  return larger(1, channels * p.tokens() * work);
+  return max(1, channels * p.tokens() * work);
 }
 
 }  // namespace effattn::cpu

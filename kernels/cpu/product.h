@@ -58,7 +58,7 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors<T, Relu> b, int6
   int64_t groups = depth / kSteps;
   while (groups > 0 && fetch.lines() > 0) {
     const char* at = fetch.at();
-    const int64_t n = smaller(groups, (fetch.lines() + kFetched - 1) / kFetched);
+    const int64_t n = min(groups, (fetch.lines() + kFetched - 1) / kFetched);
     for (int64_t i = 0; i < n; ++i, at += kFetched * Fetch::kLineBytes) {
       EFFATTN_UNROLL
       for (int l = 0; l < kFetched; ++l) __builtin_prefetch(at + l * Fetch::kLineBytes, 0, 2);
@@ -117,7 +117,7 @@ inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, i
   for (int64_t col = 0, width; col < cols; col += width * kLanes) {
     const int64_t vectors = (cols - col + kLanes - 1) / kLanes;
     // Four are two and two: a single vector has too few sums under way to hide the latency of an addition.
-    width = vectors == 4 ? 2 : smaller(vectors, 3);
+    width = vectors == 4 ? 2 : min(vectors, 3);
     if (width == 3) {
       product_rows<Rows, 3>(0, rows, a, b, depth, col, edge, fetch);
     } else if (width == 2) {

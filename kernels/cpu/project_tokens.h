@@ -38,16 +38,16 @@ void project_blocks(int64_t batch, int64_t tokens, const ProjectionWeights& weig
     float* const own_bias = tile.data + tokens * kChannels;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit / batch * kChannels, b = unit % batch;
-      const int64_t channels = smaller(kChannels, outputs - first);
+      const int64_t channels = min(kChannels, outputs - first);
       const float* const of_block = weights.data + first * inputs;
       if (unit == begin || b == 0) {
         if (!weights.packed) passes.transpose(of_block, channels, inputs, transposed);
         copy_bias(weights.bias == nullptr ? nullptr : weights.bias + first, channels, kChannels, own_bias);
       }
       const Rows<const float> matrix{weights.packed ? of_block : transposed.data, kChannels};
-      const int64_t next = smaller(first + kChannels, outputs);
+      const int64_t next = min(first + kChannels, outputs);
       const Coming coming{weights.data + next * inputs,
-                          unit + 1 < end ? smaller(kChannels, outputs - next) * inputs : 0};
+                          unit + 1 < end ? min(kChannels, outputs - next) * inputs : 0};
       const Rows<float> to = where(b, first, tile);
       passes.project(tokens, inputs, kChannels, features(b), matrix, own_bias, to, coming);
       use(b, first, channels, to);

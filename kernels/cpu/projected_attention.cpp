@@ -97,7 +97,7 @@ struct Call {
       float* const rows = thread_scratch<Purpose::kProjection>(tokens * kPackedOutputs);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / blocks, first = unit % blocks * kPackedOutputs;
-        const int64_t channels = smaller(kPackedOutputs, p.channels - first);
+        const int64_t channels = min(kPackedOutputs, p.channels - first);
         if (channels < kPackedOutputs) clear(rows, tokens * kPackedOutputs);
         passes.load(p.dtype, channels_from(p.dtype, p.x, b, first), tokens, channels, {rows, kPackedOutputs});
         convolve(p.halving, first, {rows, kPackedOutputs}, p.x_size, true, halved.of(b, first));
@@ -154,7 +154,7 @@ struct Call {
 
   void attend(const Parallel& parallel) const {
     const SoftmaxHeads& all = p.heads;
-    const int64_t parts = all.talk() ? larger(1, all.queries / kQueries) : all.heads;
+    const int64_t parts = all.talk() ? max(1, all.queries / kQueries) : all.heads;
     const int64_t channels = all.head_dim + all.value_dim + 20 + (all.talk() ? 2 * all.heads : 0);
     const int64_t work = all.heads * all.queries * all.keys * channels / parts;
     parallel(p.batch * parts, work, [&](int64_t begin, int64_t end) {

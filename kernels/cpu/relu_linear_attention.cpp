@@ -13,7 +13,7 @@ constexpr int64_t kChunk = 2048;   // long enough to hide the cost of adding par
 
 // One leading dimension where the strides of all operands allow it, as they do for a tensor cut into heads:
 // finding a group is a multiplication then.
-ReluLinearAttention with_leads_merged(ReluLinearAttention p) {
+LinearAttentionParams with_leads_merged(LinearAttentionParams p) {
   Operand* const operands[] = {&p.q, &p.k, &p.v, &p.out, &p.grad_out, &p.grad_q, &p.grad_k, &p.grad_v};
   int last = p.lead_rank - 1;
   while (last > 0 && p.lead_sizes[last] == 1) --last;
@@ -32,7 +32,7 @@ ReluLinearAttention with_leads_merged(ReluLinearAttention p) {
   return p;
 }
 
-Schedule schedule(const ReluLinearAttention& p, const ReluLinearAttentionPlan& plan, int64_t reduced_tokens,
+Schedule schedule(const LinearAttentionParams& p, const ReluLinearAttentionPlan& plan, int64_t reduced_tokens,
                   int64_t used_tokens) {
   const int64_t work = (reduced_tokens + used_tokens + 1) * (p.head_dim + 1) * (p.value_dim + 1);
   return {p.groups, reduced_tokens, used_tokens, plan.chunk, p.sums_size(), plan.scratch_floats, work};
@@ -40,16 +40,16 @@ Schedule schedule(const ReluLinearAttention& p, const ReluLinearAttentionPlan& p
 
 }  // namespace
 
-ReluLinearAttentionPlan plan(const ReluLinearAttention& p, Isa isa) {
+ReluLinearAttentionPlan plan(const LinearAttentionParams& p, Isa isa) {
   ReluLinearAttentionPlan plan;
   const int64_t lanes = info(isa).lanes;
-  plan.tile = smaller(kMaxTile, kTileFloats / larger(1, p.head_dim + p.value_dim)) / lanes * lanes;
-  plan.tile = larger(plan.tile, lanes);
-  plan.tile = smaller(plan.tile, larger(1, ceil_div(larger(p.queries, p.keys), lanes)) * lanes);
+  plan.tile = min(kMaxTile, kTileFloats / max(1, p.head_dim + p.value_dim)) / lanes * lanes;
+  plan.tile = max(plan.tile, lanes);
+  plan.tile = min(plan.tile, max(1, ceil_div(max(p.queries, p.keys), lanes)) * lanes);
   plan.chunk = kChunk;
   plan.scratch_floats =
       relu_linear_attention_passes(isa, p.dtype).scratch_floats(p.head_dim, p.value_dim, plan.tile);
-  plan.partial_floats = p.groups * ceil_div(larger(p.queries, p.keys), plan.chunk) * p.sums_size();
+  plan.partial_floats = p.groups * ceil_div(max(p.queries, p.keys), plan.chunk) * p.sums_size();
   const int64_t matrix = p.head_dim * (p.value_dim + 1);
   plan.flops_forward = 2 * p.groups * (p.queries + p.keys) * matrix;
   plan.flops_backward = 2 * plan.flops_forward;
@@ -61,9 +61,9 @@ ReluLinearAttentionPlan plan(const ReluLinearAttention& p, Isa isa) {
   return plan;
 }
 
-void forward(const ReluLinearAttention& problem, float* sums, const Parallel& parallel) {
+void forward(const LinearAttentionParams& problem, float* sums, const Parallel& parallel) {
   if (sums == nullptr && (problem.queries == 0 || problem.value_dim == 0)) return;
-  const ReluLinearAttention p = with_leads_merged(problem);
+  const LinearAttentionParams p = with_leads_merged(problem);
   const Isa isa = active_isa();
   const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
   const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
@@ -77,8 +77,8 @@ void forward(const ReluLinearAttention& problem, float* sums, const Parallel& pa
       });
 }
 
-void backward(const ReluLinearAttention& problem, const float* sums, const Parallel& parallel) {
-  const ReluLinearAttention p = with_leads_merged(problem);
+void backward(const LinearAttentionParams& problem, const float* sums, const Parallel& parallel) {
+  const LinearAttentionParams p = with_leads_merged(problem);
   const Isa isa = active_isa();
   const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
   const ReluLinearAttentionPlan plan = cpu::plan(p, isa);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../relu_linear_attention.h"
+#include "../params/relu_linear_attention.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -21,13 +21,13 @@ struct ReluLinearAttentionPlan {
   int64_t minimum_bytes_backward;
 };
 
-EFFATTN_EXPORT ReluLinearAttentionPlan plan(const ReluLinearAttention& problem, Isa isa);
+EFFATTN_EXPORT ReluLinearAttentionPlan plan(const LinearAttentionParams& problem, Isa isa);
 
 // `sums`: groups x (value_dim + 1, head_dim) floats to keep for the backward pass, or null.
-void forward(const ReluLinearAttention& problem, float* sums, const Parallel& parallel);
+void forward(const LinearAttentionParams& problem, float* sums, const Parallel& parallel);
 
 // `sums`: those of the forward pass.
-void backward(const ReluLinearAttention& problem, const float* sums, const Parallel& parallel);
+void backward(const LinearAttentionParams& problem, const float* sums, const Parallel& parallel);
 
 // --- what each instruction set provides -------------------------------------------------------------
 
@@ -44,15 +44,15 @@ struct Range {
 struct ReluLinearAttentionPasses {
   int64_t (*scratch_floats)(int64_t head_dim, int64_t value_dim, int64_t tile);
   // Writes the sums of a range of keys.
-  void (*sum_keys)(const ReluLinearAttention&, const Range&, int64_t tile, float* sums, float* scratch);
+  void (*sum_keys)(const LinearAttentionParams&, const Range&, int64_t tile, float* sums, float* scratch);
   // Writes out for a range of queries.
-  void (*apply_queries)(const ReluLinearAttention&, const Range&, int64_t tile, const float* sums,
+  void (*apply_queries)(const LinearAttentionParams&, const Range&, int64_t tile, const float* sums,
                         float* scratch);
   // Writes grad_q for a range of queries and their share of the gradient of the sums.
-  void (*grad_queries)(const ReluLinearAttention&, const Range&, int64_t tile, const float* sums,
+  void (*grad_queries)(const LinearAttentionParams&, const Range&, int64_t tile, const float* sums,
                        float* grad_sums, float* scratch);
   // Writes grad_k and grad_v for a range of keys.
-  void (*grad_keys)(const ReluLinearAttention&, const Range&, int64_t tile, const float* grad_sums,
+  void (*grad_keys)(const LinearAttentionParams&, const Range&, int64_t tile, const float* grad_sums,
                     float* scratch);
 };
 

@@ -14,7 +14,7 @@
 namespace effattn::cpu::EFFATTN_ISA {
 namespace {
 
-using Problem = ReluLinearAttention;
+using Problem = LinearAttentionParams;
 
 template <class T>
 Place<T> place(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
@@ -404,7 +404,7 @@ Fetch fetch_ahead(const Problem& p, const Traffic& pass, const Traffic& other_pa
   const auto add_tile = [&](const Traffic& traffic, int64_t group, int64_t token, int64_t end) {
     for (const auto& [operand, channels] : traffic.tensors) {
       if (operand == nullptr) break;
-      fetch.add(place<T>(p, p.*operand, group, token), smaller(tile_tokens, end - token), p.*channels);
+      fetch.add(place<T>(p, p.*operand, group, token), min(tile_tokens, end - token), p.*channels);
     }
   };
   if (at < range.end) {
@@ -427,7 +427,7 @@ void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* 
   const Tile k = scratch.tile(tile_tokens, p.head_dim, false);
   const Tile v = scratch.tile(tile_tokens, p.value_dim, is_channel_major(p.v));
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from_k = source<T>(p, p.k, range.group, at),
                          from_v = source<T>(p, p.v, range.group, at);
     Fetch fetch = fetch_ahead<T>(p, kSumKeys, kApplyQueries, range, at + tokens, tile_tokens);
@@ -447,7 +447,7 @@ void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, cons
   const Mixer mixer = to_value_channels(sums, scratch);
   const Tile detour = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from = source<T>(p, p.q, range.group, at);
     const Place<T> to = place<T>(p, p.out, range.group, at);
     Fetch fetch = fetch_ahead<T>(p, kApplyQueries, kSumKeys, range, at + tokens, tile_tokens);
@@ -516,7 +516,7 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
   float* inverse = scratch.floats(padded(tile_tokens));
   float* share = scratch.floats(padded(tile_tokens));
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from_q = source<T>(p, p.q, range.group, at);
     const Place<const T> from_grad = source<T>(p, p.grad_out, range.group, at);
     const Place<T> to = place<T>(p, p.grad_q, range.group, at);
@@ -579,7 +579,7 @@ void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, c
   const Tile v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   const Tile detour_v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
-    const int64_t tokens = smaller(tile_tokens, range.end - at);
+    const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from_k = source<T>(p, p.k, range.group, at),
                          from_v = source<T>(p, p.v, range.group, at);
     const Place<T> into_k = place<T>(p, p.grad_k, range.group, at);

@@ -39,7 +39,7 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
   const int64_t size = s.sums_size, groups = s.groups, scratch_floats = s.scratch_floats;
   const int64_t chunks = ceil_div(s.reduced_tokens, s.chunk), used_chunks = ceil_div(s.used_tokens, s.chunk);
   const bool balanced = groups >= 4 * parallel.threads || groups % parallel.threads == 0;
-  if (balanced || larger(chunks, used_chunks) <= 1 || groups * s.group_work < 2 * kMinWorkPerThread) {
+  if (balanced || max(chunks, used_chunks) <= 1 || groups * s.group_work < 2 * kMinWorkPerThread) {
     parallel(groups, s.group_work, [&](int64_t begin, int64_t end) {
       float* const scratch = thread_scratch(scratch_floats + 2 * size + 32);
       float* const part = scratch + scratch_floats;
@@ -48,7 +48,7 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
         float* const total = kept != nullptr ? kept + g * size : own_total;
         if (chunks == 0) clear(total, size);
         for (int64_t c = 0; c < chunks; ++c) {
-          const int64_t from = c * s.chunk, to = smaller(from + s.chunk, s.reduced_tokens);
+          const int64_t from = c * s.chunk, to = min(from + s.chunk, s.reduced_tokens);
           const bool last = to == s.reduced_tokens;
           reduce({g, from, to, last ? Next::kUse : Next::kReduce, g, last ? 0 : to}, c == 0 ? total : part,
                  scratch);
@@ -70,15 +70,12 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
   const auto range = [&](int64_t i, int64_t end, int64_t chunks_of_group, int64_t tokens,
                          Next next) -> Range {
     const int64_t from = i % chunks_of_group * s.chunk, following = i + 1;
-    return {i / chunks_of_group,
-            from,
-            smaller(from + s.chunk, tokens),
-            i + 1 < end ? next : Next::kNothing,
-            following / chunks_of_group,
-            following % chunks_of_group * s.chunk};
+    return {i / chunks_of_group,         from,
+            min(from + s.chunk, tokens), i + 1 < end ? next : Next::kNothing,
+            following / chunks_of_group, following % chunks_of_group * s.chunk};
   };
   // A chunk is worth a thread: there are so many that sums take two passes.
-  const int64_t chunk_work = larger(kMinWorkPerThread, s.group_work / larger(1, chunks + used_chunks));
+  const int64_t chunk_work = max(kMinWorkPerThread, s.group_work / max(1, chunks + used_chunks));
   parallel(groups * chunks, chunk_work, [&](int64_t begin, int64_t end) {
     float* const scratch = thread_scratch(scratch_floats);
     for (int64_t i = begin; i < end; ++i) {

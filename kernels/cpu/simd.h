@@ -18,8 +18,8 @@
 #include <arm_neon.h>
 #endif
 
-#include "../dtype.h"
-#include "../sizes.h"
+#include "../params/dtype.h"
+#include "../params/sizes.h"
 
 // Before loops over vectors of a register block: their bounds are constants, and only an unrolled block
 // stays in registers.

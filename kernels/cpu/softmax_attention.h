@@ -4,7 +4,7 @@
 // Float only, rows of channels. A block of queries has all its logits in cache at once.
 #pragma once
 
-#include "../biased_attention.h"
+#include "../params/biased_attention.h"
 #include "channels_last.h"
 
 namespace effattn::cpu {

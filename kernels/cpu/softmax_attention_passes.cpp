@@ -14,8 +14,8 @@ constexpr int64_t kBlockFloats = 32768;
 constexpr int64_t kMinQueries = 8;
 
 int64_t block_queries(const SoftmaxHeads& p) {
-  const int64_t row = larger(1, p.heads * round_up(p.keys, kWholeVectors));
-  return smaller(larger(1, p.queries), larger(kMinQueries, kBlockFloats / row));
+  const int64_t row = max(1, p.heads * round_up(p.keys, kWholeVectors));
+  return min(max(1, p.queries), max(kMinQueries, kBlockFloats / row));
 }
 
 // Rows of pairs (query, key): all heads of a block, padded with keys that nobody has.
@@ -163,7 +163,7 @@ void softmax_rows(float* data, int64_t stride, int64_t rows, int64_t keys, float
   Vec group[kLanes];
   float tops[kLanes];
   for (int64_t first = 0; first < rows; first += kLanes) {
-    const int64_t count = smaller(kLanes, rows - first);
+    const int64_t count = min(kLanes, rows - first);
     float* const block = data + first * stride;
     for (int64_t i = 0; i < kLanes; ++i) {
       Vec top = {};
@@ -209,7 +209,7 @@ void softmax_backward_rows(const float* weights, float* grad, int64_t stride, in
   Vec group[kLanes];
   float dots[kLanes];
   for (int64_t first = 0; first < rows; first += kLanes) {
-    const int64_t count = smaller(kLanes, rows - first), offset = first * stride;
+    const int64_t count = min(kLanes, rows - first), offset = first * stride;
     for (int64_t i = 0; i < kLanes; ++i) {
       Vec total = {};
       for (int64_t at = 0; at < (i < count ? stride : 0); at += kLanes) {
@@ -294,7 +294,7 @@ void forward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, const
   const int64_t block = block_queries(p), factors_stride = round_up(block, 16);
   float* const inverse = scratch.floats(p.heads * factors_stride);
   for (int64_t first = 0; first < p.queries; first += block) {
-    const int64_t rows = smaller(block, p.queries - first);
+    const int64_t rows = min(block, p.queries - first);
     logits(p, q, keys, first, rows, raw);
     if (p.talk()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, mixed);
     for (int64_t h = 0; h < p.heads; ++h) {
@@ -335,7 +335,7 @@ void backward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, cons
   clear_rows(to.k, p.heads, p.keys, p.head_dim);
   clear_rows(to.v, p.heads, p.keys, p.value_dim);
   for (int64_t first = 0; first < p.queries; first += block) {
-    const int64_t rows = smaller(block, p.queries - first);
+    const int64_t rows = min(block, p.queries - first);
     logits(p, q, keys, first, rows, raw);
     if (p.talk()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, softmax);
     for (int64_t h = 0; h < p.heads; ++h) {

@@ -2,7 +2,7 @@
 // any dtype and any strides. What float32 tensors can do without them is read in place.
 #pragma once
 
-#include "../sizes.h"
+#include "../params/sizes.h"
 #include "simd.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
@@ -98,9 +98,9 @@ inline void load_tile(const Tile& tile, Place<const T> from, int64_t tokens, int
           load_block_transposed<Relu>(dst + r * tile.row_stride, tile.row_stride, src + r, col_step);
         }
       } else {
-        const int64_t block_cols = smaller(kLanes, cols - c);
+        const int64_t block_cols = min(kLanes, cols - c);
         for (int64_t r = 0; r < rows; r += kLanes) {
-          const int64_t block_rows = smaller(kLanes, rows - r);
+          const int64_t block_rows = min(kLanes, rows - r);
           Vec block[kLanes];
           for (int i = 0; i < kLanes; ++i) {
             block[i] =
@@ -144,9 +144,9 @@ inline void store_tile(const Tile& tile, Place<T> to, int64_t tokens, int64_t ch
   } else if (row_step == 1 || rows == 1) {
     Vec block[kLanes];
     for (int64_t c = 0; c < cols; c += kLanes) {
-      const int64_t block_cols = smaller(kLanes, cols - c);
+      const int64_t block_cols = min(kLanes, cols - c);
       for (int64_t r = 0; r < rows; r += kLanes) {
-        const int64_t block_rows = smaller(kLanes, rows - r);
+        const int64_t block_rows = min(kLanes, rows - r);
         EFFATTN_UNROLL
         for (int i = 0; i < kLanes; ++i) block[i] = i < block_rows ? load(tile.row(r + i) + c) : Vec{};
         transpose(block);

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../sizes.h"
+#include "../params/sizes.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -38,7 +38,7 @@ struct Free {
 using Floats = std::unique_ptr<float, Free>;
 
 inline Floats aligned_floats(int64_t count) {
-  Floats floats(static_cast<float*>(std::aligned_alloc(64, round_up(larger(1, count) * 4, 64))));
+  Floats floats(static_cast<float*>(std::aligned_alloc(64, round_up(max(1, count) * 4, 64))));
   if (floats == nullptr) {
     throw std::runtime_error("effattn: cannot allocate " + std::to_string(4 * count) + " bytes to work in");
   }
@@ -52,7 +52,7 @@ template <Purpose = Purpose::kWork>
 inline float* thread_scratch(int64_t floats) {
   thread_local Floats memory;
   thread_local int64_t capacity = 0;
-  if (capacity < floats || capacity > larger(4 * floats, kKeptFloats)) {
+  if (capacity < floats || capacity > max(4 * floats, kKeptFloats)) {
     capacity = 0;
     memory.reset();
     memory = aligned_floats(floats);

@@ -643,7 +643,7 @@ multiply_heads(EFFATTN_PARAMETERS(Multiply) p) {
 
 // --- launches ---------------------------------------------------------------------------------------
 
-HeadsView view_of(const BiasedAttention& problem, const HeadsOperand& t) {
+HeadsView view_of(const BiasedAttentionParams& problem, const HeadsOperand& t) {
   const int64_t size = problem.dtype == DType::kFloat32 ? 4 : 2;
   uint64_t all = reinterpret_cast<uintptr_t>(t.data);
   const int64_t steps[] = {t.batch_stride, t.head_stride,
@@ -652,7 +652,7 @@ HeadsView view_of(const BiasedAttention& problem, const HeadsOperand& t) {
   return {t, all % 16 == 0 && (t.channel_stride == 1 || t.token_stride == 1) ? 16 : 0};
 }
 
-Attention attention_of(const BiasedAttention& problem, int buffers, bool is_backward,
+Attention attention_of(const BiasedAttentionParams& problem, int buffers, bool is_backward,
                        const Execution& execution) {
   const SoftmaxHeads& heads = problem.heads;
   Attention p{};
@@ -707,7 +707,7 @@ Attention attention_of(const BiasedAttention& problem, int buffers, bool is_back
   p.tiles = static_cast<int>(ceil_div(p.queries, p.rows));
   p.count = p.blocks = problem.batch * (p.heads / most(p.together, 1)) * p.tiles;
   if (p.spilled_buffers > 0) {
-    p.blocks = smaller(p.count, 2 * execution.card.multiprocessors);
+    p.blocks = min(p.count, 2 * execution.card.multiprocessors);
     p.spilled = execution.workspace(p.blocks * p.spilled_buffers * p.buffer());
   }
   return p;
@@ -717,7 +717,7 @@ Grid grid_of(const Attention& p) { return {p.blocks, kThreads, p.shared_bytes(p.
 
 }  // namespace
 
-void biased_attention(const BiasedAttention& problem, const Execution& execution) {
+void biased_attention(const BiasedAttentionParams& problem, const Execution& execution) {
   const int buffers = problem.heads.talk() ? 2 : 1;
   Attention p = attention_of(problem, buffers, false, execution);
   p.out = view_of(problem, problem.out);
@@ -727,7 +727,7 @@ void biased_attention(const BiasedAttention& problem, const Execution& execution
   });
 }
 
-void biased_attention_backward(const BiasedAttention& problem, const Execution& execution) {
+void biased_attention_backward(const BiasedAttentionParams& problem, const Execution& execution) {
   const int buffers = problem.heads.talk() ? 4 : 2;
   Attention p = attention_of(problem, buffers, true, execution);
   p.out = view_of(problem, problem.grad_out);

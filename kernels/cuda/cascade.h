@@ -1,7 +1,7 @@
 // A cascade as its kernels are given it.
 #pragma once
 
-#include "../cascaded_group_attention.h"
+#include "../params/cascaded_group_attention.h"
 #include "block.h"
 #include "execution.h"
 #include "limits.h"
@@ -55,7 +55,7 @@ struct Window {
 };
 
 // Without what depends on the kernel.
-Cascade cascade_of(const CascadedGroupAttention& problem);
+Cascade cascade_of(const CascadeParams& problem);
 
 // The forward of narrow types in small windows; false, and nothing is done, where it does not fit.
 bool cascade_of_small_windows(Cascade& p, const Execution& execution);

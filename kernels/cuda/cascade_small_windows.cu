@@ -395,7 +395,7 @@ small_windows(EFFATTN_PARAMETERS(SmallWindows) p) {
   const Cascade& c = p.of;
   const Memory memory(p);
   const int64_t window0 = block_index() * c.together;
-  const int windows = static_cast<int>(smaller(c.together, c.windows - window0));
+  const int windows = static_cast<int>(min(c.together, c.windows - window0));
   bring_piece(p, memory, 0, 0);
   bring_taps(p, memory, 0);
   // Rows and columns that nobody writes are factors of sums all the same.
@@ -435,7 +435,7 @@ bool cascade_of_small_windows(Cascade& c, const Execution& execution) {
   const int slot = c.tokens() <= 16 ? 16 : c.tokens() <= 32 ? 32 : 64;
   // More windows in a block only where all multiprocessors have one.
   const int64_t enough = ceil_div(c.windows, execution.card.multiprocessors);
-  c.together = static_cast<int>(larger(1, smaller(enough, kRows / slot)));
+  c.together = static_cast<int>(max(1, min(enough, kRows / slot)));
   SmallWindows p{c, 32, 1, 0, false};
   for (int h = 0; h < c.heads; ++h) p.most_taps = most(p.most_taps, c.kernels[h] * c.kernels[h]);
   p.query_stride = c.tokens() | 1;  // odd, or channels would meet in one bank

@@ -95,7 +95,7 @@ EFFATTN_KERNEL(kThreads, 2)
 walk(EFFATTN_PARAMETERS(Cascade) p) {
   const int tokens = p.tokens(), outputs = p.outputs();
   const int64_t window0 = block_index() * p.together;
-  const int windows = static_cast<int>(smaller(p.together, p.windows - window0)), all = windows * tokens;
+  const int windows = static_cast<int>(min(p.together, p.windows - window0)), all = windows * tokens;
   const int64_t places = static_cast<int64_t>(p.together) * tokens;
   const auto own = [&](float* of_blocks, int64_t floats) {
     return of_blocks == nullptr || kKept ? of_blocks : of_blocks + block_index() * floats;
@@ -241,7 +241,7 @@ projection_gradients(EFFATTN_PARAMETERS(WeightGradients) p) {
   const int tiles = (outputs + kTileRows - 1) / kTileRows;
   const int64_t part = block_index() / tiles, first = part * p.part_windows;
   const int row0 = static_cast<int>(block_index() % tiles) * kTileRows;
-  const int windows = static_cast<int>(smaller(p.part_windows, c.windows - first));
+  const int windows = static_cast<int>(min(p.part_windows, c.windows - first));
   const auto slot = [&](int k) { return ((first + k / tokens) * c.heads + p.head) * tokens + k % tokens; };
   products<false, false>(
       kWarps, 1, least(kTileRows, outputs - row0), c.value_dim + 1, windows * tokens,
@@ -265,7 +265,7 @@ tap_gradients(EFFATTN_PARAMETERS(WeightGradients) p) {
   const int tokens = c.tokens(), kernel = c.kernels[p.head], taps = kernel * kernel;
   const int64_t part = block_index() / c.key_dim, first = part * p.part_windows;
   const int channel = static_cast<int>(block_index() % c.key_dim);
-  const int windows = static_cast<int>(smaller(p.part_windows, c.windows - first));
+  const int windows = static_cast<int>(min(p.part_windows, c.windows - first));
   for (int tap = warp_index(); tap < taps + 1; tap += kWarps) {
     const bool is_bias = tap == taps;
     const int down = is_bias ? 0 : tap / kernel - kernel / 2, right = is_bias ? 0 : tap % kernel - kernel / 2;
@@ -328,12 +328,12 @@ int64_t place(Cascade& p, bool all_kept, const Execution& execution) {
 
 }  // namespace
 
-Cascade cascade_of(const CascadedGroupAttention& problem) {
+Cascade cascade_of(const CascadeParams& problem) {
   if (problem.heads > kMostHeads) {
     throw std::runtime_error("effattn: the kernels take cascades of up to " + std::to_string(kMostHeads) +
                              " heads, not " + std::to_string(problem.heads));
   }
-  const int64_t row = larger(problem.window_tokens(), 2 * problem.key_dim + problem.value_dim) + 11;
+  const int64_t row = max(problem.window_tokens(), 2 * problem.key_dim + problem.value_dim) + 11;
   if (problem.window_tokens() * row > INT32_MAX || row * problem.value_dim > INT32_MAX) {
     throw std::runtime_error(
         "effattn: the kernels take windows whose tokens times what is kept of each are below 2^31, "
@@ -364,18 +364,18 @@ Cascade cascade_of(const CascadedGroupAttention& problem) {
   return p;
 }
 
-void cascaded_group_attention(const CascadedGroupAttention& problem, const Execution& execution) {
+void cascaded_group_attention(const CascadeParams& problem, const Execution& execution) {
   Cascade p = cascade_of(problem);
   if (p.windows == 0 || p.value_dim == 0) return;
   p.out = problem.out;
   if (cascade_of_small_windows(p, execution)) return;
   const int64_t enough = ceil_div(p.windows, execution.card.multiprocessors);
-  p.together = static_cast<int>(larger(1, smaller(enough, kTokens / p.tokens())));
+  p.together = static_cast<int>(max(1, min(enough, kTokens / p.tokens())));
   const int64_t shared = place(p, false, execution);
   launch(walk<false>, {ceil_div(p.windows, p.together), kThreads, shared}, execution, p);
 }
 
-void cascaded_group_attention_backward(const CascadedGroupAttention& problem, const Execution& execution) {
+void cascaded_group_attention_backward(const CascadeParams& problem, const Execution& execution) {
   Cascade p = cascade_of(problem);
   const int64_t tokens = p.windows * p.tokens(), of_heads = tokens * p.heads;
   p.grad_out = problem.grad_out;

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "../dtype.h"
-#include "../sizes.h"
+#include "../params/dtype.h"
+#include "../params/sizes.h"
 
 #ifdef EFFATTN_EMULATED
 

@@ -251,7 +251,7 @@ pointwise_backward(EFFATTN_PARAMETERS(AggregationBackward) p) {
   float* const through = grads + Tiles::kPixels * Tiles::kByPixel;
   MatrixTotal<kPadded> matrix;
   VectorTotal<kPadded> vector;
-  const int64_t end = smaller((part + 1) * p.part_tiles, p.batch * s.tiles());
+  const int64_t end = min((part + 1) * p.part_tiles, p.batch * s.tiles());
   for (int64_t tile = part * p.part_tiles; tile < end; ++tile) {
     const TileOfBatch of = tile_of_batch<Tiles>(s, tile);
     load_tile<Tiles>(p.grad_out, of.batch, p.first_channel + channel, s.head_dim, of.at,
@@ -288,11 +288,11 @@ depthwise_backward(EFFATTN_PARAMETERS(AggregationBackward) p) {
   const int kernel = kKernel > 0 ? kKernel : s.kernel, width = Tiles::kWidth + kernel - 1, halo = kernel / 2;
   const int64_t all = static_cast<int64_t>(s.heads) * s.head_dim;
   const int64_t part = block_index() % p.parts, first = block_index() / p.parts * s.chunk;
-  const int channels = static_cast<int>(smaller(s.chunk, all - first));
+  const int channels = static_cast<int>(min(s.chunk, all - first));
   float* const grads = reinterpret_cast<float*>(shared_memory());
   float* const pixels = grads + s.chunk * Tiles::staged(kernel);
   float* const taps = p.sums.depthwise + (part * all + first) * kernel * kernel;
-  const int64_t begin = part * p.part_tiles, end = smaller(begin + p.part_tiles, p.batch * s.tiles());
+  const int64_t begin = part * p.part_tiles, end = min(begin + p.part_tiles, p.batch * s.tiles());
   float bias = 0;  // of the thread's channel
   for_each<kPixelThreads>(channels * kernel, [&](int i) {
     for (int j = 0; j < kernel; ++j) taps[i * kernel + j] = 0;
@@ -367,7 +367,7 @@ copy_picture(EFFATTN_PARAMETERS(Copy) p) {
 // What the launches of a call share.
 class Call {
  public:
-  Call(const MultiScale& problem, const Execution& execution) : p_(problem), execution_(execution) {
+  Call(const MultiScaleParams& problem, const Execution& execution) : p_(problem), execution_(execution) {
     if (problem.head_dim > kMostChannels) {
       throw std::runtime_error("effattn: the kernels take heads of up to " + std::to_string(kMostChannels) +
                                " channels, not " + std::to_string(problem.head_dim));
@@ -452,8 +452,8 @@ class Call {
   }
   template <int kPadded>
   static constexpr int64_t bytes(int chunk, int kernel, int head_dim) {
-    return larger(Memory<PixelTiles<kPadded>>::bytes(chunk, kernel, head_dim, 2),
-                  larger(MatrixTotal<kPadded>::kSharedBytes, 4 * kPixelThreads));
+    return max(Memory<PixelTiles<kPadded>>::bytes(chunk, kernel, head_dim, 2),
+               max(MatrixTotal<kPadded>::kSharedBytes, 4 * kPixelThreads));
   }
 
   // Where the output's heads of a scale begin: those of the image itself, then those of the scales.
@@ -534,7 +534,7 @@ class Call {
       launch(pointwise_backward<padded(), kernel()>, {groups * b.parts, kPixelThreads, bytes<padded()>(s)},
              execution_, b);
       // Of any heads: as many channels as there are rows of taps for threads.
-      b.scale.chunk = static_cast<int>(smaller(kStagedChannels, all));
+      b.scale.chunk = static_cast<int>(min(kStagedChannels, all));
       const auto staged_twice = [&] { return int64_t{8} * b.scale.chunk * Tiles::staged(s.kernel); };
       while (b.scale.chunk > 1 && staged_twice() > kMostSharedBytes) b.scale.chunk /= 2;
       launch(depthwise_backward<padded(), kernel()>,
@@ -560,7 +560,7 @@ class Call {
     const int64_t of_three[] = {aggregated.image.batch_stride,
                                 3 * p_.head_dim * aggregated.image.channel_stride};
     const int64_t of_one[] = {grad_out.image.batch_stride, p_.head_dim * grad_out.image.channel_stride};
-    ReluLinearAttention r{};
+    LinearAttentionParams r{};
     r.dtype = DType::kFloat32;
     r.lead_rank = 2;
     r.lead_sizes = sizes;
@@ -604,24 +604,24 @@ class Call {
   }
 
  private:
-  const MultiScale& p_;
+  const MultiScaleParams& p_;
   const Execution& execution_;
 };
 
 }  // namespace
 
-void aggregate(const MultiScale& problem, const Execution& execution) {
+void aggregate(const MultiScaleParams& problem, const Execution& execution) {
   const Call call(problem, execution);
   if (!call.is_empty()) call.aggregate(call.picture(problem.out));
 }
 
-void aggregate_backward(const MultiScale& problem, const Execution& execution) {
+void aggregate_backward(const MultiScaleParams& problem, const Execution& execution) {
   const Call call(problem, execution);
   if (call.is_empty()) return call.clear_gradients();
   call.aggregate_backward(call.picture(problem.grad_out));
 }
 
-void attend(const MultiScale& problem, float* sums, const Execution& execution) {
+void attend(const MultiScaleParams& problem, float* sums, const Execution& execution) {
   const Call call(problem, execution);
   const int64_t floats = problem.batch * problem.all_heads() * (problem.head_dim + 1) * problem.head_dim;
   if (!call.is_empty()) {
@@ -631,7 +631,7 @@ void attend(const MultiScale& problem, float* sums, const Execution& execution) 
   }
 }
 
-void attend_backward(const MultiScale& problem, const float* sums, const Execution& execution) {
+void attend_backward(const MultiScaleParams& problem, const float* sums, const Execution& execution) {
   const Call call(problem, execution);
   if (call.is_empty()) return call.clear_gradients();
   call.attend_backward(sums);

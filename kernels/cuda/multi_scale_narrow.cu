@@ -569,15 +569,15 @@ attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
 
 // How the tiles of a head are split: a function of the sizes alone, as everywhere.
 Split split_tiles(int64_t heads, int tiles, const Card& card) {
-  int64_t parts = larger(1, smaller(smaller(ceil_div(kWantedBlocks, heads), kMostParts), tiles));
+  int64_t parts = max(1, min(min(ceil_div(kWantedBlocks, heads), kMostParts), tiles));
   const int cluster = cluster_of(parts, card);
-  parts = larger(parts / cluster * cluster, round_up(ceil_div(tiles, kMostTiles), cluster));
+  parts = max(parts / cluster * cluster, round_up(ceil_div(tiles, kMostTiles), cluster));
   return {static_cast<int>(ceil_div(tiles, parts)), static_cast<int>(parts), cluster};
 }
 
 }  // namespace
 
-bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& out, float* sums,
+bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Picture& out, float* sums,
                    const Execution& execution) {
   if (problem.dtype == DType::kFloat32 || problem.head_dim > kMostPadded || problem.scales == 0) return false;
   for (int i = 0; i < problem.scales; ++i) {

@@ -7,7 +7,7 @@
 namespace effattn::cuda {
 
 // False, and nothing is done, for heads or scales that it does not take. `sums` as in attend().
-bool attend_narrow(const MultiScale& problem, const Picture& x, const Picture& out, float* sums,
+bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Picture& out, float* sums,
                    const Execution& execution);
 
 }  // namespace effattn::cuda

@@ -1,7 +1,7 @@
 // Tiles of pixels of an image, with what lies around them, in shared memory; and what blocks sum over them.
 #pragma once
 
-#include "../image.h"
+#include "../params/image.h"
 #include "block.h"
 
 namespace effattn::cuda {

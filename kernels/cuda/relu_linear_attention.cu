@@ -662,8 +662,9 @@ constexpr int kMostAtOnce = 32;
 // What the launches of a call share.
 class Call {
  public:
-  Call(const ReluLinearAttention& problem, const Execution& execution) : p_(problem), execution_(execution) {
-    const int64_t most = larger(problem.head_dim, problem.value_dim);
+  Call(const LinearAttentionParams& problem, const Execution& execution)
+      : p_(problem), execution_(execution) {
+    const int64_t most = max(problem.head_dim, problem.value_dim);
     if (most > kMostChannels) {
       throw std::runtime_error("effattn: the kernels take heads of up to " + std::to_string(kMostChannels) +
                                " channels, not " + std::to_string(most));
@@ -727,9 +728,9 @@ class Call {
 
   // Whether a group's tokens are few enough for one cluster, and how large that is; 0 if not.
   int cluster_at_once() const {
-    const int64_t tokens = larger(p_.queries, p_.keys);
-    if (larger(p_.head_dim, p_.value_dim) > kMostAtOnce) return 0;
-    const int64_t blocks = smaller(ceil_div(tokens, kTokensAtOnce), ceil_div(kBlocksAtOnce, p_.groups));
+    const int64_t tokens = max(p_.queries, p_.keys);
+    if (max(p_.head_dim, p_.value_dim) > kMostAtOnce) return 0;
+    const int64_t blocks = min(ceil_div(tokens, kTokensAtOnce), ceil_div(kBlocksAtOnce, p_.groups));
     const int cluster = cluster_of(blocks, execution_.card);
     return tokens <= kMostTokensAtOnce * cluster ? cluster : 0;
   }
@@ -763,7 +764,7 @@ class Call {
       const auto launch_by = [&](auto vectors) {
         using Tiles = TokenTiles<T, padded(), token_major(), vectors()>;
         const int64_t tiles = p_.groups * ceil_div(s.tokens, Tiles::kTokens);
-        s.tiles_of_block = static_cast<int>(larger(1, smaller(kTilesOfBlock, tiles / kBlocksOfTiles)));
+        s.tiles_of_block = static_cast<int>(max(1, min(kTilesOfBlock, tiles / kBlocksOfTiles)));
         launch_tiles<Tiles>(attend<T, padded(), token_major(), vectors()>, s,
                             Tiles::template Operand<true>::kSharedBytes, true, s.tiles_of_block);
       };
@@ -805,7 +806,7 @@ class Call {
   template <class F>
   void with_instance(F f) const {
     with_dtype(p_.dtype, [&](auto type) {
-      with_channels(larger(p_.head_dim, p_.value_dim), [&](auto padded) {
+      with_channels(max(p_.head_dim, p_.value_dim), [&](auto padded) {
         if (token_major_) {
           f(type, padded, std::true_type{});
         } else {
@@ -850,14 +851,14 @@ class Call {
     launch(kernel, {p_.groups * tiles, Tiles::kThreads, shared_bytes, 1, is_dependent}, execution_, s);
   }
 
-  const ReluLinearAttention& p_;
+  const LinearAttentionParams& p_;
   const Execution& execution_;
   bool token_major_;
 };
 
 }  // namespace
 
-void forward(const ReluLinearAttention& problem, float* sums, const Execution& execution) {
+void forward(const LinearAttentionParams& problem, float* sums, const Execution& execution) {
   if (problem.groups == 0) return;
   const Call call(problem, execution);
   if (const int cluster = call.cluster_at_once(); cluster > 0) return call.attend_at_once_to(cluster, sums);
@@ -867,12 +868,12 @@ void forward(const ReluLinearAttention& problem, float* sums, const Execution& e
   call.attend_to(summands, sums);
 }
 
-void sum_keys(const ReluLinearAttention& problem, float* sums, const Execution& execution) {
+void sum_keys(const LinearAttentionParams& problem, float* sums, const Execution& execution) {
   if (problem.groups == 0) return;
   Call(problem, execution).sum_over(problem.k, problem.v, problem.keys, nullptr, sums);
 }
 
-void backward(const ReluLinearAttention& problem, const float* sums, const Execution& execution) {
+void backward(const LinearAttentionParams& problem, const float* sums, const Execution& execution) {
   if (problem.groups == 0) return;
   const Call call(problem, execution);
   float* const scales = execution.workspace(problem.groups * problem.queries * 2);

@@ -28,7 +28,7 @@ EFFATTN_KERNEL(kThreads, 1) add_up_kernel(EFFATTN_PARAMETERS(AddUp) p) {
   const int64_t group = part / p.parts, begin = part % p.parts * p.part_rows;
   const float* from = p.partial + (group * p.rows + begin) * p.floats + i;
   float total = 0;
-  for (int64_t row = 0; row < smaller(p.part_rows, p.rows - begin); ++row) total += from[row * p.floats];
+  for (int64_t row = 0; row < min(p.part_rows, p.rows - begin); ++row) total += from[row * p.floats];
   p.sums[part * p.floats + i] = total;
 }
 
@@ -41,11 +41,11 @@ int cluster_of(int64_t blocks, const Card& card) {
 }
 
 Split split(int64_t groups, int64_t tokens, int step, const Card& card) {
-  const int64_t wanted = smaller(ceil_div(kBlocks, larger(groups, 1)), kMostParts);
-  int64_t parts = larger(1, smaller(wanted, tokens / kLeastTokens));
+  const int64_t wanted = min(ceil_div(kBlocks, max(groups, 1)), kMostParts);
+  int64_t parts = max(1, min(wanted, tokens / kLeastTokens));
   const int cluster = cluster_of(parts, card);
   parts = round_up(parts, cluster);
-  const int64_t part_tokens = larger(1, ceil_div(tokens, parts * step)) * step;
+  const int64_t part_tokens = max(1, ceil_div(tokens, parts * step)) * step;
   return {static_cast<int>(part_tokens), static_cast<int>(parts), cluster};
 }
 
@@ -55,7 +55,7 @@ void add_up(const float* partial, float* sums, int64_t groups, int64_t rows, int
   int64_t parts = 1;
   while (rows > kMostRows * parts && parts * parts < rows) ++parts;
   const int64_t part_rows = ceil_div(rows, parts);
-  parts = larger(1, ceil_div(rows, larger(1, part_rows)));
+  parts = max(1, ceil_div(rows, max(1, part_rows)));
   float* const to = parts == 1 ? sums : execution.workspace(groups * parts * floats);
   const bool is_dependent = rows > 0;  // no rows: a call of its own, that clears
   launch(add_up_kernel, {groups * parts * pieces, kThreads, 0, 1, is_dependent}, execution,

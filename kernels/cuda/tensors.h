@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../relu_linear_attention.h"
+#include "../params/relu_linear_attention.h"
 #include "fragment.h"
 #include "launch.h"
 #include "limits.h"

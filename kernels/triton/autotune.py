@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from effattn.kernels import configs
-from effattn.kernels.configs import BY_CARD, Launch
+from effattn._triton import configs
+from effattn._triton.configs import BY_CARD, Launch
 
 Key = tuple[str, str, int]
 

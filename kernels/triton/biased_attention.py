@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import find
-from effattn.kernels.numerics import TargetOptions
-from effattn.kernels.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
-from effattn.kernels.sums import add_up
-from effattn.kernels.tiles import load_tile, store_tile, tile_and_group
+from effattn._triton.configs import find
+from effattn._triton.numerics import TargetOptions
+from effattn._triton.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
+from effattn._triton.sums import add_up
+from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 
 @triton.jit

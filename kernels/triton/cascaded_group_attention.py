@@ -16,13 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import CASCADE_PROGRAMS, find, split_tiles
-from effattn.kernels.depthwise import convolved, weight_gradients
-from effattn.kernels.layout import image_strides
-from effattn.kernels.numerics import TargetOptions, narrowed, product
-from effattn.kernels.softmax import attended_tile, product_tile, softmax_gradients_tile
-from effattn.kernels.sums import add_up
-from effattn.kernels.tiles import load_tile, store_tile, tile_and_group
+from effattn._triton.configs import CASCADE_PROGRAMS, find, split_tiles
+from effattn._triton.depthwise import convolved, weight_gradients
+from effattn._triton.layout import image_strides
+from effattn._triton.numerics import TargetOptions, narrowed, product
+from effattn._triton.softmax import attended_tile, product_tile, softmax_gradients_tile
+from effattn._triton.sums import add_up
+from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
 

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import MOST_TAPS, find, split_tiles
-from effattn.kernels.numerics import TargetOptions
-from effattn.kernels.sums import add_up_partial, new_partial
-from effattn.kernels.tiles import load_tile, tile_and_group
+from effattn._triton.configs import MOST_TAPS, find, split_tiles
+from effattn._triton.numerics import TargetOptions
+from effattn._triton.sums import add_up_partial, new_partial
+from effattn._triton.tiles import load_tile, tile_and_group
 
 
 @triton.jit

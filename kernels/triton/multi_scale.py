@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels import relu_linear_attention
-from effattn.kernels.configs import Launch, find, padded, split, split_tiles
-from effattn.kernels.depthwise import convolved, weight_gradients
-from effattn.kernels.layout import image_strides
-from effattn.kernels.numerics import TargetOptions, product, relu
-from effattn.kernels.sums import (
+from effattn._triton import relu_linear_attention
+from effattn._triton.configs import Launch, find, padded, split, split_tiles
+from effattn._triton.depthwise import convolved, weight_gradients
+from effattn._triton.layout import image_strides
+from effattn._triton.numerics import TargetOptions, product, relu
+from effattn._triton.sums import (
     add_up,
     add_up_partial,
     divisible,
@@ -29,7 +29,7 @@ from effattn.kernels.sums import (
     new_partial,
     vector_pointers,
 )
-from effattn.kernels.tiles import load_tile, store_tile, tile_and_group
+from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
 

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import Launch, find, padded, split
-from effattn.kernels.layout import Groups
-from effattn.kernels.numerics import TargetOptions, product, relu
-from effattn.kernels.sums import add_up, divisible, load_matrix, load_vector, matrix_pointers, vector_pointers
-from effattn.kernels.tiles import group_begin, load_tile, store_tile, tile_and_group
+from effattn._triton.configs import Launch, find, padded, split
+from effattn._triton.layout import Groups
+from effattn._triton.numerics import TargetOptions, product, relu
+from effattn._triton.sums import add_up, divisible, load_matrix, load_vector, matrix_pointers, vector_pointers
+from effattn._triton.tiles import group_begin, load_tile, store_tile, tile_and_group
 
 
 @triton.jit

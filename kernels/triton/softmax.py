@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from effattn.kernels.numerics import product
-from effattn.kernels.tiles import load_tile, store_tile
+from effattn._triton.numerics import product
+from effattn._triton.tiles import load_tile, store_tile
 
 
 @triton.jit

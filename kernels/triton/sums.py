@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.configs import ADDED_UP, ROWS_ADDED_UP
-from effattn.kernels.tiles import tile_and_group
+from effattn._triton.configs import ADDED_UP, ROWS_ADDED_UP
+from effattn._triton.tiles import tile_and_group
 
 
 @triton.jit

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn.kernels.biased_attention import Call
-from effattn.kernels.configs import PROGRAMS, find
-from effattn.kernels.numerics import TargetOptions
-from effattn.kernels.softmax import finite_or_zero
-from effattn.kernels.sums import add_up
+from effattn._triton.biased_attention import Call
+from effattn._triton.configs import PROGRAMS, find
+from effattn._triton.numerics import TargetOptions
+from effattn._triton.softmax import finite_or_zero
+from effattn._triton.sums import add_up
 
 Mixtures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

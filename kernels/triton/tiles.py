@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from effattn.kernels.numerics import narrowed
+from effattn._triton.numerics import narrowed
 
 
 @triton.jit

@@ -210,12 +210,12 @@ def test_addresses_of_a_large_image(device):
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_faster_launches_are_looked_for_and_kept(tmp_path, monkeypatch):
     """On request; and what is found computes the same."""
+    from effattn._triton import configs
     from effattn.backends.triton import _tuning
-    from effattn.kernels import configs
 
     file = tmp_path / "launches.json"
     monkeypatch.setattr(configs, "BY_CARD", {})
-    monkeypatch.setattr("effattn.kernels.autotune.BY_CARD", configs.BY_CARD)
+    monkeypatch.setattr("effattn._triton.autotune.BY_CARD", configs.BY_CARD)
     monkeypatch.setattr(_tuning, "_file", None)
     function, arguments, leaves = prepared("biased_attention", torch.float32)
     with use_backend("triton"):

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from effattn import multi_scale_aggregation, multi_scale_linear_attention, use_backend
-from effattn.kernels import configs
+from effattn._triton import configs
 from effattn.testing import MultiScaleCase, check_multi_scale, moved, with_gradients
 
 pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")

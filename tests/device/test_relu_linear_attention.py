@@ -7,8 +7,8 @@ import torch
 import torch._dynamo.testing
 
 from effattn import relu_linear_attention, use_backend
-from effattn.kernels import configs
-from effattn.kernels.configs import LEAST_TOKENS
+from effattn._triton import configs
+from effattn._triton.configs import LEAST_TOKENS
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,

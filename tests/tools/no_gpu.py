@@ -51,6 +51,6 @@ def cuobjdump(kernel, option: str) -> str:
 
 
 def options_for(target):
-    from effattn.kernels.numerics import TargetOptions
+    from effattn._triton.numerics import TargetOptions
 
     return TargetOptions.of(TARGETS[target].backend)

@@ -53,7 +53,7 @@ def loop(kernel: Kernel) -> int:
 )
 def test_linear_attention(compiled, layout, sums, attend):
     """Heads of 32 channels in bfloat16."""
-    from effattn.kernels import relu_linear_attention
+    from effattn._triton import relu_linear_attention
 
     def tensor():
         sizes = (16, 36, 4096, 32) if layout == "token_major" else (16, 36, 32, 4096)
@@ -71,7 +71,7 @@ def test_linear_attention(compiled, layout, sums, attend):
 @pytest.mark.parametrize(("memory_format", "sums"), [("nchw", 1390), ("channels_last", 2260)])
 def test_multi_scale(compiled, memory_format, sums):
     """b1 stage 3 at 1024 x 2048: 8 heads of 16 channels, 5 x 5, bfloat16."""
-    from effattn.kernels import multi_scale
+    from effattn._triton import multi_scale
 
     heads, head_dim = 8, 16
     channels = 3 * heads * head_dim
@@ -92,7 +92,7 @@ def test_multi_scale(compiled, memory_format, sums):
 
 def test_cascade(compiled):
     """m4 stage 1: a head."""
-    from effattn.kernels import cascaded_group_attention
+    from effattn._triton import cascaded_group_attention
 
     x = torch.empty(256, 128, 14, 14, dtype=torch.bfloat16)
     kernels = (7, 5, 3, 3)

@@ -78,7 +78,7 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 )
 @on_every_target
 def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype, layout):
-    from effattn.kernels import relu_linear_attention
+    from effattn._triton import relu_linear_attention
 
     def tensor(channels):
         sizes = (2, 4, 4096, channels) if layout == "token_major" else (2, 4, channels, 4096)
@@ -112,7 +112,7 @@ def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype,
 )
 @on_every_target
 def test_multi_scale_spills_nothing(compiled, target, memory_format, dtype, head_dim, kernel):
-    from effattn.kernels import multi_scale
+    from effattn._triton import multi_scale
 
     heads, options = 4, options_for(target)
     channels = 3 * heads * head_dim
@@ -148,7 +148,7 @@ def test_multi_scale_spills_nothing(compiled, target, memory_format, dtype, head
 )
 @on_every_target
 def test_biased_attention_spills_nothing(compiled, target, dtype, heads, head_dim, value_dim):
-    from effattn.kernels import biased_attention, talking_heads
+    from effattn._triton import biased_attention, talking_heads
 
     def tensor(channels):
         return torch.empty(2, heads, 49, channels, dtype=dtype)
@@ -185,7 +185,7 @@ def test_biased_attention_spills_nothing(compiled, target, dtype, heads, head_di
 def test_cascaded_group_attention_spills_nothing(
     compiled, target, memory_format, dtype, channels, key_dim, kernels, window
 ):
-    from effattn.kernels import cascaded_group_attention
+    from effattn._triton import cascaded_group_attention
 
     heads, tokens = len(kernels), window * window
     value_dim = channels // heads
@@ -207,7 +207,7 @@ def test_cascaded_group_attention_spills_nothing(
 @on_every_target
 def test_sizes_of_one_compile(compiled, target):
     """Arguments that are 1 are constants to the compiler, and not to the interpreter."""
-    from effattn.kernels import (
+    from effattn._triton import (
         biased_attention,
         cascaded_group_attention,
         multi_scale,

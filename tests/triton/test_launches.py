@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from effattn.kernels import autotune, configs
-from effattn.kernels.configs import LAUNCHES, Launch
+from effattn._triton import autotune, configs
+from effattn._triton.configs import LAUNCHES, Launch
 
 CARD = "a card"
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from effattn import _library
+from effattn._triton import configs
+from effattn._triton.configs import MOST_CHANNELS, MOST_TALKING_HEADS
 from effattn.backends._base import Backend, Fused
 from effattn.backends._sizes import beyond
 from effattn.backends.triton import (
@@ -27,8 +29,6 @@ from effattn.backends.triton import (
     relu_linear_attention,
 )
 from effattn.backends.triton._launch import is_interpreted
-from effattn.kernels import configs
-from effattn.kernels.configs import MOST_CHANNELS, MOST_TALKING_HEADS
 
 NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effattn.kernels.layout import MOST_DIMENSIONS, Groups
+from effattn._triton.layout import MOST_DIMENSIONS, Groups
 
 
 def is_interpreted() -> bool:
@@ -36,7 +36,7 @@ def on_device_of(t: torch.Tensor) -> AbstractContextManager[Any]:
 
 def target(t: torch.Tensor) -> Any:
     """What a card wants, and what torch is told of products in float32."""
-    from effattn.kernels.numerics import TargetOptions
+    from effattn._triton.numerics import TargetOptions
 
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     backend = "cuda" if torch.version.hip is None else "hip"

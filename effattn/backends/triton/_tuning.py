@@ -28,7 +28,7 @@ def before(name: str, kernel: Callable[..., Any], arguments: tuple[Any, ...]) ->
         ValueError: if the file is one of something else.
     """
     global _file
-    from effattn.kernels import autotune
+    from effattn._triton import autotune
 
     if _file is None:
         _file = Path(os.environ[ENVIRONMENT_VARIABLE])

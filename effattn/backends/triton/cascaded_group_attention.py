@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from effattn._triton.layout import with_mergeable_rows
 from effattn.backends._memory import empty_image_in_order_of
 from effattn.backends.triton._launch import on_device_of, target
-from effattn.kernels.layout import with_mergeable_rows
 
 Tensors = Sequence[torch.Tensor]
 
@@ -24,7 +24,7 @@ def forward(
     window_height: int,
     window_width: int,
 ) -> torch.Tensor:
-    from effattn.kernels import cascaded_group_attention as kernels
+    from effattn._triton import cascaded_group_attention as kernels
 
     out = empty_image_in_order_of(x, x.shape)
     if x.numel() > 0:
@@ -47,7 +47,7 @@ def backward(
     window_height: int,
     window_width: int,
 ) -> tuple[torch.Tensor | list[torch.Tensor], ...]:
-    from effattn.kernels import cascaded_group_attention as kernels
+    from effattn._triton import cascaded_group_attention as kernels
 
     new = torch.Tensor.new_zeros if x.numel() == 0 else torch.Tensor.new_empty
     grad_x, lists = empty_image_in_order_of(x, x.shape), (qkv, qkv_biases, dw, dw_biases)

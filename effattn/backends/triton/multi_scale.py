@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from effattn._triton.layout import with_mergeable_rows
 from effattn.backends._memory import empty_image_in_order_of
 from effattn.backends.triton._launch import on_device_of, target
-from effattn.kernels.layout import with_mergeable_rows
 
 Tensors = Sequence[torch.Tensor]
 
@@ -16,7 +16,7 @@ Tensors = Sequence[torch.Tensor]
 def aggregation(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int
 ) -> torch.Tensor:
-    from effattn.kernels import multi_scale
+    from effattn._triton import multi_scale
 
     out = empty_image_in_order_of(qkv, (qkv.shape[0], (1 + len(dw)) * qkv.shape[1], *qkv.shape[2:]))
     if out.numel() > 0:
@@ -35,7 +35,7 @@ def aggregation_backward(
     pw_biases: Tensors,
     head_dim: int,
 ) -> tuple[torch.Tensor | list[torch.Tensor], ...]:
-    from effattn.kernels import multi_scale
+    from effattn._triton import multi_scale
 
     weights = (dw, pw, dw_biases, pw_biases)
     grad_qkv, grad_weights = _empty_gradients(qkv, weights)
@@ -57,7 +57,7 @@ def attention(
 def attention_forward(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from effattn.kernels import multi_scale
+    from effattn._triton import multi_scale
 
     heads = (1 + len(dw)) * (qkv.shape[1] // (3 * head_dim))
     out = empty_image_in_order_of(qkv, (qkv.shape[0], heads * head_dim, *qkv.shape[2:]))
@@ -82,7 +82,7 @@ def attention_backward(
     head_dim: int,
     eps: float,
 ) -> tuple[torch.Tensor | list[torch.Tensor], ...]:
-    from effattn.kernels import multi_scale
+    from effattn._triton import multi_scale
 
     weights = (dw, pw, dw_biases, pw_biases)
     grad_qkv, grad_weights = _empty_gradients(qkv, weights)

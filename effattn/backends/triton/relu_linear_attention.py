@@ -15,7 +15,7 @@ def inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> 
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    from effattn.kernels import relu_linear_attention
+    from effattn._triton import relu_linear_attention
 
     out = empty_in_order_of(q, (*q.shape[:-1], v.shape[-1]))
     sums = q.new_empty((*q.shape[:-2], v.shape[-1] + 1, q.shape[-1]), dtype=torch.float32)
@@ -33,7 +33,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> tu
 def backward(
     grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, ...]:
-    from effattn.kernels import relu_linear_attention
+    from effattn._triton import relu_linear_attention
 
     grads = tuple(empty_in_order_of(t, t.shape) for t in (q, k, v))
     if 0 in (q.shape[-1], v.shape[-1]):

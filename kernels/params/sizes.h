@@ -12,8 +12,8 @@
 
 namespace effattn {
 
-EFFATTN_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-EFFATTN_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+EFFATTN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+EFFATTN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 EFFATTN_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 EFFATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 

@@ -22,7 +22,7 @@ struct Operand {
   int64_t channel_stride;
 };
 
-struct ReluLinearAttention {
+struct LinearAttentionParams {
   DType dtype;
   int lead_rank;
   const int64_t* lead_sizes;

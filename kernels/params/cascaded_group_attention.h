@@ -30,7 +30,7 @@ struct PackedHeads {
   const float *taps, *tap_bias;  // (taps of all heads, q), (heads, q)
 };
 
-struct CascadedGroupAttention {
+struct CascadeParams {
   DType dtype;
   int64_t batch, heads, key_dim, value_dim, height, width, window_height, window_width;
   float scale;

@@ -23,7 +23,7 @@ struct ScaleWeights {
   Float* pointwise_bias;
 };
 
-struct MultiScale {
+struct MultiScaleParams {
   static constexpr int kMaxScales = 8;
 
   DType dtype;

@@ -38,7 +38,7 @@ struct HeadsOperand {
   int64_t batch_stride, head_stride, token_stride, channel_stride;
 };
 
-struct BiasedAttention {
+struct BiasedAttentionParams {
   DType dtype;
   int64_t batch;
   SoftmaxHeads heads;  // all of them
