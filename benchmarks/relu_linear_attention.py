@@ -20,6 +20,7 @@ from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
 from effattn import _library, testing
+from effattn.ops import OPERATORS
 from effattn.testing import AttentionCase
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -147,7 +148,7 @@ class Inputs:
         q, k, v = self.qkv("channel-major")
         if self.training:
             return testing.reference_with_gradients(q, k, v, self.grad_out("channel-major"), EPS, dtype)
-        return (testing.reference.relu_linear_attention(q.to(dtype), k.to(dtype), v.to(dtype), EPS),)
+        return (OPERATORS["relu_linear_attention"].plain(q.to(dtype), k.to(dtype), v.to(dtype), EPS),)
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, ...]:

@@ -18,6 +18,7 @@ of the package elsewhere, optionally sanitized or cross-compiled, for the tests 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import os
@@ -77,6 +78,7 @@ ONCE = (
 IDENTITY = "csrc/digest.cpp"
 # The glue of the five functions, the same for every library of kernels.
 SHARED = (
+    "csrc/signature.cpp",
     "csrc/relu_linear_attention.cpp",
     "csrc/multi_scale.cpp",
     "csrc/biased_attention.cpp",
@@ -171,7 +173,7 @@ def cuda_digest(compiler: str) -> str:
 
 
 def _digest(device: str, compiler: str) -> str:
-    found = hashlib.sha256(compiler.encode())
+    found = hashlib.sha256(compiler.encode() + signatures().encode())
     patterns = ("kernels/params/*.h", f"kernels/{device}/*", "csrc/*.[ch]*", f"csrc/{device}/*", "csrc/build.py")
     for path in (path for pattern in patterns for path in sorted(ROOT.glob(pattern))):
         if path.is_file():
@@ -268,7 +270,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         *optimise,
         *checks,
     ]
-    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}"]
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}", f"-I{objects}"]
     facts = {
         "COMPILER": compiler_of(target),
         "TORCH_VERSION": target.torch_version,
@@ -397,6 +399,36 @@ def _add_cuda(
     ninja.build(str(library), "link_cuda", parts, variables={"flags": through_nvcc})
 
 
+def signatures() -> str:
+    """A header with the signatures and schemas that stand in effattn/ops, a file an operator."""
+    kinds: dict[str, list[str]] = {"SIGNATURE": [], "SCHEMA": []}
+    for path in sorted((ROOT / "effattn" / "ops").glob("[!_]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            name = node.targets[0] if isinstance(node, ast.Assign) else None
+            if isinstance(name, ast.Name) and name.id in kinds:
+                text = ast.literal_eval(node.value)  # type: ignore[union-attr]
+                row = f'"{path.stem}{text}"' if name.id == "SCHEMA" else f'{{"{path.stem}", R"({text})"}}'
+                kinds[name.id].append(row)
+    rows = {kind: ",\n    ".join(rows) for kind, rows in kinds.items()}
+    return f"""// Made by csrc/build.py of effattn/ops/*.py.
+#pragma once
+namespace effattn {{
+struct NamedSignature {{
+  const char *name, *text;
+}};
+inline constexpr NamedSignature kSignatures[] = {{
+    {rows["SIGNATURE"]}}};
+inline constexpr const char* kSchemas[] = {{
+    {rows["SCHEMA"]}}};
+}}  // namespace effattn
+"""
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 def build(
     target: Target, output: Path, objects: Path, verbose: bool = False, extension_only: bool = False
 ) -> list[Path]:
@@ -408,6 +440,7 @@ def build(
 
     output.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
+    _write_if_changed(objects / "signatures.h", signatures())
     (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve(), extension_only))
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
     subprocess.run(command, check=True)
@@ -431,7 +464,7 @@ def stage(target: Target, folder: Path, prebuilt: Path | None = None) -> None:
         shutil.rmtree(package)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "effattn", package, ignore=ignored)
-    shutil.copytree(ROOT / "kernels" / "triton", package / "kernels", ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "kernels" / "triton", package / "_triton", ignore=ignored, dirs_exist_ok=True)
     if prebuilt is not None:
         (folder / "lib").mkdir(parents=True, exist_ok=True)
         for library in prebuilt.glob("libeffattn*.so"):

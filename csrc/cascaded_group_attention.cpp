@@ -1,35 +1,37 @@
 // Cascaded group attention as a torch operator: allocation, launch, registration.
 #include <tuple>
 
-#include "cascade_problem.h"
+#include "cascade_params.h"
 
 namespace effattn {
 namespace {
 
 using namespace cascade;
 
+const Signature kSignature("cascaded_group_attention");
+
 Tensor forward(const Tensor& x, Tensors qkv, MaybeTensors qkv_biases, Tensors dw, MaybeTensors dw_biases,
                const Tensor& bias, double scale, int64_t window_height, int64_t window_width) {
-  const Problem problem =
-      problem_of("cascaded_group_attention", x, {qkv, given(qkv_biases), dw, given(dw_biases)}, bias, scale,
-                 window_height, window_width);
-  CascadeParams p = problem.p;
+  kSignature.check(
+      {&x, &qkv, &given(qkv_biases), &dw, &given(dw_biases), &bias, scale, window_height, window_width});
+  const Call call(x, {qkv, given(qkv_biases), dw, given(dw_biases)}, bias, scale, window_height,
+                  window_width);
+  CascadeParams p = call.p;
   Tensor out = new_image(x, shape_of(x, x.size(1)), p.out);
-  kernels::cascaded_group_attention(p, execution(x, problem.alive));
+  kernels::cascaded_group_attention(p, execution(x, call.alive));
   return out;
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
     const Tensor& grad_out, const Tensor& x, Tensors qkv, MaybeTensors qkv_biases, Tensors dw,
     MaybeTensors dw_biases, const Tensor& bias, double scale, int64_t window_height, int64_t window_width) {
-  const char* const op = "cascaded_group_attention_backward";
-  Problem problem = problem_of(op, x, {qkv, given(qkv_biases), dw, given(dw_biases)}, bias, scale,
-                               window_height, window_width);
-  CascadeParams& p = problem.p;
-  require_like(op, "grad_out", grad_out, x, "x");
-  require_shape(op, "grad_out", grad_out, shape_of(x, x.size(1)));
-  problem.alive.push_back(with_mergeable_rows(grad_out));
-  p.grad_out = image(problem.alive.back());
+  kSignature.check_backward(
+      grad_out,
+      {&x, &qkv, &given(qkv_biases), &dw, &given(dw_biases), &bias, scale, window_height, window_width}, {});
+  Call call(x, {qkv, given(qkv_biases), dw, given(dw_biases)}, bias, scale, window_height, window_width);
+  CascadeParams& p = call.p;
+  call.alive.push_back(with_mergeable_rows(grad_out));
+  p.grad_out = image(call.alive.back());
   std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> all;
   std::get<0>(all) = new_image(x, shape_of(x, x.size(1)), p.grad_x);
   std::vector<HeadWeights<float>> gradients(p.heads);
@@ -43,7 +45,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
   allocate(given(dw_biases), std::get<4>(all), &W::depthwise_bias);
   std::get<5>(all) = new_floats(bias, p.grad_bias);
   p.gradients = gradients.data();
-  kernels::cascaded_group_attention_backward(p, execution(x, problem.alive));
+  kernels::cascaded_group_attention_backward(p, execution(x, call.alive));
   return all;
 }
 

@@ -1,21 +1,22 @@
-// Multi-scale aggregation and attention as torch operators: checks, allocation, launch, registration.
+// Multi-scale aggregation and attention as torch operators: allocation, launch, registration.
 #include <tuple>
 
-#include "multi_scale_problem.h"
+#include "multi_scale_params.h"
 
 namespace effattn {
 namespace {
 
+const Signature kAggregation("multi_scale_aggregation"), kAttention("multi_scale_linear_attention");
+
 using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors>;
 
-// Allocates the gradients of the weights and points the problem at them.
-Gradients new_gradients(Problem& problem, const Tensor& qkv, const Weights& weights) {
+// Allocates the gradients and points the params at them.
+Gradients new_gradients(MultiScaleCall& call, const Tensor& qkv, const Weights& weights) {
   Gradients all;
-  std::get<0>(all) =
-      new_image(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, problem.sizes.grad_qkv);
+  std::get<0>(all) = new_image(qkv, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3)}, call.p.grad_qkv);
   const auto allocate = [&](const Tensors& like, Tensors& into, float* ScaleWeights<float>::* member) {
     for (size_t s = 0; s < like.size(); ++s) {
-      into.push_back(new_floats(like[s], problem.sizes.gradients[s].*member));
+      into.push_back(new_floats(like[s], call.p.gradients[s].*member));
     }
   };
   using W = ScaleWeights<float>;
@@ -26,67 +27,74 @@ Gradients new_gradients(Problem& problem, const Tensor& qkv, const Weights& weig
   return all;
 }
 
-void take_grad_out(const char* op, Problem& problem, const Tensor& grad_out, const Tensor& qkv, bool all) {
-  require_like(op, "grad_out", grad_out, qkv, "qkv");
-  require_shape(op, "grad_out", grad_out, problem.shape(all));
-  problem.alive.push_back(with_mergeable_rows(grad_out));
-  problem.sizes.grad_out = image(problem.alive.back());
+void take_grad_out(MultiScaleCall& call, const Tensor& grad_out) {
+  call.alive.push_back(with_mergeable_rows(grad_out));
+  call.p.grad_out = image(call.alive.back());
 }
 
 Tensor aggregation(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTensors dw_biases,
                    MaybeTensors pw_biases, int64_t head_dim) {
-  Problem problem("multi_scale_aggregation", qkv, {given(dw), given(pw), given(dw_biases), given(pw_biases)},
-                  head_dim);
-  Tensor out = new_image(qkv, problem.shape(true), problem.sizes.out);
-  kernels::aggregate(problem.sizes, execution(qkv, problem.alive));
+  const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
+  kAggregation.check({&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
+                      &weights.pointwise_biases, head_dim});
+  MultiScaleCall call(qkv, weights, head_dim);
+  Tensor out = new_image(qkv, call.shape(true), call.p.out);
+  kernels::aggregate(call.p, execution(qkv, call.alive));
   return out;
 }
 
 Gradients aggregation_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTensors dw, MaybeTensors pw,
                                MaybeTensors dw_biases, MaybeTensors pw_biases, int64_t head_dim) {
-  const char* const op = "multi_scale_aggregation_backward";
   const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
-  Problem problem(op, qkv, weights, head_dim);
-  take_grad_out(op, problem, grad_out, qkv, true);
-  Gradients gradients = new_gradients(problem, qkv, weights);
-  kernels::aggregate_backward(problem.sizes, execution(qkv, problem.alive));
+  kAggregation.check_backward(grad_out,
+                              {&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
+                               &weights.pointwise_biases, head_dim},
+                              {});
+  MultiScaleCall call(qkv, weights, head_dim);
+  take_grad_out(call, grad_out);
+  Gradients gradients = new_gradients(call, qkv, weights);
+  kernels::aggregate_backward(call.p, execution(qkv, call.alive));
   return gradients;
 }
 
 Tensor attention(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTensors dw_biases,
                  MaybeTensors pw_biases, int64_t head_dim, double eps) {
-  const char* const op = "multi_scale_linear_attention";
-  Problem problem(op, qkv, {given(dw), given(pw), given(dw_biases), given(pw_biases)}, head_dim);
-  problem.attend_with(op, eps);
-  Tensor out = new_image(qkv, problem.shape(false), problem.sizes.out);
-  kernels::attend(problem.sizes, nullptr, execution(qkv, problem.alive));
+  const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
+  kAttention.check({&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
+                    &weights.pointwise_biases, head_dim, eps});
+  MultiScaleCall call(qkv, weights, head_dim, eps);
+  Tensor out = new_image(qkv, call.shape(false), call.p.out);
+  kernels::attend(call.p, nullptr, execution(qkv, call.alive));
   return out;
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw,
                                              MaybeTensors dw_biases, MaybeTensors pw_biases, int64_t head_dim,
                                              double eps) {
-  const char* const op = "multi_scale_linear_attention_forward";
-  Problem problem(op, qkv, {given(dw), given(pw), given(dw_biases), given(pw_biases)}, head_dim);
-  problem.attend_with(op, eps);
-  Tensor out = new_image(qkv, problem.shape(false), problem.sizes.out);
-  const std::vector<int64_t> shape = problem.sums_shape();
-  Tensor sums = empty_floats(qkv, shape);
-  kernels::attend(problem.sizes, static_cast<float*>(sums.mutable_data_ptr()), execution(qkv, problem.alive));
-  return {out, sums};
+  const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
+  kAttention.check({&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
+                    &weights.pointwise_biases, head_dim, eps});
+  MultiScaleCall call(qkv, weights, head_dim, eps);
+  Tensor out = new_image(qkv, call.shape(false), call.p.out);
+  const std::vector<int64_t> shape = call.kv_state_shape();
+  Tensor kv_state = empty_floats(qkv, shape);
+  kernels::attend(call.p, static_cast<float*>(kv_state.mutable_data_ptr()), execution(qkv, call.alive));
+  return {out, kv_state};
 }
 
 Gradients attention_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTensors dw, MaybeTensors pw,
-                             MaybeTensors dw_biases, MaybeTensors pw_biases, const Tensor& sums,
+                             MaybeTensors dw_biases, MaybeTensors pw_biases, const Tensor& kv_state,
                              int64_t head_dim, double eps) {
-  const char* const op = "multi_scale_linear_attention_backward";
   const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
-  Problem problem(op, qkv, weights, head_dim);
-  problem.attend_with(op, eps);
-  take_grad_out(op, problem, grad_out, qkv, false);
-  const float* const kept = kept_floats(op, "sums", sums, problem.sums_shape());
-  Gradients gradients = new_gradients(problem, qkv, weights);
-  kernels::attend_backward(problem.sizes, kept, execution(qkv, problem.alive, sums));
+  kAttention.check_backward(grad_out,
+                            {&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
+                             &weights.pointwise_biases, head_dim, eps},
+                            {&kv_state});
+  MultiScaleCall call(qkv, weights, head_dim, eps);
+  take_grad_out(call, grad_out);
+  Gradients gradients = new_gradients(call, qkv, weights);
+  kernels::attend_backward(call.p, static_cast<const float*>(kv_state.const_data_ptr()),
+                           execution(qkv, call.alive, kv_state));
   return gradients;
 }
 

@@ -6,17 +6,9 @@
 
 namespace effattn {
 
-constexpr size_t kTalkingHeads = 4;
-
-inline TalkingHeads<const float> talking_heads_of(const char* op, const Tensors& talking_heads, int64_t heads,
-                                                  Tensors& alive) {
-  EFFATTN_REQUIRE(talking_heads.empty() || talking_heads.size() == kTalkingHeads, op,
-                  ": talking_heads must have no tensors or ", kTalkingHeads, ", got ", talking_heads.size());
-  if (talking_heads.empty()) return {};
-  return {floats(op, "talking_heads[0]", talking_heads[0], {heads, heads}, alive),
-          floats(op, "talking_heads[1]", talking_heads[1], {heads}, alive),
-          floats(op, "talking_heads[2]", talking_heads[2], {heads, heads}, alive),
-          floats(op, "talking_heads[3]", talking_heads[3], {heads}, alive)};
+inline TalkingHeads<const float> talking_heads_of(const Tensors& given, Tensors& alive) {
+  if (given.empty()) return {};
+  return {floats(given[0], alive), floats(given[1], alive), floats(given[2], alive), floats(given[3], alive)};
 }
 
 }  // namespace effattn

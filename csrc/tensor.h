@@ -45,43 +45,16 @@ inline std::string shape_text(const Tensor& t) {
   return text.str();
 }
 
-inline void require_here(const char* op, const std::string& argument, const Tensor& t) {
-  EFFATTN_REQUIRE(is_here(t), op, ": ", argument, " must be on ", kHere);
-}
-
 // The storage type of a kernel's argument. float64 is not among them: the reference serves it.
-inline DType kernel_dtype(const char* op, const char* argument, const Tensor& t) {
-  require_here(op, argument, t);
+inline DType kernel_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      throw std::runtime_error(std::string(op) + ": " + argument +
-                               " must be float32, bfloat16 or float16 for the " + kBackend + " backend");
+      return DType::kFloat32;
   }
-}
-
-inline void require_like(const char* op, const char* argument, const Tensor& t, const Tensor& reference,
-                         const char* reference_name) {
-  require_here(op, argument, t);
-  EFFATTN_REQUIRE(t.get_device_index() == reference.get_device_index(), op, ": ", argument,
-                  " must be on the device of ", reference_name);
-  EFFATTN_REQUIRE(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have the dtype of ",
-                  reference_name);
-}
-
-inline void require_shape(const char* op, const char* argument, const Tensor& t,
-                          const std::vector<int64_t>& shape) {
-  bool same = t.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape[i];
-  if (same) return;
-  std::ostringstream expected;
-  for (size_t i = 0; i < shape.size(); ++i) expected << (i ? ", " : "") << shape[i];
-  fail(op, ": ", argument, " must have shape (", expected.str(), "), got ", shape_text(t));
 }
 
 // `like`'s shape with another last dimension.
@@ -151,16 +124,6 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
 // Contiguous, in float32.
 inline Tensor empty_floats(const Tensor& like, const std::vector<int64_t>& sizes) {
   return empty_strided(like, sizes, contiguous_strides(sizes), ScalarType::Float);
-}
-
-// What a forward kept for its backward.
-inline const float* kept_floats(const char* op, const char* argument, const Tensor& t,
-                                const std::vector<int64_t>& shape) {
-  EFFATTN_REQUIRE(is_here(t) && t.scalar_type() == ScalarType::Float, op, ": ", argument,
-                  " must be float32 on ", kHere);
-  require_shape(op, argument, t, shape);
-  EFFATTN_REQUIRE(t.is_contiguous(), op, ": ", argument, " must be contiguous");
-  return static_cast<const float*>(t.const_data_ptr());
 }
 
 }  // namespace effattn

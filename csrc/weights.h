@@ -21,14 +21,15 @@ inline const Tensors& given(const MaybeTensors& list) {
 constexpr int64_t kMostChannels = 1 << 16;  // of a head, where the caller says them beside the weights
 
 // A contiguous tensor of float32, kept alive by `alive`.
-inline const float* floats(const char* op, const std::string& argument, const Tensor& t,
-                           const std::vector<int64_t>& shape, Tensors& alive) {
-  EFFATTN_REQUIRE(is_here(t) && t.scalar_type() == ScalarType::Float, op, ": ", argument,
-                  " must be float32 on ", kHere);
-  require_shape(op, argument.c_str(), t, shape);
+inline const float* floats(const Tensor& t, Tensors& alive) {
   // Asked first: through the dispatcher the answer costs as much as a small call's check of everything else.
   alive.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
   return static_cast<const float*>(alive.back().const_data_ptr());
+}
+
+// The element of a list that may have none.
+inline const float* floats(const Tensors& list, size_t i, Tensors& alive) {
+  return list.empty() ? nullptr : floats(list[i], alive);
 }
 
 // A new tensor of float32 with the shape of `like`: a gradient of weights.

@@ -28,6 +28,18 @@ def _load() -> tuple[ModuleType | None, str | None]:
 _C, error = _load()
 
 
+def operators(key: str) -> frozenset[str]:
+    """The operators that the loaded libraries have kernels of for a dispatch key, by the name of their function."""
+    names = (
+        name.removeprefix("effattn::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("effattn::")
+    )
+    return frozenset(
+        name.removesuffix("_forward")
+        for name in names
+        if not name.endswith("_backward") and torch._C._dispatch_has_kernel_for_dispatch_key(f"effattn::{name}", key)
+    )
+
+
 def _load_cuda() -> tuple[str, str, str | None]:
     """What the library of CUDA kernels was built with, and for, and its limits; or why it cannot be used."""
     path = library_path.with_name("libeffattn_cuda.so")

@@ -1,22 +1,16 @@
-"""The functions that users call: they explain wrong arguments and hand over to the operators."""
+"""The functions that users call: they normalise arguments and hand over to the operators."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from effattn._tracing import NOT_SCRIPTABLE, static_shape, untraced
-from effattn.ops import biased_attention as _biased_attention
-from effattn.ops import cascaded_group_attention as _cascaded_group_attention
-from effattn.ops import multi_scale as _multi_scale
-from effattn.ops import relu_linear_attention as _relu_linear_attention
-
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from effattn.ops import OPERATORS
+from effattn.ops._operator import Operator
 
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: float = 1e-15) -> torch.Tensor:
@@ -47,19 +41,9 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, 
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(relu_linear_attention, (q, k, v), q, k, v, eps=eps)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _are_of_one_dtype(q, k, v):
         q, k, v = _promoted_by_autocast(q, k, v)
-        _raise_if_wrong(_wrong_arguments, q, k, v, eps)
-        return _relu_linear_attention.relu_linear_attention(q, k, v, eps)
-    try:
-        if not (q.dtype == k.dtype == v.dtype):
-            q, k, v = _promoted_by_autocast(q, k, v)
-        return _relu_linear_attention.relu_linear_attention(q, k, v, eps)
-    except Exception:
-        # Operators check everything themselves, so a good call pays for no check in Python; a bad
-        # one is looked at here, to say it in terms of this function.
-        _raise_if_wrong(_wrong_arguments, q, k, v, eps)
-        raise
+    return _called(OPERATORS["relu_linear_attention"], q, k, v, eps)
 
 
 def multi_scale_aggregation(
@@ -99,16 +83,15 @@ def multi_scale_aggregation(
     if has_torch_function((qkv,)):
         weights = (dw_weights, pw_weights, dw_biases, pw_biases)
         return handle_torch_function(multi_scale_aggregation, (qkv,), qkv, *weights, head_dim=head_dim)
-    arguments = (qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim)
-    if torch.compiler.is_compiling():
-        _raise_if_wrong(_wrong_multi_scale, *arguments, 0.0)
-    try:
-        return _multi_scale.multi_scale_aggregation(
-            qkv, dw_weights, pw_weights, dw_biases or (), pw_biases or (), head_dim
-        )
-    except Exception:
-        _raise_if_wrong(_wrong_multi_scale, *arguments, 0.0)
-        raise
+    return _called(
+        OPERATORS["multi_scale_aggregation"],
+        qkv,
+        dw_weights,
+        pw_weights,
+        _or_empty(dw_biases),
+        _or_empty(pw_biases),
+        head_dim,
+    )
 
 
 def multi_scale_linear_attention(
@@ -142,16 +125,8 @@ def multi_scale_linear_attention(
     if has_torch_function((qkv,)):
         weights = (dw_weights, pw_weights, dw_biases, pw_biases)
         return handle_torch_function(multi_scale_linear_attention, (qkv,), qkv, *weights, head_dim=head_dim, eps=eps)
-    arguments = (qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
-    if torch.compiler.is_compiling():
-        _raise_if_wrong(_wrong_multi_scale, *arguments)
-    try:
-        return _multi_scale.multi_scale_linear_attention(
-            qkv, dw_weights, pw_weights, dw_biases or (), pw_biases or (), head_dim, eps
-        )
-    except Exception:
-        _raise_if_wrong(_wrong_multi_scale, *arguments)
-        raise
+    weights = (dw_weights, pw_weights, _or_empty(dw_biases), _or_empty(pw_biases))
+    return _called(OPERATORS["multi_scale_linear_attention"], qkv, *weights, head_dim, eps)
 
 
 def biased_attention(
@@ -195,17 +170,11 @@ def biased_attention(
     if has_torch_function((q, k, v, bias)):
         options: dict[str, Any] = {"scale": scale, "talking_heads": talking_heads}
         return handle_torch_function(biased_attention, (q, k, v, bias), q, k, v, bias, **options)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _are_of_one_dtype(q, k, v):
         q, k, v = _promoted_by_autocast(q, k, v)
-        _raise_if_wrong(_wrong_biased_attention, q, k, v, bias, scale, talking_heads)
-    try:
-        if not (q.dtype == k.dtype == v.dtype):
-            q, k, v = _promoted_by_autocast(q, k, v)
-        used = max(static_shape(q)[-1], 1) ** -0.5 if scale is None else scale
-        return _biased_attention.biased_attention(q, k, v, bias, talking_heads or (), used)
-    except Exception:
-        _raise_if_wrong(_wrong_biased_attention, q, k, v, bias, scale, talking_heads)
-        raise
+    if scale is None:
+        scale = _default_scale(q, -1)
+    return _called(OPERATORS["biased_attention"], q, k, v, bias, _or_empty(talking_heads), scale)
 
 
 def cascaded_group_attention(
@@ -254,42 +223,48 @@ def cascaded_group_attention(
     if has_torch_function((x,)):
         weights = (qkv_weights, qkv_biases, q_dw_weights, q_dw_biases, attention_bias)
         return handle_torch_function(cascaded_group_attention, (x,), x, *weights, scale=scale, window_size=window_size)
-    arguments = (x, qkv_weights, qkv_biases, q_dw_weights, q_dw_biases, attention_bias, scale, window_size)
-    if torch.compiler.is_compiling():
-        _raise_if_wrong(_wrong_cascade, *arguments)
+    if window_size is None:
+        height, width = (max(size, 1) for size in static_shape(x)[2:]) if _has_dims(x, 4) else (1, 1)
+    else:
+        window = window_size if isinstance(window_size, tuple) else (window_size, window_size)
+        if len(window) != 2 or any(not isinstance(size, int) or isinstance(size, bool) for size in window):
+            raise TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
+        height, width = window
+    if scale is None:
+        scale = _default_scale(q_dw_weights[0], 0) if isinstance(q_dw_weights, Sequence) and q_dw_weights else 1.0
+    return _called(
+        OPERATORS["cascaded_group_attention"], x, qkv_weights, _or_empty(qkv_biases), q_dw_weights, _or_empty(q_dw_biases),
+        attention_bias, scale, height, width,
+    )  # fmt: skip
+
+
+__all__ = [name for name, value in vars().items() if getattr(value, "__module__", None) == __name__ and name[0] != "_"]
+for _name in __all__:
+    vars()[_name].__dict__["__script_unsupported"] = NOT_SCRIPTABLE  # where torch.jit.script looks for it
+
+
+def _called(operator: Operator, *arguments: Any) -> Any:
+    """Calls an operator, and says what is wrong with the arguments if it refuses them: TypeError or ValueError.
+
+    Operators check everything themselves, so a good call pays for no check here.
+    """
     try:
-        if window_size is None:
-            height, width = (max(size, 1) for size in static_shape(x)[2:])
-        else:
-            height, width = window_size if isinstance(window_size, tuple) else (window_size, window_size)
-        used = max(static_shape(q_dw_weights[0])[0], 1) ** -0.5 if scale is None else scale
-        return _cascaded_group_attention.cascaded_group_attention(
-            x, qkv_weights, qkv_biases or (), q_dw_weights, q_dw_biases or (), attention_bias, used, height, width
-        )
+        return operator(*arguments)
     except Exception:
-        _raise_if_wrong(_wrong_cascade, *arguments)
+        if torch.compiler.is_compiling():
+            raise
+        _raise_if_wrong(operator, *arguments)
         raise
 
 
-for _function in (
-    relu_linear_attention,
-    multi_scale_aggregation,
-    multi_scale_linear_attention,
-    biased_attention,
-    cascaded_group_attention,
-):
-    _function.__dict__["__script_unsupported"] = NOT_SCRIPTABLE  # where torch.jit.script looks for it
-
-
-def _raise_if_wrong(wrong: Callable[..., Exception | None], *arguments: Any) -> None:
-    """Raises what is wrong with the arguments, if anything."""
-    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
-        error = wrong(*arguments)
-    else:
+def _raise_if_wrong(operator: Operator, *arguments: Any) -> None:
+    if torch.jit.is_tracing():
         with untraced():
             # Sizes that a trace made tensors of are numbers again.
             numbers = (a.item() if isinstance(a, torch.Tensor) and a.dim() == 0 else a for a in arguments)
-            error = wrong(*numbers)
+            error = operator.signature.error(tuple(numbers))
+    else:
+        error = operator.signature.error(arguments)
     if error is not None:
         raise error from None
 
@@ -306,248 +281,18 @@ def _promoted_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _wrong_tensor(name: str, tensor: object, at_least: int = 2) -> Exception | None:
-    if not isinstance(tensor, torch.Tensor):
-        return TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
-    if tensor.dtype not in _FLOATING:
-        return TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    if tensor.dim() < at_least:
-        what = " (..., tokens, channels)" if at_least == 2 else ""
-        return ValueError(f"{name}: expected at least {at_least} dimensions{what}, got shape {_shape(tensor)}")
-    return None
+def _are_of_one_dtype(*tensors: Any) -> bool:
+    return len({getattr(t, "dtype", None) for t in tensors}) == 1
 
 
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def _has_dims(t: Any, dims: int) -> bool:
+    return isinstance(t, torch.Tensor) and t.dim() == dims
 
 
-def _wrong_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> Exception | None:
-    """The first thing wrong with the arguments, as the error to raise; None if nothing is."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        wrong = _wrong_tensor(name, tensor)
-        if wrong is not None:
-            return wrong
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            return TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
-        if tensor.device != q.device:
-            return ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
-        if tensor.shape[:-2] != q.shape[:-2]:
-            return ValueError(
-                f"{name}: expected the leading sizes of q, {tuple(q.shape[:-2])}, got shape {_shape(tensor)}"
-            )
-    if k.shape[-1] != q.shape[-1]:
-        return ValueError(f"k: expected the head_dim of q, {q.shape[-1]}, got shape {_shape(k)}")
-    if v.shape[-2] != k.shape[-2]:
-        return ValueError(f"v: expected as many tokens as k, {k.shape[-2]}, got shape {_shape(v)}")
-    return _wrong_eps(eps)
+def _default_scale(t: Any, dim: int) -> float:
+    """The size of a dimension to the power of -0.5; anything for what the operator will refuse."""
+    return max(static_shape(t)[dim], 1) ** -0.5 if isinstance(t, torch.Tensor) and t.dim() > 0 else 1.0
 
 
-def _wrong_biased_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    scale: float | None,
-    talking_heads: Sequence[torch.Tensor] | None,
-) -> Exception | None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        wrong = _wrong_tensor(name, tensor)
-        if wrong is not None:
-            return wrong
-        if tensor.dim() != 4:
-            return ValueError(f"{name}: expected 4 dimensions (B, heads, tokens, channels), got shape {_shape(tensor)}")
-    wrong = _wrong_arguments(q, k, v, 0.0)
-    if wrong is not None:
-        return wrong
-    heads = q.shape[1]
-    expected: dict[str, tuple[object, tuple[int, ...]]] = {"bias": (bias, (heads, q.shape[2], k.shape[2]))}
-    if talking_heads is not None and not (isinstance(talking_heads, Sequence) and len(talking_heads) == 0):
-        if not isinstance(talking_heads, Sequence) or isinstance(talking_heads, str):
-            return TypeError(f"talking_heads: expected a sequence of tensors, got {type(talking_heads).__name__}")
-        if len(talking_heads) != 4:
-            return ValueError(f"talking_heads: expected two matrices, each with its bias, got {len(talking_heads)}")
-        for i, tensor in enumerate(talking_heads):
-            expected[f"talking_heads[{i}]"] = (tensor, (heads,) if i % 2 else (heads, heads))
-    for name, (tensor, shape) in expected.items():
-        wrong = _wrong_parameter(name, tensor, shape, "q", q)
-        if wrong is not None:
-            return wrong
-    return _wrong_scale(scale)
-
-
-def _wrong_cascade(
-    x: torch.Tensor,
-    qkv_weights: Sequence[torch.Tensor],
-    qkv_biases: Sequence[torch.Tensor] | None,
-    q_dw_weights: Sequence[torch.Tensor],
-    q_dw_biases: Sequence[torch.Tensor] | None,
-    attention_bias: torch.Tensor,
-    scale: float | None,
-    window_size: int | tuple[int, int] | None,
-) -> Exception | None:
-    wrong = _wrong_tensor("x", x)
-    if wrong is not None:
-        return wrong
-    if x.dim() != 4:
-        return ValueError(f"x: expected 4 dimensions (B, C, H, W), got shape {_shape(x)}")
-    lists = {
-        "qkv_weights": qkv_weights,
-        "qkv_biases": qkv_biases,
-        "q_dw_weights": q_dw_weights,
-        "q_dw_biases": q_dw_biases,
-    }
-    wrong = _wrong_lists(lists, "head")
-    if wrong is not None:
-        return wrong
-    heads = len(qkv_weights)
-    if heads == 0:
-        return ValueError("qkv_weights: expected a tensor a head, got none")
-    if x.shape[1] % heads != 0:
-        return ValueError(f"x: expected a multiple of {heads} channels, one group a head, got shape {_shape(x)}")
-    for i, weight in enumerate(q_dw_weights):
-        wrong = _wrong_tensor(f"q_dw_weights[{i}]", weight, at_least=4)
-        if wrong is not None:
-            return wrong
-        if weight.shape[-1] % 2 == 0:
-            return ValueError(f"q_dw_weights[{i}]: expected an odd kernel size, got shape {_shape(weight)}")
-    value_dim, key_dim = x.shape[1] // heads, q_dw_weights[0].shape[0]
-    if key_dim == 0:
-        return ValueError(f"q_dw_weights[0]: expected a positive key_dim, got shape {_shape(q_dw_weights[0])}")
-    sizes = {
-        "qkv_weights": (2 * key_dim + value_dim, value_dim, 1, 1),
-        "qkv_biases": (2 * key_dim + value_dim,),
-        "q_dw_biases": (key_dim,),
-    }
-    for name, tensors in lists.items():
-        for i, tensor in enumerate(tensors or ()):
-            shape = sizes[name] if name in sizes else (key_dim, 1, tensor.shape[-1], tensor.shape[-1])
-            wrong = _wrong_parameter(f"{name}[{i}]", tensor, shape, "x", x)
-            if wrong is not None:
-                return wrong
-    wrong = _wrong_window(window_size)
-    if wrong is not None:
-        return wrong
-    window = tuple(x.shape[2:]) if window_size is None else window_size
-    height, width = (window, window) if isinstance(window, int) else window
-    tokens = max(height, 1) * max(width, 1)
-    wrong = _wrong_parameter("attention_bias", attention_bias, (heads, tokens, tokens), "x", x)
-    return wrong if wrong is not None else _wrong_scale(scale)
-
-
-def _wrong_lists(lists: dict[str, Sequence[torch.Tensor] | None], unit: str) -> Exception | None:
-    """Lists of weights with a tensor for each ``unit``, as many as the first has; biases may be missing."""
-    first, *_ = lists
-    for name, tensors in lists.items():
-        if name.endswith("biases") and (tensors is None or (isinstance(tensors, Sequence) and len(tensors) == 0)):
-            continue
-        if not isinstance(tensors, Sequence):
-            return TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
-        expected = len(lists[first] or ())
-        if len(tensors) != expected:
-            return ValueError(f"{name}: expected a tensor a {unit} like {first}, {expected}, got {len(tensors)}")
-    return None
-
-
-_MOST_SIDE = 1 << 15  # of a window, as the compiled operators have it
-
-
-def _wrong_window(window_size: object) -> Exception | None:
-    if window_size is None:
-        return None
-    sizes = window_size if isinstance(window_size, tuple) else (window_size, window_size)
-    if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) for size in sizes):
-        return TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
-    if min(sizes) < 1 or max(sizes) >= _MOST_SIDE:
-        return ValueError(f"window_size: expected positive numbers below {_MOST_SIDE}, got {window_size}")
-    return None
-
-
-def _wrong_scale(scale: object) -> Exception | None:
-    if scale is None:
-        return None
-    if not isinstance(scale, Real) or isinstance(scale, bool):
-        return TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if not -math.inf < float(scale) < math.inf:  # math.isfinite takes no number of a dynamic graph
-        return ValueError(f"scale: expected a finite number, got {scale}")
-    return None
-
-
-def _wrong_parameter(
-    name: str, tensor: object, shape: tuple[int, ...], of: str, image: torch.Tensor
-) -> Exception | None:
-    """A weight or a bias that goes with the tensor ``image`` named ``of``."""
-    wrong = _wrong_tensor(name, tensor, at_least=len(shape))
-    if wrong is not None:
-        return wrong
-    assert isinstance(tensor, torch.Tensor)
-    if tensor.dtype not in (image.dtype, torch.float32):
-        return TypeError(f"{name}: expected the dtype of {of}, {image.dtype}, or float32, got {tensor.dtype}")
-    if tensor.device != image.device:
-        return ValueError(f"{name}: expected the device of {of}, {image.device}, got {tensor.device}")
-    if _shape(tensor) != shape:
-        return ValueError(f"{name}: expected shape {shape}, got {_shape(tensor)}")
-    return None
-
-
-def _wrong_eps(eps: object) -> Exception | None:
-    if not isinstance(eps, Real) or isinstance(eps, bool):
-        return TypeError(f"eps: expected a number, got {type(eps).__name__}")
-    if not 0 <= float(eps) < math.inf:
-        return ValueError(f"eps: expected a finite number >= 0, got {eps}")
-    return None
-
-
-def _wrong_multi_scale(
-    qkv: torch.Tensor,
-    dw_weights: Sequence[torch.Tensor],
-    pw_weights: Sequence[torch.Tensor],
-    dw_biases: Sequence[torch.Tensor] | None,
-    pw_biases: Sequence[torch.Tensor] | None,
-    head_dim: int,
-    eps: float,
-) -> Exception | None:
-    wrong = _wrong_tensor("qkv", qkv)
-    if wrong is not None:
-        return wrong
-    if qkv.dim() != 4:
-        return ValueError(f"qkv: expected 4 dimensions (B, C, H, W), got shape {_shape(qkv)}")
-    if not isinstance(head_dim, int) or isinstance(head_dim, bool):
-        return TypeError(f"head_dim: expected an int, got {type(head_dim).__name__}")
-    if head_dim < 1:
-        return ValueError(f"head_dim: expected a positive number, got {head_dim}")
-    channels = qkv.shape[1]
-    if channels % (3 * head_dim) != 0:
-        return ValueError(
-            f"qkv: expected a multiple of 3 * head_dim = {3 * head_dim} channels, got shape {_shape(qkv)}"
-        )
-    lists = {"dw_weights": dw_weights, "pw_weights": pw_weights, "dw_biases": dw_biases, "pw_biases": pw_biases}
-    wrong = _wrong_lists(lists, "scale")
-    if wrong is not None:
-        return wrong
-    for name, tensors in lists.items():
-        for i, tensor in enumerate(tensors or ()):
-            wrong = _wrong_weight(f"{name}[{i}]", tensor, qkv, head_dim)
-            if wrong is not None:
-                return wrong
-    return _wrong_eps(eps)
-
-
-def _wrong_weight(name: str, tensor: torch.Tensor, qkv: torch.Tensor, head_dim: int) -> Exception | None:
-    """A weight or a bias, by its name, against qkv."""
-    channels = qkv.shape[1]
-    if name.startswith("dw_weights"):
-        wrong = _wrong_tensor(name, tensor, at_least=4)
-        if wrong is not None:
-            return wrong
-        kernel = tensor.shape[-1]
-        if kernel % 2 == 0:
-            return ValueError(f"{name}: expected an odd kernel size, got shape {_shape(tensor)}")
-        shape: tuple[int, ...] = (channels, 1, kernel, kernel)
-    elif name.startswith("pw_weights"):
-        shape = (channels, head_dim, 1, 1)
-    else:
-        shape = (channels,)
-    return _wrong_parameter(name, tensor, shape, "qkv", qkv)
+def _or_empty(tensors: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+    return () if tensors is None else tensors

@@ -9,7 +9,7 @@ reason means that it can. The first that can, in the order of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
 # What choose() and choose_fused() found, for eager calls, under what was asked for then.
-_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, tuple[int, ...], bool], Backend] = {}
+_chosen: dict[tuple[str | None, str, torch.device, torch.dtype, Sequence[int], bool], Backend] = {}
 _fused: dict[tuple[str | None, str, torch.device, torch.dtype], bool] = {}
 
 
@@ -109,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
+def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
     unavailable = backend.unavailable()
     reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
     if not reasons:
@@ -119,14 +119,14 @@ def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype
 
 
 def find(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), *, is_small: bool = False
+    op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = (), *, is_small: bool = False
 ) -> Backend:
     """The backend that serves ``op`` for tensors of ``dtype`` on ``device``, of these sizes.
 
     For an ONNX exporter it is the reference, whose operations every runtime has.
 
     Args:
-        sizes: those that backends may have a limit for (:mod:`effattn.backends._sizes`); none where they do not matter.
+        sizes: a NamedTuple of those that backends may have a limit for; empty where they do not matter.
         is_small: what :func:`effattn.backends.is_small_call` says of the call.
 
     Raises:
@@ -140,7 +140,7 @@ def find(
 
 
 def choose(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), *, is_small: bool = False
+    op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = (), *, is_small: bool = False
 ) -> Backend:
     """:func:`find` that remembers: for eager calls, which it must not hold up.
 
@@ -169,7 +169,7 @@ def choose_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _search(
-    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], is_small: bool
+    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int], is_small: bool
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
     if torch.onnx.is_in_onnx_export():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from effattn.backends import reference
+from effattn.ops import OPERATORS
+from effattn.ops._operator import Operator
 from effattn.registry import use_backend
 
 #: Memory orders of (..., tokens, channels): channels contiguous, tokens contiguous, and a view in which
@@ -67,6 +68,41 @@ def make_image(
     if memory_format in ("nchw", "equal rows", "equal columns"):
         return image.expand(batch, channels, height, width)
     raise ValueError(f"memory_format: unknown, got {memory_format!r}")
+
+
+# --- any operator, from its specification -----------------------------------------------------------------------
+
+
+def make_arguments(
+    operator: Operator, case: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Any]:
+    """Reproducible arguments of an operator, in the order of its signature.
+
+    Images are normal; weights are normal, divided by the root of what each output is a sum of.
+
+    Args:
+        operator: whose.
+        case: one of its ``cases``.
+        dtype: of images; weights are float32.
+        seed: other numbers for each.
+    """
+    arguments: list[Any] = []
+    for i, argument in enumerate(operator.signature.arguments):
+        if argument.is_option:
+            arguments.append(case[argument.name])
+            continue
+        missing = argument.name in case.get("without", ())
+        count = 1 if argument.length is None else 0 if missing else argument.length.value(dict(case))
+        tensors = []
+        for element in range(count):
+            declared = argument.shapes[element % len(argument.shapes)]
+            own = {name: case[name][element] for name in declared.names if name in operator.signature.local}
+            shape = declared.sizes({**case, **own})
+            t = make_tensor(*((1, *shape) if len(shape) < 2 else shape), seed=100 * seed + 10 * i + element)
+            fan_in = 1 if argument.is_image else max(math.prod(shape[1:]), 1)
+            tensors.append((t.reshape(shape) / fan_in**0.5).to(dtype if argument.is_image else torch.float32))
+        arguments.append(tensors if argument.is_list else None if missing else tensors[0])
+    return arguments
 
 
 # --- relu_linear_attention ------------------------------------------------------------------------------
@@ -162,7 +198,7 @@ def reference_with_gradients(
 ) -> tuple[torch.Tensor, ...]:
     """(out, grad_q, grad_k, grad_v) of the reference with all arguments in ``dtype``."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
-    out = reference.relu_linear_attention(leaves[0], leaves[1], leaves[2], eps)
+    out = OPERATORS["relu_linear_attention"].plain(leaves[0], leaves[1], leaves[2], eps)
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))
 
 
@@ -212,7 +248,7 @@ class MultiScaleCase:
         """
         for seed in range(100):
             inputs = self.inputs(dtype, memory_format, seed)
-            aggregated = self.call(reference.multi_scale_aggregation, in_float64(inputs))
+            aggregated = self.call(OPERATORS["multi_scale_aggregation"].plain, in_float64(inputs))
             gated = aggregated.reshape(self.batch, -1, 3, self.head_dim, self.height * self.width)[:, :, :2].abs()
             if gated.numel() == 0 or gated[gated > 0].min() > 1e-6 * gated.max():
                 return inputs
@@ -233,7 +269,7 @@ def multi_scale_cancelled_terms(case: MultiScaleCase, inputs: dict[str, Any], ep
     convolutions' own backward: independent from element to element, so that squares add up.
     """
     wide = in_float64(inputs)
-    aggregated = case.call(reference.multi_scale_aggregation, wide)
+    aggregated = case.call(OPERATORS["multi_scale_aggregation"].plain, wide)
     heads = aggregated.reshape(case.batch, -1, 3 * case.head_dim, case.height * case.width).mT
     grad_out = make_tensor(case.batch, aggregated.shape[1] // 3, case.height, case.width, seed=9)
     grad_out = grad_out.to(inputs["qkv"].dtype).reshape(case.batch, -1, case.head_dim, case.height * case.width).mT
@@ -242,7 +278,7 @@ def multi_scale_cancelled_terms(case: MultiScaleCase, inputs: dict[str, Any], ep
     noise = torch.cat([grad_q, grad_k, torch.zeros_like(grad_q)], dim=-1).mT.reshape(aggregated.shape)
     leaves = {k: [v] if isinstance(v, torch.Tensor) else v for k, v in wide.items()}
     squares = {k: [t.square().requires_grad_() for t in v] for k, v in leaves.items()}
-    out = case.call(reference.multi_scale_aggregation, {**squares, "qkv": squares["qkv"][0]})
+    out = case.call(OPERATORS["multi_scale_aggregation"].plain, {**squares, "qkv": squares["qkv"][0]})
     named = gradients_by_name(squares)
     grads = torch.autograd.grad(out, list(named.values()), noise.square())
     return {name: grad.sqrt() for name, grad in zip(named, grads, strict=True)}

@@ -14,7 +14,7 @@ from torch import nn
 
 from effattn import use_backend
 from effattn.nn import CascadedGroupAttention, LocalWindowAttention
-from effattn.ops.cascaded_group_attention import batch_norm
+from effattn.ops import OPERATORS
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
@@ -28,6 +28,7 @@ from effattn.testing import (
     with_gradients,
 )
 
+batch_norm = OPERATORS["cascaded_group_attention_batch_norm"]
 OPS = torch.ops.effattn
 EPS = 1e-5
 
@@ -202,11 +203,11 @@ def test_second_derivatives_run_through_the_reference():
 
 
 ERRORS = {
-    "half windows": ({"x": torch.ones(2, 8, 5, 4)}, "x must have whole windows"),
-    "empty": ({"x": torch.ones(0, 8, 6, 4)}, "x must not be empty"),
-    "dtype": ({"x": torch.ones(2, 8, 6, 4).bfloat16()}, "x must be float32"),
-    "norms": ({"norm_weights": [torch.ones(12)] * 2}, "norm_weights must have 4 items"),
-    "norm shape": ({"norm_biases": [torch.ones(12)] * 4}, r"norm_biases\[2\] must have shape \(4\)"),
+    "half windows": ({"x": torch.ones(2, 8, 5, 4)}, "x: expected shape"),
+    "empty": ({"x": torch.ones(0, 8, 6, 4)}, "x: expected a positive B"),
+    "dtype": ({"x": torch.ones(2, 8, 6, 4).bfloat16()}, "x: expected float32"),
+    "norms": ({"norm_weights": [torch.ones(12)] * 2}, "norm_weights: expected 2 . heads = 4 tensors, got 2"),
+    "norm shape": ({"norm_biases": [torch.ones(12)] * 4}, r"norm_biases\[2\]: expected shape \(4\)"),
 }
 
 
@@ -221,9 +222,9 @@ def test_wrong_arguments(name):
 def test_the_backward_refuses_what_the_forward_has_not_made():
     tensors, options = SMALL.inputs().values(), SMALL.options()
     out, statistics = OPS.cascaded_group_attention_batch_norm_forward(*tensors, *options)
-    with pytest.raises(RuntimeError, match="statistics must have shape"):
+    with pytest.raises(RuntimeError, match="statistics: expected shape"):
         OPS.cascaded_group_attention_batch_norm_backward(out, *tensors, out, statistics[:, :, 1:], *options)
-    with pytest.raises(RuntimeError, match="grad_out must have shape"):
+    with pytest.raises(RuntimeError, match="grad_out: expected shape"):
         OPS.cascaded_group_attention_batch_norm_backward(out[:1], *tensors, out, statistics, *options)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import effattn
-from effattn.ops import cascaded_group_attention as cascade_op
+from effattn.ops import cascaded_group_attention_projected as cascade_op
 from effattn.ops import projected_attention as attention_op
 from effattn.ops.lite_mla import Weights, lite_mla
 from effattn.testing import CascadeCase, MultiScaleCase, make_image, make_tensor

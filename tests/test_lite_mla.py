@@ -121,19 +121,23 @@ def test_opcheck():
 
 
 WRONG = {
-    "x of 3 dimensions": (0, torch.ones(IN, 7, 7), "x must have 4 dimensions"),
-    "x of integers": (0, torch.ones(1, IN, 7, 7, dtype=torch.int32), "x must be float32, bfloat16 or float16"),
-    "x of other channels": (0, torch.ones(1, IN + 1, 7, 7), r"qkv_weight must have shape \(72, 21\)"),
-    "qkv_weight of 4 dimensions": (1, torch.ones(72, IN, 1, 1), "must have 2 dimensions"),
-    "qkv_weight that head_dim does not divide": (1, torch.ones(70, IN), "multiple of 3 \\* head_dim = 24"),
-    "qkv_weight in float64": (1, torch.ones(72, IN).double(), "qkv_weight must be float32"),
-    "qkv_bias too long": (2, torch.ones(73), r"qkv_bias must have shape \(72\)"),
+    "x of 3 dimensions": (0, torch.ones(IN, 7, 7), "x: expected 4 dimensions"),
+    "x of integers": (0, torch.ones(1, IN, 7, 7, dtype=torch.int32), "x: expected float32, bfloat16 or float16"),
+    "x of other channels": (0, torch.ones(1, IN + 1, 7, 7), r"qkv_weight: expected shape .* C = 21"),
+    "qkv_weight of 4 dimensions": (1, torch.ones(72, IN, 1, 1), "qkv_weight: expected 2 dimensions"),
+    "qkv_weight that head_dim does not divide": (
+        1,
+        torch.ones(70, IN),
+        r"qkv_weight: expected shape \(3 \* heads \* head_dim, C\)",
+    ),
+    "qkv_weight in float64": (1, torch.ones(72, IN).double(), "qkv_weight: expected float32"),
+    "qkv_bias too long": (2, torch.ones(73), r"qkv_bias: expected shape"),
     "an even kernel": (3, [torch.ones(72, 1, 4, 4)], "odd k"),
-    "a pointwise weight missing": (4, [], "pw_weights must have 1 tensors"),
-    "proj_weight of other inputs": (7, torch.ones(OUT, 47), r"proj_weight must have shape \(37, 48\)"),
-    "proj_bias too short": (8, torch.ones(OUT - 1), r"proj_bias must have shape \(37\)"),
-    "head_dim of zero": (9, 0, "head_dim must be in 1 to"),
-    "eps below zero": (10, -1.0, "eps must be a finite number >= 0"),
+    "a pointwise weight missing": (4, [], "pw_weights: expected S = 1 tensors"),
+    "proj_weight of other inputs": (7, torch.ones(OUT, 47), r"proj_weight: expected shape"),
+    "proj_bias too short": (8, torch.ones(OUT - 1), r"proj_bias: expected shape"),
+    "head_dim of zero": (9, 0, "head_dim: expected an int >= 1"),
+    "eps below zero": (10, -1.0, "eps: expected a finite number >= 0"),
 }
 
 

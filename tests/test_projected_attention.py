@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 from effattn import use_backend
-from effattn.backends import packed
-from effattn.ops import cascaded_group_attention as cascade_op
+from effattn.ops import _packed as packed
+from effattn.ops import cascaded_group_attention_projected as cascade_op
 from effattn.ops import projected_attention as attention_op
 from effattn.testing import FLOAT32_FORWARD_TOLERANCE, CascadeCase, allowed_error, error, make_image, make_tensor
 
@@ -287,24 +287,24 @@ def test_packing_is_undone():
 
 
 WRONG_ATTENTION = {
-    "x rank": ("x", torch.ones(2, 24, 7), "x must have 4 dimensions"),
-    "x integers": ("x", torch.ones(2, 24, 7, 7).long(), "x must be float32, bfloat16 or float16"),
-    "x channels": ("x", torch.ones(2, 25, 7, 7), "qkv must have shape"),
-    "x size": ("x", torch.ones(2, 24, 7, 6), "bias must have shape"),
-    "q alone": ("q", torch.ones(2, 24, 32), "q and q_bias must both be given"),
-    "qkv": ("qkv", torch.ones(5, 24, 16), "qkv must have shape"),
-    "qkv_bias": ("qkv_bias", torch.ones(3), "qkv_bias must have shape"),
-    "bias rank": ("bias", torch.ones(49, 49), r"bias must have shape \(heads, queries, keys\)"),
-    "bias dtype": ("bias", torch.ones(4, 49, 49).double(), "bias must be float32"),
-    "mixing": ("talking_heads", [torch.ones(4, 4)], "talking_heads must have no tensors or 4"),
-    "taps": ("taps", torch.ones(2, 8, 32), "taps must have shape"),
-    "tap_bias": ("tap_bias", None, "taps and tap_bias must both be given"),
-    "proj": ("proj", torch.ones(2, 60, 32), "proj must have shape"),
-    "proj_bias": ("proj_bias", torch.ones(2, 2), "proj_bias must have 1 dimension"),
-    "key_dim": ("key_dim", 0, "key_dim and value_dim must be positive"),
-    "scale": ("scale", float("nan"), "scale must be finite"),
-    "activation": ("activation", 3, r"activation must be 0 \(none\), 1 \(relu\) or 2 \(gelu\), got 3"),
-    "out_height": ("out_height", 6, "out_height and out_width must be at least the queries', 7 x 7, got 6 x 7"),
+    "x rank": ("x", torch.ones(2, 24, 7), "x: expected 4 dimensions"),
+    "x integers": ("x", torch.ones(2, 24, 7, 7).long(), "x: expected float32, bfloat16 or float16"),
+    "x channels": ("x", torch.ones(2, 25, 7, 7), "qkv: expected shape"),
+    "x size": ("x", torch.ones(2, 24, 7, 6), "bias: expected shape"),
+    "q alone": ("q", torch.ones(2, 24, 32), "q, q_bias: expected both"),
+    "qkv": ("qkv", torch.ones(5, 24, 16), "qkv: expected shape"),
+    "qkv_bias": ("qkv_bias", torch.ones(3), "qkv_bias: expected shape"),
+    "bias rank": ("bias", torch.ones(49, 49), r"bias: expected shape \(heads, queries, keys\)"),
+    "bias dtype": ("bias", torch.ones(4, 49, 49).double(), "bias: expected float32"),
+    "mixing": ("talking_heads", [torch.ones(4, 4)], "talking_heads: expected none or 4 tensors"),
+    "taps": ("taps", torch.ones(2, 8, 32), "taps: expected shape"),
+    "tap_bias": ("tap_bias", None, "taps, tap_bias: expected both"),
+    "proj": ("proj", torch.ones(2, 60, 32), "proj: expected shape"),
+    "proj_bias": ("proj_bias", torch.ones(2, 2), "proj_bias: expected 1 dimension"),
+    "key_dim": ("key_dim", 0, "key_dim, value_dim: expected positive numbers"),
+    "scale": ("scale", float("nan"), "scale: expected a finite number"),
+    "activation": ("activation", 3, r"activation: expected 0 \(none\), 1 \(relu\) or 2 \(gelu\), got 3"),
+    "out_height": ("out_height", 6, "out_height, out_width: expected at least the queries', 7 x 7, got 6 x 7"),
 }
 
 
@@ -323,12 +323,12 @@ def test_wrong_arguments_of_attention(name):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("halving_taps", torch.ones(1, 8, 32), "halving_taps must have shape"),
-        ("halving_taps", torch.ones(2, 9, 32), "halving_taps must have shape"),
-        ("halving_taps", None, "halving_taps and halving_bias must both be given"),
-        ("halving_bias", torch.ones(31), "halving_bias must have shape"),
-        ("q", torch.ones(3, 24, 32), "q must have shape"),
-        ("bias", torch.ones(4, 49, 42), "bias must have shape"),
+        ("halving_taps", torch.ones(1, 8, 32), "halving_taps: expected shape"),
+        ("halving_taps", torch.ones(2, 9, 32), "halving_taps: expected shape"),
+        ("halving_taps", None, "halving_taps, halving_bias: expected both"),
+        ("halving_bias", torch.ones(31), "halving_bias: expected shape"),
+        ("q", torch.ones(3, 24, 32), "q: expected shape"),
+        ("bias", torch.ones(4, 49, 42), "bias: expected shape"),
     ],
 )
 def test_wrong_halving(name, value, message):
@@ -341,25 +341,25 @@ def test_wrong_halving(name, value, message):
 def test_queries_of_their_own_need_an_image():
     case = ATTENTION["v2, halved"]
     weights = case.packed()._replace(halving_taps=None, halving_bias=None)
-    with pytest.raises(RuntimeError, match="q must be None where no halving_taps"):
+    with pytest.raises(RuntimeError, match="q: expected None where no halving_taps"):
         OPS.projected_attention(case.x(), *weights, 0.3, 0, 7, 6)
 
 
 WRONG_CASCADE = {
-    "x rank": ("x", torch.ones(2, 24, 7), "x must have 4 dimensions"),
+    "x rank": ("x", torch.ones(2, 24, 7), "x: expected 4 dimensions"),
     "x channels": ("x", torch.ones(2, 25, 5, 7), "multiple of 2 channels"),
-    "qkv": ("qkv", torch.ones(2, 12, 47), r"qkv must have shape \(2, 12, 48\)"),
-    "taps": ("taps", torch.ones(57, 16), r"taps must have shape \(58, 16\)"),
-    "tap_bias": ("tap_bias", torch.ones(2, 6), "tap_bias must have shape"),
-    "bias": ("bias", torch.ones(2, 16, 15), "attention_bias must have shape"),
-    "proj": ("proj", torch.ones(1, 24, 32), r"proj must have shape \(2, 24, 32\)"),
-    "proj_bias": ("proj_bias", torch.ones(1, 37), "proj_bias must have 1 dimension"),
-    "no heads": ("kernels", [], "kernels must have a size a head"),
-    "even kernel": ("kernels", [7, 4], "kernels must be odd, got 4"),
-    "huge kernel": ("kernels", [7, 2**62 + 1], "kernels must be odd"),
-    "key_dim": ("key_dim", 0, "key_dim be positive"),
-    "window": ("window_height", 0, "window_size must be positive and below 32768, got 0 x 4"),
-    "huge window": ("window_height", 2**62, "window_size must be positive and below 32768"),
+    "qkv": ("qkv", torch.ones(2, 12, 47), r"qkv: expected shape \(2, 12, 48\)"),
+    "taps": ("taps", torch.ones(57, 16), r"taps: expected shape \(58, 16\)"),
+    "tap_bias": ("tap_bias", torch.ones(2, 6), "tap_bias: expected shape"),
+    "bias": ("bias", torch.ones(2, 16, 15), "attention_bias: expected shape"),
+    "proj": ("proj", torch.ones(1, 24, 32), r"proj: expected shape \(2, 24, 32\)"),
+    "proj_bias": ("proj_bias", torch.ones(1, 37), "proj_bias: expected 1 dimension"),
+    "no heads": ("kernels", [], "kernels, key_dim: expected a size a head"),
+    "even kernel": ("kernels", [7, 4], "kernels: expected odd sizes, got 4"),
+    "huge kernel": ("kernels", [7, 2**62 + 1], "kernels: expected odd sizes"),
+    "key_dim": ("key_dim", 0, "key_dim: expected"),
+    "window": ("window_height", 0, "window_height, window_width: expected positive numbers below 32768, got 0 and 4"),
+    "huge window": ("window_height", 2**62, "window_height, window_width: expected positive"),
 }
 
 

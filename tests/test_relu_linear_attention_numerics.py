@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from effattn import _library, relu_linear_attention
-from effattn.backends import reference
+from effattn.ops import OPERATORS
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
@@ -328,7 +328,7 @@ def test_reference_is_the_equation():
     q, k, v, _ = (t.double() for t in problem((2,), 9, 11, 4, 5, torch.float32, ("token_major",) * 4))
     weights = torch.einsum("bnd,bmd->bnm", q.clamp_min(0), k.clamp_min(0))
     truth = torch.einsum("bnm,bme->bne", weights, v) / (weights.sum(-1, keepdim=True) + EPS)
-    assert torch.allclose(reference.relu_linear_attention(q, k, v, EPS), truth, rtol=1e-12, atol=0)
+    assert torch.allclose(OPERATORS["relu_linear_attention"].plain(q, k, v, EPS), truth, rtol=1e-12, atol=0)
 
 
 LARGE = 2**27 + 3  # tokens of 16 channels: offsets pass 2^31

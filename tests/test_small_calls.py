@@ -31,9 +31,6 @@ def both_serve(monkeypatch):
 
     monkeypatch.setattr(registry, "_reasons", reasons)
     monkeypatch.setattr(registry, "_chosen", {})
-    for name in (OP, *CASES):
-        inference, forward = (getattr(torch.ops.effattn, name + suffix).default for suffix in ("", "_forward"))
-        monkeypatch.setitem(cuda._FUNCTIONS, name, cuda.Fused(inference, forward))
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from benchmarks.floor import Work
 from benchmarks.gpu import names
 from benchmarks.gpu.runner import STOCK, Arguments, GpuCase
 from effattn import testing
-from effattn.backends import reference
+from effattn.ops import OPERATORS
+from effattn.ops._plain import mix_heads
 from effattn.testing import ATTENTION_CASES, AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
 
 NARROW = torch.bfloat16
@@ -57,7 +58,7 @@ def _attention(case: AttentionCase, dtype: torch.dtype, training: bool, token_ma
         sizes={"batch": case.batch, "heads": case.heads, "head_dim": case.head_dim, "tokens": case.tokens},
         work=rla.work(case, dtype, training),
         make=make,
-        truth=partial(reference.relu_linear_attention, eps=rla.EPS),
+        truth=partial(OPERATORS["relu_linear_attention"].plain, eps=rla.EPS),
         ours=effattn.relu_linear_attention,
         peers={"official": rla.official, "timm": timm},
         context={} if training else {"softmax (SDPA)": functional.scaled_dot_product_attention},
@@ -105,7 +106,9 @@ def _multi_scale(name: str, case: MultiScaleCase, training: bool, dtype: torch.d
         sizes={"batch": case.batch, "heads": case.heads, "head_dim": case.head_dim, "height": case.height},
         work=_work(pixels * per_pixel, pixels * case.channels, pixels * outputs, training, dtype),
         make=make,
-        truth=lambda qkv, dw, pw: reference.multi_scale_linear_attention(qkv, dw, pw, (), (), case.head_dim, 1e-15),
+        truth=lambda qkv, dw, pw: OPERATORS["multi_scale_linear_attention"].plain(
+            qkv, dw, pw, (), (), case.head_dim, 1e-15
+        ),
         ours=ours,
         peers={STOCK: official},
         training=training,
@@ -151,7 +154,7 @@ def _cascade(name: str, case: CascadeCase, training: bool, dtype: torch.dtype = 
         sizes={"batch": case.batch, "channels": case.channels, "heads": heads, "size": case.height},
         work=_work(pixels * per_pixel, pixels * case.channels, pixels * case.channels, training, dtype),
         make=lambda: _inputs(case, dtype),
-        truth=lambda *arguments: reference.cascaded_group_attention(*arguments, scale, *window),
+        truth=lambda *arguments: OPERATORS["cascaded_group_attention"].plain(*arguments, scale, *window),
         ours=ours,
         peers={STOCK: stock},
         training=training,
@@ -214,9 +217,9 @@ def _biased(name: str, case: BiasedCase, training: bool, dtype: torch.dtype = NA
     ) -> torch.Tensor:
         logits = scale * (q @ k.mT) + bias.to(q.dtype)
         if mixing is not None:
-            logits = reference._mix_heads(logits, mixing[:2])
+            logits = mix_heads(logits, mixing[:2])
         weights = logits.softmax(dim=-1)
-        return (weights if mixing is None else reference._mix_heads(weights, mixing[2:])) @ v
+        return (weights if mixing is None else mix_heads(weights, mixing[2:])) @ v
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return functional.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
@@ -237,7 +240,7 @@ def _biased(name: str, case: BiasedCase, training: bool, dtype: torch.dtype = NA
             dtype,
         ),
         make=lambda: _inputs(case, dtype),
-        truth=lambda q, k, v, bias, mixing=(): reference.biased_attention(q, k, v, bias, mixing, scale),
+        truth=lambda q, k, v, bias, mixing=(): OPERATORS["biased_attention"].plain(q, k, v, bias, mixing, scale),
         ours=ours,
         peers=peers if case.talking else peers | {"SDPA": sdpa},
         training=training,
@@ -328,7 +331,7 @@ def _aggregation(case: MultiScaleCase, training: bool, dtype: torch.dtype) -> Gp
         return effattn.multi_scale_aggregation(qkv, dw, pw, head_dim=case.head_dim)
 
     def plain(qkv: torch.Tensor, dw: list[torch.Tensor], pw: list[torch.Tensor]) -> torch.Tensor:
-        return reference.multi_scale_aggregation(qkv, dw, pw, (), (), case.head_dim)
+        return OPERATORS["multi_scale_aggregation"].plain(qkv, dw, pw, (), (), case.head_dim)
 
     attention = _multi_scale("smoke", case, training, dtype)
     return dataclasses.replace(attention, suite="gpu-aggregation", truth=plain, ours=ours, peers={STOCK: plain})

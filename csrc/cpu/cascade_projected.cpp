@@ -1,6 +1,8 @@
 // Cascaded group attention, relu and a 1x1 convolution for CPU tensors: checks, allocation, launch,
 // registration.
-#include "../cascade_problem.h"
+#include <cmath>
+
+#include "../cascade_params.h"
 #include "packed.h"
 
 namespace effattn {
@@ -14,18 +16,28 @@ Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, con
                  int64_t window_width) {
   const char* const op = "cascaded_group_attention_projected";
   const int64_t heads = static_cast<int64_t>(kernels.size());
-  EFFATTN_REQUIRE(heads > 0 && key_dim > 0 && key_dim < kMostChannels, op,
-                  ": kernels must have a size a head and key_dim be positive, at most 65535, got ", heads,
+  EFFATTN_REQUIRE(heads > 0 && key_dim > 0 && key_dim < kMaxChannels, op,
+                  ": kernels, key_dim: expected a size a head and a positive number up to 65535, got ", heads,
                   " and ", key_dim);
   int64_t all_taps = 0;
   for (const int64_t kernel : kernels) {
-    EFFATTN_REQUIRE(kernel > 0 && kernel % 2 == 1 && kernel < kMostSide, op, ": kernels must be odd, got ",
-                    kernel);
+    EFFATTN_REQUIRE(kernel > 0 && kernel % 2 == 1 && kernel < kMaxSide, op,
+                    ": kernels: expected odd sizes, got ", kernel);
     all_taps += kernel * kernel;
   }
-  Problem problem(op, x, heads, key_dim, bias, scale, window_height, window_width);
-  CascadeParams& p = problem.p;
-  Tensors& alive = problem.alive;
+  require_image(op, x);
+  EFFATTN_REQUIRE(x.size(1) % heads == 0, op, ": x: expected a multiple of ", heads, " channels, got ",
+                  x.size(1));
+  EFFATTN_REQUIRE(
+      window_height > 0 && window_width > 0 && window_height < kMaxSide && window_width < kMaxSide, op,
+      ": window_height, window_width: expected positive numbers below ", kMaxSide, ", got ", window_height,
+      " and ", window_width);
+  EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale: expected a finite number, got ", scale);
+  const int64_t tokens = window_height * window_width;
+  Tensors alive;
+  floats(op, "attention_bias", bias, {heads, tokens, tokens}, alive);
+  Call call(x, heads, key_dim, bias, scale, window_height, window_width);
+  CascadeParams& p = call.p;
   const int64_t keys = round_up(key_dim, cpu::kWholeVectors);
   const int64_t stride = 2 * keys + round_up(p.value_dim, cpu::kWholeVectors);
   p.kernels = kernels.data();
@@ -33,7 +45,7 @@ Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, con
               floats(op, "qkv_bias", qkv_bias, {heads, stride}, alive),
               floats(op, "taps", taps, {all_taps, keys}, alive),
               floats(op, "tap_bias", tap_bias, {heads, keys}, alive)};
-  EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias must have 1 dimension (outputs), got shape ",
+  EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias: expected 1 dimension (outputs), got shape ",
                   shape_text(proj_bias));
   const cpu::ProjectionWeights projection =
       packed_projection(op, "proj", proj, &proj_bias, x.size(1), proj_bias.size(0), alive);

@@ -24,11 +24,11 @@ int64_t side_of(int64_t square) {
 cpu::Depthwise depthwise_of(const char* op, const char* names[2], const std::optional<Tensor>& taps,
                             const std::optional<Tensor>& bias, int64_t channels, Tensors& alive) {
   constexpr int64_t width = cpu::kPackedOutputs;
-  EFFATTN_REQUIRE(taps.has_value() == bias.has_value(), op, ": ", names[0], " and ", names[1],
-                  " must both be given or both be None");
+  EFFATTN_REQUIRE(taps.has_value() == bias.has_value(), op, ": ", names[0], ", ", names[1],
+                  ": expected both or None for both");
   if (!taps) return {};
   EFFATTN_REQUIRE(taps->dim() == 3 && side_of(taps->size(1)) > 0, op, ": ", names[0],
-                  " must have shape (blocks, k * k, ", width, ") with an odd k, got ", shape_text(*taps));
+                  ": expected shape (blocks, k * k, ", width, ") with an odd k, got ", shape_text(*taps));
   const int64_t blocks = ceil_div(channels, width);
   return {side_of(taps->size(1)), floats(op, names[0], *taps, {blocks, taps->size(1), width}, alive),
           floats(op, names[1], *bias, {blocks * width}, alive)};
@@ -43,37 +43,42 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
                            int64_t out_height, int64_t out_width) {
   const char* const op = "projected_attention";
   cpu::ProjectedAttention p{};
-  p.dtype = kernel_dtype(op, "x", x);
-  EFFATTN_REQUIRE(x.dim() == 4, op, ": x must have 4 dimensions (B, C, H, W), got shape ", shape_text(x));
+  require_image(op, x);
+  p.dtype = kernel_dtype(x);
   EFFATTN_REQUIRE(bias.dim() == 3 && bias.size(0) > 0, op,
-                  ": bias must have shape (heads, queries, keys), got ", shape_text(bias));
-  EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0 && key_dim < kMostChannels && value_dim < kMostChannels, op,
-                  ": key_dim and value_dim must be positive, at most 65535, got ", key_dim, " and ",
+                  ": bias: expected shape (heads, queries, keys), got ", shape_text(bias));
+  EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0 && key_dim < kMaxChannels && value_dim < kMaxChannels, op,
+                  ": key_dim, value_dim: expected positive numbers up to 65535, got ", key_dim, " and ",
                   value_dim);
-  EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale must be finite, got ", scale);
+  EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale: expected a finite number, got ", scale);
   EFFATTN_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kGelu), op,
-                  ": activation must be 0 (none), 1 (relu) or 2 (gelu), got ", activation);
-  EFFATTN_REQUIRE(q.has_value() == q_bias.has_value(), op,
-                  ": q and q_bias must both be given or both be None");
+                  ": activation: expected 0 (none), 1 (relu) or 2 (gelu), got ", activation);
+  EFFATTN_REQUIRE(q.has_value() == q_bias.has_value(), op, ": q, q_bias: expected both or None for both");
   Tensors alive;
   const int64_t heads = bias.size(0);
   p.batch = x.size(0);
   p.channels = x.size(1);
   const char* of_halving[] = {"halving_taps", "halving_bias"};
   p.halving = depthwise_of(op, of_halving, halving_taps, halving_bias, p.channels, alive);
-  EFFATTN_REQUIRE(halving_taps || !q, op, ": q must be None where no halving_taps make its image");
+  EFFATTN_REQUIRE(halving_taps || !q, op, ": q: expected None where no halving_taps make its image");
   p.x_size = p.size = p.query_size = {x.size(2), x.size(3)};
   if (halving_taps) p.query_size = {ceil_div(x.size(2), 2), ceil_div(x.size(3), 2)};
   if (!q) p.size = p.query_size;
   p.out_size = {out_height, out_width};
   EFFATTN_REQUIRE(out_height >= p.query_size.height && out_width >= p.query_size.width, op,
-                  ": out_height and out_width must be at least the queries', ", p.query_size.height, " x ",
+                  ": out_height, out_width: expected at least the queries', ", p.query_size.height, " x ",
                   p.query_size.width, ", got ", out_height, " x ", out_width);
   const int64_t queries = p.query_size.tokens(), keys = p.size.tokens();
   p.heads = {heads,   queries,        keys, key_dim, value_dim, static_cast<float>(scale),
              nullptr, queries * keys, {}};
   p.heads.bias = floats(op, "bias", bias, {heads, queries, keys}, alive);
-  p.heads.mix = talking_heads_of(op, given(talking_heads), heads, alive);
+  const Tensors& mix = given(talking_heads);
+  EFFATTN_REQUIRE(mix.empty() || mix.size() == 4, op, ": talking_heads: expected none or 4 tensors, got ",
+                  mix.size());
+  for (size_t i = 0; i < mix.size(); ++i)
+    floats(op, "talking_heads[" + std::to_string(i) + "]", mix[i],
+           i % 2 == 0 ? std::vector<int64_t>{heads, heads} : std::vector<int64_t>{heads}, alive);
+  p.heads.mix = talking_heads_of(mix, alive);
   cpu::ProjectionWeights of_q{};
   if (q) {
     of_q = packed_projection(op, "q", *q, &*q_bias, x.size(1), p.keys(), alive);
@@ -84,7 +89,7 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
   const char* of_local[] = {"taps", "tap_bias"};
   p.local = depthwise_of(op, of_local, taps, tap_bias, values, alive);
   p.activation = static_cast<cpu::Activation>(activation);
-  EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias must have 1 dimension (outputs), got shape ",
+  EFFATTN_REQUIRE(proj_bias.dim() == 1, op, ": proj_bias: expected 1 dimension (outputs), got shape ",
                   shape_text(proj_bias));
   p.proj = packed_projection(op, "proj", proj, &proj_bias, values, proj_bias.size(0), alive);
   alive.push_back(with_mergeable_rows(x));

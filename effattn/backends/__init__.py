@@ -1,8 +1,6 @@
 """The backends, in the order in which the registry asks them.
 
-A backend says what it supports and how it is launched. ``functions`` maps an operator's name to its
-launch: for a fused backend the operators of :class:`Fused` (or the operator itself, of a function that is for
-inference alone), for the reference a plain function.
+A backend says what it supports, and in which namespace its torch operators are.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from effattn.backends import cpu, cuda, reference, triton
-from effattn.backends._base import Backend, Fused
+from effattn.backends._base import Backend
 
 ORDER: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
 _CUDA_FIRST = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
@@ -52,4 +50,4 @@ def is_small_call(images: Iterable[torch.Tensor]) -> bool:
     return statically_known_true(elements < SMALL_CALL)
 
 
-__all__ = ["ORDER", "SMALL_CALL", "Backend", "Fused", "is_small_call", "order"]
+__all__ = ["ORDER", "SMALL_CALL", "Backend", "is_small_call", "order"]

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-
-
-class Fused(NamedTuple):
-    """The torch operators behind one function of a backend with kernels of its own.
-
-    ``inference`` returns the output alone and has no autograd formula; ``forward`` returns what the
-    backward needs beside it and has one. They are one and the same of an operator for training alone.
-    """
-
-    inference: Callable[..., torch.Tensor]
-    forward: Callable[..., tuple[torch.Tensor, ...]]
 
 
 class Backend(NamedTuple):
@@ -25,10 +14,47 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device, dtype, sizes) cannot be served; sizes as in :mod:`effattn.backends._sizes`.
-    reasons: Callable[[str, torch.device, torch.dtype, tuple[int, ...]], list[str]]
-    #: By operator: a Fused; of the reference, a function of differentiable torch operations; of an operator that is
-    #: for inference alone, that.
-    functions: Mapping[str, Fused | Callable[..., torch.Tensor]]
-    #: Of kernels for cards: what they are made of, so that no verdict about others counts (:mod:`effattn.verdicts`).
+    #: Every reason why (op, device, dtype, sizes) cannot be served. Sizes are a NamedTuple of what an operator says
+    #: backends may have a limit for, or empty.
+    reasons: Callable[[str, torch.device, torch.dtype, Sequence[int]], list[str]]
+    #: Where its torch operators are; None of the reference, which has the plain formulations.
+    namespace: str | None = None
+    #: Of kernels for GPUs: what they are made of, so that no verdict about others counts (:mod:`effattn.verdicts`).
     identity: Callable[[], str] | None = None
+
+
+def refused_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """That a backend takes others, if it does."""
+    *others, last = (str(d).removeprefix("torch.") for d in dtypes)
+    got = str(dtype).removeprefix("torch.")
+    return [] if dtype in dtypes else [f"takes {', '.join(others)} and {last}, not {got}"]
+
+
+#: What each size is called, in the words of a refusal.
+_PHRASES = {
+    "channels": "heads of up to {0} channels",
+    "dimensions": "tensors of up to {0} dimensions",
+    "kernel": "convolutions of up to {0} x {0}",
+    "scales": "up to {0} scales",
+    "heads": "cascades of up to {0} heads",
+    "talking_heads": "up to {0} talking heads",
+}
+
+
+def described(limits: Mapping[str, int]) -> list[str]:
+    """The limits of a backend for an operator, each as "heads of up to 128 channels"."""
+    return [_PHRASES[name].format(limit) for name, limit in limits.items()]
+
+
+def beyond(sizes: Sequence[int], limits: Mapping[str, int]) -> list[str]:
+    """What of a call is more than a backend takes, each as "takes heads of up to 128 channels, not 129".
+
+    Args:
+        sizes: a NamedTuple, or empty.
+        limits: the most that the backend takes, by name; no entry where anything goes.
+    """
+    return [
+        f"takes {_PHRASES[name].format(limits[name])}, not {size}"
+        for name, size in zip(getattr(sizes, "_fields", ()), sizes, strict=True)
+        if name in limits and size > limits[name]
+    ]

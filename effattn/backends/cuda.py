@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from effattn import _library
-from effattn.backends._base import Backend, Fused
-from effattn.backends._sizes import beyond
+from effattn.backends._base import Backend, beyond, refused_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MULTI_SCALE = ("channels", "kernel", "scales")
@@ -20,15 +19,6 @@ _LIMITED = {
     "multi_scale_linear_attention": _MULTI_SCALE,
     "cascaded_group_attention": ("heads",),
 }
-
-_DIFFERENTIABLE = (
-    "relu_linear_attention",
-    "multi_scale_aggregation",
-    "multi_scale_linear_attention",
-    "cascaded_group_attention",
-    "biased_attention",
-)
-
 
 #: Capabilities of systems on a chip, which are no later minors of the cards' (CUDA's guide, binary compatibility).
 _INTEGRATED = ((8, 7), (10, 1))
@@ -57,19 +47,11 @@ def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] 
     return min(ratios) > 1 if ratios else None
 
 
-def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
-    if _library.cuda_error is not None:
-        return {}
-    return {
-        name: Fused(
-            inference=getattr(torch.ops.effattn, name).default,
-            forward=getattr(torch.ops.effattn, f"{name}_forward").default,
-        )
-        for name in _DIFFERENTIABLE
-    }
-
-
-_FUNCTIONS = _functions()
+OPERATORS = (
+    frozenset()
+    if _library.cuda_error is not None
+    else _library.operators("CPU" if _library.cuda_is_emulated else "CUDA")
+)
 
 
 def _unavailable() -> str | None:
@@ -85,10 +67,8 @@ def limits(op: str) -> dict[str, int]:
     return {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:
-    reasons = []
-    if op not in _FUNCTIONS:
-        reasons.append(f"has no {op}")
+def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+    reasons = [] if op in OPERATORS else [f"has no {op}"]
     mine = "cpu" if _library.cuda_is_emulated else "cuda"
     if device.type != mine:
         reasons.append(f"takes {mine.upper()} tensors, not {device.type}")
@@ -98,9 +78,7 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int
             found = ".".join(map(str, capability))
             archs = ", ".join(_library.cuda_archs)
             reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
-    if dtype not in DTYPES:
-        reasons.append(f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
-    return reasons + [f"takes {limit}" for limit in beyond(op, sizes, limits(op))]
+    return reasons + refused_dtype(dtype, DTYPES) + beyond(sizes, limits(op))
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
@@ -133,4 +111,4 @@ def _card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-BACKEND = Backend("cuda", _unavailable, _reasons, _FUNCTIONS, lambda: _library.cuda_digest)
+BACKEND = Backend("cuda", _unavailable, _reasons, "effattn", lambda: _library.cuda_digest)

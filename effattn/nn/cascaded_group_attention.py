@@ -29,7 +29,8 @@ from effattn.nn.projection import (
     is_pointwise,
 )
 from effattn.nn.recorded import FxLeaf
-from effattn.ops import cascaded_group_attention as _operator
+from effattn.ops import OPERATORS
+from effattn.ops import cascaded_group_attention_projected as _projected
 
 
 class CascadedGroupAttention(FxLeaf, FoldCache):
@@ -93,31 +94,31 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         _, _, height, width = static_shape(x)
         size, folds = (height, width) if window is None else window, self._folds()
         x = cast_by_autocast(x)
-        if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _operator.serves(x):
+        if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _projected.serves(x):
             packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
             if packed is None:
                 return self._unfolded(x, size)
             if x.shape[1] != packed.proj.shape[1]:
                 raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
-            return _operator.projected(x, packed, self.scale, *size)
+            return _projected.projected(x, packed, self.scale, *size)
         weights = cached(folds, (*size, x.dtype), lambda: self._weights_for(size, x.dtype))
         if weights is None:
             return self._unfolded(x, size)
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
         return folded_convolution(out.relu(), weights.proj_weight, weights.proj_bias)
 
-    def _weights_for(self, size: tuple[int, int], dtype: torch.dtype) -> _operator.Weights | None:
+    def _weights_for(self, size: tuple[int, int], dtype: torch.dtype) -> _projected.Weights | None:
         """Of the operator and of the projection behind it, for images of a dtype."""
         weights = self._all_weights(size)
         if weights is None:
             return None
         return weights._replace(proj_weight=weights.proj_weight.to(dtype))
 
-    def _packed(self, size: tuple[int, int]) -> _operator.Packed | None:
+    def _packed(self, size: tuple[int, int]) -> _projected.Packed | None:
         weights = self._all_weights(size)
-        return None if weights is None else _operator.pack(weights)
+        return None if weights is None else _projected.pack(weights)
 
-    def _all_weights(self, size: tuple[int, int]) -> _operator.Weights | None:
+    def _all_weights(self, size: tuple[int, int]) -> _projected.Weights | None:
         """With BatchNorm folded in; None if that cannot be, or a part has hooks."""
         parts = [*self.qkvs._modules.values(), *self.dws._modules.values()]
         pairs = [folded_pair(part) for part in parts]
@@ -133,7 +134,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         folded = (fold_batch_norm(*pair, rounded=False) for pair in pairs if pair is not None)
         weights, biases = zip(*folded, strict=True)
         proj_weight, proj_bias = fold_batch_norm(*proj, rounded=False)
-        return _operator.Weights(
+        return _projected.Weights(
             weights[:heads],
             biases[:heads],
             weights[heads:],
@@ -179,7 +180,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
 
     def _unfolded(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """With BatchNorm of this batch, in the operator or beside it."""
-        if not _operator.serves(x):
+        if not _projected.serves(x):
             return self._layer_by_layer(x, size)
         _, _, height, width = static_shape(x)
         windows = x if height % size[0] == 0 and width % size[1] == 0 else _partition(x, size)
@@ -204,7 +205,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
             return None
         convs, norms = zip(*pairs, strict=True)
         heads, weights = self.num_heads, [conv.weight for conv in convs]
-        out, statistics = _operator.batch_norm(
+        out, statistics = OPERATORS["cascaded_group_attention_batch_norm"](
             x,
             weights[:heads],
             weights[heads:],

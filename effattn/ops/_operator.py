@@ -1,14 +1,15 @@
-"""What operators share whose arguments are images, then weights (tensors or lists of them), then options.
+"""What torch is told of an operator, all of it read from its specification.
 
-For inference there is ``effattn::<name>``; ``effattn::<name>_forward`` computes the same, may return what the backward
-needs beside the output, and carries the autograd formula, because one in Python triples the cost of a call that needs
-none. An operator for training alone has the second only. Operators take weights in float32 only, whatever the images
-are: they are small, and under autocast they are float32 already.
+Of a differentiable operator there is ``effattn::<name>`` for inference, ``effattn::<name>_forward``, which computes
+the same, may return what the backward needs beside the output, and carries the autograd formula, because one in Python
+triples the cost of a call that needs none, and ``effattn::<name>_backward``. Triton's kernels stand behind the same
+three names in a namespace of their own. Operators take weights in float32 only, whatever the images are: they are
+small, and under autocast they are float32 already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,171 +18,241 @@ from torch.autograd import forward_ad
 
 from effattn import _library, registry
 from effattn._tracing import untraced
-from effattn.backends import Backend, Fused, is_small_call, reference, triton
-from effattn.backends._memory import empty_in_order_of
-from effattn.ops import _plain
+from effattn.backends import Backend, is_small_call, triton
+from effattn.backends._base import beyond
+from effattn.backends._memory import empty_image_in_order_of, empty_in_order_of
+from effattn.ops import _recording
+from effattn.ops._signature import Signature
 
 #: A tensor, or a list of them.
 Argument = Any
+#: Every operator, by name.
+OPERATORS: dict[str, Operator] = {}
 
 
-class Operator(NamedTuple):
-    """An operator by its name, and how torch is to see it."""
+class Fused(NamedTuple):
+    """The torch operators of a backend with kernels: ``forward`` has the autograd formula, ``inference`` has none."""
 
-    name: str
-    #: Leading arguments that are images: of one dtype, which is the output's.
-    images: int
-    #: All arguments before the options.
-    arguments: int
-    #: Raises RuntimeError for arguments that the compiled operator refuses.
-    check: Callable[..., None]
-    #: Of the output, whose dimensions lie in memory like those of the first image.
-    shape: Callable[..., Sequence[int]]
-    #: Of arguments, what backends may have a limit for (:mod:`effattn.backends._sizes`).
-    sizes: Callable[..., tuple[int, ...]]
-    #: Of what ``_forward`` returns beside the output, in float32; None if nothing.
-    kept_shape: Callable[..., Sequence[int]] | None = None
-    #: Of an output or a gradient of an image, for fake tensors.
-    empty: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = empty_in_order_of
-    #: Whether callers get all that ``_forward`` returns, and the backward needs the output as well.
-    whole: bool = False
+    inference: Callable[..., torch.Tensor]
+    forward: Callable[..., Any]
 
-    def __call__(self, *arguments_and_options: Any) -> Any:
-        """Calls the chosen backend; arguments are checked by :mod:`effattn.functional`."""
-        image = arguments_and_options[0]
+
+class Operator:
+    """The specification of a differentiable operator.
+
+    Args:
+        name: of the torch operators, and of the files of kernels.
+        signature: what it takes and returns (:mod:`effattn.ops._signature`).
+        plain: the equation in differentiable torch operations, of all arguments; returns the output.
+        limited: of all arguments, a NamedTuple of what backends may have a limit for.
+        cases: of calls for tests, the size of every name (of a name that differs from element to element of a list, one
+            each) and the options. ``make_arguments`` of :mod:`effattn.testing` makes the tensors.
+        plain_backward: (grad_out, *arguments) -> gradients of the tensors, in operations that can be differentiated
+            again; by default autograd's of ``plain``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        signature: str,
+        plain: Callable[..., Any],
+        limited: Callable[..., Sequence[int]] = lambda *_: (),
+        *,
+        cases: Sequence[Mapping[str, Any]],
+        plain_backward: Callable[..., Sequence[Argument]] | None = None,
+    ) -> None:
+        self.name = name
+        self.signature = Signature(signature)
+        self.plain = plain
+        self.limited = limited
+        self.cases = tuple(cases)
+        self.plain_backward = plain_backward or self._autograd_of_plain
+        self._returns_all = self.signature.out.kind == "kept"
+        self._images, self._tensors = self.signature.images, self.signature.tensors
+        self._empty = empty_image_in_order_of if self.signature.is_of_images else empty_in_order_of
+        #: By backend.
+        self._fused: dict[str, Fused] = {}
+        OPERATORS[name] = self
+        if name in triton.LAUNCHERS:
+            self._define_for_triton(triton.LAUNCHERS[name])
+            self._register("triton", triton.NAMESPACE)
+        if _library.error is None:
+            self._register("cpu", "effattn")
+            self._fused["cuda"] = self._fused["cpu"]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the chosen backend."""
+        image = arguments[0]
         is_compiling = torch.compiler.is_compiling()
         is_tracing = not is_compiling and torch._C._is_tracing()
         if is_tracing:
             with untraced():
-                options = arguments_and_options[self.arguments :]
+                options = arguments[self._tensors :]
                 numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
-                arguments_and_options = (*arguments_and_options[: self.arguments], *numbers)
-                sizes = self.sizes(*arguments_and_options)
-                function = registry.find(self.name, image.device, image.dtype, sizes).functions[self.name]
-                if not isinstance(function, Fused):
-                    self.check(*arguments_and_options)
+                arguments = (*arguments[: self._tensors], *numbers)
+                backend = registry.find(self.name, image.device, image.dtype, self.limited(*arguments))
+                fused = self._fused_of(backend, arguments)
         else:
-            sizes = self.sizes(*arguments_and_options)
+            sizes = self.limited(*arguments)
             find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
-            is_small = is_small_call(arguments_and_options[: self.images])
-            function = find(self.name, image.device, image.dtype, sizes, is_small=is_small).functions[self.name]
-            if not isinstance(function, Fused):
-                self.check(*arguments_and_options)  # plain operations would broadcast instead of complaining
-        if not isinstance(function, Fused):
-            return function(*arguments_and_options)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            # torch.func and forward mode differentiate through plain operations, never through a kernel.
-            return reference.FUNCTIONS[self.name](*arguments_and_options)
-        arguments, options = arguments_and_options[: self.arguments], arguments_and_options[self.arguments :]
+            is_small = is_small_call(arguments[: self._images])
+            fused = self._fused_of(find(self.name, image.device, image.dtype, sizes, is_small=is_small), arguments)
+        # torch.func and forward mode differentiate through plain operations, never through a kernel.
+        if fused is None or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return self.plain(*arguments)
         if image.dtype != torch.float32:
-            weights = (
-                _mapped(lambda t: t.float() if t.dtype == image.dtype else t, a) for a in arguments[self.images :]
-            )
-            arguments = (*arguments[: self.images], *weights)
+            weights = (_mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
+            arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
         # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
-        if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments))):
-            out = function.forward(*arguments, *options)
-            return out if self.whole or isinstance(out, torch.Tensor) else out[0]
-        return function.inference(*arguments, *options)
+        if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments[: self._tensors]))):
+            out = fused.forward(*arguments)
+            return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
+        return fused.inference(*arguments)
 
-    def register(self) -> None:
-        """Tells torch of the fake kernels and the autograd formula, for every backend with operators of its own."""
-        if _library.error is None:
-            self._register("effattn")
-        if triton.register(self.name, self._check_for_triton, self._check_backward_for_triton):
-            self._register(triton.NAMESPACE)
+    def _fused_of(self, backend: Backend, arguments: Sequence[Any]) -> Fused | None:
+        if backend.namespace is not None:
+            return self._fused[backend.name]
+        error = self.signature.error(arguments)  # plain operations would broadcast instead of complaining
+        if error is not None:
+            raise error
+        return None
 
-    def _register(self, namespace: str) -> None:
-        name = f"{namespace}::{self.name}"
-        if not self.whole:
+    # --- registration -------------------------------------------------------------------------------------------
+
+    def _register(self, backend: str, namespace: str) -> None:
+        """Tells torch of the fake kernels, the autograd formula, ONNX and FLOPs."""
+        operators, name = getattr(torch.ops, namespace), f"{namespace}::{self.name}"
+        forward = getattr(operators, f"{self.name}_forward").default
+        inference = forward if self._returns_all else getattr(operators, self.name).default
+        self._fused[backend] = Fused(inference, forward)
+        if not self._returns_all:
             torch.library.register_fake(name, self._fake)
+            _recording.register(name, self.plain)
         torch.library.register_fake(f"{name}_forward", self._fake_forward)
         torch.library.register_fake(f"{name}_backward", self._fake_backward)
-        formula = partial(self._backward, namespace)
+        formula = partial(self._backward, getattr(operators, f"{self.name}_backward").default)
         torch.library.register_autograd(f"{name}_forward", formula, setup_context=self._setup_context)
-        plain = reference.FUNCTIONS[self.name]
-        if not self.whole:
-            _plain.register(name, plain)
-        _plain.register(f"{name}_forward", plain, outputs=1 if self.kept_shape is None else 2)
-        _plain.register_backward(f"{name}_backward", plain, self._split_backward)
+        _recording.register(f"{name}_forward", self.plain, outputs=2 if self.signature.kept else 1)
+        _recording.register_backward(f"{name}_backward", self.plain, self._split_backward)
+
+    def _define_for_triton(self, launchers: triton.Launchers) -> None:
+        checks = (self._check_for_triton, self._check_for_triton, self._check_backward_for_triton)
+        for schema, check, launcher in zip(self.signature.schemas(self.name), checks, launchers, strict=True):
+            triton.define(schema, check, launcher)
+
+    def _check_for_triton(self, *arguments: Any) -> None:
+        arguments = self.signature.without_none(arguments)
+        self._refuse(self.signature.error(arguments, weights="float32"))
+        reasons = beyond(self.limited(*arguments), triton.LIMITS)
+        self._refuse(RuntimeError(f"the backend {'; '.join(reasons)}") if reasons else None)
+
+    def _check_backward_for_triton(self, *arguments: Any) -> None:
+        self._check_for_triton(*self._checked_backward(*arguments))
+
+    def _checked_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+        """The arguments of the forward among those of a backward that is called as it should be."""
+        _, arguments = self._split_backward(grad_out, *rest)
+        kept = rest[self._tensors :][: len(self.signature.backward_takes)]
+        self._refuse(self.signature.error(arguments))
+        self._refuse(self.signature.error_of_backward(grad_out, arguments, kept))
+        return arguments
+
+    def _refuse(self, error: Exception | None) -> None:
+        if error is not None:
+            raise RuntimeError(f"{self.name}: {error}")
+
+    def _fake(self, *arguments: Any) -> torch.Tensor:
+        arguments = self.signature.without_none(arguments)
+        self._refuse(self.signature.error(arguments))
+        return self._empty(arguments[0], self.signature.out.shape.sizes(self.signature.sizes(arguments)))
+
+    def _fake_forward(self, *arguments: Any) -> Any:
+        arguments = self.signature.without_none(arguments)
+        out, sizes = self._fake(*arguments), self.signature.sizes(arguments)
+        kept = [out.new_empty(k.shape.sizes(sizes), dtype=torch.float32) for k in self.signature.kept]
+        return (out, *kept) if kept else out
+
+    def _fake_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Argument, ...]:
+        arguments = self._checked_backward(grad_out, *rest)
+        images = (self._empty(t, t.shape) for t in arguments[: self._images])
+        return *images, *(_mapped(_new_empty, a) for a in arguments[self._images : self._tensors])
+
+    # --- autograd -----------------------------------------------------------------------------------------------
 
     def _split_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """The arguments of the forward among those of the backward."""
-        kept = 0 if self.kept_shape is None else 2 if self.whole else 1
-        return grad_out, (*rest[: self.arguments], *rest[self.arguments + kept :])
-
-    def _check_for_triton(self, *arguments: Any) -> None:
-        self.check(*arguments)
-        for weight in _flat(arguments[self.images : self.arguments]):
-            torch._check(weight.dtype == torch.float32, lambda: "weights must be float32")
-        triton.check_sizes(self.name, self.sizes(*arguments))
-
-    def _check_backward_for_triton(self, grad_out: torch.Tensor, *rest: Any) -> None:
-        _, arguments = self._split_backward(grad_out, *rest)
-        self._check_for_triton(*arguments)
-        image, shape = rest[0], tuple(self.shape(*arguments))
-        torch._check(grad_out.shape == shape, lambda: f"grad_out must have the shape of the output, {shape}")
-        torch._check(grad_out.dtype == image.dtype, lambda: "grad_out must have the dtype of the output")
-        torch._check(grad_out.device == image.device, lambda: "grad_out must be on the device of the output")
-        if self.kept_shape is not None:
-            given, shape = rest[self.arguments], tuple(self.kept_shape(*arguments))
-            torch._check(given.shape == shape, lambda: f"sums must have the shape of the forward's, {shape}")
-            torch._check(given.dtype == torch.float32, lambda: "sums must be float32")
-            torch._check(given.device == image.device, lambda: "sums must be on the device of the output")
-
-    def _fake(self, *arguments: Any) -> torch.Tensor:
-        self.check(*arguments)
-        return self.empty(arguments[0], self.shape(*arguments))
-
-    def _fake_forward(self, *arguments: Any) -> Any:
-        out = self._fake(*arguments)
-        if self.kept_shape is None:
-            return out
-        return out, out.new_empty(tuple(self.kept_shape(*arguments)), dtype=torch.float32)
-
-    def _fake_backward(self, grad_out: torch.Tensor, *arguments: Any) -> tuple[Argument, ...]:
-        images = (self.empty(t, t.shape) for t in arguments[: self.images])
-        weights = arguments[self.images : self.arguments]
-        return *images, *(_mapped(lambda t: t.new_empty(t.shape), a) for a in weights)
+        options = rest[self._tensors + len(self.signature.backward_takes) :]
+        return grad_out, self.signature.without_none((*rest[: self._tensors], *options))
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        arguments, ctx.options = inputs[: self.arguments], inputs[self.arguments :]
+        inputs = self.signature.without_none(inputs)
+        arguments, ctx.options = inputs[: self._tensors], inputs[self._tensors :]
         # A list by its length, a tensor by None.
         ctx.lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
         kept: tuple[torch.Tensor, ...] = ()
-        if self.kept_shape is not None:
-            kept = output if self.whole else output[1:]
+        if self.signature.kept:
+            kept = output if self._returns_all else output[1:]
             ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*_flat(arguments), *kept)
 
-    def _backward(self, namespace: str, ctx: Any, grad_out: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
+    def _backward(
+        self, backward: Callable[..., Any], ctx: Any, grad_out: torch.Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         no_options = (None for _ in ctx.options)
         if grad_out is None:
             return *(None if n is None else [None] * n for n in ctx.lengths), *no_options
         arguments, kept = _grouped(ctx.saved_tensors, ctx.lengths)
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this again
-            return *self._differentiable_backward(grad_out, arguments, ctx.options), *no_options
-        backward = getattr(getattr(torch.ops, namespace), f"{self.name}_backward")
+            return *self.plain_backward(grad_out, *arguments, *ctx.options), *no_options
         return *backward(grad_out, *arguments, *kept, *ctx.options), *no_options
 
-    def _differentiable_backward(
-        self, grad_out: torch.Tensor, arguments: list[Argument], options: tuple[Any, ...]
-    ) -> list[Argument]:
-        """The gradients by way of the reference, which has derivatives of every order."""
-        tensors = list(_flat(arguments))
-        out = reference.FUNCTIONS[self.name](*arguments, *options)
-        out = out[0] if self.whole else out
+    def _autograd_of_plain(self, grad_out: torch.Tensor, *arguments: Any) -> list[Argument]:
+        tensors = _flat(arguments[: self._tensors])
+        out = self.plain(*arguments)
         wanted = [t for t in tensors if t.requires_grad]
+        out = out[0] if self._returns_all else out
         grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
-        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
+        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments[: self._tensors]]
         return _grouped([next(grads) if t.requires_grad else None for t in tensors], lengths)[0]
 
 
-class InferenceOperator(NamedTuple):
-    """An operator ``effattn::<name>`` of a module's inference: it has no autograd formula."""
+class InferenceOperator:
+    """An operator ``effattn::<name>`` of a module's inference: it has no autograd formula.
 
-    name: str
+    Args:
+        name: of the torch operator.
+        plain: the same in torch operations.
+        shape: of all arguments, the output's; its dimensions lie in memory like those of the first argument.
+        signature: in place of ``shape``, where arguments are not packed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plain: Callable[..., torch.Tensor],
+        shape: Callable[..., Sequence[int]] | None = None,
+        *,
+        signature: str | None = None,
+    ) -> None:
+        self.name = name
+        self.plain = plain
+        self.shape = shape
+        self.signature = None if signature is None else Signature(signature)
+        if _library.error is None:
+            self._operator = getattr(torch.ops.effattn, name).default
+            torch.library.register_fake(f"effattn::{name}", self._fake)
+            _recording.register(f"effattn::{name}", plain)
+
+    def _fake(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if self.signature is None:
+            assert self.shape is not None
+            return empty_image_in_order_of(x, self.shape(x, *rest))
+        arguments = self.signature.without_none((x, *rest))
+        error = self.signature.error(arguments)
+        if error is not None:
+            raise RuntimeError(f"{self.name}: {error}")
+        return empty_image_in_order_of(x, self.signature.out.shape.sizes(self.signature.sizes(arguments)))
 
     def serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one.
@@ -191,25 +262,17 @@ class InferenceOperator(NamedTuple):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling and torch._C._is_tracing():
             return False
-        plain = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         find = registry.find_fused if is_compiling else registry.choose_fused
-        return not plain and find(self.name, x.device, x.dtype)
+        return not is_transformed and find(self.name, x.device, x.dtype)
 
     def __call__(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Calls the chosen backend."""
-        function = self._backend(x).functions[self.name]
-        assert not isinstance(function, Fused)
-        return function(x, *arguments)
-
-    def register(self, fake: Callable[..., torch.Tensor]) -> None:
-        """Tells torch of the fake kernel."""
-        if _library.error is None:
-            torch.library.register_fake(f"effattn::{self.name}", fake)
-            _plain.register(f"effattn::{self.name}", reference.FUNCTIONS[self.name])
-
-    def _backend(self, x: torch.Tensor) -> Backend:
         find = registry.find if torch.compiler.is_compiling() else registry.choose
-        return find(self.name, x.device, x.dtype)
+        if find(self.name, x.device, x.dtype).namespace is None:
+            return self.plain(x, *arguments)
+        out: torch.Tensor = self._operator(x, *arguments)
+        return out
 
 
 def widened(weight: torch.Tensor) -> torch.Tensor:
@@ -217,8 +280,16 @@ def widened(weight: torch.Tensor) -> torch.Tensor:
     return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
-def _mapped(function: Callable[[torch.Tensor], torch.Tensor], argument: Argument) -> Argument:
-    return function(argument) if isinstance(argument, torch.Tensor) else [function(t) for t in argument]
+def _to_float(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t.float() if t.dtype == dtype else t
+
+
+def _new_empty(t: torch.Tensor) -> torch.Tensor:
+    return t.new_empty(t.shape)
+
+
+def _mapped(function: Callable[..., torch.Tensor], argument: Argument, *more: Any) -> Argument:
+    return function(argument, *more) if isinstance(argument, torch.Tensor) else [function(t, *more) for t in argument]
 
 
 def _flat(arguments: Iterable[Argument]) -> list[torch.Tensor]:

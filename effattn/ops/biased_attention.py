@@ -1,52 +1,58 @@
-"""biased_attention as torch sees it."""
+"""biased_attention: EfficientFormer (arXiv 2206.01191), with talking heads EfficientFormerV2 (arXiv 2212.08059)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from effattn.ops._operator import Operator
+from effattn.ops._plain import mix_heads, without_autocast
 
 Tensors = Sequence[torch.Tensor]
 
+SIGNATURE = """
+    q    tensor (B, heads, N, D)
+    k    tensor (B, heads, M, D)
+    v    tensor (B, heads, M, Dv)
+    bias weight (heads, N, M)
+    talking_heads weights[4]? (heads, heads) (heads) (heads, heads) (heads)
+    scale number
+    ->
+    out  (B, heads, N, Dv)
+"""
 
-def _check(
+
+class Limited(NamedTuple):
+    channels: int
+    talking_heads: int
+
+
+def limited(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
-) -> None:
-    """Raises RuntimeError where the compiled operators would; effattn.functional says it in better words."""
-    for t in (q, k, v):
-        torch._check(t.dim() == 4, lambda: "q, k and v must have 4 dimensions (B, heads, tokens, channels)")
-        torch._check(t.dtype == q.dtype, lambda: "q, k and v must have one dtype")
-        torch._check(t.device == q.device, lambda: "q, k and v must be on one device")
-        torch._check(t.shape[:2] == q.shape[:2], lambda: "q, k and v must have the same batch and heads")
-    torch._check(k.shape[3] == q.shape[3], lambda: "k must have the head_dim of q")
-    torch._check(v.shape[2] == k.shape[2], lambda: "v must have as many tokens as k")
-    heads = q.shape[1]
-    torch._check(bias.shape == (heads, q.shape[2], k.shape[2]), lambda: "bias must have shape (heads, N, M)")
-    torch._check(len(talking_heads) in (0, 4), lambda: "talking_heads must have no tensors or 4")
-    for i, t in enumerate(talking_heads):
-        torch._check(
-            t.shape == ((heads,) if i % 2 else (heads, heads)),
-            lambda: "talking_heads must have shapes (heads, heads) and (heads,), twice",
-        )
-    for t in (bias, *talking_heads):
-        torch._check(t.device == q.device, lambda: "bias and talking_heads must be on q's device")
-        torch._check(t.dtype in (q.dtype, torch.float32), lambda: "bias and talking_heads must be float32 or as q")
-    torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
+) -> Limited:
+    return Limited(torch.sym_max(q.shape[3], v.shape[3]), q.shape[1] if talking_heads else 0)
 
 
-def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[int, ...]:
-    return *q.shape[:3], v.shape[3]
+def plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    talking_heads: Sequence[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    with without_autocast(q.device):
+        at_least = torch.promote_types(q.dtype, torch.float32)
+        logits = scale * (q.to(at_least) @ k.to(at_least).transpose(-2, -1)) + bias.to(at_least)
+        weights = mix_heads(logits, talking_heads[:2]).softmax(dim=-1)
+        return (mix_heads(weights, talking_heads[2:]) @ v.to(at_least)).to(q.dtype)
 
 
-def _sizes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
-) -> tuple[int, ...]:
-    return q.shape[3], v.shape[3], q.shape[1] if talking_heads else 0
-
-
-biased_attention = Operator("biased_attention", 3, 5, _check, _shape, _sizes)
-biased_attention.register()
+CASES = (
+    {"B": 2, "heads": 3, "N": 5, "M": 6, "D": 4, "Dv": 8, "scale": 0.5},
+    {"B": 1, "heads": 8, "N": 49, "M": 49, "D": 32, "Dv": 128, "scale": 32**-0.5, "without": ("talking_heads",)},
+    {"B": 3, "heads": 1, "N": 1, "M": 33, "D": 7, "Dv": 1, "scale": 0.4},
+)
+OPERATOR = Operator("biased_attention", SIGNATURE, plain, limited, cases=CASES)

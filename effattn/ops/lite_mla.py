@@ -1,19 +1,33 @@
-"""The operator behind LiteMLA's inference: fake kernel and call. It has no autograd formula."""
+"""LiteMLA in evaluation with BatchNorm folded in: EfficientViT's module around multi_scale_linear_attention."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from effattn.backends._memory import empty_image_in_order_of
+from effattn.ops import multi_scale_linear_attention
 from effattn.ops._operator import InferenceOperator
-from effattn.ops.multi_scale import multi_scale_linear_attention
+from effattn.ops._plain import project
 
 Tensors = Sequence[torch.Tensor]
-_OPERATOR = InferenceOperator("lite_mla")
-serves = _OPERATOR.serves
+
+SIGNATURE = """
+    x           image (B, C, H, W)
+    qkv_weight  weight (3 * heads * head_dim, C)
+    qkv_bias    weight? (3 * heads * head_dim)
+    dw_weights  weights[S] (3 * heads * head_dim, 1, odd k, k)
+    pw_weights  weights[S] (3 * heads * head_dim, head_dim, 1, 1)
+    dw_biases   weights[S]? (3 * heads * head_dim)
+    pw_biases   weights[S]? (3 * heads * head_dim)
+    proj_weight weight (C_out, (1 + S) * heads * head_dim)
+    proj_bias   weight? (C_out)
+    head_dim    integer >= 1
+    eps         number >= 0
+    ->
+    out alone   (B, C_out, H, W)
+"""
 
 
 class Weights(NamedTuple):
@@ -37,27 +51,28 @@ class Weights(NamedTuple):
 
 def lite_mla(x: torch.Tensor, weights: Weights, head_dim: int, eps: float) -> torch.Tensor:
     """(B, C, H, W) -> (B, C_out, H, W): 1x1 convolution, multi_scale_linear_attention, 1x1 convolution."""
-    return _OPERATOR(x, *weights, head_dim, eps)
+    return OPERATOR(x, *weights, head_dim, eps)
 
 
-def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    weights, (head_dim, eps) = Weights(*arguments[:-2]), arguments[-2:]
-    matrices = weights.qkv_weight, weights.proj_weight
-    torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
-    for weight, bias in zip(matrices, (weights.qkv_bias, weights.proj_bias), strict=True):
-        torch._check(weight.dim() == 2, lambda: "qkv_weight and proj_weight must have 2 dimensions (outputs, inputs)")
-        torch._check(bias is None or bias.shape == weight.shape[:1], lambda: "biases must have shape (outputs,)")
-    (channels, inputs), (out_channels, attended_channels) = (weight.shape for weight in matrices)
-    torch._check(inputs == x.shape[1], lambda: "qkv_weight must have shape (outputs, C)")
-    qkv = x.new_empty((x.shape[0], channels, *x.shape[2:]))
-    scales = weights.dw, weights.pw, weights.dw_biases, weights.pw_biases
-    multi_scale_linear_attention.check(qkv, *scales, head_dim, eps)
-    attended = multi_scale_linear_attention.shape(qkv, *scales, head_dim, eps)
-    torch._check(
-        attended_channels == attended[1],
-        lambda: "proj_weight must have shape (C_out, (1 + S) * heads * head_dim)",
-    )
-    return empty_image_in_order_of(x, (x.shape[0], out_channels, *x.shape[2:]))
+def plain(
+    x: torch.Tensor,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dw_biases: Sequence[torch.Tensor],
+    pw_biases: Sequence[torch.Tensor],
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor | None,
+    head_dim: int,
+    eps: float,
+) -> torch.Tensor:
+    at_least = torch.promote_types(x.dtype, torch.float32)
+
+    qkv = project(x.to(at_least), qkv_weight, qkv_bias)
+    out = multi_scale_linear_attention.plain(qkv, dw_weights, pw_weights, dw_biases, pw_biases, head_dim, eps)
+    return project(out, proj_weight, proj_bias).to(x.dtype)
 
 
-_OPERATOR.register(_fake)
+OPERATOR = InferenceOperator("lite_mla", plain, signature=SIGNATURE)
+serves = OPERATOR.serves

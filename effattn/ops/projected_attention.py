@@ -1,20 +1,34 @@
-"""The operator behind the inference of EfficientFormer's attention: fake kernel and call; no autograd formula."""
+"""EfficientFormer's attention with its projections, in evaluation, with packed weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
-from effattn.backends._memory import empty_image_in_order_of
-from effattn.backends.packed import OUTPUTS, joined, of_whole_heads, pack_projection, padded, rounded
+from effattn.ops import biased_attention
 from effattn.ops._operator import InferenceOperator
+from effattn.ops._packed import (
+    OUTPUTS,
+    joined,
+    of_heads,
+    of_whole_heads,
+    pack_projection,
+    padded,
+    rounded,
+    unpack_projection,
+)
+from effattn.ops._plain import depthwise, project, without_autocast
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-_OPERATOR = InferenceOperator("projected_attention")
-serves = _OPERATOR.serves
+
+SCHEMA = (
+    "(Tensor x, Tensor? halving_taps, Tensor? halving_bias, Tensor? q, Tensor? q_bias, Tensor qkv, Tensor qkv_bias, "
+    "Tensor bias, Tensor[]? talking_heads, Tensor? taps, Tensor? tap_bias, Tensor proj, Tensor proj_bias, int key_dim, "
+    "int value_dim, float scale, int activation, int out_height, int out_width) -> Tensor"
+)
 
 
 class Packed(NamedTuple):
@@ -130,7 +144,7 @@ def projected_attention(
         (B, outputs, *out_size)
     """
     size = out_size or (x.shape[2:] if packed.halving_taps is None else halved(x.shape[2:]))
-    return _OPERATOR(x, *packed, scale, ACTIVATIONS[activation], *size)
+    return OPERATOR(x, *packed, scale, ACTIVATIONS[activation], *size)
 
 
 def halved(size: Sequence[int]) -> tuple[int, int]:
@@ -138,43 +152,64 @@ def halved(size: Sequence[int]) -> tuple[int, int]:
     return -(-size[0] // 2), -(-size[1] // 2)
 
 
-def _fake(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    packed, (scale, activation, *out_size) = Packed(*arguments[:-4]), arguments[-4:]
-    torch._check(x.dim() == 4, lambda: "x must have 4 dimensions (B, C, H, W)")
-    torch._check(packed.bias.dim() == 3, lambda: "bias must have shape (heads, queries, keys)")
-    torch._check(-math.inf < scale < math.inf, lambda: "scale must be finite")
-    torch._check(activation in ACTIVATIONS.values(), lambda: "activation must be 0 (none), 1 (relu) or 2 (gelu)")
-    torch._check(packed.key_dim > 0 and packed.value_dim > 0, lambda: "key_dim and value_dim must be positive")
-    taps = packed.halving_taps
-    torch._check((packed.q is None) == (packed.q_bias is None), lambda: "q and q_bias must both be given or be None")
-    torch._check(packed.q is None or taps is not None, lambda: "q must be None where no halving_taps make its image")
-    if taps is not None:
-        blocks = rounded(x.shape[1], OUTPUTS) // OUTPUTS
-        torch._check(
-            taps.dim() == 3 and (taps.shape[0], taps.shape[2]) == (blocks, OUTPUTS),
-            lambda: "halving_taps must have shape (blocks, k * k, OUTPUTS)",
-        )
-    heads, keys = packed.bias.shape[0], packed.bias.shape[0] * rounded(packed.key_dim)
-    values = heads * rounded(packed.value_dim)
-    query_size = tuple(x.shape[2:]) if taps is None else halved(x.shape[2:])
-    size = query_size if packed.q is None else x.shape[2:]
-    before_v = rounded(2 * keys if packed.q is None else keys, OUTPUTS)
-    torch._check(
-        packed.bias.shape[1:] == (query_size[0] * query_size[1], size[0] * size[1]),
-        lambda: "bias must have shape (heads, queries, keys)",
+def plain(
+    x: torch.Tensor,
+    halving_taps: torch.Tensor | None,
+    halving_bias: torch.Tensor | None,
+    q: torch.Tensor | None,
+    q_bias: torch.Tensor | None,
+    qkv: torch.Tensor,
+    qkv_bias: torch.Tensor,
+    bias: torch.Tensor,
+    talking_heads: Sequence[torch.Tensor],
+    taps: torch.Tensor | None,
+    tap_bias: torch.Tensor | None,
+    proj: torch.Tensor,
+    proj_bias: torch.Tensor,
+    key_dim: int,
+    value_dim: int,
+    scale: float,
+    activation: int,
+    out_height: int,
+    out_width: int,
+) -> torch.Tensor:
+    image = x.to(torch.promote_types(x.dtype, torch.float32))
+    q_image = image
+    if halving_taps is not None and halving_bias is not None:
+        taps_of_x = unpack_projection(halving_taps, x.shape[1])
+        q_image = depthwise(image, taps_of_x, halving_bias[: x.shape[1]], stride=2)
+        image = q_image if q is None else image
+    heads = len(bias)
+    keys, values = heads * rounded(key_dim), heads * rounded(value_dim)
+    before_v = rounded(2 * keys if q is None else keys, OUTPUTS)
+    weights, biases = unpack_projection(qkv, before_v + values), qkv_bias
+    if q is not None and q_bias is not None:
+        weights, biases = torch.cat([unpack_projection(q, keys), weights]), torch.cat([q_bias, biases])
+        before_v += keys
+    projected = [
+        project(of, of_heads(weights[first:], heads, dim), of_heads(biases[first:], heads, dim))
+        for first, dim, of in ((0, key_dim, q_image), (keys, key_dim, image), (before_v, value_dim, image))
+    ]
+    q_heads, k, v = (t.flatten(2).reshape(x.shape[0], heads, t.shape[1] // heads, -1).mT for t in projected)
+    size = projected[0].shape[2:]
+    out = biased_attention.plain(q_heads, k, v, bias, talking_heads, scale).mT.reshape(
+        x.shape[0], heads * value_dim, *size
     )
-    torch._check(
-        packed.qkv.shape == (rounded(before_v + values, OUTPUTS) // OUTPUTS, x.shape[1], OUTPUTS),
-        lambda: "qkv must have shape (blocks, C, OUTPUTS)",
-    )
-    torch._check(packed.qkv_bias.shape == (before_v + values,), lambda: "qkv_bias must have a number for each output")
-    torch._check(len(packed.talking_heads) in (0, 4), lambda: "talking_heads must have no tensors or 4")
-    outputs = packed.proj_bias.shape[0]
-    torch._check(
-        packed.proj.shape == (rounded(outputs, OUTPUTS) // OUTPUTS, values, OUTPUTS),
-        lambda: "proj must have shape (blocks, heads * rounded(value_dim), OUTPUTS)",
-    )
-    return empty_image_in_order_of(x, (x.shape[0], outputs, *out_size))
+    with without_autocast(x.device):
+        if taps is not None and tap_bias is not None:
+            taps = of_heads(unpack_projection(taps, values), heads, value_dim)
+            local_bias = of_heads(tap_bias, heads, value_dim)
+            out = out + depthwise(projected[2], taps, local_bias, stride=1 if q is None else 2)
+        if size != (out_height, out_width):
+            out = functional.interpolate(out, size=(out_height, out_width), mode="bilinear")
+        out = (out, out.relu(), functional.gelu(out))[activation]
+    matrix = of_heads(unpack_projection(proj, len(proj_bias)).mT, heads, value_dim).mT
+    return project(out, matrix, proj_bias).to(x.dtype)
 
 
-_OPERATOR.register(_fake)
+OPERATOR = InferenceOperator(
+    "projected_attention",
+    plain,
+    lambda x, *arguments: (x.shape[0], arguments[Packed._fields.index("proj_bias")].shape[0], *arguments[-2:]),
+)
+serves = OPERATOR.serves

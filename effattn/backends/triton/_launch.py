@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from effattn._triton.layout import MOST_DIMENSIONS, Groups
+
+
+class Launchers(NamedTuple):
+    """Of an operator, each with the arguments and results of a torch operator: inference, _forward, _backward."""
+
+    inference: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
 
 
 def is_interpreted() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from effattn.backends._memory import empty_in_order_of
-from effattn.backends.triton._launch import on_device_of, target
+from effattn.backends.triton._launch import Launchers, on_device_of, target
 
 Tensors = Sequence[torch.Tensor]
 
@@ -55,3 +55,8 @@ def backward(
         else:
             biased_attention.backward(grad_out, q, k, v, bias, grads, scale, target(q))
     return *grads, grad_talking
+
+
+LAUNCHERS = {
+    "biased_attention": Launchers(forward, forward, backward),
+}

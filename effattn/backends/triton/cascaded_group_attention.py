@@ -8,7 +8,7 @@ import torch
 
 from effattn._triton.layout import with_mergeable_rows
 from effattn.backends._memory import empty_image_in_order_of
-from effattn.backends.triton._launch import on_device_of, target
+from effattn.backends.triton._launch import Launchers, on_device_of, target
 
 Tensors = Sequence[torch.Tensor]
 
@@ -62,3 +62,8 @@ def backward(
                 (window_height, window_width), target(x),
             )  # fmt: skip
     return grad_x, *(list(t) for t in (grads.qkv, grads.qkv_biases, grads.dw, grads.dw_biases)), grads.bias
+
+
+LAUNCHERS = {
+    "cascaded_group_attention": Launchers(forward, forward, backward),
+}

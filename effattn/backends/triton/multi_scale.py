@@ -8,7 +8,7 @@ import torch
 
 from effattn._triton.layout import with_mergeable_rows
 from effattn.backends._memory import empty_image_in_order_of
-from effattn.backends.triton._launch import on_device_of, target
+from effattn.backends.triton._launch import Launchers, on_device_of, target
 
 Tensors = Sequence[torch.Tensor]
 
@@ -99,3 +99,9 @@ def _empty_gradients(qkv: torch.Tensor, weights: Sequence[Tensors]) -> tuple[tor
     """To be filled; those of the weights 0 where there is no image."""
     new = torch.Tensor.new_zeros if qkv.numel() == 0 else torch.Tensor.new_empty
     return empty_image_in_order_of(qkv, qkv.shape), [[new(t, t.shape) for t in ts] for ts in weights]
+
+
+LAUNCHERS = {
+    "multi_scale_aggregation": Launchers(aggregation, aggregation, aggregation_backward),
+    "multi_scale_linear_attention": Launchers(attention, attention_forward, attention_backward),
+}

@@ -7,7 +7,7 @@ import math
 import torch
 
 from effattn.backends._memory import empty_in_order_of
-from effattn.backends.triton._launch import addressable, copied, on_device_of, target
+from effattn.backends.triton._launch import Launchers, addressable, copied, on_device_of, target
 
 
 def inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
@@ -48,3 +48,8 @@ def backward(
         for grad, t in zip(grads, into, strict=True):
             copied(grad, t)
     return grads
+
+
+LAUNCHERS = {
+    "relu_linear_attention": Launchers(inference, forward, backward),
+}

@@ -1,0 +1,234 @@
+"""Wrong arguments, made of every operator's signature: a typed error that names the argument, the same words from the
+compiled operators, no crash whatever they are called with."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effattn import use_backend
+from effattn.functional import _called
+from effattn.ops import OPERATORS
+from effattn.testing import make_arguments
+
+NOT_FOR_THE_DISPATCHER = "not for the dispatcher"
+
+
+def replaced(arguments, i, element, value):
+    changed = [list(a) if isinstance(a, list) else a for a in arguments]
+    if element is None:
+        changed[i] = value
+    else:
+        changed[i][element] = value
+    return changed
+
+
+def one_larger(t, dim):
+    return (
+        torch.cat([t, t.narrow(dim, 0, 1)], dim) if t.shape[dim] else t.new_ones(*t.shape[:dim], 1, *t.shape[dim + 1 :])
+    )
+
+
+def wrong_tensors(operator, arguments, i):
+    """(what, the argument's element, value, error, its text) for each way in which a tensor may be wrong."""
+    signature, argument = operator.signature, operator.signature.arguments[i]
+    used = [name for a in signature.arguments for shape in a.shapes for name in shape.names]
+    for at, (name, t, shape) in enumerate(argument.elements(arguments[i])):
+        element = at if argument.is_list else None
+        yield f"{name} list", element, [1.0], TypeError, "expected a torch.Tensor, got list"
+        if element is not None or not argument.may_be_empty:
+            yield f"{name} None", element, None, TypeError, "expected a torch.Tensor, got NoneType"
+        yield f"{name} integer", element, t.long(), TypeError, "got torch.int64"
+        yield f"{name} sparse", element, t.to_sparse(), TypeError, "expected a dense (strided) tensor, got layout"
+        if i > 0:
+            of = signature.arguments[0].name
+            yield f"{name} dtype", element, t.half(), TypeError, f"{of}, torch.float32"
+            yield f"{name} device", element, t.to("meta"), ValueError, f"expected the device of {of}, cpu, got meta"
+        fewer = t.reshape(-1)[0] if shape.has_leading else t[0]
+        yield (
+            f"{name} rank",
+            element,
+            fewer,
+            ValueError,
+            f"dimension{'s' * (len(shape.dims) != 1)} {shape.text}, got shape",
+        )
+        for d, dim in enumerate(shape.dims, start=t.dim() - len(shape.dims)):
+            if len(dim.names) == 1 and used.count(dim.names[0]) == 1 and dim.text == dim.names[0]:
+                continue  # any size is right
+            text = f"expected an odd {dim.text}" if dim.needs == "odd" else "expected"
+            yield f"{name} size {d}", element, one_larger(t, d), ValueError, text
+        if shape.has_leading and i > 0:
+            yield f"{name} leading sizes", element, t.expand(2, *t.shape), ValueError, "expected shape (..."
+
+
+def wrong_lists(argument, given):
+    """(what, value, error, its text) for each way in which a list may be wrong."""
+    name = argument.name
+    yield f"{name} tensor", given[0], TypeError, f"{name}: expected a sequence of tensors, got Tensor"
+    if len(given) > 1:
+        yield f"{name} short", given[:-1], ValueError, "expected"
+
+
+def wrong_options(argument, given):
+    name = argument.name
+    if argument.kind == "integer":
+        yield f"{name} float", 1.5, TypeError, f"{name}: expected an int, got float"
+        yield f"{name} text", "1", TypeError, f"{name}: expected an int, got str"
+        yield f"{name} small", int(argument.least) - 1, ValueError, f"{name}: expected an int >= {argument.least:.0f}"
+        if argument.most < float("inf"):
+            yield f"{name} large", int(argument.most) + 1, ValueError, f"and <= {argument.most:.0f}, got"
+    elif argument.kind == "number":
+        yield f"{name} None", None, TypeError, f"{name}: expected a number, got NoneType"
+        yield f"{name} text", "1", TypeError, f"{name}: expected a number, got str"
+        for number in (float("nan"), float("inf"), -float("inf"), *([-1.0] if argument.least == 0 else [])):
+            yield f"{name} {number}", number, ValueError, f"{name}: expected a finite number"
+
+
+def wrong_calls():
+    calls = []
+    for operator in OPERATORS.values():
+        arguments = make_arguments(operator, operator.cases[0])
+        for i, argument in enumerate(operator.signature.arguments):
+            found = []
+            if argument.is_option:
+                found += [(w, None, v, e, t) for w, v, e, t in wrong_options(argument, arguments[i])]
+            else:
+                found += wrong_tensors(operator, arguments, i)
+            if argument.is_list and not argument.is_option:
+                found += [(w, None, v, e, t) for w, v, e, t in wrong_lists(argument, arguments[i])]
+            for what, element, value, error, text in found:
+                call = operator, replaced(arguments, i, element, value), error, argument.name, text
+                calls.append(pytest.param(*call, id=f"{operator.name}-{what}"))
+    return calls
+
+
+WRONG_CALLS = wrong_calls()
+
+
+@pytest.mark.parametrize(("operator", "arguments", "error", "name", "text"), WRONG_CALLS)
+def test_the_error_names_the_argument(operator, arguments, error, name, text):
+    said = set()
+    for backend in ("cpu", "reference"):
+        with use_backend(backend), pytest.raises(error) as raised:
+            _called(operator, *arguments)
+        said.add(str(raised.value))
+    (message,) = said
+    argument = message.split(":")[0].split("[")[0]
+    # A size may be said to be wrong of the other argument that has it.
+    assert argument == name or (error is ValueError and argument in {a.name for a in operator.signature.arguments})
+    assert text in message or argument != name
+
+
+@pytest.mark.parametrize(("operator", "arguments", "error", "name", "text"), WRONG_CALLS)
+def test_the_compiled_operators_refuse_in_the_same_words(operator, arguments, error, name, text):
+    expected = str(operator.signature.error(arguments, weights="float32"))
+    kinds = ("_forward",) if operator.signature.out.kind == "kept" else ("", "_forward")
+    for kind in kinds:
+        with pytest.raises(RuntimeError) as raised:
+            getattr(torch.ops.effattn, operator.name + kind)(*arguments)
+        if error is ValueError and "device" not in expected:
+            assert str(raised.value) == f"{operator.name}: {expected}"
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_backward_checks_its_own(name):
+    operator = OPERATORS[name]
+    arguments = make_arguments(operator, operator.cases[0])
+    tensors, options = arguments[: operator.signature.tensors], arguments[operator.signature.tensors :]
+    results = getattr(torch.ops.effattn, f"{name}_forward")(*arguments)
+    out, *kept = results if isinstance(results, tuple) else (results,)
+    kept = [out, *kept] if operator.signature.out.kind == "kept" else kept
+    backward = getattr(torch.ops.effattn, f"{name}_backward")
+    backward(out, *tensors, *kept, *options)
+    names = ["grad_out", *(returned.name for returned in operator.signature.backward_takes)]
+    for i, (what, t) in enumerate(zip(names, [out, *kept], strict=True)):
+        wrong_ones = {
+            f"{what}: expected shape": one_larger(t, t.dim() - 1),
+            f"{what}: expected": t.half(),
+            f"{what}: expected the device of": t.to("meta"),
+            f"{what}: expected a contiguous tensor": t.mT.contiguous().mT,
+        }
+        if what in ("grad_out", "out"):
+            del wrong_ones[f"{what}: expected a contiguous tensor"]
+        for text, wrong in wrong_ones.items():
+            taken = [out, *kept]
+            taken[i] = wrong
+            with pytest.raises(RuntimeError, match=None if wrong.device.type == "meta" else text):
+                backward(taken[0], *tensors, *taken[1:], *options)
+
+
+# --- anything at all --------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(0, 4), max_size=5)
+DTYPES = st.sampled_from([torch.float32] * 6 + [torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.bool])
+
+
+@st.composite
+def any_tensor(draw):
+    """Any small tensor: sizes, dtype, permuted, expanded, sliced, sparse, huge and empty, or on the meta device."""
+    t = torch.zeros(draw(SIZES)).to(draw(DTYPES))
+    for change in draw(st.lists(st.sampled_from(["permute", "expand", "slice", "sparse", "meta", "huge"]), max_size=2)):
+        if change == "meta":
+            t = t.to("meta")
+        elif t.layout != torch.strided:
+            continue
+        elif change == "permute":
+            t = t.permute(draw(st.permutations(range(t.dim()))))
+        elif change == "expand":
+            t = t.expand(draw(st.integers(0, 3)), *t.shape)
+        elif change == "slice" and t.dim():
+            t = t[..., ::2]
+        elif change == "sparse" and t.dim() and t.device.type == "cpu":
+            t = t.to_sparse()
+        elif change == "huge":
+            t = torch.empty(0, 2 ** draw(st.integers(20, 40)), dtype=t.dtype)
+    return t
+
+
+@st.composite
+def almost_fitting(draw, operator):
+    """Arguments of one of the operator's cases, a few of them replaced by anything of their kind."""
+    case = draw(st.sampled_from(operator.cases))
+    arguments = make_arguments(operator, case, draw(DTYPES.filter(lambda dtype: dtype.is_floating_point)))
+    for i in draw(st.lists(st.integers(0, len(arguments) - 1), max_size=3)):
+        argument = operator.signature.arguments[i]
+        if argument.kind == "integer":
+            arguments[i] = draw(st.sampled_from([-1, 0, 1, 2, 7, 2**31, 2**62, -(2**63)]))
+        elif argument.kind == "number":
+            arguments[i] = draw(st.floats())
+        elif argument.kind == "numbers":
+            arguments[i] = draw(st.lists(st.floats(), max_size=5))
+        elif argument.is_list:
+            arguments[i] = draw(st.one_of(st.none(), st.lists(any_tensor(), max_size=5)))
+        else:
+            arguments[i] = draw(any_tensor())
+    return arguments
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_survive_anything(name, examples):
+    """They compute or raise; nothing crashes the process or hangs."""
+    operator = OPERATORS[name]
+    kept_names = len(operator.signature.backward_takes)
+
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(almost_fitting(operator), any_tensor(), st.lists(any_tensor(), min_size=kept_names, max_size=kept_names))
+    def survives(arguments, grad_out, kept):
+        tensors, options = arguments[: operator.signature.tensors], arguments[operator.signature.tensors :]
+        with contextlib.suppress(RuntimeError):
+            if operator.signature.out.kind != "kept":
+                getattr(torch.ops.effattn, name)(*arguments)
+        with contextlib.suppress(RuntimeError):
+            getattr(torch.ops.effattn, f"{name}_backward")(grad_out, *tensors, *kept, *options)
+        with contextlib.suppress(RuntimeError):
+            results = getattr(torch.ops.effattn, f"{name}_forward")(*arguments)
+            out, *rest = results if isinstance(results, tuple) else (results,)
+            rest = [out, *rest] if operator.signature.out.kind == "kept" else rest
+            grads = getattr(torch.ops.effattn, f"{name}_backward")(out, *tensors, *rest, *options)
+            assert (grads if isinstance(grads, torch.Tensor) else grads[0]).shape == arguments[0].shape
+
+    survives()
