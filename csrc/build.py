@@ -404,11 +404,13 @@ def signatures() -> str:
     kinds: dict[str, list[str]] = {"SIGNATURE": [], "SCHEMA": []}
     for path in sorted((ROOT / "effattn" / "ops").glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:
-            name = node.targets[0] if isinstance(node, ast.Assign) else None
-            if isinstance(name, ast.Name) and name.id in kinds:
-                text = ast.literal_eval(node.value)  # type: ignore[union-attr]
-                row = f'"{path.stem}{text}"' if name.id == "SCHEMA" else f'{{"{path.stem}", R"({text})"}}'
-                kinds[name.id].append(row)
+            if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+                continue
+            kind = node.targets[0].id
+            if kind in kinds:
+                text = ast.literal_eval(node.value)
+                row = f'"{path.stem}{text}"' if kind == "SCHEMA" else f'{{"{path.stem}", R"({text})"}}'
+                kinds[kind].append(row)
     rows = {kind: ",\n    ".join(rows) for kind, rows in kinds.items()}
     return f"""// Made by csrc/build.py of effattn/ops/*.py.
 #pragma once

@@ -232,10 +232,8 @@ def cascaded_group_attention(
         height, width = window
     if scale is None:
         scale = _default_scale(q_dw_weights[0], 0) if isinstance(q_dw_weights, Sequence) and q_dw_weights else 1.0
-    return _called(
-        OPERATORS["cascaded_group_attention"], x, qkv_weights, _or_empty(qkv_biases), q_dw_weights, _or_empty(q_dw_biases),
-        attention_bias, scale, height, width,
-    )  # fmt: skip
+    weights = (qkv_weights, _or_empty(qkv_biases), q_dw_weights, _or_empty(q_dw_biases), attention_bias)
+    return _called(OPERATORS["cascaded_group_attention"], x, *weights, scale, height, width)
 
 
 __all__ = [name for name, value in vars().items() if getattr(value, "__module__", None) == __name__ and name[0] != "_"]

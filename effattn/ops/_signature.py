@@ -425,7 +425,7 @@ def _wrong_number(name: str, argument: Argument, given: Any) -> Exception | None
     if not isinstance(given, (Real, torch.SymFloat, torch.SymInt)) or isinstance(given, bool):
         return TypeError(f"{name}: expected a number, got {type(given).__name__}")
     least = "" if argument.least == -math.inf else f" >= {argument.least:.0f}"
-    if not argument.least <= given < math.inf or given == -math.inf:
+    if not argument.least <= float(given) < math.inf or given == -math.inf:
         return ValueError(f"{name}: expected a finite number{least}, got {given}")
     return None
 
