@@ -1,5 +1,5 @@
 // Cascaded group attention in training for CPU tensors: checks, allocation, launch, registration.
-#include "../../kernels/cpu/cascade_training.h"
+#include "../../kernels/cpu/cascaded_group_attention/training.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
 // LiteMLA's inference for CPU tensors: checks, allocation, launch, registration.
-#include "../../kernels/cpu/lite_mla.h"
+#include "../../kernels/cpu/lite_mla/plan.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,5 +1,5 @@
 // Attention with its projections for CPU tensors: checks, allocation, launch, registration.
-#include "../../kernels/cpu/projected_attention.h"
+#include "../../kernels/cpu/projected_attention/plan.h"
 
 #include <torch/csrc/stable/library.h>
 
