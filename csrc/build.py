@@ -226,7 +226,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     from ninja import ninja_syntax
 
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
-    rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
+    rows = "".join(f" ROW({name}, {lanes}, __VA_ARGS__)" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
     if "undefined" in target.sanitize:  # twice the build time for what crashes anyway, and what address finds too
@@ -242,7 +242,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         "-Wno-maybe-uninitialized",  # both false in the headers of GCC 12 for AVX-512
         "-Wno-uninitialized",
         "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
-        f"'-DEFFATTN_ISA_LIST(ROW)={rows}'",
+        f"'-DEFFATTN_ISA_LIST(ROW, ...)={rows}'",
         *optimise,
         *checks,
     ]

@@ -43,7 +43,7 @@ struct Problem {
     p.width = x.size(3);
     p.window_height = window_height;
     p.window_width = window_width;
-    p.scale = static_cast<float>(scale);
+    p.softmax_scale = static_cast<float>(scale);
     const int64_t tokens = p.window_tokens();
     p.bias = floats(op, "attention_bias", bias, {heads, tokens, tokens}, alive);
     alive.push_back(with_mergeable_rows(x));

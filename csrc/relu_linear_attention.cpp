@@ -55,7 +55,7 @@ LinearAttentionParams problem_of(const char* op, const Tensor& q, const Tensor& 
                   ": head_dim and value_dim must be at most ", kMaxDim, ", got ", p.head_dim, " and ",
                   p.value_dim);
   int64_t sums = 0;
-  EFFATTN_REQUIRE(!__builtin_mul_overflow(p.groups, 4 * p.sums_size(), &sums), op,
+  EFFATTN_REQUIRE(!__builtin_mul_overflow(p.groups, 4 * p.kv_state_size(), &sums), op,
                   ": too many groups for their sums, got ", p.groups);
   p.eps = static_cast<float>(eps);
   p.lead_rank = static_cast<int>(rank - 2);

@@ -1,5 +1,5 @@
 // Cascaded group attention in training for CPU tensors: checks, allocation, launch, registration.
-#include "../../kernels/cpu/cascaded_group_attention/training.h"
+#include "../../kernels/cpu/cascaded_group_attention/plan.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,7 +15,7 @@ using namespace cascade;
 // The problem without its results, and what it points into.
 struct TrainingProblem {
   Problem of;
-  cpu::CascadeTraining p{};
+  cpu::CascadeTrainingParams p{};
   std::vector<cpu::HeadNorms<const float>> norms;
   std::vector<float> qkv_eps, q_eps;
 

@@ -20,7 +20,7 @@ Tensor lite_mla(const Tensor& x, const Tensor& qkv_weight, std::optional<Tensor>
   const int64_t channels = qkv_weight.size(0), out_channels = proj_weight.size(0);
   Problem problem(op, "x", x, channels, {given(dw), given(pw), given(dw_biases), given(pw_biases)}, head_dim);
   problem.attend_with(op, eps);
-  cpu::LiteMLA p{};
+  cpu::LiteMLAParams p{};
   p.in_channels = x.size(1);
   p.out_channels = out_channels;
   p.qkv_weight = floats(op, "qkv_weight", qkv_weight, {channels, p.in_channels}, problem.alive);

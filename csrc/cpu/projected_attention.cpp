@@ -42,7 +42,7 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
                            int64_t key_dim, int64_t value_dim, double scale, int64_t activation,
                            int64_t out_height, int64_t out_width) {
   const char* const op = "projected_attention";
-  cpu::ProjectedAttention p{};
+  cpu::ProjectedAttentionParams p{};
   p.dtype = kernel_dtype(op, "x", x);
   EFFATTN_REQUIRE(x.dim() == 4, op, ": x must have 4 dimensions (B, C, H, W), got shape ", shape_text(x));
   EFFATTN_REQUIRE(bias.dim() == 3 && bias.size(0) > 0, op,

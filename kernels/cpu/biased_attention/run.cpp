@@ -1,144 +1,172 @@
-// The schedule: images and heads in parallel; heads that talk to each other stay in one thread.
+// Images and heads in parallel; talking heads stay in one thread.
 #include "plan.h"
 
-#include "../core/schedule.h"
+#include <vector>
+
+#include "../channels_last/ukernels.h"
+#include "../softmax_attention/ukernels.h"
 
 namespace effattn::cpu {
 namespace {
 
-constexpr int64_t kMostParts = 8;             // into which the gradients that images share are split
-constexpr int64_t kMostPartFloats = 1 << 22;  // of all parts
+constexpr int64_t kMaxParts = 8;             // into which the gradients that images share are split
+constexpr int64_t kMaxPartFloats = 1 << 22;  // of all parts
+
+// One head of one image.
+Image head_of(DType dtype, const HeadsOperand& t, int64_t batch, int64_t head) {
+  const Image heads{t.data, t.batch_stride, t.head_stride, t.token_stride};
+  return {channels_from(dtype, heads, batch, head).data, 0, t.token_stride, t.channel_stride};
+}
+
+int64_t groups_of(const BiasedAttentionParams& p) { return p.heads.talking() ? 1 : p.heads.heads; }
+
+// The heads of one image that are computed together.
+SoftmaxHeads heads_of(const BiasedAttentionParams& p, int64_t group) {
+  SoftmaxHeads heads = p.heads;
+  if (!heads.talking()) {
+    heads.heads = 1;
+    heads.bias += group * heads.queries * heads.keys;
+  }
+  return heads;
+}
 
 // A thread at work on the heads of one image that are computed together.
-class Worker {
+class ThreadContext {
  public:
-  Worker(const BiasedAttentionParams& problem, bool backward)
-      : p_(problem),
-        of_tiles_(channels_last_passes(active_isa())),
-        passes_(softmax_passes(active_isa())),
-        group_(heads_of(problem, 0)) {
-    const int64_t d = round_up(group_.head_dim, kWholeVectors),
-                  dv = round_up(group_.value_dim, kWholeVectors);
-    rows_ = group_.heads * (group_.queries + group_.keys) * (d + dv) * (backward ? 2 : 1);
-    scratch_ = backward ? passes_.scratch_floats_backward(group_) : passes_.scratch_floats(group_);
-    next_ = thread_scratch(rows_ + scratch_);
+  ThreadContext(const BiasedAttentionParams& params, bool backward, Arena& arena)
+      : p_(params), group_(heads_of(params, 0)) {
+    const int64_t queries = group_.queries, keys = group_.keys, d = group_.head_dim, dv = group_.value_dim;
+    q_ = rows(queries, d, arena);
+    k_ = rows(keys, d, arena);
+    v_ = rows(keys, dv, arena);
+    out_ = rows(queries, dv, arena);
+    if (backward) {
+      grad_q_ = rows(queries, d, arena);
+      grad_k_ = rows(keys, d, arena);
+      grad_v_ = rows(keys, dv, arena);
+    }
+    scratch_ =
+        arena.part(backward ? softmax_.scratch_floats_backward(group_) : softmax_.scratch_floats(group_));
   }
 
-  static int64_t groups(const BiasedAttentionParams& p) { return p.heads.talk() ? 1 : p.heads.heads; }
-
-  void forward(int64_t batch, int64_t group) {
-    const SoftmaxHeads heads = heads_of(p_, group);
-    float* const begin = next_;
-    const auto q = take(p_.q, batch, group, heads.queries, heads.head_dim);
-    const auto k = take(p_.k, batch, group, heads.keys, heads.head_dim);
-    const auto v = take(p_.v, batch, group, heads.keys, heads.value_dim);
-    const HeadRows<float> out = in_place(p_.out, heads.value_dim) ? where_it_lies(p_.out, batch, group)
-                                                                  : rows(heads.queries, heads.value_dim);
-    passes_.forward(heads, q, k, v, out, begin + rows_);
-    give(out, p_.out, batch, group, heads.queries, heads.value_dim);
-    next_ = begin;
+  void forward(int64_t batch, int64_t group) const {
+    const HeadRows<float> out = in_place(p_.out, group_.value_dim) ? rows_of(p_.out, batch, group) : out_;
+    softmax_.forward(heads_of(p_, group), load(p_.q, batch, group, group_.queries, group_.head_dim, q_),
+                     load(p_.k, batch, group, group_.keys, group_.head_dim, k_),
+                     load(p_.v, batch, group, group_.keys, group_.value_dim, v_), out, scratch_);
+    store(out, p_.out, batch, group, group_.queries, group_.value_dim);
   }
 
   // grad_bias and grad_mix: of all heads, added to.
-  void backward(int64_t batch, int64_t group, float* grad_bias, const TalkingHeads<float>& grad_mix) {
-    const SoftmaxHeads heads = heads_of(p_, group);
-    float* const begin = next_;
-    const auto q = take(p_.q, batch, group, heads.queries, heads.head_dim);
-    const auto k = take(p_.k, batch, group, heads.keys, heads.head_dim);
-    const auto v = take(p_.v, batch, group, heads.keys, heads.value_dim);
-    const auto grad_out = take(p_.grad_out, batch, group, heads.queries, heads.value_dim);
-    const SoftmaxGradients gradients{rows(heads.queries, heads.head_dim), rows(heads.keys, heads.head_dim),
-                                     rows(heads.keys, heads.value_dim),
-                                     grad_bias + group * heads.queries * heads.keys, grad_mix};
-    passes_.backward(heads, q, k, v, grad_out, gradients, begin + rows_);
-    give(gradients.q, p_.grad_q, batch, group, heads.queries, heads.head_dim);
-    give(gradients.k, p_.grad_k, batch, group, heads.keys, heads.head_dim);
-    give(gradients.v, p_.grad_v, batch, group, heads.keys, heads.value_dim);
-    next_ = begin;
+  void backward(int64_t batch, int64_t group, float* grad_bias, const TalkingHeads<float>& grad_mix) const {
+    softmax_.backward(heads_of(p_, group), load(p_.q, batch, group, group_.queries, group_.head_dim, q_),
+                      load(p_.k, batch, group, group_.keys, group_.head_dim, k_),
+                      load(p_.v, batch, group, group_.keys, group_.value_dim, v_),
+                      load(p_.grad_out, batch, group, group_.queries, group_.value_dim, out_),
+                      {grad_q_, grad_k_, grad_v_, grad_bias + group * group_.queries * group_.keys, grad_mix},
+                      scratch_);
+    store(grad_q_, p_.grad_q, batch, group, group_.queries, group_.head_dim);
+    store(grad_k_, p_.grad_k, batch, group, group_.keys, group_.head_dim);
+    store(grad_v_, p_.grad_v, batch, group, group_.keys, group_.value_dim);
   }
 
  private:
-  static SoftmaxHeads heads_of(const BiasedAttentionParams& p, int64_t group) {
-    SoftmaxHeads heads = p.heads;
-    if (!heads.talk()) {
-      heads.heads = 1;
-      heads.bias += group * heads.queries * heads.keys;
-    }
-    return heads;
+  HeadRows<float> rows(int64_t tokens, int64_t channels, Arena& arena) const {
+    const int64_t stride = round_up(channels, kWholeVectors);
+    return {arena.floats(group_.heads * tokens * stride), tokens * stride, stride};
   }
-
-  // Float rows of whole vectors are read and written where they lie.
+  // Float rows of whole vectors are read and written in place.
   bool in_place(const HeadsOperand& t, int64_t channels) const {
     return p_.dtype == DType::kFloat32 && t.channel_stride == 1 && channels % kWholeVectors == 0;
   }
-  HeadRows<float> where_it_lies(const HeadsOperand& t, int64_t batch, int64_t group) const {
+  HeadRows<float> rows_of(const HeadsOperand& t, int64_t batch, int64_t group) const {
     return {static_cast<float*>(t.data) + batch * t.batch_stride + group * t.head_stride, t.head_stride,
             t.token_stride};
   }
-  HeadRows<float> rows(int64_t tokens, int64_t channels) {
-    const int64_t stride = round_up(channels, kWholeVectors);
-    const HeadRows<float> all{next_, tokens * stride, stride};
-    next_ += group_.heads * tokens * stride;
-    return all;
-  }
-  // One head as an image.
-  Image head(const HeadsOperand& t, int64_t batch, int64_t head) const {
-    const Image heads{t.data, t.batch_stride, t.head_stride, t.token_stride};
-    const Image one = channels_from(p_.dtype, heads, batch, head);
-    return {one.data, 0, t.channel_stride, t.token_stride};
-  }
-
-  HeadRows<const float> take(const HeadsOperand& t, int64_t batch, int64_t group, int64_t tokens,
-                             int64_t channels) {
-    HeadRows<float> to;
-    if (in_place(t, channels)) {
-      to = where_it_lies(t, batch, group);
-    } else {
-      to = rows(tokens, channels);
-      for (int64_t h = 0; h < group_.heads; ++h) {
-        of_tiles_.load(p_.dtype, head(t, batch, group + h), tokens, channels, to.of(h));
-      }
-    }
-    return {to.data, to.head_stride, to.stride};
-  }
-  void give(const HeadRows<float>& from, const HeadsOperand& t, int64_t batch, int64_t group, int64_t tokens,
-            int64_t channels) const {
+  HeadRows<const float> load(const HeadsOperand& t, int64_t batch, int64_t group, int64_t tokens,
+                             int64_t channels, const HeadRows<float>& converted) const {
+    if (in_place(t, channels)) return rows_of(t, batch, group);
     for (int64_t h = 0; h < group_.heads; ++h) {
-      const Image to = head(t, batch, group + h);
-      if (to.data == from.of(h).data) continue;  // written where it lies
-      of_tiles_.store(p_.dtype, to, tokens, channels, from.of(h));
+      images_.load(p_.dtype, head_of(p_.dtype, t, batch, group + h), tokens, channels, converted.of(h));
+    }
+    return converted;
+  }
+  void store(const HeadRows<float>& from, const HeadsOperand& t, int64_t batch, int64_t group, int64_t tokens,
+             int64_t channels) const {
+    for (int64_t h = 0; h < group_.heads; ++h) {
+      const Image to = head_of(p_.dtype, t, batch, group + h);
+      if (to.data == from.of(h).data) continue;  // written in place
+      images_.store(p_.dtype, to, tokens, channels, from.of(h));
     }
   }
 
   const BiasedAttentionParams& p_;
-  const ChannelsLastPasses& of_tiles_;
-  const SoftmaxPasses& passes_;
+  const ChannelsLastUkernels& images_ = channels_last_ukernels();
+  const SoftmaxUkernels& softmax_ = softmax_ukernels();
   const SoftmaxHeads group_;
-  int64_t rows_, scratch_;
-  float* next_;
+  HeadRows<float> q_, k_, v_, out_, grad_q_, grad_k_, grad_v_;
+  Arena scratch_;
 };
 
 int64_t work(const BiasedAttentionParams& p) {
   const SoftmaxHeads& heads = p.heads;
   const int64_t a_head = heads.queries * heads.keys * (heads.head_dim + heads.value_dim + 20);
-  return max(1, a_head * (heads.talk() ? heads.heads : 1));
+  return max(1, a_head * (heads.talking() ? heads.heads : 1));
 }
 
 // Without keys there is nothing to attend to.
 void clear_images(const BiasedAttentionParams& p, const HeadsOperand& t, int64_t tokens, int64_t channels) {
-  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
   const int64_t stride = round_up(channels, kWholeVectors);
-  float* const zeros = thread_scratch(max(1, tokens * stride));
+  Arena arena = thread_arena(tokens * stride + Arena::kMaxOverhead);
+  float* const zeros = arena.floats(tokens * stride);
   clear(zeros, tokens * stride);
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads.heads; ++h) {
-      const Image all{t.data, t.batch_stride, t.head_stride, t.token_stride};
-      const Image one = channels_from(p.dtype, all, b, h);
-      passes.store(p.dtype, {one.data, 0, t.channel_stride, t.token_stride}, tokens, channels,
-                   {zeros, stride});
+      channels_last_ukernels().store(p.dtype, head_of(p.dtype, t, b, h), tokens, channels, {zeros, stride});
     }
   }
 }
+
+// The gradients that images share, part by part.
+struct SharedGradients {
+  struct Piece {
+    float* const total;
+    const int64_t count;
+    std::vector<float*> parts;
+  };
+  std::vector<Piece> pieces;  // of the bias; with talking heads, of their matrices and biases
+
+  SharedGradients(const BiasedAttentionParams& p, int64_t parts, Arena& arena) {
+    const SoftmaxHeads& heads = p.heads;
+    pieces.push_back({p.grad_bias, heads.heads * heads.queries * heads.keys, {}});
+    if (heads.talking()) {
+      pieces.push_back({p.grad_mix.logits, heads.heads * heads.heads, {}});
+      pieces.push_back({p.grad_mix.logits_bias, heads.heads, {}});
+      pieces.push_back({p.grad_mix.weights, heads.heads * heads.heads, {}});
+      pieces.push_back({p.grad_mix.weights_bias, heads.heads, {}});
+    }
+    for (int64_t part = 0; part < parts; ++part) {
+      for (Piece& piece : pieces) piece.parts.push_back(arena.floats(piece.count));
+    }
+  }
+  void clear_all() const {
+    for (const Piece& piece : pieces) {
+      for (float* const part : piece.parts) clear(part, piece.count);
+    }
+  }
+  float* bias(int64_t part) const { return pieces[0].parts[part]; }
+  TalkingHeads<float> mix(int64_t part) const {
+    if (pieces.size() == 1) return {};
+    return {pieces[1].parts[part], pieces[2].parts[part], pieces[3].parts[part], pieces[4].parts[part]};
+  }
+  // Adds up the parts in order.
+  void finish() const {
+    for (const Piece& piece : pieces) {
+      clear(piece.total, piece.count);
+      for (const float* const part : piece.parts) add(piece.total, part, piece.count);
+    }
+  }
+};
 
 }  // namespace
 
@@ -146,64 +174,40 @@ void biased_attention(const BiasedAttentionParams& p, const Parallel& parallel) 
   const SoftmaxHeads& heads = p.heads;
   if (p.batch * heads.heads * heads.queries * heads.value_dim == 0) return;
   if (heads.keys == 0) return clear_images(p, p.out, heads.queries, heads.value_dim);
-  const int64_t groups = Worker::groups(p);
+  const int64_t groups = groups_of(p);
   parallel(p.batch * groups, work(p), [&](int64_t begin, int64_t end) {
-    Worker worker(p, false);
-    for (int64_t unit = begin; unit < end; ++unit) worker.forward(unit / groups, unit % groups);
+    const auto context = in_thread_arena<ThreadContext>(p, false);
+    for (int64_t unit = begin; unit < end; ++unit) context.forward(unit / groups, unit % groups);
   });
 }
 
 void biased_attention_backward(const BiasedAttentionParams& p, const Parallel& parallel) {
   const SoftmaxHeads& heads = p.heads;
-  const int64_t of_bias = heads.heads * heads.queries * heads.keys;
-  const int64_t of_mix = heads.talk() ? heads.heads * (heads.heads + 1) : 0;  // a matrix and its bias
-  const auto clear_all = [&] {
-    clear(p.grad_bias, of_bias);
-    if (!heads.talk()) return;
-    for (float* const matrix : {p.grad_mix.logits, p.grad_mix.weights})
-      clear(matrix, heads.heads * heads.heads);
-    for (float* const bias : {p.grad_mix.logits_bias, p.grad_mix.weights_bias}) clear(bias, heads.heads);
-  };
-  clear_all();
-  if (p.batch * heads.heads == 0) return;
-  if (heads.queries * heads.keys == 0) {
+  const bool empty = p.batch * heads.heads * heads.queries * heads.keys == 0;
+  // What all images share is summed up part by part, and parts in order: a function of the sizes alone.
+  const int64_t part_floats =
+      heads.heads * heads.queries * heads.keys + (heads.talking() ? 2 * heads.heads * (heads.heads + 1) : 0);
+  const int64_t parts =
+      empty ? 0 : min(p.batch, max(1, min(kMaxParts, kMaxPartFloats / max(1, part_floats))));
+  const InSharedArena<SharedGradients> shared(p, parts);
+  shared->clear_all();
+  if (empty && p.batch * heads.heads > 0) {
     clear_images(p, p.grad_q, heads.queries, heads.head_dim);
     clear_images(p, p.grad_k, heads.keys, heads.head_dim);
-    return clear_images(p, p.grad_v, heads.keys, heads.value_dim);
+    clear_images(p, p.grad_v, heads.keys, heads.value_dim);
   }
-  // What all images share is summed up part by part, and parts in order: a function of the sizes alone.
-  const int64_t part_floats = of_bias + 2 * of_mix;
-  const int64_t parts = min(p.batch, max(1, min(kMostParts, kMostPartFloats / max(1, part_floats))));
-  const Floats memory = aligned_floats(parts * part_floats);
-  clear(memory.get(), parts * part_floats);
-  const auto mix_of = [&](float* part) {
-    const int64_t h = heads.heads;
-    float* const first = part + of_bias;
-    if (!heads.talk()) return TalkingHeads<float>{};
-    return TalkingHeads<float>{first, first + h * h, first + of_mix, first + of_mix + h * h};
-  };
-  const int64_t groups = Worker::groups(p);
-  parallel(parts * groups, max(kMinWorkPerThread, work(p) * p.batch / parts),
+  const int64_t groups = groups_of(p);
+  parallel(parts * groups, max(kMinWorkPerThread, work(p) * p.batch / max(1, parts)),
            [&](int64_t begin, int64_t end) {
-             Worker worker(p, true);
+             const auto context = in_thread_arena<ThreadContext>(p, true);
              for (int64_t unit = begin; unit < end; ++unit) {
                const int64_t part = unit / groups, group = unit % groups;
-               float* const sums = memory.get() + part * part_floats;
                for (int64_t b = part * p.batch / parts; b < (part + 1) * p.batch / parts; ++b) {
-                 worker.backward(b, group, sums, mix_of(sums));
+                 context.backward(b, group, shared->bias(part), shared->mix(part));
                }
              }
            });
-  for (int64_t part = 0; part < parts; ++part) {
-    float* const sums = memory.get() + part * part_floats;
-    add(p.grad_bias, sums, of_bias);
-    if (!heads.talk()) continue;
-    const TalkingHeads<float> mix = mix_of(sums);
-    add(p.grad_mix.logits, mix.logits, heads.heads * heads.heads);
-    add(p.grad_mix.logits_bias, mix.logits_bias, heads.heads);
-    add(p.grad_mix.weights, mix.weights, heads.heads * heads.heads);
-    add(p.grad_mix.weights_bias, mix.weights_bias, heads.heads);
-  }
+  shared->finish();
 }
 
 }  // namespace effattn::cpu

@@ -1,241 +1,212 @@
-// The schedule: windows in parallel, each from its input through all heads; then, if asked for, the
-// projection.
-#include "plan.h"
-
-#include <utility>
-
-#include "window.h"
+// Windows in parallel, each from its input through all heads; then, if asked for, the projection.
+#include "launch.h"
 
 namespace effattn::cpu {
 namespace {
 
 using namespace cascade;
 
-// All that the forward pass of a thread works in.
-struct Forward {
-  Tokens tokens;
-  float *out, *scratch;
-  PaddedImage padded;
+// What a head makes of a window's tokens.
+struct Tokens {
+  Rows<float> feat, qkv, q;
 
-  Forward(const Layout& of, Pieces& memory)
-      : tokens(of, memory),
-        out(memory.floats(of.tokens * of.d)),
-        scratch(memory.floats(softmax_passes(active_isa()).scratch_floats(of.softmax(0)))),
-        padded(of.padded(nullptr)) {
-    padded.data = memory.floats(padded.floats());
+  Tokens(const LaunchPlan& plan, Arena& arena)
+      : feat(plan.rows(plan.d, arena)), qkv(plan.rows(plan.stride, arena)), q(plan.rows(plan.dk, arena)) {}
+};
+
+// A thread at work on one window after the other.
+struct ThreadContext {
+  const LaunchPlan& plan;
+  Rows<float> out;
+  PaddedImage padded;
+  Arena scratch;
+
+  ThreadContext(const LaunchPlan& of_call, int64_t scratch_floats, Arena& arena)
+      : plan(of_call),
+        out(plan.rows(plan.d, arena)),
+        padded(plan.padded(arena)),
+        scratch(arena.part(scratch_floats)) {}
+
+  // `out` becomes the head's output; until then it is that of the head before.
+  void forward(int64_t unit, int64_t h, const Weights& weights, const Tokens& t) const {
+    const CascadeParams& p = plan.p;
+    plan.load(p.x, h, unit, t.feat);
+    if (h > 0) plan.ukernels.add(plan.tokens, plan.d, out, t.feat);
+    plan.ukernels.project(plan.tokens, p.value_dim, plan.stride, features_of(t.feat),
+                          {weights.qkv, plan.stride}, weights.bias, t.qkv, {});
+    plan.ukernels.fill(t.qkv, padded);
+    plan.ukernels.depthwise(p.kernels[h], padded, weights.taps, weights.tap_bias, t.q);
+    plan.attend(h, t.q, t.qkv, out, scratch);
   }
 };
 
-int64_t work_of_a_window(const Layout& of) {
+struct ForwardContext : ThreadContext {
+  Tokens tokens;
+  ForwardContext(const LaunchPlan& of_call, Arena& arena)
+      : ThreadContext(of_call, of_call.softmax.scratch_floats(of_call.heads(0)), arena),
+        tokens(of_call, arena) {}
+};
+
+// The weights, and the input of the projection.
+struct SharedMemory {
+  LaidOutWeights weights;
+  int64_t tokens, stride;
+  float* attended;
+
+  SharedMemory(const LaunchPlan& plan, bool projects, Arena& arena)
+      : weights(plan, arena),
+        tokens(plan.p.height * plan.p.width),
+        stride(round_up(plan.p.channels(), kWholeVectors) + kWholeVectors),  // rows in different cache sets
+        attended(arena.floats(projects ? plan.p.batch * tokens * stride : 0)) {}
+
+  Rows<float> attended_of(int64_t batch) const { return {attended + batch * tokens * stride, stride}; }
+};
+
+int64_t work_of_a_window(const LaunchPlan& plan) {
   int64_t work = 0;
-  for (int64_t h = 0; h < of.p.heads; ++h) {
-    work += of.p.value_dim * of.outputs() + of.taps(h) * of.p.key_dim +
-            of.tokens * (of.p.key_dim + of.p.value_dim + 20);
+  for (int64_t h = 0; h < plan.p.heads; ++h) {
+    work += plan.p.value_dim * plan.outputs() + plan.taps(h) * plan.p.key_dim +
+            plan.tokens * (plan.p.key_dim + plan.p.value_dim + 20);
   }
-  return max(1, work * of.tokens);
+  return max(1, work * plan.tokens);
 }
 
 }  // namespace
 
-void cascaded_group_attention(const Problem& p, const ProjectionWeights* projection,
+void cascaded_group_attention(const CascadeParams& p, const ProjectionWeights* projection,
                               const Parallel& parallel) {
   const int64_t outputs = projection == nullptr ? p.channels() : projection->outputs;
   if (p.batch * p.height * p.width * outputs == 0) return;
-  const Layout of(p);
-  const int64_t tokens = p.height * p.width, windows = p.windows();
-  const int64_t row_floats = round_up(p.channels(), kWholeVectors) + kWholeVectors;
-  const int64_t attended = projection == nullptr ? 0 : p.batch * tokens * row_floats;
-  const bool packed = p.weights == nullptr;
-  const auto lay_out_weights = [&](Pieces& memory) {
-    return packed ? std::vector<LaidOut>() : lay_out(of, memory);
-  };
-  const auto lay_out_work = [&](Pieces& memory) { return Forward(of, memory); };
-  const int64_t floats = attended + floats_of(lay_out_weights), own_floats = floats_of(lay_out_work);
-  const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
-  float* const between = large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats);
-  const auto rows_of = [&](int64_t batch) {
-    return Rows<float>{between + batch * tokens * row_floats, row_floats};
-  };
-  const Worker worker(of);
-  Pieces shared(between + attended, Pieces::Holds::kNothing);
-  const std::vector<Weights> weights =
-      packed ? packed_weights(of) : taken(of, lay_out_weights(shared), parallel);
+  const LaunchPlan plan(p);
+  const InSharedArena<SharedMemory> shared(plan, projection != nullptr);
+  const std::vector<Weights> weights = shared->weights.take(plan, parallel);
 
-  parallel(p.batch * windows, work_of_a_window(of), [&](int64_t begin, int64_t end) {
-    Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
-    const Forward own = lay_out_work(pieces);
-    clear(own.padded.data, own.padded.floats());
+  parallel(p.batch * p.windows(), work_of_a_window(plan), [&](int64_t begin, int64_t end) {
+    const auto context = in_thread_arena<ForwardContext>(plan);
+    clear(context.padded.data, context.padded.floats());
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t batch = unit / windows, window = unit % windows;
       for (int64_t h = 0; h < p.heads; ++h) {
-        worker.load(p.x, batch, h, window, own.tokens.feat);
-        worker.forward(h, weights[h], own.tokens, h == 0 ? nullptr : own.out, own.padded, own.out,
-                       own.scratch);
+        context.forward(unit, h, weights[h], context.tokens);
         if (projection == nullptr) {
-          worker.store(own.out, p.out, batch, h, window);
+          plan.store(context.out, p.out, h, unit);
           continue;
         }
-        const Rows<float> rows = rows_of(batch);
-        worker.for_runs(window, [&](int64_t token, int64_t of_image, int64_t count) {
-          worker.passes.activate(Activation::kRelu, count, p.value_dim, {own.out + token * of.d, of.d},
-                                 {rows.data + of_image * rows.stride + h * p.value_dim, rows.stride});
+        const Rows<float> attended = shared->attended_of(unit / p.windows());
+        plan.for_runs(unit % p.windows(), [&](int64_t token, int64_t of_image, int64_t count) {
+          plan.ukernels.activate(Activation::kRelu, count, p.value_dim, context.out.from(token),
+                                 attended.from(of_image, h * p.value_dim));
         });
       }
     }
   });
   if (projection == nullptr) return;
-  project_tokens(p.dtype, p.batch, tokens, *projection, rows_of, p.out, parallel);
+  project_tokens(
+      p.dtype, p.batch, p.height * p.width, *projection, [&](int64_t b) { return shared->attended_of(b); },
+      p.out, parallel);
 }
 
 namespace {
 
-// The gradients of a head's weights, laid out as the passes add to them.
-struct WeightSums {
-  float *qkv, *bias, *taps, *tap_bias;
-
-  WeightSums(const Layout& of, int64_t head, Pieces& memory)
-      : qkv(memory.floats(of.outputs() * of.d)),
-        bias(memory.floats(of.stride)),
-        taps(memory.floats(of.taps(head) * of.dk)),
-        tap_bias(memory.floats(of.dk)) {}
-
-  void finish(const Layout& of, int64_t head, const HeadWeights<float>& to) const {
-    const Problem& p = of.p;
-    for (int64_t o = 0; o < of.outputs(); ++o) copy(to.qkv + o * p.value_dim, qkv + o * of.d, p.value_dim);
-    for (int part = 0; part < kParts && to.qkv_bias != nullptr; ++part) {
-      copy(to.qkv_bias + of.first_output(part), bias + of.first(part), of.size(part));
-    }
-    for (int64_t c = 0; c < p.key_dim; ++c) {
-      for (int64_t tap = 0; tap < of.taps(head); ++tap) {
-        to.depthwise[c * of.taps(head) + tap] = taps[tap * of.dk + c];
-      }
-    }
-    if (to.depthwise_bias != nullptr) copy(to.depthwise_bias, tap_bias, p.key_dim);
-  }
-};
-
-// The sums of all heads, and of their biases on pairs of tokens.
+// The gradients of all heads' weights, and of their biases on pairs of tokens.
 struct Sums {
   std::vector<WeightSums> weights;
+  int64_t pairs;
   float* bias;
 
-  Sums(const Layout& of, Pieces& memory) {
-    for (int64_t h = 0; h < of.p.heads; ++h) weights.emplace_back(of, h, memory);
-    bias = memory.floats(of.p.heads * of.tokens * of.tokens);
+  Sums(const LaunchPlan& plan, Arena& arena) : pairs(plan.p.heads * plan.tokens * plan.tokens) {
+    for (int64_t h = 0; h < plan.p.heads; ++h) weights.emplace_back(plan, plan.taps(h), arena);
+    bias = arena.floats(pairs);
+  }
+  void clear_all() const {
+    for (const WeightSums& head : weights) head.clear_all();
+    clear(bias, pairs);
+  }
+  void add_all(const Sums& other) const {
+    for (size_t h = 0; h < weights.size(); ++h) weights[h].add_all(other.weights[h]);
+    add(bias, other.bias, pairs);
   }
 };
 
-std::vector<BackwardWeights> all_backward_weights(const Layout& of, Pieces& memory) {
-  std::vector<BackwardWeights> all;
-  for (int64_t h = 0; h < of.p.heads; ++h) all.emplace_back(of, h, memory);
-  return all;
-}
+struct SharedBackward {
+  LaidOutWeights weights;
+  BackwardWeights backward_weights;
+  std::vector<Sums> parts;
 
-// All that the backward pass of a thread works in: every head's tokens, since the last head comes first.
-struct Backward {
+  SharedBackward(const LaunchPlan& plan, int64_t part_count, Arena& arena)
+      : weights(plan, arena), backward_weights(plan, arena) {
+    for (int64_t part = 0; part < part_count; ++part) parts.emplace_back(plan, arena);
+  }
+};
+
+// Every head's tokens, since the last head comes first.
+struct BackwardContext : ThreadContext {
   std::vector<Tokens> tokens;
-  float *out, *grad_out, *grad_q, *grad_qkv, *grad_feat, *zeros, *scratch;
-  PaddedImage padded;
+  Rows<float> grad_out, grad_q, grad_qkv, grad_feat;
+  float* zeros;
 
-  Backward(const Layout& of, Pieces& memory) : padded(of.padded(nullptr)) {
-    for (int64_t h = 0; h < of.p.heads; ++h) tokens.emplace_back(of, memory);
-    out = memory.floats(of.tokens * of.d);
-    grad_out = memory.floats(of.tokens * of.d);
-    grad_q = memory.floats(of.tokens * of.dk);
-    grad_qkv = memory.floats(of.tokens * of.stride);
-    grad_feat = memory.floats(of.tokens * of.d);
-    zeros = memory.floats(of.dk);
-    const SoftmaxPasses& softmax = softmax_passes(active_isa());
-    const SoftmaxHeads heads = of.softmax(0);
-    scratch = memory.floats(max(softmax.scratch_floats(heads), softmax.scratch_floats_backward(heads)));
-    padded.data = memory.floats(padded.floats());
+  BackwardContext(const LaunchPlan& of_call, Arena& arena)
+      : ThreadContext(of_call,
+                      max(of_call.softmax.scratch_floats(of_call.heads(0)),
+                          of_call.softmax.scratch_floats_backward(of_call.heads(0))),
+                      arena),
+        grad_out(plan.rows(plan.d, arena)),
+        grad_q(plan.rows(plan.dk, arena)),
+        grad_qkv(plan.rows(plan.stride, arena)),
+        grad_feat(plan.rows(plan.d, arena)),
+        zeros(arena.floats(plan.dk)) {
+    for (int64_t h = 0; h < plan.p.heads; ++h) tokens.emplace_back(plan, arena);
+  }
+
+  void backward(int64_t unit, const std::vector<Weights>& weights, const BackwardWeights& backward_weights,
+                const Sums& sums) const {
+    const CascadeParams& p = plan.p;
+    const ChannelsLastUkernels& ukernels = plan.ukernels;
+    for (int64_t h = 0; h < p.heads; ++h) forward(unit, h, weights[h], tokens[h]);
+    for (int64_t h = p.heads - 1; h >= 0; --h) {
+      const Tokens& t = tokens[h];
+      const WeightSums& into = sums.weights[h];
+      plan.load(p.grad_out, h, unit, grad_out);
+      if (h + 1 < p.heads) ukernels.add(plan.tokens, plan.d, grad_feat, grad_out);
+      plan.attend_backward(h, t.q, t.qkv, grad_out, grad_q, grad_qkv,
+                           sums.bias + h * plan.tokens * plan.tokens, scratch);
+      ukernels.fill(t.qkv, padded);
+      ukernels.depthwise_backward(p.kernels[h], padded, grad_q, into.taps, into.tap_bias);
+      ukernels.fill(grad_q, padded);
+      ukernels.depthwise(p.kernels[h], padded, backward_weights.heads[h].flipped, zeros, grad_qkv);
+      into.project_backward(backward_weights.heads[h], t.feat, grad_qkv, grad_feat);
+      plan.store(grad_feat, p.grad_x, h, unit);
+    }
   }
 };
-
-void backward_of_window(const Worker& worker, const std::vector<Weights>& weights,
-                        const std::vector<BackwardWeights>& of_backward, const Backward& own,
-                        const Sums& sums, int64_t batch, int64_t window) {
-  const Layout& of = worker.of;
-  const Problem& p = worker.p;
-  for (int64_t h = 0; h < p.heads; ++h) {
-    worker.load(p.x, batch, h, window, own.tokens[h].feat);
-    worker.forward(h, weights[h], own.tokens[h], h == 0 ? nullptr : own.out, own.padded, own.out,
-                   own.scratch);
-  }
-  for (int64_t h = p.heads - 1; h >= 0; --h) {
-    const Tokens& t = own.tokens[h];
-    worker.load(p.grad_out, batch, h, window, own.grad_out);
-    if (h + 1 < p.heads) worker.passes.add(of.tokens, of.d, {own.grad_feat, of.d}, {own.grad_out, of.d});
-    worker.softmax.backward(of.softmax(h), {t.q, 0, of.dk}, {t.qkv + of.first(1), 0, of.stride},
-                            {t.qkv + of.first(2), 0, of.stride}, {own.grad_out, 0, of.d},
-                            {{own.grad_q, 0, of.dk},
-                             {own.grad_qkv + of.first(1), 0, of.stride},
-                             {own.grad_qkv + of.first(2), 0, of.stride},
-                             sums.bias + h * of.tokens * of.tokens,
-                             {}},
-                            own.scratch);
-    const WeightSums& into = sums.weights[h];
-    worker.passes.fill({t.qkv, of.stride}, own.padded);
-    worker.passes.depthwise_backward(p.kernels[h], own.padded, {own.grad_q, of.dk}, into.taps, into.tap_bias);
-    worker.passes.fill({own.grad_q, of.dk}, own.padded);
-    worker.passes.depthwise(p.kernels[h], own.padded, of_backward[h].flipped, own.zeros,
-                            {own.grad_qkv, of.stride});
-    clear(own.grad_feat, of.tokens * of.d);
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t row = of.first_output(part) * of.d;
-      worker.passes.project_backward(of.tokens, p.value_dim, of.size(part), {t.feat, of.d},
-                                     {own.grad_qkv + of.first(part), of.stride},
-                                     {of_backward[h].rows + row, of.d}, {own.grad_feat, of.d},
-                                     {into.qkv + row, of.d}, into.bias + of.first(part));
-    }
-    worker.store(own.grad_feat, p.grad_x, batch, h, window);
-  }
-}
 
 }  // namespace
 
-void cascaded_group_attention_backward(const Problem& p, const Parallel& parallel) {
-  const Layout of(p);
-  const auto lay_out_sums = [&](Pieces& memory) { return Sums(of, memory); };
-  const int64_t floats = floats_of(lay_out_sums), windows = p.windows();
-  const int64_t units = p.batch * p.height * p.width * p.channels() == 0 ? 0 : p.batch * windows;
+void cascaded_group_attention_backward(const CascadeParams& p, const Parallel& parallel) {
+  const LaunchPlan plan(p);
+  const int64_t units = p.height * p.width * p.channels() == 0 ? 0 : p.batch * p.windows();
   // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
-  const int64_t parts = max(1, min(min(units, kMostSums), kMostSumFloats / max(1, floats)));
-  const Floats memory = aligned_floats(parts * floats);
-  clear(memory.get(), parts * floats);
+  const int64_t parts = max(1, min(min(units, kMaxSums), kMaxSumFloats / max(1, floats_of<Sums>(plan))));
+  const InSharedArena<SharedBackward> shared(plan, parts);
+  for (const Sums& sums : shared->parts) sums.clear_all();
   if (units > 0) {
-    const auto lay_out_weights = [&](Pieces& pieces) {
-      return std::pair{lay_out(of, pieces), all_backward_weights(of, pieces)};
-    };
-    const auto lay_out_work = [&](Pieces& pieces) { return Backward(of, pieces); };
-    const int64_t own_floats = floats_of(lay_out_work);
-    const Floats between = aligned_floats(floats_of(lay_out_weights));
-    Pieces shared(between.get(), Pieces::Holds::kNothing);
-    const auto [laid_out, backward_weights] = lay_out_weights(shared);
-    const std::vector<Weights> weights = taken(of, laid_out, parallel);
-    for (int64_t h = 0; h < p.heads; ++h) backward_weights[h].take(of, h, weights[h]);
-    const Worker worker(of);
-    parallel(parts, max(kMinWorkPerThread, work_of_a_window(of) * p.batch * p.windows() / parts),
+    const std::vector<Weights> weights = shared->weights.take(plan, parallel);
+    shared->backward_weights.take(plan, weights);
+    parallel(parts, max(kMinWorkPerThread, work_of_a_window(plan) * units / parts),
              [&](int64_t begin, int64_t end) {
-               Pieces pieces(thread_scratch(own_floats), Pieces::Holds::kNothing);
-               const Backward own = lay_out_work(pieces);
-               clear(own.padded.data, own.padded.floats());
-               clear(own.zeros, of.dk);
+               const auto context = in_thread_arena<BackwardContext>(plan);
+               clear(context.padded.data, context.padded.floats());
+               clear(context.zeros, plan.dk);
                for (int64_t part = begin; part < end; ++part) {
-                 Pieces of_part(memory.get() + part * floats);
-                 const Sums sums = lay_out_sums(of_part);
                  for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
-                   backward_of_window(worker, weights, backward_weights, own, sums, unit / windows,
-                                      unit % windows);
+                   context.backward(unit, weights, shared->backward_weights, shared->parts[part]);
                  }
                }
              });
   }
-  for (int64_t part = 1; part < parts; ++part) add(memory.get(), memory.get() + part * floats, floats);
-  Pieces first(memory.get());
-  const Sums sums(of, first);
-  for (int64_t h = 0; h < p.heads; ++h) sums.weights[h].finish(of, h, p.gradients[h]);
-  copy(p.grad_bias, sums.bias, p.heads * of.tokens * of.tokens);
+  const Sums& total = shared->parts[0];
+  for (int64_t part = 1; part < parts; ++part) total.add_all(shared->parts[part]);
+  for (int64_t h = 0; h < p.heads; ++h) total.weights[h].finish(h, p.gradients[h]);
+  copy(p.grad_bias, total.bias, total.pairs);
 }
 
 }  // namespace effattn::cpu

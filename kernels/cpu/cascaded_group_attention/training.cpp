@@ -1,24 +1,24 @@
-// The schedule: head after head, each in passes over all windows in parallel, and BatchNorm's statistics
-// between them.
-#include "training.h"
-
+// Head after head, each in stages over all windows in parallel, and BatchNorm's statistics between them.
 #include <cmath>
 
-#include "window.h"
+#include "launch.h"
 
 namespace effattn::cpu {
 namespace {
 
 using namespace cascade;
 
-// What lies between the passes: rows of every window, a window after the other.
+// What lies between the stages: rows of every window, a window after the other.
 struct Windows {
   float* data;
   int64_t tokens, stride;
+
+  Windows(const LaunchPlan& plan, int64_t width, Arena& arena)
+      : data(arena.floats(plan.p.batch * plan.p.windows() * plan.tokens * width)),
+        tokens(plan.tokens),
+        stride(width) {}
   Rows<float> of(int64_t unit) const { return {data + unit * tokens * stride, stride}; }
 };
-
-Rows<const float> read(const Rows<float>& rows) { return {rows.data, rows.stride}; }
 
 // BatchNorm of one head's projection or convolution: its channels as they stand in rows, in parts.
 struct NormLayout {
@@ -26,16 +26,16 @@ struct NormLayout {
   int64_t parts;  // q, k and v, or one
   int64_t first[kParts], size[kParts], first_output[kParts];
 
-  static NormLayout of_qkv(const Layout& of) {
-    NormLayout n{of.stride, kParts, {}, {}, {}};
+  static NormLayout of_qkv(const LaunchPlan& plan) {
+    NormLayout n{plan.stride, kParts, {}, {}, {}};
     for (int part = 0; part < kParts; ++part) {
-      n.first[part] = of.first(part);
-      n.size[part] = of.size(part);
-      n.first_output[part] = of.first_output(part);
+      n.first[part] = plan.first(part);
+      n.size[part] = plan.size(part);
+      n.first_output[part] = plan.first_output(part);
     }
     return n;
   }
-  static NormLayout of_q(const Layout& of) { return {of.dk, 1, {0}, {of.p.key_dim}, {0}}; }
+  static NormLayout of_q(const LaunchPlan& plan) { return {plan.dk, 1, {0}, {plan.p.key_dim}, {0}}; }
 
   int64_t outputs() const { return first_output[parts - 1] + size[parts - 1]; }
   // f(channel of a row, output)
@@ -47,18 +47,18 @@ struct NormLayout {
   }
 };
 
-// A BatchNorm as the passes apply it: scale and shift, and its mean; zeros where there is no channel.
-struct Applied {
-  float *scale, *shift, *mean;
-  Applied(const NormLayout& n, Pieces& memory)
-      : scale(memory.floats(n.width)), shift(memory.floats(n.width)), mean(memory.floats(n.width)) {}
+// A BatchNorm as micro-kernels apply it, and its mean; zeros where there is no channel.
+struct BatchNorm {
+  float *bn_gain, *shift, *mean;
+  BatchNorm(const NormLayout& n, Arena& arena)
+      : bn_gain(arena.floats(n.width)), shift(arena.floats(n.width)), mean(arena.floats(n.width)) {}
 
   void take(const NormLayout& n, const Norm<const float>& norm, const float* means, const float* variances,
             float eps) const {
-    for (float* const row : {scale, shift, mean}) clear(row, n.width);
+    for (float* const row : {bn_gain, shift, mean}) clear(row, n.width);
     n.each([&](int64_t c, int64_t o) {
-      scale[c] = norm.weight[o] / std::sqrt(variances[o] + eps);
-      shift[c] = norm.bias[o] - means[o] * scale[c];
+      bn_gain[c] = norm.weight[o] / std::sqrt(variances[o] + eps);
+      shift[c] = norm.bias[o] - means[o] * bn_gain[c];
       mean[c] = means[o];
     });
   }
@@ -83,29 +83,41 @@ void combine_moments(const NormLayout& n, int64_t units, int64_t tokens, const f
   });
 }
 
-// The gradient of a BatchNorm's input: by * grad + other_by * input + shift. And those of its weight and
+// Sums of gradients and of their products with what is above the mean, of a part of the windows.
+struct NormSums {
+  int64_t width;
+  float *grads, *products;
+  NormSums(int64_t of_width, Arena& arena)
+      : width(of_width), grads(arena.floats(width)), products(arena.floats(width)) {}
+  void clear_all() const {
+    clear(grads, width);
+    clear(products, width);
+  }
+};
+
+// The gradient of a BatchNorm's input: bn_gain * grad + slope * input + shift. And those of its weight and
 // bias.
 struct NormBackward {
-  float *by, *other_by, *shift;
-  NormBackward(const NormLayout& n, Pieces& memory)
-      : by(memory.floats(n.width)), other_by(memory.floats(n.width)), shift(memory.floats(n.width)) {}
+  float *bn_gain, *slope, *shift;
+  NormBackward(const NormLayout& n, Arena& arena)
+      : bn_gain(arena.floats(n.width)), slope(arena.floats(n.width)), shift(arena.floats(n.width)) {}
 
-  // sums: of every part, rows of sums of gradients and of their products with what is above the mean.
+  // sums: of every part.
   void take(const NormLayout& n, const Norm<const float>& norm, const Norm<float>& gradient,
-            const float* means, const float* variances, float eps, double count, const float* sums,
-            int64_t parts, int64_t part_stride) const {
-    for (float* const row : {by, other_by, shift}) clear(row, n.width);
+            const float* means, const float* variances, float eps, double count,
+            const std::vector<NormSums>& sums) const {
+    for (float* const row : {bn_gain, slope, shift}) clear(row, n.width);
     n.each([&](int64_t c, int64_t o) {
       double grad = 0, product = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        grad += sums[part * part_stride + c];
-        product += sums[part * part_stride + n.width + c];
+      for (const NormSums& part : sums) {
+        grad += part.grads[c];
+        product += part.products[c];
       }
       const double inverse = 1 / std::sqrt(static_cast<double>(variances[o]) + eps);
-      const double scale = norm.weight[o] * inverse, slope = -scale * inverse * inverse * product / count;
-      by[c] = static_cast<float>(scale);
-      other_by[c] = static_cast<float>(slope);
-      shift[c] = static_cast<float>(-scale * grad / count - slope * means[o]);
+      const double gain = norm.weight[o] * inverse, by_input = -gain * inverse * inverse * product / count;
+      bn_gain[c] = static_cast<float>(gain);
+      slope[c] = static_cast<float>(by_input);
+      shift[c] = static_cast<float>(-gain * grad / count - by_input * means[o]);
       gradient.weight[o] = static_cast<float>(product * inverse);
       gradient.bias[o] = static_cast<float>(grad);
     });
@@ -116,7 +128,7 @@ struct NormBackward {
 struct Statistics {
   float *means, *variances;
   int64_t outputs;
-  Statistics(const CascadeTraining& t, int64_t head) {
+  Statistics(const CascadeTrainingParams& t, int64_t head) {
     const int64_t of_head = 2 * t.cascade.key_dim + t.cascade.value_dim + t.cascade.key_dim;
     outputs = 2 * t.cascade.key_dim + t.cascade.value_dim;
     means = t.statistics + 2 * head * of_head;
@@ -126,288 +138,259 @@ struct Statistics {
   float* q_variances() const { return variances + outputs; }
 };
 
-// What both directions have: the memory between passes, and the passes of the forward direction.
-struct Training {
-  const CascadeTraining& t;
-  const Problem& p;
-  const Layout& of;
-  const Worker worker;
-  const ChannelsLastPasses& passes;
+// What all threads see in both directions: the results of the stages, of the head at hand.
+struct Stages {
+  const CascadeTrainingParams& t;
+  const CascadeParams& p;
+  const LaunchPlan& plan;
+  const ChannelsLastUkernels& ukernels;
   const NormLayout qkv_norm, q_norm;
   const int64_t units, unit_work;
-  Windows projected, convolved;  // of the head at hand, before their norms
+  LaidOutWeights weights;
+  BatchNorm qkv, q;
+  Windows projected, convolved;  // before their norms
   float* zeros;                  // in place of biases
 
-  Training(const CascadeTraining& problem, const Layout& layout, Pieces& memory)
-      : t(problem),
-        p(layout.p),
-        of(layout),
-        worker(layout),
-        passes(worker.passes),
-        qkv_norm(NormLayout::of_qkv(layout)),
-        q_norm(NormLayout::of_q(layout)),
+  Stages(const CascadeTrainingParams& params, const LaunchPlan& of_call, Arena& arena)
+      : t(params),
+        p(params.cascade),
+        plan(of_call),
+        ukernels(plan.ukernels),
+        qkv_norm(NormLayout::of_qkv(plan)),
+        q_norm(NormLayout::of_q(plan)),
         units(p.batch * p.windows()),
-        unit_work(of.tokens * p.value_dim * of.outputs()),
-        projected{memory.floats(units * of.tokens * of.stride), of.tokens, of.stride},
-        convolved{memory.floats(units * of.tokens * of.dk), of.tokens, of.dk},
-        zeros(memory.floats(of.stride)) {}
+        unit_work(plan.tokens * p.value_dim * plan.outputs()),
+        weights(plan, arena),
+        qkv(qkv_norm, arena),
+        q(q_norm, arena),
+        projected(plan, plan.stride, arena),
+        convolved(plan, plan.dk, arena),
+        zeros(arena.floats(plan.stride)) {}
 
-  int64_t batch(int64_t unit) const { return unit / p.windows(); }
-  int64_t window(int64_t unit) const { return unit % p.windows(); }
-
+  void take_qkv_norm(int64_t head, const Statistics& s) const {
+    qkv.take(qkv_norm, t.norms[head].qkv, s.means, s.variances, t.qkv_eps[head]);
+  }
+  void take_q_norm(int64_t head, const Statistics& s) const {
+    q.take(q_norm, t.norms[head].q, s.q_means(), s.q_variances(), t.q_eps[head]);
+  }
   // x's channels of a head, and the output of the head before.
   template <class Before>
-  void project(int64_t head, int64_t unit, const Weights& weights, float* feat,
+  void project(int64_t head, int64_t unit, const Weights& of_head, const Rows<float>& feat,
                const Before& add_before) const {
-    worker.load(p.x, batch(unit), head, window(unit), feat);
-    if (head > 0) add_before(feat);
-    passes.project(of.tokens, p.value_dim, of.stride, {feat, of.d, 1}, {weights.qkv, of.stride}, zeros,
-                   projected.of(unit), {});
+    plan.load(p.x, head, unit, feat);
+    if (head > 0) add_before();
+    ukernels.project(plan.tokens, p.value_dim, plan.stride, features_of(feat), {of_head.qkv, plan.stride},
+                     zeros, projected.of(unit), {});
   }
-  void normalise(const Applied& norm, int64_t channels, const Rows<float>& in, const Rows<float>& out) const {
-    passes.affine(of.tokens, channels, norm.scale, read(in), nullptr, {nullptr, 0}, norm.shift, out);
+  void normalise(const BatchNorm& norm, int64_t channels, const Rows<float>& in,
+                 const Rows<float>& out) const {
+    ukernels.affine(plan.tokens, channels, norm.bn_gain, in, nullptr, {nullptr, 0}, norm.shift, out);
   }
-  void convolve(int64_t head, int64_t unit, const Weights& weights, const Rows<float>& q,
+  void convolve(int64_t head, int64_t unit, const Weights& of_head, const Rows<float>& in,
                 const PaddedImage& padded) const {
-    passes.fill(read(q), padded);
-    passes.depthwise(p.kernels[head], padded, weights.taps, zeros, convolved.of(unit));
+    ukernels.fill(in, padded);
+    ukernels.depthwise(p.kernels[head], padded, of_head.taps, zeros, convolved.of(unit));
   }
+};
+
+struct ForwardStages : Stages {
+  Windows outs;
+  float *qkv_moments, *q_moments;  // of every window, means and squares
+
+  ForwardStages(const CascadeTrainingParams& params, const LaunchPlan& of_call, Arena& arena)
+      : Stages(params, of_call, arena),
+        outs(plan, plan.d, arena),
+        qkv_moments(arena.floats(2 * units * plan.stride)),
+        q_moments(arena.floats(2 * units * plan.dk)) {}
+};
+
+struct ForwardContext {
+  Rows<float> feat;
+  PaddedImage padded;
+  Arena scratch;
+  ForwardContext(const LaunchPlan& plan, Arena& arena)
+      : feat(plan.rows(plan.d, arena)),
+        padded(plan.padded(arena)),
+        scratch(arena.part(plan.softmax.scratch_floats(plan.heads(0)))) {}
+};
+
+struct BackwardStages : Stages {
+  BackwardWeights backward_weights;
+  NormBackward qkv_backward, q_backward;
+  Windows feat, grad_q, grad_qkv, grad_feat;
+  // Of every part.
+  std::vector<float*> bias_sums;
+  std::vector<NormSums> qkv_sums, q_sums;
+  std::vector<WeightSums> weight_sums;
+
+  BackwardStages(const CascadeTrainingParams& params, const LaunchPlan& of_call, int64_t parts, Arena& arena)
+      : Stages(params, of_call, arena),
+        backward_weights(plan, arena),
+        qkv_backward(qkv_norm, arena),
+        q_backward(q_norm, arena),
+        feat(plan, plan.d, arena),
+        grad_q(plan, plan.dk, arena),
+        grad_qkv(plan, plan.stride, arena),
+        grad_feat(plan, plan.d, arena) {
+    for (int64_t part = 0; part < parts; ++part) {
+      bias_sums.push_back(arena.floats(plan.tokens * plan.tokens));
+      qkv_sums.emplace_back(plan.stride, arena);
+      q_sums.emplace_back(plan.dk, arena);
+      weight_sums.emplace_back(plan, plan.max_taps(), arena);
+    }
+  }
+};
+
+struct BackwardContext {
+  Rows<float> own, qkv, q;
+  PaddedImage padded;
+  Arena scratch;
+  BackwardContext(const LaunchPlan& plan, Arena& arena)
+      : own(plan.rows(plan.d, arena)),
+        qkv(plan.rows(plan.stride, arena)),
+        q(plan.rows(plan.dk, arena)),
+        padded(plan.padded(arena)),
+        scratch(arena.part(plan.softmax.scratch_floats_backward(plan.heads(0)))) {}
 };
 
 }  // namespace
 
-void cascade_training(const CascadeTraining& t, const Parallel& parallel) {
-  const Problem& p = t.cascade;
-  const Layout of(p);
-  const int64_t units = p.batch * p.windows();
-  if (units * of.tokens == 0) return;
-  struct Memory {
-    std::vector<LaidOut> laid_out;
-    Training training;
-    Applied qkv, q;
-    Windows outs;
-    float *qkv_moments, *q_moments;
-    Memory(const CascadeTraining& problem, const Layout& layout, Pieces& memory)
-        : laid_out(lay_out(layout, memory)),
-          training(problem, layout, memory),
-          qkv(training.qkv_norm, memory),
-          q(training.q_norm, memory),
-          outs{memory.floats(training.units * layout.tokens * layout.d), layout.tokens, layout.d},
-          qkv_moments(memory.floats(2 * training.units * layout.stride)),
-          q_moments(memory.floats(2 * training.units * layout.dk)) {}
-  };
-  const auto lay_out_all = [&](Pieces& memory) { return Memory(t, of, memory); };
-  const Floats floats = aligned_floats(floats_of(lay_out_all));
-  Pieces pieces(floats.get(), Pieces::Holds::kNothing);
-  const Memory m = lay_out_all(pieces);
-  const Training& training = m.training;
-  clear(training.zeros, of.stride);
-  const std::vector<Weights> weights = taken(of, m.laid_out, parallel);
-  const int64_t padded_floats = of.padded(nullptr).floats();
+void cascade_training(const CascadeTrainingParams& t, const Parallel& parallel) {
+  const CascadeParams& p = t.cascade;
+  const LaunchPlan plan(p);
+  const ChannelsLastUkernels& ukernels = plan.ukernels;
+  if (p.batch * p.windows() * plan.tokens == 0) return;
+  const InSharedArena<ForwardStages> shared(t, plan);
+  const ForwardStages& m = *shared;
+  clear(m.zeros, plan.stride);
+  const std::vector<Weights> weights = m.weights.take(plan, parallel);
 
   for (int64_t h = 0; h < p.heads; ++h) {
     const Statistics statistics(t, h);
-    parallel(units, training.unit_work, [&](int64_t begin, int64_t end) {
-      float* const feat = thread_scratch(of.tokens * of.d);
+    parallel(m.units, m.unit_work, [&](int64_t begin, int64_t end) {
+      const auto context = in_thread_arena<ForwardContext>(plan);
       for (int64_t u = begin; u < end; ++u) {
-        training.project(h, u, weights[h], feat, [&](float* to) {
-          training.passes.add(of.tokens, of.d, read(m.outs.of(u)), {to, of.d});
-        });
-        float* const moments = m.qkv_moments + 2 * u * of.stride;
-        training.passes.moments(of.tokens, of.stride, read(training.projected.of(u)), moments,
-                                moments + of.stride);
+        m.project(h, u, weights[h], context.feat,
+                  [&] { ukernels.add(plan.tokens, plan.d, m.outs.of(u), context.feat); });
+        float* const moments = m.qkv_moments + 2 * u * plan.stride;
+        ukernels.moments(plan.tokens, plan.stride, m.projected.of(u), moments, moments + plan.stride);
       }
     });
-    combine_moments(training.qkv_norm, units, of.tokens, m.qkv_moments, statistics.means,
-                    statistics.variances);
-    m.qkv.take(training.qkv_norm, t.norms[h].qkv, statistics.means, statistics.variances, t.qkv_eps[h]);
-    parallel(units, training.unit_work, [&](int64_t begin, int64_t end) {
-      PaddedImage padded = of.padded(thread_scratch(padded_floats));
-      clear(padded.data, padded_floats);
+    combine_moments(m.qkv_norm, m.units, plan.tokens, m.qkv_moments, statistics.means, statistics.variances);
+    m.take_qkv_norm(h, statistics);
+    parallel(m.units, m.unit_work, [&](int64_t begin, int64_t end) {
+      const auto context = in_thread_arena<ForwardContext>(plan);
+      clear(context.padded.data, context.padded.floats());
       for (int64_t u = begin; u < end; ++u) {
-        const Rows<float> qkv = training.projected.of(u);
-        training.normalise(m.qkv, of.stride, qkv, qkv);
-        training.convolve(h, u, weights[h], qkv, padded);
-        float* const moments = m.q_moments + 2 * u * of.dk;
-        training.passes.moments(of.tokens, of.dk, read(training.convolved.of(u)), moments, moments + of.dk);
+        const Rows<float> qkv = m.projected.of(u);
+        m.normalise(m.qkv, plan.stride, qkv, qkv);
+        m.convolve(h, u, weights[h], qkv, context.padded);
+        float* const moments = m.q_moments + 2 * u * plan.dk;
+        ukernels.moments(plan.tokens, plan.dk, m.convolved.of(u), moments, moments + plan.dk);
       }
     });
-    combine_moments(training.q_norm, units, of.tokens, m.q_moments, statistics.q_means(),
+    combine_moments(m.q_norm, m.units, plan.tokens, m.q_moments, statistics.q_means(),
                     statistics.q_variances());
-    m.q.take(training.q_norm, t.norms[h].q, statistics.q_means(), statistics.q_variances(), t.q_eps[h]);
-    parallel(units, training.unit_work, [&](int64_t begin, int64_t end) {
-      const SoftmaxHeads heads = of.softmax(h);
-      float* const scratch = thread_scratch(training.worker.softmax.scratch_floats(heads));
+    m.take_q_norm(h, statistics);
+    parallel(m.units, m.unit_work, [&](int64_t begin, int64_t end) {
+      const auto context = in_thread_arena<ForwardContext>(plan);
       for (int64_t u = begin; u < end; ++u) {
-        const Rows<float> qkv = training.projected.of(u), q = training.convolved.of(u), out = m.outs.of(u);
-        training.normalise(m.q, of.dk, q, q);
-        training.worker.softmax.forward(heads, {q.data, 0, of.dk}, {qkv.data + of.first(1), 0, of.stride},
-                                        {qkv.data + of.first(2), 0, of.stride}, {out.data, 0, of.d}, scratch);
-        training.worker.store(out.data, p.out, training.batch(u), h, training.window(u));
+        const Rows<float> q = m.convolved.of(u), out = m.outs.of(u);
+        m.normalise(m.q, plan.dk, q, q);
+        plan.attend(h, q, m.projected.of(u), out, context.scratch);
+        plan.store(out, p.out, h, u);
       }
     });
   }
 }
 
-void cascade_training_backward(const CascadeTraining& t, const Parallel& parallel) {
-  const Problem& p = t.cascade;
-  const Layout of(p);
-  const int64_t units = p.batch * p.windows(), pairs = of.tokens * of.tokens;
-  if (units * of.tokens == 0) return;
+void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& parallel) {
+  const CascadeParams& p = t.cascade;
+  const LaunchPlan plan(p);
+  const ChannelsLastUkernels& ukernels = plan.ukernels;
+  const int64_t units = p.batch * p.windows(), pairs = plan.tokens * plan.tokens;
+  if (units * plan.tokens == 0) return;
   // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
-  const int64_t part_floats = pairs + 3 * of.stride + of.outputs() * of.d;
-  const int64_t parts = max(1, min(min(units, kMostSums), kMostSumFloats / part_floats));
-  struct Memory {
-    std::vector<LaidOut> laid_out;
-    std::vector<BackwardWeights> backward_weights;
-    Training training;
-    Applied qkv, q;
-    NormBackward qkv_backward, q_backward;
-    Windows feat, grad_q, grad_qkv, grad_feat;
-    float *bias_sums, *norm_sums, *weight_sums;  // of every part
-    int64_t norm_floats, weight_floats;
-    Memory(const CascadeTraining& problem, const Layout& layout, int64_t of_parts, Pieces& memory)
-        : laid_out(lay_out(layout, memory)),
-          training(problem, layout, memory),
-          qkv(training.qkv_norm, memory),
-          q(training.q_norm, memory),
-          qkv_backward(training.qkv_norm, memory),
-          q_backward(training.q_norm, memory),
-          feat{memory.floats(training.units * layout.tokens * layout.d), layout.tokens, layout.d},
-          grad_q{memory.floats(training.units * layout.tokens * layout.dk), layout.tokens, layout.dk},
-          grad_qkv{memory.floats(training.units * layout.tokens * layout.stride), layout.tokens,
-                   layout.stride},
-          grad_feat{memory.floats(training.units * layout.tokens * layout.d), layout.tokens, layout.d} {
-      for (int64_t h = 0; h < layout.p.heads; ++h) backward_weights.emplace_back(layout, h, memory);
-      bias_sums = memory.floats(of_parts * layout.tokens * layout.tokens);
-      norm_floats = 2 * layout.stride;
-      norm_sums = memory.floats(of_parts * norm_floats);
-      weight_floats = layout.outputs() * layout.d + layout.stride +
-                      layout.largest_kernel * layout.largest_kernel * layout.dk + layout.dk;
-      weight_floats = round_up(weight_floats, kWholeVectors);
-      weight_sums = memory.floats(of_parts * weight_floats);
-    }
-  };
-  const auto lay_out_all = [&](Pieces& memory) { return Memory(t, of, parts, memory); };
-  const Floats floats = aligned_floats(floats_of(lay_out_all));
-  Pieces pieces(floats.get(), Pieces::Holds::kNothing);
-  const Memory m = lay_out_all(pieces);
-  const Training& training = m.training;
-  const ChannelsLastPasses& passes = training.passes;
-  clear(training.zeros, of.stride);
-  const std::vector<Weights> weights = taken(of, m.laid_out, parallel);
-  for (int64_t h = 0; h < p.heads; ++h) m.backward_weights[h].take(of, h, weights[h]);
-  const int64_t padded_floats = of.padded(nullptr).floats(), window_floats = of.tokens * of.d;
-  const double count = static_cast<double>(units) * static_cast<double>(of.tokens);
-  const auto for_parts = [&](const auto& f) {
-    parallel(parts, max(kMinWorkPerThread, training.unit_work * units / parts),
-             [&](int64_t begin, int64_t end) {
-               for (int64_t part = begin; part < end; ++part)
-                 f(part, part * units / parts, (part + 1) * units / parts);
-             });
-  };
-  const auto total = [&](float* sums, int64_t size, int64_t stride) {
-    for (int64_t part = 1; part < parts; ++part) add(sums, sums + part * stride, size);
+  const int64_t part_floats = pairs + 3 * plan.stride + plan.outputs() * plan.d;
+  const int64_t parts = max(1, min(min(units, kMaxSums), kMaxSumFloats / part_floats));
+  const InSharedArena<BackwardStages> shared(t, plan, parts);
+  const BackwardStages& m = *shared;
+  clear(m.zeros, plan.stride);
+  const std::vector<Weights> weights = m.weights.take(plan, parallel);
+  m.backward_weights.take(plan, weights);
+  const double count = static_cast<double>(units) * static_cast<double>(plan.tokens);
+  // f(part, unit) for all units, the parts in parallel, with a context for each thread.
+  const auto for_units = [&](const auto& f) {
+    parallel(parts, max(kMinWorkPerThread, m.unit_work * units / parts), [&](int64_t begin, int64_t end) {
+      const auto context = in_thread_arena<BackwardContext>(plan);
+      clear(context.padded.data, context.padded.floats());
+      for (int64_t part = begin; part < end; ++part) {
+        for (int64_t u = part * units / parts; u < (part + 1) * units / parts; ++u) f(context, part, u);
+      }
+    });
   };
 
   for (int64_t h = p.heads - 1; h >= 0; --h) {
     const Statistics statistics(t, h);
-    m.qkv.take(training.qkv_norm, t.norms[h].qkv, statistics.means, statistics.variances, t.qkv_eps[h]);
-    m.q.take(training.q_norm, t.norms[h].q, statistics.q_means(), statistics.q_variances(), t.q_eps[h]);
+    m.take_qkv_norm(h, statistics);
+    m.take_q_norm(h, statistics);
+    for (int64_t part = 0; part < parts; ++part) {
+      clear(m.bias_sums[part], pairs);
+      m.qkv_sums[part].clear_all();
+      m.q_sums[part].clear_all();
+      m.weight_sums[part].clear_all();
+    }
 
     // Forward once more, and back through the attention.
-    clear(m.bias_sums, parts * pairs);
-    clear(m.norm_sums, parts * m.norm_floats);
-    for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      const SoftmaxHeads heads = of.softmax(h);
-      float* const own = thread_scratch(window_floats + of.tokens * (of.stride + of.dk) + padded_floats +
-                                        training.worker.softmax.scratch_floats_backward(heads));
-      const Rows<float> qkv{own + window_floats, of.stride}, q{qkv.data + of.tokens * of.stride, of.dk};
-      PaddedImage padded = of.padded(q.data + of.tokens * of.dk);
-      float* const scratch = padded.data + padded_floats;
-      clear(padded.data, padded_floats);
-      float* const sums = m.norm_sums + part * m.norm_floats;
-      for (int64_t u = begin; u < end; ++u) {
-        training.project(h, u, weights[h], m.feat.of(u).data, [&](float* to) {
-          training.worker.load(p.out, training.batch(u), h - 1, training.window(u), own);
-          passes.add(of.tokens, of.d, {own, of.d}, {to, of.d});
-        });
-        training.normalise(m.qkv, of.stride, training.projected.of(u), qkv);
-        training.convolve(h, u, weights[h], qkv, padded);
-        training.normalise(m.q, of.dk, training.convolved.of(u), q);
-        training.worker.load(p.grad_out, training.batch(u), h, training.window(u), own);
-        if (h + 1 < p.heads) passes.add(of.tokens, of.d, read(m.grad_feat.of(u)), {own, of.d});
-        const Rows<float> grad_q = m.grad_q.of(u), grad = m.grad_qkv.of(u);
-        const SoftmaxGradients gradients{{grad_q.data, 0, of.dk},
-                                         {grad.data + of.first(1), 0, of.stride},
-                                         {grad.data + of.first(2), 0, of.stride},
-                                         m.bias_sums + part * pairs,
-                                         {}};
-        training.worker.softmax.backward(heads, {q.data, 0, of.dk}, {qkv.data + of.first(1), 0, of.stride},
-                                         {qkv.data + of.first(2), 0, of.stride}, {own, 0, of.d}, gradients,
-                                         scratch);
-        passes.sum_gradients(of.tokens, of.dk, read(grad_q), read(training.convolved.of(u)), m.q.mean, sums,
-                             sums + of.dk);
-      }
+    for_units([&](const BackwardContext& context, int64_t part, int64_t u) {
+      const auto& [own, qkv, q, padded, scratch] = context;
+      const Rows<float> feat = m.feat.of(u), grad_q = m.grad_q.of(u);
+      m.project(h, u, weights[h], feat, [&] {
+        plan.load(p.out, h - 1, u, context.own);
+        ukernels.add(plan.tokens, plan.d, context.own, feat);
+      });
+      m.normalise(m.qkv, plan.stride, m.projected.of(u), qkv);
+      m.convolve(h, u, weights[h], qkv, padded);
+      m.normalise(m.q, plan.dk, m.convolved.of(u), q);
+      plan.load(p.grad_out, h, u, own);
+      if (h + 1 < p.heads) ukernels.add(plan.tokens, plan.d, m.grad_feat.of(u), own);
+      plan.attend_backward(h, q, qkv, own, grad_q, m.grad_qkv.of(u), m.bias_sums[part], scratch);
+      ukernels.sum_gradients(plan.tokens, plan.dk, grad_q, m.convolved.of(u), m.q.mean, m.q_sums[part].grads,
+                             m.q_sums[part].products);
     });
-    total(m.bias_sums, pairs, pairs);
-    copy(p.grad_bias + h * pairs, m.bias_sums, pairs);
-    m.q_backward.take(training.q_norm, t.norms[h].q, t.norm_gradients[h].q, statistics.q_means(),
-                      statistics.q_variances(), t.q_eps[h], count, m.norm_sums, parts, m.norm_floats);
+    for (int64_t part = 1; part < parts; ++part) add(m.bias_sums[0], m.bias_sums[part], pairs);
+    copy(p.grad_bias + h * pairs, m.bias_sums[0], pairs);
+    m.q_backward.take(m.q_norm, t.norms[h].q, t.norm_gradients[h].q, statistics.q_means(),
+                      statistics.q_variances(), t.q_eps[h], count, m.q_sums);
 
     // Back through the depthwise convolution and its norm.
-    clear(m.norm_sums, parts * m.norm_floats);
-    clear(m.weight_sums, parts * m.weight_floats);
-    for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      float* const q = thread_scratch(of.tokens * of.dk + padded_floats);
-      PaddedImage padded = of.padded(q + of.tokens * of.dk);
-      clear(padded.data, padded_floats);
-      float* const sums = m.norm_sums + part * m.norm_floats;
-      float* const taps = m.weight_sums + part * m.weight_floats + of.outputs() * of.d + of.stride;
-      float* const tap_bias = taps + of.taps(h) * of.dk;
-      for (int64_t u = begin; u < end; ++u) {
-        const Rows<float> grad_q = m.grad_q.of(u), grad = m.grad_qkv.of(u);
-        passes.affine(of.tokens, of.dk, m.q_backward.by, read(grad_q), m.q_backward.other_by,
-                      read(training.convolved.of(u)), m.q_backward.shift, grad_q);
-        training.normalise(m.qkv, of.dk, training.projected.of(u), {q, of.dk});
-        passes.fill({q, of.dk}, padded);
-        passes.depthwise_backward(p.kernels[h], padded, read(grad_q), taps, tap_bias);
-        passes.fill(read(grad_q), padded);
-        passes.depthwise(p.kernels[h], padded, m.backward_weights[h].flipped, training.zeros, grad);
-        passes.sum_gradients(of.tokens, of.stride, read(grad), read(training.projected.of(u)), m.qkv.mean,
-                             sums, sums + of.stride);
-      }
+    for_units([&](const BackwardContext& context, int64_t part, int64_t u) {
+      const Rows<float> grad_q = m.grad_q.of(u), grad = m.grad_qkv.of(u);
+      const WeightSums& sums = m.weight_sums[part];
+      ukernels.affine(plan.tokens, plan.dk, m.q_backward.bn_gain, grad_q, m.q_backward.slope,
+                      m.convolved.of(u), m.q_backward.shift, grad_q);
+      m.normalise(m.qkv, plan.dk, m.projected.of(u), context.q);
+      ukernels.fill(context.q, context.padded);
+      ukernels.depthwise_backward(p.kernels[h], context.padded, grad_q, sums.taps, sums.tap_bias);
+      ukernels.fill(grad_q, context.padded);
+      ukernels.depthwise(p.kernels[h], context.padded, m.backward_weights.heads[h].flipped, m.zeros, grad);
+      ukernels.sum_gradients(plan.tokens, plan.stride, grad, m.projected.of(u), m.qkv.mean,
+                             m.qkv_sums[part].grads, m.qkv_sums[part].products);
     });
-    m.qkv_backward.take(training.qkv_norm, t.norms[h].qkv, t.norm_gradients[h].qkv, statistics.means,
-                        statistics.variances, t.qkv_eps[h], count, m.norm_sums, parts, m.norm_floats);
+    m.qkv_backward.take(m.qkv_norm, t.norms[h].qkv, t.norm_gradients[h].qkv, statistics.means,
+                        statistics.variances, t.qkv_eps[h], count, m.qkv_sums);
 
     // Back through the projection and its norm.
-    for_parts([&](int64_t part, int64_t begin, int64_t end) {
-      float* const own_weights = m.weight_sums + part * m.weight_floats;
-      for (int64_t u = begin; u < end; ++u) {
-        const Rows<float> grad = m.grad_qkv.of(u), grad_feat = m.grad_feat.of(u);
-        passes.affine(of.tokens, of.stride, m.qkv_backward.by, read(grad), m.qkv_backward.other_by,
-                      read(training.projected.of(u)), m.qkv_backward.shift, grad);
-        clear(grad_feat.data, window_floats);
-        for (int of_part = 0; of_part < kParts; ++of_part) {
-          const int64_t row = of.first_output(of_part) * of.d;
-          passes.project_backward(
-              of.tokens, p.value_dim, of.size(of_part), read(m.feat.of(u)),
-              {grad.data + of.first(of_part), of.stride}, {m.backward_weights[h].rows + row, of.d}, grad_feat,
-              {own_weights + row, of.d}, own_weights + of.outputs() * of.d + of.first(of_part));
-        }
-        training.worker.store(grad_feat.data, p.grad_x, training.batch(u), h, training.window(u));
-      }
+    for_units([&](const BackwardContext&, int64_t part, int64_t u) {
+      const Rows<float> grad = m.grad_qkv.of(u);
+      ukernels.affine(plan.tokens, plan.stride, m.qkv_backward.bn_gain, grad, m.qkv_backward.slope,
+                      m.projected.of(u), m.qkv_backward.shift, grad);
+      m.weight_sums[part].project_backward(m.backward_weights.heads[h], m.feat.of(u), grad,
+                                           m.grad_feat.of(u));
+      plan.store(m.grad_feat.of(u), p.grad_x, h, u);
     });
-    total(m.weight_sums, m.weight_floats, m.weight_floats);
-    const HeadWeights<float>& to = p.gradients[h];
-    for (int64_t o = 0; o < of.outputs(); ++o)
-      copy(to.qkv + o * p.value_dim, m.weight_sums + o * of.d, p.value_dim);
-    const float* const taps = m.weight_sums + of.outputs() * of.d + of.stride;
-    for (int64_t c = 0; c < p.key_dim; ++c) {
-      for (int64_t tap = 0; tap < of.taps(h); ++tap)
-        to.depthwise[c * of.taps(h) + tap] = taps[tap * of.dk + c];
-    }
+    for (int64_t part = 1; part < parts; ++part) m.weight_sums[0].add_all(m.weight_sums[part]);
+    m.weight_sums[0].finish(h, p.gradients[h]);
   }
 }
 

@@ -1,9 +1,12 @@
-// The last 1x1 convolution of a module, from rows of tokens that all threads have written.
+// 1x1 convolutions in blocks of outputs.
 #pragma once
 
-#include "ukernels.h"
+#include <cstddef>
+#include <utility>
+
+#include "../core/arena.h"
 #include "../core/parallel.h"
-#include "../core/schedule.h"
+#include "ukernels.h"
 
 namespace effattn::cpu {
 
@@ -14,7 +17,7 @@ inline void copy_bias(const float* bias, int64_t count, int64_t floats, float* t
 }
 
 // The weights of a 1x1 convolution: a row an output, (outputs, inputs); or packed as products read them,
-// blocks of kPackedOutputs outputs, in each a row an input, with zeros for outputs that there are not.
+// blocks of kPackedOutputs outputs, in each a row an input, padded with zeros.
 struct ProjectionWeights {
   int64_t inputs, outputs;
   const float *data, *bias;  // the bias (outputs), or null
@@ -22,35 +25,47 @@ struct ProjectionWeights {
 };
 constexpr int64_t kPackedOutputs = 32;
 
+// What a thread projects with, and whatever else it takes for each block.
+template <class TakeOwn>
+struct ProjectionMemory {
+  Rows<float> transposed, tile;
+  float* bias;
+  decltype(std::declval<TakeOwn>()(std::declval<Arena&>())) own;
+
+  ProjectionMemory(int64_t inputs, int64_t tokens, const TakeOwn& take_own, Arena& arena)
+      : transposed{arena.floats(inputs * kPackedOutputs), kPackedOutputs},
+        tile{arena.floats(tokens * kPackedOutputs), kPackedOutputs},
+        bias(arena.floats(kPackedOutputs)),
+        own(take_own(arena)) {}
+};
+
 // The images `features(batch)`, block by block of outputs, in parallel: a block's rows of kPackedOutputs
-// channels go where `where(batch, first output, rows that nobody needs)` says; then `use(batch, first output,
-// outputs, rows)`.
-template <class Input, class Where, class Use>
+// channels go where `where(batch, first output, a tile)` says; then `use(batch, first output, outputs, rows,
+// own)`, with what `take_own(arena)` returned.
+template <class Input, class Where, class TakeOwn, class Use>
 void project_blocks(int64_t batch, int64_t tokens, const ProjectionWeights& weights, const Input& features,
-                    const Parallel& parallel, const Where& where, const Use& use) {
+                    const Parallel& parallel, const Where& where, const TakeOwn& take_own, const Use& use) {
   constexpr int64_t kChannels = kPackedOutputs;
-  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
+  const ChannelsLastUkernels& ukernels = channels_last_ukernels();
   const int64_t inputs = weights.inputs, outputs = weights.outputs;
   const int64_t blocks = ceil_div(outputs, kChannels), work = kChannels * inputs * tokens;
   parallel(blocks * batch, work, [&](int64_t begin, int64_t end) {
-    float* const memory = thread_scratch<Purpose::kProjection>((inputs + tokens + 1) * kChannels);
-    const Rows<float> transposed{memory, kChannels}, tile{memory + inputs * kChannels, kChannels};
-    float* const own_bias = tile.data + tokens * kChannels;
+    auto memory = in_thread_arena<ProjectionMemory<TakeOwn>>(inputs, tokens, take_own);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit / batch * kChannels, b = unit % batch;
       const int64_t channels = min(kChannels, outputs - first);
       const float* const of_block = weights.data + first * inputs;
       if (unit == begin || b == 0) {
-        if (!weights.packed) passes.transpose(of_block, channels, inputs, transposed);
-        copy_bias(weights.bias == nullptr ? nullptr : weights.bias + first, channels, kChannels, own_bias);
+        if (!weights.packed) ukernels.transpose(of_block, channels, inputs, memory.transposed);
+        copy_bias(weights.bias == nullptr ? nullptr : weights.bias + first, channels, kChannels, memory.bias);
       }
-      const Rows<const float> matrix{weights.packed ? of_block : transposed.data, kChannels};
+      const Rows<const float> matrix{weights.packed ? of_block : memory.transposed.data, kChannels};
       const int64_t next = min(first + kChannels, outputs);
-      const Coming coming{weights.data + next * inputs,
-                          unit + 1 < end ? min(kChannels, outputs - next) * inputs : 0};
-      const Rows<float> to = where(b, first, tile);
-      passes.project(tokens, inputs, kChannels, features(b), matrix, own_bias, to, coming);
-      use(b, first, channels, to);
+      const PrefetchRange prefetch{weights.data + next * inputs,
+                                   unit + 1 < end ? min(kChannels, outputs - next) * inputs : 0};
+      const Rows<float> to = where(b, first, memory.tile);
+      ukernels.project(tokens, inputs, kChannels, features(b), matrix, memory.bias, to, prefetch);
+      use(b, first, channels, to, memory.own);
     }
   });
 }
@@ -59,16 +74,12 @@ void project_blocks(int64_t batch, int64_t tokens, const ProjectionWeights& weig
 template <class RowsOf>
 void project_tokens(DType dtype, int64_t batch, int64_t tokens, const ProjectionWeights& weights,
                     const RowsOf& rows_of, const Image& out, const Parallel& parallel) {
-  const ChannelsLastPasses& passes = channels_last_passes(active_isa());
+  const ChannelsLastUkernels& ukernels = channels_last_ukernels();
   project_blocks(
-      batch, tokens, weights,
-      [&](int64_t b) {
-        const Rows<float> rows = rows_of(b);
-        return Features{rows.data, rows.stride, 1};
-      },
-      parallel, [](int64_t, int64_t, const Rows<float>& tile) { return tile; },
-      [&](int64_t b, int64_t first, int64_t channels, const Rows<float>& tile) {
-        passes.store(dtype, channels_from(dtype, out, b, first), tokens, channels, tile);
+      batch, tokens, weights, [&](int64_t b) { return features_of(rows_of(b)); }, parallel,
+      [](int64_t, int64_t, const Rows<float>& tile) { return tile; }, [](Arena&) { return nullptr; },
+      [&](int64_t b, int64_t first, int64_t channels, const Rows<float>& tile, std::nullptr_t) {
+        ukernels.store(dtype, channels_from(dtype, out, b, first), tokens, channels, tile);
       });
 }
 

@@ -1,12 +1,11 @@
-// The passes over images with their channels in the lanes; compiled once per instruction set.
 #include "ukernels.h"
-#include "../core/image_tile.h"
+
 #include "../core/product.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 namespace {
 
-void transpose_pass(const float* weights, int64_t outputs, int64_t inputs, const Rows<float>& to) {
+void transpose_weights(const float* weights, int64_t outputs, int64_t inputs, const Rows<float>& to) {
   load_tile<false>(Tile{to.data, to.stride, false}, Place<const float>{weights, 1, inputs}, inputs, outputs);
 }
 
@@ -32,21 +31,21 @@ struct WriteOnBias {
 
 void project(int64_t tokens, int64_t inputs, int64_t outputs, const Features& in,
              const Rows<const float>& weights, const float* bias, const Rows<float>& out,
-             const Coming& next) {
+             const PrefetchRange& next) {
   const Vectors<> vectors{weights.data, weights.stride};
   const WriteOnBias edge{out.data, out.stride, bias};
-  Fetch fetch;
-  fetch.add(Place<const float>{next.data, 1, next.floats}, next.floats, 1);
+  PrefetchQueue prefetch;
+  prefetch.add(Place<const float>{next.data, 1, next.floats}, next.floats, 1);
   if (kRows == 8 && tokens % 8 != 0 && tokens % 7 == 0 && in.token_stride != 1) {  // windows of 7x7
     return product<7>(tokens, outputs, StepsAdjacent<true>{in.data, in.token_stride}, vectors, inputs, edge,
-                      fetch);
+                      prefetch);
   }
   if (in.token_stride == 1) {
-    product(tokens, outputs, RowsAdjacent{in.data, in.channel_stride}, vectors, inputs, edge, fetch);
+    product(tokens, outputs, RowsAdjacent{in.data, in.channel_stride}, vectors, inputs, edge, prefetch);
   } else if (inputs >= 64) {
-    product(tokens, outputs, StepsAdjacent<true>{in.data, in.token_stride}, vectors, inputs, edge, fetch);
+    product(tokens, outputs, StepsAdjacent<true>{in.data, in.token_stride}, vectors, inputs, edge, prefetch);
   } else {
-    product(tokens, outputs, StepsAdjacent<false>{in.data, in.token_stride}, vectors, inputs, edge, fetch);
+    product(tokens, outputs, StepsAdjacent<false>{in.data, in.token_stride}, vectors, inputs, edge, prefetch);
   }
 }
 
@@ -134,16 +133,9 @@ void depthwise_any(int64_t kernel, const PaddedImage& in, const float* taps, con
 
 void depthwise(int64_t kernel, const PaddedImage& in, const float* taps, const float* bias,
                const Rows<float>& out) {
-  switch (kernel) {
-    case 3:
-      return depthwise_image<3>(in, taps, bias, out);
-    case 5:
-      return depthwise_image<5>(in, taps, bias, out);
-    case 7:
-      return depthwise_image<7>(in, taps, bias, out);
-    default:
-      depthwise_any(kernel, in, taps, bias, out);
-  }
+  with_kernel(
+      kernel, [&](auto k) { depthwise_image<k.value>(in, taps, bias, out); },
+      [&] { depthwise_any(kernel, in, taps, bias, out); });
 }
 
 // --- backward -------------------------------------------------------------------------------------------
@@ -189,49 +181,46 @@ void depthwise_taps_any(int64_t kernel, const PaddedImage& in, const Rows<const 
   }
 }
 
+// The sum of term(row) over tokens, for a vector of channels.
+template <class Term>
+EFFATTN_INLINE Vec sum_over_tokens(int64_t tokens, const Rows<const float>& rows, int64_t channel,
+                                   const Term& term) {
+  constexpr int kChains = 4;  // hide the latency of an addition
+  Vec totals[kChains] = {};
+  for (int64_t t = 0; t < tokens; ++t) totals[t % kChains] += term(load(rows.row(t) + channel));
+  return (totals[0] + totals[1]) + (totals[2] + totals[3]);
+}
+
 void add_columns(int64_t tokens, int64_t channels, const Rows<const float>& rows, float* to) {
   for (int64_t c = 0; c < channels; c += kLanes) {
-    constexpr int kChains = 4;  // hide the latency of an addition
-    Vec totals[kChains] = {};
-    for (int64_t t = 0; t < tokens; ++t) totals[t % kChains] += load(rows.data + t * rows.stride + c);
-    store(to + c, load(to + c) + ((totals[0] + totals[1]) + (totals[2] + totals[3])));
+    store(to + c, load(to + c) + sum_over_tokens(tokens, rows, c, [](Vec x) { return x; }));
   }
 }
 
 void depthwise_backward(int64_t kernel, const PaddedImage& in, const Rows<const float>& grad_out, float* taps,
                         float* bias) {
   add_columns(in.height * in.width, in.channels, grad_out, bias);
-  switch (kernel) {
-    case 3:
-      return depthwise_taps<3>(in, grad_out, taps);
-    case 5:
-      return depthwise_taps<5>(in, grad_out, taps);
-    case 7:
-      return depthwise_taps<7>(in, grad_out, taps);
-    default:
-      depthwise_taps_any(kernel, in, grad_out, taps);
-  }
+  with_kernel(
+      kernel, [&](auto k) { depthwise_taps<k.value>(in, grad_out, taps); },
+      [&] { depthwise_taps_any(kernel, in, grad_out, taps); });
 }
 
 void project_backward(int64_t tokens, int64_t inputs, int64_t outputs, const Rows<const float>& in,
                       const Rows<const float>& grad_out, const Rows<const float>& weights,
                       const Rows<float>& grad_in, const Rows<float>& grad_weights, float* grad_bias) {
-  Fetch fetch;
   product(tokens, inputs, StepsAdjacent<true>{grad_out.data, grad_out.stride},
-          Vectors<>{weights.data, weights.stride}, outputs, AddTo{grad_in.data, grad_in.stride}, fetch);
+          Vectors<>{weights.data, weights.stride}, outputs, AddTo{grad_in.data, grad_in.stride});
   product(outputs, inputs, RowsAdjacent{grad_out.data, grad_out.stride}, Vectors<>{in.data, in.stride},
-          tokens, AddTo{grad_weights.data, grad_weights.stride}, fetch);
+          tokens, AddTo{grad_weights.data, grad_weights.stride});
   add_columns(tokens, outputs, grad_out, grad_bias);
 }
 
 // --- rows -----------------------------------------------------------------------------------------------
 
-void add_pass(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out) {
+void add_rows(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out) {
   for (int64_t t = 0; t < tokens; ++t) {
-    float* const to = out.data + t * out.stride;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      store(to + c, load(to + c) + load(in.data + t * in.stride + c));
-    }
+    float* const to = out.row(t);
+    for (int64_t c = 0; c < channels; c += kLanes) store(to + c, load(to + c) + load(in.row(t) + c));
   }
 }
 
@@ -239,8 +228,7 @@ template <class F>
 void each_vector(int64_t tokens, int64_t channels, const Rows<const float>& in, const Rows<float>& out,
                  const F& f) {
   for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t c = 0; c < channels; c += kLanes)
-      store(out.data + t * out.stride + c, f(load(in.data + t * in.stride + c)));
+    for (int64_t c = 0; c < channels; c += kLanes) store(out.row(t) + c, f(load(in.row(t) + c)));
   }
 }
 
@@ -256,12 +244,12 @@ void activate(Activation activation, int64_t tokens, int64_t channels, const Row
   }
 }
 
-// Where a pixel of the larger image lies between two of the smaller.
-struct Between {
+// The two source pixels of a bilinear interpolation along one axis.
+struct Interpolation {
   int64_t first, second;
   float weight;  // of the second
 
-  Between(int64_t at, int64_t size, int64_t out_size) {
+  Interpolation(int64_t at, int64_t size, int64_t out_size) {
     const float exact =
         (static_cast<float>(at) + 0.5f) * static_cast<float>(size) / static_cast<float>(out_size) - 0.5f;
     const float inside = exact > 0.0f ? exact : 0.0f;
@@ -271,11 +259,11 @@ struct Between {
   }
 };
 
-void enlarge(int64_t channels, const Rows<const float>& in, int64_t height, int64_t width, int64_t y,
-             int64_t out_height, int64_t out_width, const Rows<float>& out) {
-  const Between down(y, height, out_height);
+void upsample(int64_t channels, const Rows<const float>& in, int64_t height, int64_t width, int64_t y,
+              int64_t out_height, int64_t out_width, const Rows<float>& out) {
+  const Interpolation down(y, height, out_height);
   for (int64_t x = 0; x < out_width; ++x) {
-    const Between across(x, width, out_width);
+    const Interpolation across(x, width, out_width);
     const float* const corners[] = {in.data + (down.first * width + across.first) * in.stride,
                                     in.data + (down.first * width + across.second) * in.stride,
                                     in.data + (down.second * width + across.first) * in.stride,
@@ -294,36 +282,28 @@ void enlarge(int64_t channels, const Rows<const float>& in, int64_t height, int6
 
 void moments(int64_t tokens, int64_t channels, const Rows<const float>& in, float* mean, float* squares) {
   for (int64_t c = 0; c < channels; c += kLanes) {
-    constexpr int kChains = 4;  // hide the latency of an addition
-    Vec totals[kChains] = {};
-    for (int64_t t = 0; t < tokens; ++t) totals[t % kChains] += load(in.data + t * in.stride + c);
     const Vec middle =
-        ((totals[0] + totals[1]) + (totals[2] + totals[3])) * (1.0f / static_cast<float>(tokens));
-    Vec apart[kChains] = {};
-    for (int64_t t = 0; t < tokens; ++t) {
-      const Vec off = load(in.data + t * in.stride + c) - middle;
-      apart[t % kChains] += off * off;
-    }
+        sum_over_tokens(tokens, in, c, [](Vec x) { return x; }) * (1.0f / static_cast<float>(tokens));
     store(mean + c, middle);
-    store(squares + c, (apart[0] + apart[1]) + (apart[2] + apart[3]));
+    store(squares + c, sum_over_tokens(tokens, in, c, [&](Vec x) { return (x - middle) * (x - middle); }));
   }
 }
 
-void affine(int64_t tokens, int64_t channels, const float* by, const Rows<const float>& in,
-            const float* other_by, const Rows<const float>& other, const float* shift,
+void affine(int64_t tokens, int64_t channels, const float* gain, const Rows<const float>& in,
+            const float* other_gain, const Rows<const float>& other, const float* shift,
             const Rows<float>& out) {
   for (int64_t c = 0; c < channels; c += kLanes) {
-    const Vec factor = load(by + c), term = load(shift + c);
+    const Vec factor = load(gain + c), term = load(shift + c);
     if (other.data == nullptr) {
       for (int64_t t = 0; t < tokens; ++t) {
-        store(out.data + t * out.stride + c, factor * load(in.data + t * in.stride + c) + term);
+        store(out.row(t) + c, factor * load(in.row(t) + c) + term);
       }
       continue;
     }
-    const Vec second = load(other_by + c);
+    const Vec second = load(other_gain + c);
     for (int64_t t = 0; t < tokens; ++t) {
-      const Vec sum = second * load(other.data + t * other.stride + c) + term;
-      store(out.data + t * out.stride + c, factor * load(in.data + t * in.stride + c) + sum);
+      const Vec sum = second * load(other.row(t) + c) + term;
+      store(out.row(t) + c, factor * load(in.row(t) + c) + sum);
     }
   }
 }
@@ -335,29 +315,29 @@ void sum_gradients(int64_t tokens, int64_t channels, const Rows<const float>& gr
     const Vec middle = load(mean + c);
     Vec total[kChains] = {}, product[kChains] = {};
     for (int64_t t = 0; t < tokens; ++t) {
-      const Vec g = load(grad.data + t * grad.stride + c);
+      const Vec g = load(grad.row(t) + c);
       total[t % kChains] += g;
-      product[t % kChains] += g * (load(in.data + t * in.stride + c) - middle);
+      product[t % kChains] += g * (load(in.row(t) + c) - middle);
     }
     store(sums + c, load(sums + c) + (total[0] + total[1]));
     store(products + c, load(products + c) + (product[0] + product[1]));
   }
 }
 
-void load_pass(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& to) {
-  load_image(dtype, image, 0, tokens, channels, Tile{to.data, to.stride, false});
+void load_rows(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& to) {
+  load_image(dtype, image, tokens, channels, Tile{to.data, to.stride, false});
 }
 
-void store_pass(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& from) {
-  store_image(dtype, image, 0, tokens, channels, Tile{from.data, from.stride, false});
+void store_rows(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Rows<float>& from) {
+  store_image(dtype, image, tokens, channels, Tile{from.data, from.stride, false});
 }
 
-constexpr ChannelsLastPasses kPasses = {
-    transpose_pass, project, fill,   depthwise,     depthwise_backward, add_pass,  activate,
-    enlarge,        moments, affine, sum_gradients, project_backward,   load_pass, store_pass};
+constexpr ChannelsLastUkernels kUkernels = {
+    transpose_weights, project, fill,   depthwise,     depthwise_backward, add_rows,  activate,
+    upsample,          moments, affine, sum_gradients, project_backward,   load_rows, store_rows};
 
 }  // namespace
 
-const ChannelsLastPasses& channels_last_passes() { return kPasses; }
+const ChannelsLastUkernels& channels_last_ukernels() { return kUkernels; }
 
 }  // namespace effattn::cpu::EFFATTN_ISA

@@ -1,8 +1,7 @@
 // Depthwise k x k convolution of one channel and its gradient, on rows of float between zeros.
 #pragma once
 
-#include "../../params/sizes.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 
@@ -135,17 +134,13 @@ inline void depthwise_any(int64_t kernel, int64_t rows, float* out, int64_t out_
 template <bool Add>
 inline void depthwise(int64_t kernel, int64_t rows, float* out, int64_t out_stride, const PaddedRows& in,
                       const float* weights, float bias, int64_t width) {
-  constexpr int R = kDepthwiseRows;
-  switch (kernel) {
-    case 3:
-      return depthwise_rows<3, R, Add>(0, rows, out, out_stride, in.data, in.stride, weights, bias, width);
-    case 5:
-      return depthwise_rows<5, R, Add>(0, rows, out, out_stride, in.data, in.stride, weights, bias, width);
-    case 7:
-      return depthwise_rows<7, R, Add>(0, rows, out, out_stride, in.data, in.stride, weights, bias, width);
-    default:
-      depthwise_any<Add>(kernel, rows, out, out_stride, in.data, in.stride, weights, bias, width);
-  }
+  with_kernel(
+      kernel,
+      [&](auto k) {
+        depthwise_rows<k.value, kDepthwiseRows, Add>(0, rows, out, out_stride, in.data, in.stride, weights,
+                                                     bias, width);
+      },
+      [&] { depthwise_any<Add>(kernel, rows, out, out_stride, in.data, in.stride, weights, bias, width); });
 }
 
 // --- the gradient of the weights ----------------------------------------------------------------------
@@ -205,16 +200,12 @@ inline void depthwise_weight_any(int64_t kernel, int64_t rows, Vec* sums, const 
 
 inline void depthwise_weight_gradient(int64_t kernel, int64_t rows, Vec* sums, const float* grad,
                                       int64_t grad_stride, const PaddedRows& in, int64_t width) {
-  switch (kernel) {
-    case 3:
-      return depthwise_weight_rows<3>(0, rows, sums, grad, grad_stride, in.data, in.stride, width);
-    case 5:
-      return depthwise_weight_rows<5>(0, rows, sums, grad, grad_stride, in.data, in.stride, width);
-    case 7:
-      return depthwise_weight_rows<7>(0, rows, sums, grad, grad_stride, in.data, in.stride, width);
-    default:
-      depthwise_weight_any(kernel, rows, sums, grad, grad_stride, in.data, in.stride, width);
-  }
+  with_kernel(
+      kernel,
+      [&](auto k) {
+        depthwise_weight_rows<k.value>(0, rows, sums, grad, grad_stride, in.data, in.stride, width);
+      },
+      [&] { depthwise_weight_any(kernel, rows, sums, grad, grad_stride, in.data, in.stride, width); });
 }
 
 }  // namespace effattn::cpu::EFFATTN_ISA

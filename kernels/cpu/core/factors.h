@@ -18,7 +18,7 @@ struct RowsAdjacent {
   const float* data;
   int64_t stride;
 
-  static constexpr int kMostRows = kRowsIfNarrow;
+  static constexpr int kMaxRows = kRowsIfNarrow;
   template <int R>
   struct Cursor {
     static constexpr int kSteps = 1;
@@ -38,7 +38,7 @@ struct StepsAdjacent {
   const float* data;
   int64_t stride;
 
-  static constexpr int kMostRows = ManySteps ? 8 : kRowsIfNarrow;
+  static constexpr int kMaxRows = ManySteps ? 8 : kRowsIfNarrow;
   template <int R>
   struct Cursor {
     static constexpr int kSteps = ManySteps ? 8 : 1, kRowsPerPointer = ManySteps ? 1 : 4;

@@ -14,4 +14,10 @@ inline Image channels_from(DType dtype, const Image& image, int64_t batch, int64
   return {static_cast<char*>(image.data) + offset * size, 0, image.channel_stride, image.token_stride};
 }
 
+// The same memory, tokens and channels in each other's place: loaded as rows of tokens, its rows are
+// channels.
+inline Image transposed(const Image& image) {
+  return {image.data, image.batch_stride, image.token_stride, image.channel_stride};
+}
+
 }  // namespace effattn::cpu

@@ -60,7 +60,7 @@ bool is_amd() {
 const std::vector<IsaInfo>& compiled_isas() {
   static const std::vector<IsaInfo> rows = [] {
     std::vector<IsaInfo> all;
-#define EFFATTN_ROW(name, lanes)                                                   \
+#define EFFATTN_ROW(name, lanes, ...)                                              \
   {                                                                                \
     const Requirement need = requirement(#name);                                   \
     all.push_back({Isa::name, #name, lanes, need.met, need.test_only, need.text}); \

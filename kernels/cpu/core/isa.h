@@ -11,7 +11,7 @@
 namespace effattn::cpu {
 
 enum class Isa {
-#define EFFATTN_ROW(name, lanes) name,
+#define EFFATTN_ROW(name, lanes, ...) name,
   EFFATTN_ISA_LIST(EFFATTN_ROW)
 #undef EFFATTN_ROW
 };
@@ -39,3 +39,20 @@ EFFATTN_EXPORT bool is_amd();
 EFFATTN_EXPORT void set_active_isa(const std::string& name);
 
 }  // namespace effattn::cpu
+
+#define EFFATTN_DECLARE(name, lanes, Table, function) \
+  namespace name {                                    \
+  const Table& function();                            \
+  }
+#define EFFATTN_CASE(name, lanes, Table, function) \
+  case Isa::name:                                  \
+    return name::function();
+
+// Of a table that ukernels.cpp fills in the namespace of every instruction set: function(isa), by default of
+// the one in use. Never called from ukernels.cpp.
+#define EFFATTN_DISPATCH_TABLE(Table, function)                      \
+  EFFATTN_ISA_LIST(EFFATTN_DECLARE, Table, function)                 \
+  inline const Table& function(Isa isa = active_isa()) {             \
+    switch (isa) { EFFATTN_ISA_LIST(EFFATTN_CASE, Table, function) } \
+    __builtin_unreachable();                                         \
+  }

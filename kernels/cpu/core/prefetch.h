@@ -5,12 +5,12 @@
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-// The cache lines of coming blocks. A product takes a few of them at each of its steps, so that they arrive
-// beside the arithmetic; asked for in a burst, they would only make the thread wait earlier.
-class Fetch {
+// The cache lines of the blocks that come next. A product takes a few of them at each of its steps, so that
+// they arrive beside the arithmetic; asked for in a burst, they would only make the thread wait earlier.
+class PrefetchQueue {
  public:
   static constexpr int kLineBytes = 64;
-  static constexpr int kMaxBlocks = 4;  // what the hungriest pass reads and writes
+  static constexpr int kMaxBlocks = 4;  // a micro-kernel reads and writes at most
 
   template <class T>
   void add(const Place<T>& block, int64_t tokens, int64_t channels) {
@@ -37,9 +37,9 @@ class Fetch {
   }
 
  private:
-  struct Rows {
+  struct Block {
     const char* first;
-    int64_t count, lines, step;
+    int64_t rows, lines, step;
   };
 
   void start_row() {
@@ -47,14 +47,14 @@ class Fetch {
     lines_ = queue_[block_].lines;
   }
   void next_row() {
-    Rows& rows = queue_[block_];
-    rows.first += rows.step;
-    if (--rows.count == 0) ++block_;
+    Block& block = queue_[block_];
+    block.first += block.step;
+    if (--block.rows == 0) ++block_;
     lines_ = 0;
     if (block_ < blocks_) start_row();
   }
 
-  Rows queue_[kMaxBlocks];
+  Block queue_[kMaxBlocks];
   int blocks_ = 0, block_ = 0;
   const char* at_ = nullptr;
   int64_t lines_ = 0;

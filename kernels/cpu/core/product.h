@@ -1,4 +1,4 @@
-// The main inner loop of every pass: a small matrix product held in registers,
+// The main inner loop of every micro-kernel: a small matrix product held in registers,
 //     acc[r][:] = start + sum_p a(r, p) * b[p][:]
 // with a read as scalars and b as vectors.
 #pragma once
@@ -42,7 +42,7 @@ struct Block {
 // the compiler reloads them at every step.
 template <int R, int V, class Scalars, class T, bool Relu, class Edge>
 __attribute__((noinline)) void product_block(Scalars a, Vectors<T, Relu> b, int64_t depth, int64_t row,
-                                             int64_t col, const Edge& edge, Fetch& fetch) {
+                                             int64_t col, const Edge& edge, PrefetchQueue& prefetch) {
   Block<R, V, Scalars, T, Relu> block{{}, {a, row}, b.data + col, b.row_stride};
   {
     auto at = edge.at(row, col);
@@ -54,18 +54,18 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors<T, Relu> b, int6
   }
   constexpr int kSteps = block.kSteps;
   // Wide blocks take long enough for three lines a step, narrow ones for one.
-  constexpr int kFetched = kSteps * (V == 3 ? 3 : 1);
+  constexpr int kPrefetched = kSteps * (V == 3 ? 3 : 1);
   int64_t groups = depth / kSteps;
-  while (groups > 0 && fetch.lines() > 0) {
-    const char* at = fetch.at();
-    const int64_t n = min(groups, (fetch.lines() + kFetched - 1) / kFetched);
-    for (int64_t i = 0; i < n; ++i, at += kFetched * Fetch::kLineBytes) {
+  while (groups > 0 && prefetch.lines() > 0) {
+    const char* at = prefetch.at();
+    const int64_t n = min(groups, (prefetch.lines() + kPrefetched - 1) / kPrefetched);
+    for (int64_t i = 0; i < n; ++i, at += kPrefetched * PrefetchQueue::kLineBytes) {
       EFFATTN_UNROLL
-      for (int l = 0; l < kFetched; ++l) __builtin_prefetch(at + l * Fetch::kLineBytes, 0, 2);
+      for (int l = 0; l < kPrefetched; ++l) __builtin_prefetch(at + l * PrefetchQueue::kLineBytes, 0, 2);
       block.steps();
     }
     groups -= n;
-    fetch.skip(n * kFetched);
+    prefetch.skip(n * kPrefetched);
   }
   for (; groups > 0; --groups) block.steps();
   if constexpr (kSteps > 1) {
@@ -102,30 +102,38 @@ __attribute__((noinline)) void product_block(Scalars a, Vectors<T, Relu> b, int6
 // Rows from `row` on, in blocks of R and of ever smaller ones for the rest.
 template <int R, int V, class Scalars, class T, bool Relu, class Edge>
 EFFATTN_INLINE void product_rows(int64_t row, int64_t rows, Scalars a, Vectors<T, Relu> b, int64_t depth,
-                                 int64_t col, const Edge& edge, Fetch& fetch) {
-  for (; row + R <= rows; row += R) product_block<R, V>(a, b, depth, row, col, edge, fetch);
-  if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge, fetch);
+                                 int64_t col, const Edge& edge, PrefetchQueue& prefetch) {
+  for (; row + R <= rows; row += R) product_block<R, V>(a, b, depth, row, col, edge, prefetch);
+  if constexpr (R > 1) product_rows<R / 2, V>(row, rows, a, b, depth, col, edge, prefetch);
 }
 
 // `edge.at(row, col)` walks down the result, row by row: start(v) gives the initial value of its vth vector
 // from col on, finish<Whole>(v, acc) takes the result. `edge.whole(end)` tells whether columns up to `end`
-// may be written as whole vectors. `cols` counts floats and is rounded up to whole vectors. `fetch` is drawn
-// from along the way.
+// may be written as whole vectors. `cols` counts floats and is rounded up to whole vectors. Lines of
+// `prefetch` are asked for from along the way.
 template <int Rows = kRows, class Scalars, class T, bool Relu, class Edge>
 inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, int64_t depth,
-                    const Edge& edge, Fetch& fetch) {
+                    const Edge& edge, PrefetchQueue& prefetch) {
   for (int64_t col = 0, width; col < cols; col += width * kLanes) {
     const int64_t vectors = (cols - col + kLanes - 1) / kLanes;
     // Four are two and two: a single vector has too few sums under way to hide the latency of an addition.
     width = vectors == 4 ? 2 : min(vectors, 3);
     if (width == 3) {
-      product_rows<Rows, 3>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<Rows, 3>(0, rows, a, b, depth, col, edge, prefetch);
     } else if (width == 2) {
-      product_rows<Rows, 2>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<Rows, 2>(0, rows, a, b, depth, col, edge, prefetch);
     } else {
-      product_rows<Scalars::kMostRows, 1>(0, rows, a, b, depth, col, edge, fetch);
+      product_rows<Scalars::kMaxRows, 1>(0, rows, a, b, depth, col, edge, prefetch);
     }
   }
+}
+
+// Without anything to prefetch.
+template <int Rows = kRows, class Scalars, class T, bool Relu, class Edge>
+inline void product(int64_t rows, int64_t cols, Scalars a, Vectors<T, Relu> b, int64_t depth,
+                    const Edge& edge) {
+  PrefetchQueue nothing;
+  product<Rows>(rows, cols, a, b, depth, edge, nothing);
 }
 
 // Calls f(offset, count) for whole vectors of a tile's tokens. The last one may reach back over tokens that

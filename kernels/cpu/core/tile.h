@@ -2,7 +2,10 @@
 // any dtype and any strides. What float32 tensors can do without them is read in place.
 #pragma once
 
-#include "../../params/sizes.h"
+#include <type_traits>
+
+#include "arena.h"
+#include "image.h"
 #include "simd.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
@@ -20,6 +23,14 @@ struct Tile {
   EFFATTN_INLINE int64_t token_stride() const { return channel_major ? 1 : row_stride; }
   EFFATTN_INLINE int64_t channel_stride() const { return channel_major ? row_stride : 1; }
 };
+
+// Channel-major rows are a cache line longer than the power of two that they mostly are, so that they do not
+// share cache sets.
+inline Tile tile(Arena& arena, int64_t tokens, int64_t channels, bool channel_major) {
+  const int64_t rows = channel_major ? channels : tokens;
+  const int64_t stride = padded(channel_major ? tokens : channels) + (channel_major ? Arena::kAlignment : 0);
+  return {arena.floats(rows * stride), stride, channel_major};
+}
 
 // Where a block of tokens lies in a tensor: element strides, already offset to group and token.
 template <class T>
@@ -159,6 +170,55 @@ inline void store_tile(const Tile& tile, Place<T> to, int64_t tokens, int64_t ch
       for (int64_t c = 0; c < cols; ++c) store_one(to.data + r * row_step + c * col_step, tile.row(r)[c]);
     }
   }
+}
+
+// --- dispatch, images
+// -----------------------------------------------------------------------------------------------
+
+// The dispatch over storage types: f(T{}).
+template <class F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    default:
+      return f(float{});
+  }
+}
+
+// The dispatch over sizes of depthwise kernels: f(std::integral_constant) for those that are unrolled, else
+// any().
+template <class F, class Any>
+void with_kernel(int64_t kernel, const F& f, const Any& any) {
+  switch (kernel) {
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    case 7:
+      return f(std::integral_constant<int, 7>{});
+    default:
+      return any();
+  }
+}
+
+inline void load_image(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Tile& to) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    load_tile<false>(to,
+                     Place<const T>{static_cast<T*>(image.data), image.token_stride, image.channel_stride},
+                     tokens, channels);
+  });
+}
+
+inline void store_image(DType dtype, const Image& image, int64_t tokens, int64_t channels, const Tile& from) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    store_tile(from, Place<T>{static_cast<T*>(image.data), image.token_stride, image.channel_stride}, tokens,
+               channels);
+  });
 }
 
 }  // namespace effattn::cpu::EFFATTN_ISA

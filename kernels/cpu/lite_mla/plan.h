@@ -8,14 +8,14 @@
 
 namespace effattn::cpu {
 
-struct LiteMLA {
-  MultiScaleParams attention;  // its images are not looked at
+struct LiteMLAParams {
+  MultiScaleParams attention;  // its images are ignored
   int64_t in_channels, out_channels;
   const float *qkv_weight, *qkv_bias;    // (3 * heads * head_dim, in_channels); bias or null
   const float *proj_weight, *proj_bias;  // (out_channels, all heads * head_dim)
   Image x, out;
 };
 
-void lite_mla(const LiteMLA& problem, const Parallel& parallel);
+void lite_mla(const LiteMLAParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu

@@ -1,68 +1,63 @@
-// The schedule: heads in parallel, from x to the output of the attention; then channels of the last
-// projection.
+// Heads in parallel, from x to the output of the attention; then channels of the last projection.
 #include "plan.h"
 
-#include "../channels_last/ukernels.h"
+#include <vector>
+
 #include "../channels_last/features.h"
-#include "../multi_scale/launch.h"
 #include "../channels_last/projection.h"
+#include "../multi_scale/launch.h"
 
 namespace effattn::cpu {
 namespace {
 
 constexpr int kParts = 3;  // q, k and v
 
+// The weights of a branch and of a part.
+struct PartWeights {
+  Rows<float> taps, mix;
+  float *tap_bias, *mix_bias;
+  PartWeights(int64_t taps_count, int64_t head_dim, int64_t d, Arena& arena)
+      : taps{arena.floats(taps_count * d), d},
+        mix{arena.floats(head_dim * d), d},
+        tap_bias(arena.floats(d)),
+        mix_bias(arena.floats(d)) {}
+};
+
 // A thread at work on one head after the other.
-struct Head {
-  const LiteMLA& problem;
+struct HeadContext {
+  const LiteMLAParams& params;
   const MultiScaleParams& p;
-  const ChannelsLastPasses& passes;
-  const Call& call;
+  const LaunchPlan& plan;
+  const ChannelsLastUkernels& ukernels;
   const int64_t d, tokens, stride;  // of a part, and of a row of parts
   Rows<float> qkv_weight;
-  float *qkv_bias, *sums, *attention_memory;
-  float *taps[MultiScaleParams::kMaxScales][kParts], *mix[MultiScaleParams::kMaxScales][kParts];
-  float *tap_bias[MultiScaleParams::kMaxScales][kParts], *mix_bias[MultiScaleParams::kMaxScales][kParts];
-  Rows<float>
-      slots[1 + MultiScaleParams::kMaxScales];  // tokens of q, k and v: of qkv itself and of every scale
+  float *qkv_bias, *kv_state;
+  Arena attention_scratch;
   Rows<float> mixed;
   PaddedImage padded;
+  std::vector<Rows<float>> slots;     // tokens of q, k and v: of qkv itself and of every branch
+  std::vector<PartWeights> branches;  // of every branch and part
 
-  Head(const LiteMLA& whole, const Call& of_call, Carver& memory)
-      : problem(whole),
-        p(whole.attention),
-        passes(channels_last_passes(active_isa())),
-        call(of_call),
+  HeadContext(const LiteMLAParams& of_call, const LaunchPlan& launch, Arena& arena)
+      : params(of_call),
+        p(params.attention),
+        plan(launch),
+        ukernels(launch.images),
         d(round_up(p.head_dim, kWholeVectors)),
         tokens(p.tokens()),
-        stride(kParts * d) {
-    qkv_weight = {memory.floats(whole.in_channels * stride), stride};
-    qkv_bias = memory.floats(stride);
-    sums = memory.floats(call.sums_size());
-    attention_memory = memory.floats(call.attention_floats());
-    for (int s = 0; s <= p.scales; ++s) slots[s] = {memory.floats(tokens * stride), stride};
-    for (int s = 0; s < p.scales; ++s) {
-      for (int part = 0; part < kParts; ++part) {
-        taps[s][part] = memory.floats(p.kernels[s] * p.kernels[s] * d);
-        mix[s][part] = memory.floats(p.head_dim * d);
-        tap_bias[s][part] = memory.floats(d);
-        mix_bias[s][part] = memory.floats(d);
-      }
+        stride(kParts * d),
+        qkv_weight{arena.floats(params.in_channels * stride), stride},
+        qkv_bias(arena.floats(stride)),
+        kv_state(arena.floats(plan.kv_state_size())),
+        attention_scratch(arena.part(plan.attention_floats)),
+        mixed{arena.floats(tokens * d), d},
+        padded{nullptr, p.height, p.width, d, max_border(p)} {
+    padded.data = arena.floats(padded.floats());
+    for (int s = 0; s <= p.scales; ++s) slots.push_back({arena.floats(tokens * stride), stride});
+    for (int i = 0; i < p.scales * kParts; ++i) {
+      const int64_t kernel = p.kernels[i / kParts];
+      branches.emplace_back(kernel * kernel, p.head_dim, d, arena);
     }
-    mixed = {memory.floats(tokens * d), d};
-    padded = {nullptr, p.height, p.width, d, largest_border(p)};
-    padded.data = memory.floats(padded.floats());
-  }
-
-  // What the constructor takes.
-  static int64_t floats(const LiteMLA& whole, const Call& call) {
-    const MultiScaleParams& p = whole.attention;
-    const int64_t d = round_up(p.head_dim, kWholeVectors), border = largest_border(p);
-    int64_t floats = (whole.in_channels + 1 + (1 + p.scales) * p.tokens()) * kParts * d + p.tokens() * d +
-                     round_up(call.sums_size(), kWholeVectors) + call.attention_floats() +
-                     PaddedImage{nullptr, p.height, p.width, d, border}.floats();
-    for (int s = 0; s < p.scales; ++s) floats += kParts * (p.kernels[s] * p.kernels[s] + p.head_dim + 2) * d;
-    return floats;
   }
 
   // Before the first head.
@@ -71,39 +66,39 @@ struct Head {
   void take_weights(int64_t head) const {
     for (int part = 0; part < kParts; ++part) {
       const int64_t group = kParts * head + part, channel = group * p.head_dim;
-      passes.transpose(problem.qkv_weight + channel * problem.in_channels, p.head_dim, problem.in_channels,
-                       {qkv_weight.data + part * d, stride});
-      copy_bias(problem.qkv_bias == nullptr ? nullptr : problem.qkv_bias + channel, p.head_dim, d,
+      ukernels.transpose(params.qkv_weight + channel * params.in_channels, p.head_dim, params.in_channels,
+                         {qkv_weight.data + part * d, stride});
+      copy_bias(params.qkv_bias == nullptr ? nullptr : params.qkv_bias + channel, p.head_dim, d,
                 qkv_bias + part * d);
       for (int s = 0; s < p.scales; ++s) {
-        const auto scale = of_group(p.weights[s], p.kernels[s], p.head_dim, group);
-        const int64_t size = p.kernels[s] * p.kernels[s];
-        passes.transpose(scale.depthwise, p.head_dim, size, {taps[s][part], d});
-        passes.transpose(scale.pointwise, p.head_dim, p.head_dim, {mix[s][part], d});
-        copy_bias(scale.depthwise_bias, p.head_dim, d, tap_bias[s][part]);
-        copy_bias(scale.pointwise_bias, p.head_dim, d, mix_bias[s][part]);
+        const ScaleWeights<const float> branch = of_group(p, s, group);
+        const PartWeights& own = branches[s * kParts + part];
+        ukernels.transpose(branch.depthwise, p.head_dim, p.kernels[s] * p.kernels[s], own.taps);
+        ukernels.transpose(branch.pointwise, p.head_dim, p.head_dim, own.mix);
+        copy_bias(branch.depthwise_bias, p.head_dim, d, own.tap_bias);
+        copy_bias(branch.pointwise_bias, p.head_dim, d, own.mix_bias);
       }
     }
   }
 
   // What take_weights reads first.
-  Coming weights_of(int64_t head) const {
-    const int64_t floats = kParts * p.head_dim * problem.in_channels;
-    return {problem.qkv_weight + head * floats, head < p.heads ? floats : 0};
+  PrefetchRange weights_of(int64_t head) const {
+    const int64_t floats = kParts * p.head_dim * params.in_channels;
+    return {params.qkv_weight + head * floats, head < p.heads ? floats : 0};
   }
 
-  void project(const Features& x, const Coming& next) const {
-    passes.project(tokens, problem.in_channels, stride, x, {qkv_weight.data, stride}, qkv_bias, slots[0],
-                   next);
+  void project(const Features& x, const PrefetchRange& prefetch) const {
+    ukernels.project(tokens, params.in_channels, stride, x, qkv_weight, qkv_bias, slots[0], prefetch);
   }
 
   void aggregate() const {
     for (int part = 0; part < kParts && p.scales > 0; ++part) {
-      passes.fill({slots[0].data + part * d, stride}, padded);
+      ukernels.fill(slots[0].from(0, part * d), padded);
       for (int s = 0; s < p.scales; ++s) {
-        passes.depthwise(p.kernels[s], padded, taps[s][part], tap_bias[s][part], mixed);
-        passes.project(tokens, p.head_dim, d, {mixed.data, d, 1}, {mix[s][part], d}, mix_bias[s][part],
-                       {slots[1 + s].data + part * d, stride}, {});
+        const PartWeights& own = branches[s * kParts + part];
+        ukernels.depthwise(p.kernels[s], padded, own.taps.data, own.tap_bias, mixed);
+        ukernels.project(tokens, p.head_dim, d, features_of(mixed), own.mix, own.mix_bias,
+                         slots[1 + s].from(0, part * d), {});
       }
     }
   }
@@ -111,55 +106,64 @@ struct Head {
   // out: the tokens of all heads.
   void attend(int64_t head, const Rows<float>& out) const {
     for (int s = 0; s <= p.scales; ++s) {
-      LinearAttentionParams group = call.heads_of(tokens);
-      float* const of_part = slots[s].data;
-      group.q = {of_part, nullptr, stride, 1};
-      group.k = {of_part + d, nullptr, stride, 1};
-      group.v = {of_part + 2 * d, nullptr, stride, 1};
+      LinearAttentionParams group = plan.heads_of(tokens);
+      float* const own = slots[s].data;
+      group.q = {own, nullptr, stride, 1};
+      group.k = {own + d, nullptr, stride, 1};
+      group.v = {own + 2 * d, nullptr, stride, 1};
       group.out = {out.data + (s * p.heads + head) * p.head_dim, nullptr, out.stride, 1};
-      call.attention.sum_keys(group, {0, 0, tokens}, call.tile, sums, attention_memory);
-      call.attention.apply_queries(group, {0, 0, tokens}, call.tile, sums, attention_memory);
+      plan.attention.reduce_keys(group, {0, 0, tokens}, plan.tile, kv_state, attention_scratch);
+      plan.attention.apply_queries(group, {0, 0, tokens}, plan.tile, kv_state, attention_scratch);
     }
   }
 };
 
+// x as products read it, and what the heads attended to.
+struct SharedMemory {
+  FeaturesOf x;
+  int64_t stride, tokens;
+  float* attended;
+
+  SharedMemory(const LiteMLAParams& params, Arena& arena)
+      : x(params.attention.dtype, params.x, params.attention.batch, params.in_channels,
+          params.attention.tokens(), arena),
+        // Rows in different cache sets.
+        stride(round_up(params.attention.all_heads() * params.attention.head_dim, kWholeVectors) +
+               kWholeVectors),
+        tokens(params.attention.tokens()),
+        attended(arena.floats(params.attention.batch * tokens * stride)) {}
+
+  Rows<float> attended_of(int64_t batch) const { return {attended + batch * tokens * stride, stride}; }
+};
+
 }  // namespace
 
-void lite_mla(const LiteMLA& problem, const Parallel& parallel) {
-  const MultiScaleParams& p = problem.attention;
+void lite_mla(const LiteMLAParams& params, const Parallel& parallel) {
+  const MultiScaleParams& p = params.attention;
   const int64_t tokens = p.tokens(), attended = p.all_heads() * p.head_dim;
-  if (p.batch * tokens * problem.out_channels == 0) return;
-  const Call call(p);
-  const auto work = [&](int64_t outputs, int64_t inputs) { return max(1, outputs * inputs * tokens); };
-
-  const FeaturesOf x(p.dtype, problem.x, p.batch, problem.in_channels, tokens);
-  const int64_t stride = round_up(attended, kWholeVectors) + kWholeVectors;  // rows in different cache sets
-  const int64_t floats = x.floats() + p.batch * tokens * stride;
-  const Floats large = floats > kKeptFloats ? aligned_floats(floats) : nullptr;  // kept by no thread
-  float* const memory = large ? large.get() : thread_scratch<Purpose::kBetweenThreads>(floats);
-  const auto attended_of = [&](int64_t batch) {
-    return Rows<float>{memory + x.floats() + batch * tokens * stride, stride};
-  };
-  x.load(memory, parallel);
+  if (p.batch * tokens * params.out_channels == 0) return;
+  const LaunchPlan plan(p);
+  const InSharedArena<SharedMemory> shared(params);
+  shared->x.load(parallel);
 
   const int64_t head_work =
-      work(kParts * p.head_dim, problem.in_channels) + aggregation_work(p, kParts * p.head_dim);
-  const int64_t head_floats = Head::floats(problem, call);
+      max(1, kParts * p.head_dim * params.in_channels * tokens) + aggregation_work(p, kParts * p.head_dim);
   parallel(p.heads * p.batch, head_work, [&](int64_t begin, int64_t end) {
-    Carver carver{thread_scratch(head_floats)};
-    const Head worker(problem, call, carver);
-    worker.clear_border();
+    const auto context = in_thread_arena<HeadContext>(params, plan);
+    context.clear_border();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t head = unit / p.batch, batch = unit % p.batch;
-      if (unit == begin || batch == 0) worker.take_weights(head);
-      worker.project(x.of(memory, batch), unit + 1 < end ? worker.weights_of(head + 1) : Coming{});
-      worker.aggregate();
-      worker.attend(head, attended_of(batch));
+      if (unit == begin || batch == 0) context.take_weights(head);
+      context.project(shared->x.of(batch), unit + 1 < end ? context.weights_of(head + 1) : PrefetchRange{});
+      context.aggregate();
+      context.attend(head, shared->attended_of(batch));
     }
   });
 
-  const ProjectionWeights last{attended, problem.out_channels, problem.proj_weight, problem.proj_bias, false};
-  project_tokens(p.dtype, p.batch, tokens, last, attended_of, problem.out, parallel);
+  const ProjectionWeights last{attended, params.out_channels, params.proj_weight, params.proj_bias, false};
+  project_tokens(
+      p.dtype, p.batch, tokens, last, [&](int64_t b) { return shared->attended_of(b); }, params.out,
+      parallel);
 }
 
 }  // namespace effattn::cpu

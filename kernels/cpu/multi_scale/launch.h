@@ -1,9 +1,13 @@
-// A thread at work on strips of one group of channels, and what stays the same for a call. Shared by the
-// schedules of the multi-scale operators.
+// What stays the same for a call of a multi-scale operator, and what one of its threads works with.
 #pragma once
 
+#include "../channels_last/ukernels.h"
+#include "../core/arena.h"
+#include "../core/image.h"
+#include "../relu_linear_attention/plan.h"
+#include "../relu_linear_attention/ukernels.h"
 #include "plan.h"
-#include "../core/schedule.h"
+#include "ukernels.h"
 
 namespace effattn::cpu {
 
@@ -20,7 +24,7 @@ inline int64_t strip_rows(const MultiScaleParams& p) {
   return min(rows, max(1, p.height));
 }
 
-inline int64_t largest_border(const MultiScaleParams& p) {
+inline int64_t max_border(const MultiScaleParams& p) {
   int64_t border = 0;
   for (int s = 0; s < p.scales; ++s) border = max(border, p.kernels[s] / 2);
   return border;
@@ -36,35 +40,52 @@ inline ScaleWeights<Float> of_group(const ScaleWeights<Float>& w, int64_t kernel
           w.pointwise_bias == nullptr ? nullptr : w.pointwise_bias + c};
 }
 
-inline Image channels_from(const MultiScaleParams& p, const Image& image, int64_t batch, int64_t channel) {
-  return channels_from(p.dtype, image, batch, channel);
+inline ScaleWeights<const float> of_group(const MultiScaleParams& p, int branch, int64_t group) {
+  return of_group(p.weights[branch], p.kernels[branch], p.head_dim, group);
 }
 
+inline Image channels_from(const MultiScaleParams& p, const Image& image, int64_t batch, int64_t channel,
+                           int64_t token = 0) {
+  return channels_from(p.dtype, image, batch, channel, token);
+}
+
+// Whether an image can be read and written in place.
 inline bool is_plane(const MultiScaleParams& p, const Image& image) {
   return p.dtype == DType::kFloat32 && image.token_stride == 1;
 }
+inline Plane<float> plane_of(const Image& image) {
+  return {static_cast<float*>(image.data), image.channel_stride};
+}
 
-inline Operand operand(const Plane<float>& plane, int64_t token) {
+inline Operand operand(const Plane<float>& plane, int64_t token = 0) {
   return {plane.data + token, nullptr, 1, plane.stride};
 }
 
-// What stays the same for a call, whichever the thread.
-struct Call {
+inline int64_t aggregation_work(const MultiScaleParams& p, int64_t channels) {
+  int64_t work = 0;
+  for (int s = 0; s < p.scales; ++s) work += p.kernels[s] * p.kernels[s] + p.head_dim;
+  return max(1, channels * p.tokens() * work);
+}
+
+struct LaunchPlan {
   const MultiScaleParams& p;
-  const MultiScalePasses& passes;
-  const ReluLinearAttentionPasses& attention;  // of planes, in float
-  int64_t rows, strip, strip_stride, tile;
+  const MultiScaleUkernels& ukernels = multi_scale_ukernels();
+  const ChannelsLastUkernels& images = channels_last_ukernels();
+  const LinearAttentionUkernels& attention = linear_attention_table().of(DType::kFloat32);  // of planes
+  int64_t rows, strip, strip_stride, tile, ukernel_floats, attention_floats;
 
-  explicit Call(const MultiScaleParams& problem)
-      : p(problem),
-        passes(multi_scale_passes(active_isa())),
-        attention(relu_linear_attention_passes(active_isa(), DType::kFloat32)),
-        rows(strip_rows(problem)),
-        strip(rows * problem.width),
+  explicit LaunchPlan(const MultiScaleParams& params)
+      : p(params),
+        rows(strip_rows(p)),
+        strip(rows * p.width),
         strip_stride(row_stride(strip)),
-        tile(cpu::plan(heads_of(problem.tokens()), active_isa()).tile) {}
+        ukernel_floats(ukernels.scratch_floats(p, rows)) {
+    const ReluLinearAttentionPlan of_heads = cpu::plan(heads_of(p.tokens()), active_isa());
+    tile = of_heads.tile;
+    attention_floats = of_heads.scratch_floats;
+  }
 
-  // One head, or several of them, of `tokens` tokens.
+  // The attention of one head to `tokens` tokens.
   LinearAttentionParams heads_of(int64_t tokens) const {
     LinearAttentionParams heads{};
     heads.dtype = DType::kFloat32;
@@ -74,97 +95,76 @@ struct Call {
     heads.eps = p.eps;
     return heads;
   }
-  int64_t sums_size() const { return p.head_dim * (p.head_dim + 1); }
-  int64_t pass_floats() const { return round_up(passes.scratch_floats(p, rows), 16); }
-  int64_t attention_floats() const {
-    return round_up(attention.scratch_floats(p.head_dim, p.head_dim, tile), 16);
-  }
-  int64_t tile_floats() const { return p.head_dim * strip_stride; }
-  int64_t source_stride() const { return row_stride((rows + 2 * largest_border(p)) * p.width); }
-  int64_t plane_stride() const { return row_stride(p.tokens()); }
-  int64_t plane_floats() const { return p.head_dim * plane_stride(); }
+  int64_t kv_state_size() const { return p.head_dim * (p.head_dim + 1); }
 
-  // What a thread works in, the pieces of its Worker and those that the schedules below add.
-  int64_t worker_floats() const {
-    return pass_floats() + attention_floats() + p.head_dim * source_stride() + tile_floats() + 64;
+  // Planes of `channels` of a strip, and of a whole image.
+  Plane<float> strip_plane(Arena& arena) const {
+    return {arena.floats(p.head_dim * strip_stride), strip_stride};
   }
-  int64_t aggregate_floats() const { return worker_floats() + tile_floats() + 16; }
-  int64_t aggregate_backward_floats() const {
-    return worker_floats() + tile_floats() + 3 * plane_floats() + 64;
+  Plane<float> image_plane(int64_t channels, Arena& arena) const {
+    const int64_t stride = row_stride(p.tokens());
+    return {arena.floats(channels * stride), stride};
   }
-  int64_t attend_floats() const { return worker_floats() + 2 * tile_floats() + 32; }
-  int64_t attend_backward_floats() const {
-    return worker_floats() + 5 * tile_floats() + 10 * plane_floats() + 2 * sums_size() + 256;
-  }
-};
 
-// Pieces of a thread's memory, in order.
-struct Carver {
-  float* next;
-  float* floats(int64_t count) {
-    float* const piece = next;
-    next += round_up(count, 16);
-    return piece;
+  void load(const Image& image, int64_t tokens, int64_t channels, const Plane<float>& to) const {
+    images.load(p.dtype, transposed(image), channels, tokens, to);
+  }
+  void store(const Image& image, int64_t tokens, int64_t channels, const Plane<float>& from) const {
+    images.store(p.dtype, transposed(image), channels, tokens, from);
+  }
+
+  // Calls f(first row, rows, first token, tokens) for the strips of tokens [begin, end), which are whole
+  // rows.
+  template <class F>
+  void for_strips(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t at = begin; at < end; at += strip) {
+      const int64_t tokens = min(end, at + strip) - at;
+      f(at / p.width, tokens / p.width, at, tokens);
+    }
   }
 };
 
 // A thread at work on strips of one group of channels.
-struct Worker {
-  const Call& call;
-  float *pass_memory, *attention_memory, *source_memory;
-  Plane<float> mixed;
+struct ThreadContext {
+  const LaunchPlan& plan;
+  Arena ukernel_scratch, attention_scratch;
+  Plane<float> source, mixed;
 
-  Worker(const Call& c, Carver& memory)
-      : call(c),
-        pass_memory(memory.floats(c.pass_floats())),
-        attention_memory(memory.floats(c.attention_floats())),
-        source_memory(memory.floats(c.p.head_dim * c.source_stride())),
-        mixed{memory.floats(c.tile_floats()), c.strip_stride} {}
+  ThreadContext(const LaunchPlan& of_call, Arena& arena)
+      : plan(of_call),
+        ukernel_scratch(arena.part(plan.ukernel_floats)),
+        attention_scratch(arena.part(plan.attention_floats)),
+        source{nullptr, row_stride((plan.rows + 2 * max_border(plan.p)) * plan.p.width)},
+        mixed(plan.strip_plane(arena)) {
+    source.data = arena.floats(plan.p.head_dim * source.stride);
+  }
 
   // The channels of a group in float, as if from the image's first token on; those of the strip and of the
   // rows around it are there.
-  Plane<const float> source(const Image& image, int64_t first, int64_t strip_rows, int64_t border) const {
-    const MultiScaleParams& p = call.p;
-    if (is_plane(p, image)) return {static_cast<const float*>(image.data), image.channel_stride};
-    const int64_t from = max(0, first - border), to = min(p.height, first + strip_rows + border);
-    const Plane<float> plane{source_memory, call.source_stride()};
-    call.passes.load(p.dtype, image, from * p.width, (to - from) * p.width, p.head_dim, plane);
-    return {plane.data - from * p.width, plane.stride};
+  Plane<const float> source_of(const Image& image, int64_t first, int64_t rows, int64_t border) const {
+    const MultiScaleParams& p = plan.p;
+    if (is_plane(p, image)) return plane_of(image);
+    const int64_t from = max(0, first - border), to = min(p.height, first + rows + border);
+    plan.load(channels_from(p.dtype, image, 0, 0, from * p.width), (to - from) * p.width, p.head_dim, source);
+    return {source.data - from * p.width, source.stride};
   }
-  void convolve(int scale, int64_t group, const Plane<const float>& in, int64_t first, int64_t strip_rows,
+  void convolve(int branch, int64_t group, const Plane<const float>& in, int64_t first, int64_t rows,
                 const Plane<float>& to) const {
-    const MultiScaleParams& p = call.p;
-    call.passes.depthwise(p, p.kernels[scale],
-                          of_group(p.weights[scale], p.kernels[scale], p.head_dim, group), first, strip_rows,
-                          in, to, pass_memory);
+    const MultiScaleParams& p = plan.p;
+    plan.ukernels.depthwise(p, p.kernels[branch], of_group(p, branch, group), first, rows, in, to,
+                            ukernel_scratch);
   }
-  void mix(int scale, int64_t group, int64_t tokens, const Plane<float>& from, const Plane<float>& to) const {
-    const MultiScaleParams& p = call.p;
-    call.passes.pointwise(p, of_group(p.weights[scale], p.kernels[scale], p.head_dim, group), tokens,
-                          {from.data, from.stride}, to, pass_memory);
+  void mix(int branch, int64_t group, int64_t tokens, const Plane<float>& from,
+           const Plane<float>& to) const {
+    plan.ukernels.pointwise(plan.p, of_group(plan.p, branch, group), tokens, from, to, ukernel_scratch);
   }
-  void aggregate(int scale, int64_t batch, int64_t group, int64_t first, int64_t strip_rows,
+  void aggregate(int branch, int64_t batch, int64_t group, int64_t first, int64_t rows,
                  const Plane<float>& to) const {
-    const MultiScaleParams& p = call.p;
+    const MultiScaleParams& p = plan.p;
     const Image image = channels_from(p, p.qkv, batch, group * p.head_dim);
-    convolve(scale, group, source(image, first, strip_rows, p.kernels[scale] / 2), first, strip_rows, mixed);
-    mix(scale, group, strip_rows * p.width, mixed, to);
+    convolve(branch, group, source_of(image, first, rows, p.kernels[branch] / 2), first, rows, mixed);
+    mix(branch, group, rows * p.width, mixed, to);
   }
 };
-
-// Calls f(first row, rows) for the strips of tokens [begin, end), which are whole rows.
-template <class F>
-inline void for_strips(const Call& call, int64_t begin, int64_t end, const F& f) {
-  const int64_t width = call.p.width;
-  for (int64_t at = begin; at < end; at += call.strip) {
-    f(at / width, (min(end, at + call.strip) - at) / width);
-  }
-}
-
-inline int64_t aggregation_work(const MultiScaleParams& p, int64_t channels) {
-  int64_t work = 0;
-  for (int s = 0; s < p.scales; ++s) work += p.kernels[s] * p.kernels[s] + p.head_dim;
-  return max(1, channels * p.tokens() * work);
-}
 
 }  // namespace effattn::cpu

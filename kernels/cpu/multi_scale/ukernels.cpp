@@ -1,10 +1,8 @@
-// The passes of multi-scale aggregation over one group of channels; compiled once per instruction set.
+#include "ukernels.h"
+
 #include "../core/depthwise.h"
 #include "../core/dots.h"
-#include "../core/image_tile.h"
-#include "plan.h"
 #include "../core/product.h"
-#include "../core/scratch.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 namespace {
@@ -14,54 +12,33 @@ using Gradients = ScaleWeights<float>;
 using In = Plane<const float>;
 using Out = Plane<float>;
 
-int64_t largest_kernel(const MultiScaleParams& p) {
+int64_t scratch_floats(const MultiScaleParams& p, int64_t rows) {
   int64_t kernel = 1;
   for (int s = 0; s < p.scales; ++s) kernel = max(kernel, p.kernels[s]);
-  return kernel;
-}
-
-int64_t scratch_floats(const MultiScaleParams& p, int64_t rows) {
-  const int64_t kernel = largest_kernel(p), d = padded(p.head_dim);
+  const int64_t d = padded(p.head_dim);
   const int64_t pieces[] = {
       2 * PaddedRows::floats(rows + kernel - 1, p.width, kernel / 2),  // of the input and of a gradient
       kernel * kernel * (1 + kLanes),                                  // flipped weights; sums of lanes
       d * (p.head_dim + 16),                                           // transposed weights
   };
-  int64_t total = 4 * (Scratch::kAlignment + Scratch::kGap);
+  int64_t total = 4 * Arena::kMaxOverhead;
   for (const int64_t piece : pieces) total += piece;
   return total;
-}
-
-Scratch scratch_of(const MultiScaleParams& p, int64_t rows, float* memory) {
-  return {memory, scratch_floats(p, rows)};
-}
-
-// --- in and out ---------------------------------------------------------------------------------------
-
-void load_plane(DType dtype, const Image& image, int64_t token, int64_t tokens, int64_t channels,
-                const Out& to) {
-  load_image(dtype, image, token, tokens, channels, Tile{to.data, to.stride, true});
-}
-
-void store_plane(DType dtype, const Image& image, int64_t token, int64_t tokens, int64_t channels,
-                 const Out& from) {
-  store_image(dtype, image, token, tokens, channels, Tile{from.data, from.stride, true});
 }
 
 // --- forward --------------------------------------------------------------------------------------------
 
 float bias_of(const float* biases, int64_t channel) { return biases == nullptr ? 0.0f : biases[channel]; }
 
-void depthwise_pass(const MultiScaleParams& p, int64_t kernel, const Weights& scale, int64_t first,
-                    int64_t rows, const In& in, const Out& mixed, float* memory) {
-  Scratch scratch = scratch_of(p, rows, memory);
+void convolve(const MultiScaleParams& p, int64_t kernel, const Weights& branch, int64_t first, int64_t rows,
+              const In& in, const Out& mixed, Arena arena) {
   const int64_t border = kernel / 2, padded_rows = rows + 2 * border;
   const int64_t line_floats = PaddedRows::floats(padded_rows, p.width, border);
   // Two, one filled while the other is read: a load right behind the store of a part of it has to wait.
-  const PaddedRows lines[] = {{scratch.floats(line_floats), padded_rows, p.width, border},
-                              {scratch.floats(line_floats), padded_rows, p.width, border}};
+  const PaddedRows lines[] = {{arena.floats(line_floats), padded_rows, p.width, border},
+                              {arena.floats(line_floats), padded_rows, p.width, border}};
   const auto fill = [&](int64_t c) {
-    lines[c % 2].fill(in.data + c * in.stride, first - border, padded_rows, p.height, p.width);
+    lines[c % 2].fill(in.row(c), first - border, padded_rows, p.height, p.width);
   };
   fill(0);
   for (int64_t c = 0; c < p.head_dim; ++c) {
@@ -69,8 +46,8 @@ void depthwise_pass(const MultiScaleParams& p, int64_t kernel, const Weights& sc
     float* const row = mixed.data + c * mixed.stride;
     // Products take whole vectors; what memory happens to hold there may be subnormal, and very slow.
     store(row + rows * p.width, Vec{});
-    depthwise<false>(kernel, rows, row, p.width, lines[c % 2], scale.depthwise + c * kernel * kernel,
-                     bias_of(scale.depthwise_bias, c), p.width);
+    depthwise<false>(kernel, rows, row, p.width, lines[c % 2], branch.depthwise + c * kernel * kernel,
+                     bias_of(branch.depthwise_bias, c), p.width);
   }
 }
 
@@ -84,28 +61,24 @@ void with_edge(float* out, int64_t row_stride, const float* biases, const F& f) 
   }
 }
 
-void pointwise_pass(const MultiScaleParams& p, const Weights& scale, int64_t tokens, const In& mixed,
-                    const Out& out, float* memory) {
-  Scratch scratch = scratch_of(p, 0, memory);
+void pointwise(const MultiScaleParams& p, const Weights& branch, int64_t tokens, const In& mixed,
+               const Out& out, Arena arena) {
   const int64_t d = p.head_dim;
-  const Tile by_input = scratch.tile(d, d, false);  // a row an input: a step's scalars lie side by side
-  load_tile<false>(by_input, Place<const float>{scale.pointwise, 1, d}, d, d);
+  const Tile by_input = tile(arena, d, d, false);  // a row an input: a step's scalars lie side by side
+  load_tile<false>(by_input, Place<const float>{branch.pointwise, 1, d}, d, d);
   const RowsAdjacent weights{by_input.data, by_input.row_stride};
   const Vectors<> vectors{mixed.data, mixed.stride};
-  with_edge(out.data, out.stride, scale.pointwise_bias, [&](const auto& edge) {
-    Fetch fetch;
-    product(d, tokens, weights, vectors, d, edge, fetch);
-  });
+  with_edge(out.data, out.stride, branch.pointwise_bias,
+            [&](const auto& edge) { product(d, tokens, weights, vectors, d, edge); });
 }
 
 // --- backward -------------------------------------------------------------------------------------------
 
-void pointwise_backward(const MultiScaleParams& p, const Weights& scale, const Gradients& gradients,
-                        int64_t tokens, const In& mixed, const In& grad_out, const Out& grad_mixed, float*) {
+void pointwise_backward(const MultiScaleParams& p, const Weights& branch, const Gradients& gradients,
+                        int64_t tokens, const In& mixed, const In& grad_out, const Out& grad_mixed) {
   const int64_t d = p.head_dim;
-  Fetch fetch;
-  product(d, tokens, RowsAdjacent{scale.pointwise, d}, Vectors<>{grad_out.data, grad_out.stride}, d,
-          WriteTo{grad_mixed.data, grad_mixed.stride}, fetch);
+  product(d, tokens, RowsAdjacent{branch.pointwise, d}, Vectors<>{grad_out.data, grad_out.stride}, d,
+          WriteTo{grad_mixed.data, grad_mixed.stride});
   dot_rows(gradients.pointwise, d, grad_out, mixed, d, d, tokens);
   if (gradients.pointwise_bias != nullptr) {
     for (int64_t c = 0; c < d; ++c) {
@@ -114,22 +87,21 @@ void pointwise_backward(const MultiScaleParams& p, const Weights& scale, const G
   }
 }
 
-void depthwise_backward(const MultiScaleParams& p, int64_t kernel, int64_t rows_at_once, const Weights& scale,
-                        const Gradients& gradients, const In& in, const In& grad_mixed, const Out& grad_in,
-                        float* memory) {
-  Scratch scratch = scratch_of(p, rows_at_once, memory);
+void depthwise_backward(const MultiScaleParams& p, int64_t kernel, int64_t rows_at_once,
+                        const Weights& branch, const Gradients& gradients, const In& in, const In& grad_mixed,
+                        const Out& grad_in, Arena arena) {
   const int64_t border = kernel / 2, size = kernel * kernel, padded_rows = rows_at_once + 2 * border;
   const int64_t line_floats = PaddedRows::floats(padded_rows, p.width, border);
-  const PaddedRows inputs(scratch.floats(line_floats), padded_rows, p.width, border);
-  const PaddedRows grads(scratch.floats(line_floats), padded_rows, p.width, border);
-  float* const flipped = scratch.floats(size);
-  Vec* const sums = reinterpret_cast<Vec*>(scratch.floats(size * kLanes));
+  const PaddedRows inputs(arena.floats(line_floats), padded_rows, p.width, border);
+  const PaddedRows grads(arena.floats(line_floats), padded_rows, p.width, border);
+  float* const flipped = arena.floats(size);
+  Vec* const sums = reinterpret_cast<Vec*>(arena.floats(size * kLanes));
   for (int64_t c = 0; c < p.head_dim; ++c) {
     for (int64_t i = 0; i < size; ++i) {
-      flipped[i] = scale.depthwise[c * size + size - 1 - i];
+      flipped[i] = branch.depthwise[c * size + size - 1 - i];
       sums[i] = Vec{};
     }
-    const float* const in_plane = in.data + c * in.stride;
+    const float* const in_plane = in.row(c);
     const float* const grad_plane = grad_mixed.data + c * grad_mixed.stride;
     for (int64_t first = 0; first < p.height; first += rows_at_once) {
       const int64_t rows = min(rows_at_once, p.height - first);
@@ -146,11 +118,11 @@ void depthwise_backward(const MultiScaleParams& p, int64_t kernel, int64_t rows_
   }
 }
 
-constexpr MultiScalePasses kPasses = {scratch_floats, load_plane,         store_plane,       depthwise_pass,
-                                      pointwise_pass, pointwise_backward, depthwise_backward};
+constexpr MultiScaleUkernels kUkernels = {scratch_floats, convolve, pointwise, pointwise_backward,
+                                          depthwise_backward};
 
 }  // namespace
 
-const MultiScalePasses& multi_scale_passes() { return kPasses; }
+const MultiScaleUkernels& multi_scale_ukernels() { return kUkernels; }
 
 }  // namespace effattn::cpu::EFFATTN_ISA

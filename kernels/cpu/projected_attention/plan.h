@@ -1,15 +1,15 @@
-// Softmax attention as a module's inference: from an image to an image.
+// Biased attention with its projections, for inference: from an image to an image.
 //
-//   [q | k | v] = 1x1(x)    out = softmax attention (softmax_attention.h)
+//   [q | k | v] = 1x1(x)    out = softmax(softmax_scale q k^T + bias) v
 //
-// then, of EfficientFormerV2, a depthwise convolution of v is added to out, which is enlarged bilinearly and
+// then, of EfficientFormerV2, a depthwise convolution of v is added to out, which is upsampled bilinearly and
 // goes through an activation; then a 1x1 convolution. A depthwise convolution with a stride of two may halve
 // the image before all this; or that of the queries alone, and the convolution of v then has such a stride
 // too.
 #pragma once
 
-#include "../core/parallel.h"
 #include "../channels_last/projection.h"
+#include "../core/parallel.h"
 #include "../softmax_attention/ukernels.h"
 
 namespace effattn::cpu {
@@ -28,7 +28,7 @@ struct Depthwise {
   const float* taps_of(int64_t channel) const { return taps + channel * kernel * kernel; }
 };
 
-struct ProjectedAttention {
+struct ProjectedAttentionParams {
   DType dtype;
   int64_t batch, channels;
   // Of x; of the keys and of the queries, as large as x or half, rounded up; of out, as the queries' or
@@ -54,6 +54,6 @@ struct ProjectedAttention {
   int64_t first_value() const { return round_up(first_key() + keys(), kPackedOutputs); }
 };
 
-void projected_attention(const ProjectedAttention& problem, const Parallel& parallel);
+void projected_attention(const ProjectedAttentionParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu

@@ -1,7 +1,6 @@
-// The plan, and which passes a call runs.
 #include "plan.h"
 
-#include "../core/schedule.h"
+#include "ukernels.h"
 
 namespace effattn::cpu {
 namespace {
@@ -32,11 +31,21 @@ LinearAttentionParams with_leads_merged(LinearAttentionParams p) {
   return p;
 }
 
-Schedule schedule(const LinearAttentionParams& p, const ReluLinearAttentionPlan& plan, int64_t reduced_tokens,
-                  int64_t used_tokens) {
-  const int64_t work = (reduced_tokens + used_tokens + 1) * (p.head_dim + 1) * (p.value_dim + 1);
-  return {p.groups, reduced_tokens, used_tokens, plan.chunk, p.sums_size(), plan.scratch_floats, work};
-}
+struct LaunchPlan {
+  const LinearAttentionParams p;
+  const LinearAttentionUkernels& ukernels;
+  const ReluLinearAttentionPlan plan;
+
+  explicit LaunchPlan(const LinearAttentionParams& params)
+      : p(with_leads_merged(params)),
+        ukernels(linear_attention_table().of(p.dtype)),
+        plan(cpu::plan(p, active_isa())) {}
+
+  Schedule schedule(int64_t reduced_tokens, int64_t used_tokens) const {
+    const int64_t work = (reduced_tokens + used_tokens + 1) * (p.head_dim + 1) * (p.value_dim + 1);
+    return {p.groups, reduced_tokens, used_tokens, plan.chunk, p.kv_state_size(), plan.scratch_floats, work};
+  }
+};
 
 }  // namespace
 
@@ -47,9 +56,8 @@ ReluLinearAttentionPlan plan(const LinearAttentionParams& p, Isa isa) {
   plan.tile = max(plan.tile, lanes);
   plan.tile = min(plan.tile, max(1, ceil_div(max(p.queries, p.keys), lanes)) * lanes);
   plan.chunk = kChunk;
-  plan.scratch_floats =
-      relu_linear_attention_passes(isa, p.dtype).scratch_floats(p.head_dim, p.value_dim, plan.tile);
-  plan.partial_floats = p.groups * ceil_div(max(p.queries, p.keys), plan.chunk) * p.sums_size();
+  plan.scratch_floats = linear_attention_table(isa).scratch_floats(p.head_dim, p.value_dim, plan.tile);
+  plan.partial_floats = p.groups * ceil_div(max(p.queries, p.keys), plan.chunk) * p.kv_state_size();
   const int64_t matrix = p.head_dim * (p.value_dim + 1);
   plan.flops_forward = 2 * p.groups * (p.queries + p.keys) * matrix;
   plan.flops_backward = 2 * plan.flops_forward;
@@ -61,46 +69,32 @@ ReluLinearAttentionPlan plan(const LinearAttentionParams& p, Isa isa) {
   return plan;
 }
 
-void forward(const LinearAttentionParams& problem, float* sums, const Parallel& parallel) {
-  if (sums == nullptr && (problem.queries == 0 || problem.value_dim == 0)) return;
-  const LinearAttentionParams p = with_leads_merged(problem);
-  const Isa isa = active_isa();
-  const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
-  const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
+void forward(const LinearAttentionParams& params, float* kv_state, const Parallel& parallel) {
+  if (kv_state == nullptr && (params.queries == 0 || params.value_dim == 0)) return;
+  const LaunchPlan launch(params);
+  const LinearAttentionParams& p = launch.p;
   reduce_then_use(
-      schedule(p, plan, p.keys, p.queries), sums, parallel,
-      [&](const Range& range, float* part, float* scratch) {
-        passes.sum_keys(p, range, plan.tile, part, scratch);
+      launch.schedule(p.keys, p.queries), kv_state, parallel,
+      [&](const Range& range, float* part, const Arena& scratch) {
+        launch.ukernels.reduce_keys(p, range, launch.plan.tile, part, scratch);
       },
-      [&](const Range& range, const float* total, float* scratch) {
-        passes.apply_queries(p, range, plan.tile, total, scratch);
+      [&](const Range& range, const float* total, const Arena& scratch) {
+        launch.ukernels.apply_queries(p, range, launch.plan.tile, total, scratch);
       });
 }
 
-void backward(const LinearAttentionParams& problem, const float* sums, const Parallel& parallel) {
-  const LinearAttentionParams p = with_leads_merged(problem);
-  const Isa isa = active_isa();
-  const ReluLinearAttentionPasses& passes = relu_linear_attention_passes(isa, p.dtype);
-  const ReluLinearAttentionPlan plan = cpu::plan(p, isa);
+void backward(const LinearAttentionParams& params, const float* kv_state, const Parallel& parallel) {
+  const LaunchPlan launch(params);
+  const LinearAttentionParams& p = launch.p;
   reduce_then_use(
-      schedule(p, plan, p.queries, p.keys), nullptr, parallel,
-      [&](const Range& range, float* part, float* scratch) {
-        passes.grad_queries(p, range, plan.tile, sums + range.group * p.sums_size(), part, scratch);
+      launch.schedule(p.queries, p.keys), nullptr, parallel,
+      [&](const Range& range, float* part, const Arena& scratch) {
+        const float* const own = kv_state + range.group * p.kv_state_size();
+        launch.ukernels.grad_queries(p, range, launch.plan.tile, own, part, scratch);
       },
-      [&](const Range& range, const float* total, float* scratch) {
-        passes.grad_keys(p, range, plan.tile, total, scratch);
+      [&](const Range& range, const float* total, const Arena& scratch) {
+        launch.ukernels.grad_keys(p, range, launch.plan.tile, total, scratch);
       });
-}
-
-const ReluLinearAttentionPasses& relu_linear_attention_passes(Isa isa, DType dtype) {
-  switch (isa) {
-#define EFFATTN_ROW(name, lanes) \
-  case Isa::name:                \
-    return name::relu_linear_attention_passes(dtype);
-    EFFATTN_ISA_LIST(EFFATTN_ROW)
-#undef EFFATTN_ROW
-  }
-  __builtin_unreachable();
 }
 
 }  // namespace effattn::cpu

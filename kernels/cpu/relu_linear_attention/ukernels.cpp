@@ -1,23 +1,22 @@
-// The four passes of ReLU linear attention over cache-sized tiles; compiled once per instruction set.
+// The micro-kernels of ReLU linear attention over cache-sized tiles.
 //
-// Each pass that writes tensors follows the memory order of q or of k: channel-major (tokens contiguous, what
-// a 1x1 convolution on NCHW leaves) computes with tokens in the lanes, token-major with channels in the
-// lanes. Sums over tokens have the channels of q and k in the lanes and take the other factor as scalars, so
-// that v can be read where it lies.
+// Each that writes tensors follows the memory order of q or of k: channel-major (tokens contiguous, what a
+// 1x1 convolution on NCHW leaves) computes with tokens in the lanes, token-major with channels in the lanes.
+// Sums over tokens have the channels of q and k in the lanes and take the other factor as scalars, so that v
+// is read in place.
+#include "ukernels.h"
+
 #include <type_traits>
 
-#include "../core/prefetch.h"
 #include "../core/product.h"
-#include "plan.h"
-#include "../core/scratch.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 namespace {
 
-using Problem = LinearAttentionParams;
+using Params = LinearAttentionParams;
 
 template <class T>
-Place<T> place(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
+Place<T> place(const Params& p, const Operand& operand, int64_t group, int64_t token) {
   int64_t offset = token * operand.token_stride;
   int i = p.lead_rank - 1;
   for (; i > 0; --i) {
@@ -29,7 +28,7 @@ Place<T> place(const Problem& p, const Operand& operand, int64_t group, int64_t 
 }
 
 template <class T>
-Place<const T> source(const Problem& p, const Operand& operand, int64_t group, int64_t token) {
+Place<const T> source(const Params& p, const Operand& operand, int64_t group, int64_t token) {
   const Place<T> at = place<T>(p, operand, group, token);
   return {at.data, at.token_stride, at.channel_stride};
 }
@@ -42,32 +41,27 @@ int64_t scratch_floats(int64_t head_dim, int64_t value_dim, int64_t tile) {
   const int64_t d = round_up(head_dim, 16), dv = round_up(value_dim, 16), t = round_up(tile, 16);
   const int64_t matrices = 2 * (value_dim + 1) * d + head_dim * dv;
   const int64_t tiles = (3 * (d + dv)) * (t + 16);
-  constexpr int64_t kPieces = 12;  // more than any pass takes
-  return matrices + tiles + 4 * t + kPieces * (Scratch::kAlignment + Scratch::kGap);
+  constexpr int64_t kMaxPieces = 12;
+  return matrices + tiles + 4 * t + kMaxPieces * Arena::kMaxOverhead;
 }
 
-Scratch scratch_of(const Problem& p, int64_t tile_tokens, float* memory) {
-  return {memory, scratch_floats(p.head_dim, p.value_dim, tile_tokens)};
-}
+// --- the state, in scratch --------------------------------------------------------------------------
 
-// --- the sums, in scratch ---------------------------------------------------------------------------
-
-// S^T and z, a row a channel of v and z in the last one; rows padded to whole vectors, with zeros. Passes
-// hand sums to each other in the dense form (value_dim + 1, head_dim), which serves as it is if nothing is
-// padded.
-struct Sums {
+// S^T, a row a channel of v, and z in the last row; rows padded to whole vectors, with zeros. Between
+// micro-kernels the state is dense, (value_dim + 1, head_dim), and used in place if nothing is padded.
+struct KvState {
   float* matrix;
   int64_t stride;
   int64_t head_dim, value_dim;
   float* dense;
 
-  Sums(Scratch& scratch, const Problem& p, float* dense_form)
+  KvState(Arena& arena, const Params& p, float* dense_form)
       : stride(padded(p.head_dim)), head_dim(p.head_dim), value_dim(p.value_dim), dense(dense_form) {
-    matrix = stride == head_dim ? dense : scratch.floats((value_dim + 1) * stride);
+    matrix = stride == head_dim ? dense : arena.floats((value_dim + 1) * stride);
   }
   // To be read only.
-  Sums(Scratch& scratch, const Problem& p, const float* dense_form)
-      : Sums(scratch, p, const_cast<float*>(dense_form)) {
+  KvState(Arena& arena, const Params& p, const float* dense_form)
+      : KvState(arena, p, const_cast<float*>(dense_form)) {
     if (matrix != dense) copy_rows(matrix, stride, dense, head_dim);
   }
 
@@ -75,7 +69,7 @@ struct Sums {
   void clear() const {
     for (int64_t i = 0; i < (value_dim + 1) * stride; i += kLanes) store(matrix + i, Vec{});
   }
-  // Carries what was summed up into the dense form.
+  // Writes the dense form.
   void finish() const {
     if (matrix != dense) copy_rows(dense, head_dim, matrix, stride);
   }
@@ -93,16 +87,16 @@ struct Sums {
 
 // S^T += a b over `tokens`, z stays: a(channel of v, token) as scalars, b a token-major tile of head_dim.
 template <class Scalars>
-void accumulate(const Sums& sums, Scalars a, const Tile& b, int64_t tokens, Fetch& fetch) {
-  product(sums.value_dim, sums.head_dim, a, Vectors<>{b.data, b.row_stride}, tokens,
-          AddTo{sums.matrix, sums.stride}, fetch);
+void accumulate(const KvState& state, Scalars a, const Tile& b, int64_t tokens, PrefetchQueue& prefetch) {
+  product(state.value_dim, state.head_dim, a, Vectors<>{b.data, b.row_stride}, tokens,
+          AddTo{state.matrix, state.stride}, prefetch);
 }
 
 // z += sum over tokens of b * weight, for a token-major tile.
 template <class Weight>
-void accumulate_normaliser(const Sums& sums, const Tile& b, int64_t tokens, const Weight& weight) {
+void accumulate_normaliser(const KvState& state, const Tile& b, int64_t tokens, const Weight& weight) {
   constexpr int kChains = 4;  // hide the latency of an addition
-  for (int64_t d = 0; d < sums.head_dim; d += kLanes) {
+  for (int64_t d = 0; d < state.head_dim; d += kLanes) {
     Vec totals[kChains] = {};
     const float* column = b.data + d;
     int64_t t = 0;
@@ -111,7 +105,7 @@ void accumulate_normaliser(const Sums& sums, const Tile& b, int64_t tokens, cons
       for (int i = 0; i < kChains; ++i) totals[i] += weight(t + i) * load(column + i * b.row_stride);
     }
     for (; t < tokens; ++t, column += b.row_stride) totals[0] += weight(t) * load(column);
-    float* const z = sums.z() + d;
+    float* const z = state.z() + d;
     store(z, load(z) + ((totals[0] + totals[1]) + (totals[2] + totals[3])));
   }
 }
@@ -171,7 +165,7 @@ void dot_channels(float* out, const Tile& a, const Other& other, int64_t tokens,
   if (a.channel_major) {
     dot_tokens(out, Vectors<>{a.data, a.row_stride}, other, tokens, channels);
   } else {
-    // A vector of lane sums a token; then kLanes tokens are added up at once. Padding is left out: a product
+    // A vector of lane state a token; then kLanes tokens are added up at once. Padding is left out: a product
     // with an infinite gradient leaves NaN there.
     Vec lane_sums[kLanes];
     for (int64_t t = 0; t < tokens; t += kLanes) {
@@ -204,39 +198,39 @@ void invert(float* dots, float eps, int64_t tokens) {
 
 // --- products over channels ---------------------------------------------------------------------------
 
-// Rounds a product to T and writes it, after `Last` has had its say: Last::at(row, col) gives the initial
-// vectors of a row and what is to be done to its results.
-template <class T, class Last>
+// Rounds a product to T and writes it. Epilogue::at(row, col) gives the initial vectors of a row and what is
+// done to its results.
+template <class T, class Epilogue>
 struct StoreTo {
   T* data;
   int64_t row_stride;
   int64_t cols;
-  Last last;
+  Epilogue epilogue;
 
   struct Row : RowPointer<T> {
-    typename Last::Row last;
+    typename Epilogue::Row epilogue;
     int64_t cols;  // from here on
-    EFFATTN_INLINE Vec start(int v) const { return last.start(v); }
+    EFFATTN_INLINE Vec start(int v) const { return epilogue.start(v); }
     template <bool Whole>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
       if constexpr (Whole) {
-        store(this->at + v * kLanes, last(v, acc));
+        store(this->at + v * kLanes, epilogue(v, acc));
       } else {
-        store_first(this->at + v * kLanes, last(v, acc), cols - v * kLanes);
+        store_first(this->at + v * kLanes, epilogue(v, acc), cols - v * kLanes);
       }
     }
     EFFATTN_INLINE void next_row() {
       RowPointer<T>::next_row();
-      last.next_row();
+      epilogue.next_row();
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, last.at(row, col), cols - col};
+    return {{data + row * row_stride + col, row_stride}, epilogue.at(row, col), cols - col};
   }
   EFFATTN_INLINE bool whole(int64_t end) const { return end <= cols; }
 };
 
-struct AsItIs {
+struct NoEpilogue {
   struct Row {
     EFFATTN_INLINE Vec start(int) const { return Vec{}; }
     EFFATTN_INLINE Vec operator()(int, Vec acc) const { return acc; }
@@ -248,19 +242,19 @@ struct AsItIs {
 // Times a factor per token.
 template <bool ChannelMajor>
 struct Scaled {
-  const float* scale;
+  const float* token_scale;
 
   struct Row {
-    const float* scale;
+    const float* token_scale;
     EFFATTN_INLINE Vec start(int) const { return Vec{}; }
     EFFATTN_INLINE Vec operator()(int v, Vec acc) const {
-      return acc * (ChannelMajor ? load(scale + v * kLanes) : broadcast(*scale));
+      return acc * (ChannelMajor ? load(token_scale + v * kLanes) : broadcast(*token_scale));
     }
     EFFATTN_INLINE void next_row() {
-      if constexpr (!ChannelMajor) ++scale;
+      if constexpr (!ChannelMajor) ++token_scale;
     }
   };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const { return {scale + (ChannelMajor ? col : row)}; }
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const { return {token_scale + (ChannelMajor ? col : row)}; }
 };
 
 // Starts at z (one per output channel), drops what relu gated.
@@ -287,8 +281,9 @@ struct Gated {
   }
 };
 
-// Calls write(data, row_stride, cols) to have a block written in the pass's order: straight into the tensor,
-// or into the tile `detour` where the tensor's order is another: grad_v, if v's differs from k's.
+// Calls write(data, row_stride, cols) to have a block written in the micro-kernel's order: straight into the
+// tensor, or by way of the tile `detour` where the tensor's order is another: grad_v, if v's differs from
+// k's.
 template <bool ChannelMajor, class T, class Write>
 void write_block(Place<T> to, const Tile& detour, int64_t tokens, int64_t channels, const Write& write) {
   const int64_t cols = ChannelMajor ? tokens : channels;
@@ -308,15 +303,15 @@ struct Mixer {
 };
 
 // From channels of v to those of k: multiplies with S.
-Mixer to_key_channels(const Sums& sums) {
-  return {RowsAdjacent{sums.matrix, sums.stride}, Vectors<>{sums.matrix, sums.stride}};
+Mixer to_key_channels(const KvState& state) {
+  return {RowsAdjacent{state.matrix, state.stride}, Vectors<>{state.matrix, state.stride}};
 }
 
 // From channels of k to those of v: multiplies with S^T.
-Mixer to_value_channels(const Sums& sums, Scratch& scratch) {
-  const Tile transposed = scratch.tile(sums.head_dim, sums.value_dim, false);
-  load_tile<false>(transposed, Place<const float>{sums.matrix, 1, sums.stride}, sums.head_dim,
-                   sums.value_dim);
+Mixer to_value_channels(const KvState& state, Arena& arena) {
+  const Tile transposed = tile(arena, state.head_dim, state.value_dim, false);
+  load_tile<false>(transposed, Place<const float>{state.matrix, 1, state.stride}, state.head_dim,
+                   state.value_dim);
   return {RowsAdjacent{transposed.data, transposed.row_stride},
           Vectors<>{transposed.data, transposed.row_stride}};
 }
@@ -324,34 +319,34 @@ Mixer to_value_channels(const Sums& sums, Scratch& scratch) {
 // edge(t, i) = sum_j tile(t, j) * matrix(j, i)
 template <bool ChannelMajor, class Edge>
 void mix_channels(const Tile& tile, const Mixer& matrix, int64_t tokens, int64_t inputs, int64_t outputs,
-                  const Edge& edge, Fetch& fetch) {
+                  const Edge& edge, PrefetchQueue& prefetch) {
   if constexpr (ChannelMajor) {
-    product(outputs, tokens, matrix.by_output, Vectors<>{tile.data, tile.row_stride}, inputs, edge, fetch);
+    product(outputs, tokens, matrix.by_output, Vectors<>{tile.data, tile.row_stride}, inputs, edge, prefetch);
   } else {
     product(tokens, outputs, StepsAdjacent<false>{tile.data, tile.row_stride}, matrix.by_input, inputs, edge,
-            fetch);
+            prefetch);
   }
 }
 
 // The same into a tensor.
-template <bool ChannelMajor, class T, class Last>
+template <bool ChannelMajor, class T, class Epilogue>
 void mix_into(Place<T> to, const Tile& detour, const Tile& tile, const Mixer& matrix, int64_t tokens,
-              int64_t inputs, int64_t outputs, const Last& last, Fetch& fetch) {
+              int64_t inputs, int64_t outputs, const Epilogue& epilogue, PrefetchQueue& prefetch) {
   write_block<ChannelMajor>(to, detour, tokens, outputs, [&](auto* data, int64_t row_stride, int64_t cols) {
     using Out = std::remove_pointer_t<decltype(data)>;
     mix_channels<ChannelMajor>(tile, matrix, tokens, inputs, outputs,
-                               StoreTo<Out, Last>{data, row_stride, cols, last}, fetch);
+                               StoreTo<Out, Epilogue>{data, row_stride, cols, epilogue}, prefetch);
   });
 }
 
-// --- where vectors can be read where they lie --------------------------------------------------------------
+// --- vectors read in place ---------------------------------------------------------------------------------
 
 // 16-bit types are converted once, into a tile; a product would convert them for every block of rows.
 template <class T, bool ChannelMajor>
 constexpr bool kInPlace = ChannelMajor && sizeof(T) == sizeof(float);
 
-// Whether a channel-major pass can do without tiles: tokens are contiguous in all `places`, and there is at
-// least a vector of them.
+// Whether a channel-major micro-kernel can do without tiles: tokens are contiguous in all `places`, and there
+// is at least a vector of them.
 template <class... Places>
 bool reads_in_place(int64_t tokens, const Places&... places) {
   return tokens >= kLanes && ((places.token_stride == 1) && ...);
@@ -362,123 +357,122 @@ Vectors<T, Relu> in_place(const Place<const T>& from, int64_t offset) {
   return {from.data + offset, from.channel_stride};
 }
 
-template <class T, class Rows, class Last>
+template <class T, class Rows, class Epilogue>
 void mix_in_place(Place<T> to, int64_t offset, const Rows& rows, const Mixer& matrix, int64_t tokens,
-                  int64_t inputs, int64_t outputs, const Last& last, Fetch& fetch) {
+                  int64_t inputs, int64_t outputs, const Epilogue& epilogue, PrefetchQueue& prefetch) {
   product(outputs, tokens, matrix.by_output, rows, inputs,
-          StoreTo<T, Last>{to.data + offset, to.channel_stride, tokens, last}, fetch);
+          StoreTo<T, Epilogue>{to.data + offset, to.channel_stride, tokens, epilogue}, prefetch);
 }
 
-// --- what to fetch ahead ------------------------------------------------------------------------------
+// --- prefetch -----------------------------------------------------------------------------------------
 
-// The tensors that a pass reads or writes and how many channels they have; whether its tokens are keys, and
-// whether it reduces them to sums or uses sums.
-struct Traffic {
+// The tensors that a micro-kernel reads or writes and how many channels they have; whether its tokens are
+// keys, and whether it reduces them to a state or uses one.
+struct PrefetchTensors {
   bool keys, reduces;
   struct {
-    Operand Problem::* operand;
-    int64_t Problem::* channels;
-  } tensors[Fetch::kMaxBlocks];
+    Operand Params::* operand;
+    int64_t Params::* channels;
+  } operands[PrefetchQueue::kMaxBlocks];
 };
-constexpr Traffic kSumKeys{
-    true, true, {{&Problem::k, &Problem::head_dim}, {&Problem::v, &Problem::value_dim}}};
-constexpr Traffic kApplyQueries{
-    false, false, {{&Problem::q, &Problem::head_dim}, {&Problem::out, &Problem::value_dim}}};
-constexpr Traffic kGradQueries{false,
-                               true,
-                               {{&Problem::q, &Problem::head_dim},
-                                {&Problem::grad_out, &Problem::value_dim},
-                                {&Problem::grad_q, &Problem::head_dim}}};
-constexpr Traffic kGradKeys{true,
-                            false,
-                            {{&Problem::k, &Problem::head_dim},
-                             {&Problem::v, &Problem::value_dim},
-                             {&Problem::grad_k, &Problem::head_dim},
-                             {&Problem::grad_v, &Problem::value_dim}}};
+constexpr PrefetchTensors kReduceKeys{
+    true, true, {{&Params::k, &Params::head_dim}, {&Params::v, &Params::value_dim}}};
+constexpr PrefetchTensors kApplyQueries{
+    false, false, {{&Params::q, &Params::head_dim}, {&Params::out, &Params::value_dim}}};
+constexpr PrefetchTensors kGradQueries{false,
+                                       true,
+                                       {{&Params::q, &Params::head_dim},
+                                        {&Params::grad_out, &Params::value_dim},
+                                        {&Params::grad_q, &Params::head_dim}}};
+constexpr PrefetchTensors kGradKeys{true,
+                                    false,
+                                    {{&Params::k, &Params::head_dim},
+                                     {&Params::v, &Params::value_dim},
+                                     {&Params::grad_k, &Params::head_dim},
+                                     {&Params::grad_v, &Params::value_dim}}};
 
 // The next tile of this range, or behind its last one the first tile of what the thread does next.
 template <class T>
-Fetch fetch_ahead(const Problem& p, const Traffic& pass, const Traffic& other_pass, const Range& range,
-                  int64_t at, int64_t tile_tokens) {
-  Fetch fetch;
-  const auto add_tile = [&](const Traffic& traffic, int64_t group, int64_t token, int64_t end) {
-    for (const auto& [operand, channels] : traffic.tensors) {
+PrefetchQueue prefetch_next(const Params& p, const PrefetchTensors& own, const PrefetchTensors& other,
+                            const Range& range, int64_t at, int64_t tile_tokens) {
+  PrefetchQueue prefetch;
+  const auto add_tile = [&](const PrefetchTensors& tensors, int64_t group, int64_t token, int64_t end) {
+    for (const auto& [operand, channels] : tensors.operands) {
       if (operand == nullptr) break;
-      fetch.add(place<T>(p, p.*operand, group, token), min(tile_tokens, end - token), p.*channels);
+      prefetch.add(place<T>(p, p.*operand, group, token), min(tile_tokens, end - token), p.*channels);
     }
   };
   if (at < range.end) {
-    add_tile(pass, range.group, at, range.end);
+    add_tile(own, range.group, at, range.end);
   } else if (range.next != Range::Next::kNothing) {
-    const Traffic& next = (range.next == Range::Next::kReduce) == pass.reduces ? pass : other_pass;
+    const PrefetchTensors& next = (range.next == Range::Next::kReduce) == own.reduces ? own : other;
     add_tile(next, range.next_group, range.next_begin, next.keys ? p.keys : p.queries);
   }
-  return fetch;
+  return prefetch;
 }
 
-// --- the passes ---------------------------------------------------------------------------------------
+// --- the micro-kernels
+// ---------------------------------------------------------------------------------------
 
 template <class T>
-void sum_keys(const Problem& p, const Range& range, int64_t tile_tokens, float* dense_sums,
-              float* scratch_memory) {
-  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
-  const Sums sums(scratch, p, dense_sums);
-  sums.clear();
-  const Tile k = scratch.tile(tile_tokens, p.head_dim, false);
-  const Tile v = scratch.tile(tile_tokens, p.value_dim, is_channel_major(p.v));
+void reduce_keys(const Params& p, const Range& range, int64_t tile_tokens, float* kv_state, Arena arena) {
+  const KvState state(arena, p, kv_state);
+  state.clear();
+  const Tile k = tile(arena, tile_tokens, p.head_dim, false);
+  const Tile v = tile(arena, tile_tokens, p.value_dim, is_channel_major(p.v));
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from_k = source<T>(p, p.k, range.group, at),
                          from_v = source<T>(p, p.v, range.group, at);
-    Fetch fetch = fetch_ahead<T>(p, kSumKeys, kApplyQueries, range, at + tokens, tile_tokens);
+    PrefetchQueue prefetch = prefetch_next<T>(p, kReduceKeys, kApplyQueries, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     with_scalars(v, from_v, tokens, p.value_dim,
-                 [&](const auto& scalars) { accumulate(sums, scalars, k, tokens, fetch); });
-    accumulate_normaliser(sums, k, tokens, [](int64_t) { return 1.0f; });
+                 [&](const auto& scalars) { accumulate(state, scalars, k, tokens, prefetch); });
+    accumulate_normaliser(state, k, tokens, [](int64_t) { return 1.0f; });
   }
-  sums.finish();
+  state.finish();
 }
 
 template <class T, bool ChannelMajor>
-void apply_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& sums,
-                 Scratch scratch) {
-  const Tile q = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
-  float* inverse = scratch.floats(padded(tile_tokens));
-  const Mixer mixer = to_value_channels(sums, scratch);
-  const Tile detour = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
+void apply_tiles(const Params& p, const Range& range, int64_t tile_tokens, const KvState& state,
+                 Arena arena) {
+  const Tile q = tile(arena, tile_tokens, p.head_dim, ChannelMajor);
+  float* inverse = arena.floats(padded(tile_tokens));
+  const Mixer mixer = to_value_channels(state, arena);
+  const Tile detour = tile(arena, tile_tokens, p.value_dim, ChannelMajor);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from = source<T>(p, p.q, range.group, at);
     const Place<T> to = place<T>(p, p.out, range.group, at);
-    Fetch fetch = fetch_ahead<T>(p, kApplyQueries, kSumKeys, range, at + tokens, tile_tokens);
+    PrefetchQueue prefetch = prefetch_next<T>(p, kApplyQueries, kReduceKeys, range, at + tokens, tile_tokens);
     if constexpr (kInPlace<T, ChannelMajor>) {
       if (p.value_dim <= kRowsWithoutCopy && reads_in_place(range.end - range.begin, to)) {
         in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
           const auto rows = in_place<true>(from, offset);
-          dot_tokens(inverse, rows, ByVector{sums.z()}, count, p.head_dim);
+          dot_tokens(inverse, rows, ByVector{state.z()}, count, p.head_dim);
           invert(inverse, p.eps, count);
-          mix_in_place(to, offset, rows, mixer, count, p.head_dim, p.value_dim, Scaled<true>{inverse}, fetch);
+          mix_in_place(to, offset, rows, mixer, count, p.head_dim, p.value_dim, Scaled<true>{inverse},
+                       prefetch);
         });
         continue;
       }
     }
     load_tile<true>(q, from, tokens, p.head_dim);
-    dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
+    dot_channels(inverse, q, ByVector{state.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
     mix_into<ChannelMajor>(to, detour, q, mixer, tokens, p.head_dim, p.value_dim,
-                           Scaled<ChannelMajor>{inverse}, fetch);
+                           Scaled<ChannelMajor>{inverse}, prefetch);
   }
 }
 
 template <class T>
-void apply_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
-                   float* scratch_memory) {
-  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
-  const Sums sums(scratch, p, dense_sums);
+void apply_queries(const Params& p, const Range& range, int64_t tile_tokens, const float* kv_state,
+                   Arena arena) {
+  const KvState state(arena, p, kv_state);
   if (is_channel_major(p.q)) {
-    apply_tiles<T, true>(p, range, tile_tokens, sums, scratch);
+    apply_tiles<T, true>(p, range, tile_tokens, state, arena);
   } else {
-    apply_tiles<T, false>(p, range, tile_tokens, sums, scratch);
+    apply_tiles<T, false>(p, range, tile_tokens, state, arena);
   }
 }
 
@@ -506,21 +500,21 @@ void finish_grad_q(T* grad_q, int64_t row_stride, int64_t cols, const Tile& q, c
 }
 
 template <class T, bool ChannelMajor>
-void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& sums,
-                      const Sums& grad_sums, Scratch scratch) {
-  const Mixer mixer = to_key_channels(sums);
-  const Tile q = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
-  const Tile w = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
-  const Tile grad = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
-  const Tile q_rows = ChannelMajor ? scratch.tile(tile_tokens, p.head_dim, false) : q;
-  float* inverse = scratch.floats(padded(tile_tokens));
-  float* share = scratch.floats(padded(tile_tokens));
+void grad_query_tiles(const Params& p, const Range& range, int64_t tile_tokens, const KvState& state,
+                      const KvState& grad_state, Arena arena) {
+  const Mixer mixer = to_key_channels(state);
+  const Tile q = tile(arena, tile_tokens, p.head_dim, ChannelMajor);
+  const Tile w = tile(arena, tile_tokens, p.head_dim, ChannelMajor);
+  const Tile grad = tile(arena, tile_tokens, p.value_dim, ChannelMajor);
+  const Tile q_rows = ChannelMajor ? tile(arena, tile_tokens, p.head_dim, false) : q;
+  float* inverse = arena.floats(padded(tile_tokens));
+  float* share = arena.floats(padded(tile_tokens));
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from_q = source<T>(p, p.q, range.group, at);
     const Place<const T> from_grad = source<T>(p, p.grad_out, range.group, at);
     const Place<T> to = place<T>(p, p.grad_q, range.group, at);
-    Fetch fetch = fetch_ahead<T>(p, kGradQueries, kGradKeys, range, at + tokens, tile_tokens);
+    PrefetchQueue prefetch = prefetch_next<T>(p, kGradQueries, kGradKeys, range, at + tokens, tile_tokens);
     load_tile<true>(q, from_q, tokens, p.head_dim);
     using Scalars = std::conditional_t<ChannelMajor, StepsAdjacent<true>, RowsAdjacent>;
     Scalars grad_scalars{grad.data, grad.row_stride};
@@ -531,68 +525,67 @@ void grad_query_tiles(const Problem& p, const Range& range, int64_t tile_tokens,
         grad_scalars = {from_grad.data, from_grad.channel_stride};
         in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
           product(p.head_dim, count, mixer.by_output, in_place<false>(from_grad, offset), p.value_dim,
-                  WriteTo{w.data + offset, w.row_stride}, fetch);
+                  WriteTo{w.data + offset, w.row_stride}, prefetch);
         });
       }
     }
     if (copied) {
       load_tile<false>(grad, from_grad, tokens, p.value_dim);
       mix_channels<ChannelMajor>(grad, mixer, tokens, p.value_dim, p.head_dim, WriteTo{w.data, w.row_stride},
-                                 fetch);
+                                 prefetch);
     }
-    dot_channels(inverse, q, ByVector{sums.z()}, tokens, p.head_dim);
+    dot_channels(inverse, q, ByVector{state.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
     dot_channels(share, q, ByTile{w}, tokens, p.head_dim);
     for (int64_t t = 0; t < tokens; t += kLanes) store(share + t, load(share + t) * load(inverse + t));
     write_block<ChannelMajor>(to, w, tokens, p.head_dim, [&](auto* data, int64_t row_stride, int64_t cols) {
-      finish_grad_q<ChannelMajor>(data, row_stride, cols, q, w, sums.z(), inverse, share,
+      finish_grad_q<ChannelMajor>(data, row_stride, cols, q, w, state.z(), inverse, share,
                                   ChannelMajor ? p.head_dim : tokens);
     });
     if (ChannelMajor) {
       load_tile<false>(q_rows, Place<const float>{q.data, 1, q.row_stride}, tokens, p.head_dim);
     }
-    accumulate(grad_sums, grad_scalars, q_rows, tokens, fetch);
-    accumulate_normaliser(grad_sums, q_rows, tokens, [&](int64_t t) { return -share[t]; });
+    accumulate(grad_state, grad_scalars, q_rows, tokens, prefetch);
+    accumulate_normaliser(grad_state, q_rows, tokens, [&](int64_t t) { return -share[t]; });
   }
 }
 
 template <class T>
-void grad_queries(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_sums,
-                  float* dense_grad, float* scratch_memory) {
-  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
-  const Sums sums(scratch, p, dense_sums), grad_sums(scratch, p, dense_grad);
-  grad_sums.clear();
+void grad_queries(const Params& p, const Range& range, int64_t tile_tokens, const float* kv_state,
+                  float* grad_kv_state, Arena arena) {
+  const KvState state(arena, p, kv_state), grad_state(arena, p, grad_kv_state);
+  grad_state.clear();
   if (is_channel_major(p.q)) {
-    grad_query_tiles<T, true>(p, range, tile_tokens, sums, grad_sums, scratch);
+    grad_query_tiles<T, true>(p, range, tile_tokens, state, grad_state, arena);
   } else {
-    grad_query_tiles<T, false>(p, range, tile_tokens, sums, grad_sums, scratch);
+    grad_query_tiles<T, false>(p, range, tile_tokens, state, grad_state, arena);
   }
-  grad_sums.finish();
+  grad_state.finish();
 }
 
 template <class T, bool ChannelMajor>
-void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, const Sums& grad,
-                    Scratch scratch) {
-  const Mixer to_k = to_key_channels(grad), to_v = to_value_channels(grad, scratch);
-  const Tile k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
-  const Tile detour_k = scratch.tile(tile_tokens, p.head_dim, ChannelMajor);
-  const Tile v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
-  const Tile detour_v = scratch.tile(tile_tokens, p.value_dim, ChannelMajor);
+void grad_key_tiles(const Params& p, const Range& range, int64_t tile_tokens, const KvState& grad,
+                    Arena arena) {
+  const Mixer to_k = to_key_channels(grad), to_v = to_value_channels(grad, arena);
+  const Tile k = tile(arena, tile_tokens, p.head_dim, ChannelMajor);
+  const Tile detour_k = tile(arena, tile_tokens, p.head_dim, ChannelMajor);
+  const Tile v = tile(arena, tile_tokens, p.value_dim, ChannelMajor);
+  const Tile detour_v = tile(arena, tile_tokens, p.value_dim, ChannelMajor);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
     const Place<const T> from_k = source<T>(p, p.k, range.group, at),
                          from_v = source<T>(p, p.v, range.group, at);
     const Place<T> into_k = place<T>(p, p.grad_k, range.group, at);
     const Place<T> into_v = place<T>(p, p.grad_v, range.group, at);
-    Fetch fetch = fetch_ahead<T>(p, kGradKeys, kGradQueries, range, at + tokens, tile_tokens);
+    PrefetchQueue prefetch = prefetch_next<T>(p, kGradKeys, kGradQueries, range, at + tokens, tile_tokens);
     if constexpr (kInPlace<T, ChannelMajor>) {
       if (p.value_dim <= kRowsWithoutCopy &&
           reads_in_place(range.end - range.begin, from_v, into_k, into_v)) {
         in_whole_vectors(tokens, [&](int64_t offset, int64_t count) {
           const auto rows_k = in_place<true>(from_k, offset);
           mix_in_place(into_k, offset, in_place<false>(from_v, offset), to_k, count, p.value_dim, p.head_dim,
-                       Gated<true>{rows_k.data, rows_k.row_stride, grad.z()}, fetch);
-          mix_in_place(into_v, offset, rows_k, to_v, count, p.head_dim, p.value_dim, AsItIs{}, fetch);
+                       Gated<true>{rows_k.data, rows_k.row_stride, grad.z()}, prefetch);
+          mix_in_place(into_v, offset, rows_k, to_v, count, p.head_dim, p.value_dim, NoEpilogue{}, prefetch);
         });
         continue;
       }
@@ -600,38 +593,31 @@ void grad_key_tiles(const Problem& p, const Range& range, int64_t tile_tokens, c
     load_tile<true>(k, from_k, tokens, p.head_dim);
     load_tile<false>(v, from_v, tokens, p.value_dim);
     mix_into<ChannelMajor>(into_k, detour_k, v, to_k, tokens, p.value_dim, p.head_dim,
-                           Gated<ChannelMajor>{k.data, k.row_stride, grad.z()}, fetch);
-    mix_into<ChannelMajor>(into_v, detour_v, k, to_v, tokens, p.head_dim, p.value_dim, AsItIs{}, fetch);
+                           Gated<ChannelMajor>{k.data, k.row_stride, grad.z()}, prefetch);
+    mix_into<ChannelMajor>(into_v, detour_v, k, to_v, tokens, p.head_dim, p.value_dim, NoEpilogue{},
+                           prefetch);
   }
 }
 
 template <class T>
-void grad_keys(const Problem& p, const Range& range, int64_t tile_tokens, const float* dense_grad,
-               float* scratch_memory) {
-  Scratch scratch = scratch_of(p, tile_tokens, scratch_memory);
-  const Sums grad(scratch, p, dense_grad);
+void grad_keys(const Params& p, const Range& range, int64_t tile_tokens, const float* grad_kv_state,
+               Arena arena) {
+  const KvState grad(arena, p, grad_kv_state);
   if (is_channel_major(p.k)) {
-    grad_key_tiles<T, true>(p, range, tile_tokens, grad, scratch);
+    grad_key_tiles<T, true>(p, range, tile_tokens, grad, arena);
   } else {
-    grad_key_tiles<T, false>(p, range, tile_tokens, grad, scratch);
+    grad_key_tiles<T, false>(p, range, tile_tokens, grad, arena);
   }
 }
 
 template <class T>
-constexpr ReluLinearAttentionPasses kPasses = {scratch_floats, sum_keys<T>, apply_queries<T>, grad_queries<T>,
-                                               grad_keys<T>};
+constexpr LinearAttentionUkernels kOfType = {reduce_keys<T>, apply_queries<T>, grad_queries<T>, grad_keys<T>};
+
+constexpr LinearAttentionTable kTable = {scratch_floats,
+                                         {kOfType<float>, kOfType<BFloat16>, kOfType<Float16>}};
 
 }  // namespace
 
-const ReluLinearAttentionPasses& relu_linear_attention_passes(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return kPasses<BFloat16>;
-    case DType::kFloat16:
-      return kPasses<Float16>;
-    default:
-      return kPasses<float>;
-  }
-}
+const LinearAttentionTable& linear_attention_table() { return kTable; }
 
 }  // namespace effattn::cpu::EFFATTN_ISA

@@ -1,8 +1,7 @@
-// The passes of softmax attention; compiled once per instruction set.
+#include "ukernels.h"
+
 #include "../core/dots.h"
 #include "../core/product.h"
-#include "../core/scratch.h"
-#include "ukernels.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
 namespace {
@@ -27,64 +26,80 @@ struct Pairs {
   int64_t head_stride() const { return queries * stride; }
 };
 
-Pairs pairs(Scratch& scratch, const SoftmaxHeads& p) {
+Pairs pairs(const SoftmaxHeads& p, Arena& arena) {
   const int64_t queries = block_queries(p), stride = round_up(p.keys, kWholeVectors);
-  return {scratch.floats(p.heads * queries * stride), queries, stride};
+  return {arena.floats(p.heads * queries * stride), queries, stride};
 }
 
 // A matrix (channel, key) a head: keys in the lanes, zeros behind the last.
-Pairs transposed(Scratch& scratch, const In& rows, int64_t heads, int64_t keys, int64_t channels) {
-  const int64_t stride = round_up(keys, kWholeVectors);
-  const Pairs all{scratch.floats(heads * channels * stride), channels, stride};
-  for (int64_t h = 0; h < heads; ++h) {
+Pairs transposed(const SoftmaxHeads& p, int64_t channels, Arena& arena) {
+  const int64_t stride = round_up(p.keys, kWholeVectors);
+  return {arena.floats(p.heads * channels * stride), channels, stride};
+}
+
+void transpose_keys(const In& rows, const SoftmaxHeads& p, const Pairs& to) {
+  const int64_t channels = to.queries, stride = to.stride, keys = p.keys;
+  for (int64_t h = 0; h < p.heads; ++h) {
     const auto of_head = rows.of(h);
-    load_tile<false>(Tile{all.of(h), stride, true}, Place<const float>{of_head.data, of_head.stride, 1}, keys,
+    load_tile<false>(Tile{to.of(h), stride, true}, Place<const float>{of_head.data, of_head.stride, 1}, keys,
                      channels);
     if (stride == padded(keys)) continue;
     for (int64_t c = 0; c < channels; ++c) {  // the tile is padded to this instruction set's vectors alone
-      for (int64_t at = padded(keys); at < stride; at += kLanes) store(all.of(h) + c * stride + at, Vec{});
+      for (int64_t at = padded(keys); at < stride; at += kLanes) store(to.of(h) + c * stride + at, Vec{});
     }
   }
-  return all;
 }
 
-int64_t pairs_floats(const SoftmaxHeads& p) {
-  return p.heads * block_queries(p) * round_up(p.keys, kWholeVectors);
-}
-int64_t transposed_floats(const SoftmaxHeads& p, int64_t channels) {
-  return p.heads * channels * round_up(p.keys, kWholeVectors);
-}
-constexpr int64_t kPieceFloats = Scratch::kAlignment + Scratch::kGap;
+int64_t row_factors(const SoftmaxHeads& p) { return round_up(block_queries(p), 16); }
 
+// Raw logits, later mixed weights; with talking heads the softmax of mixed logits is kept beside them.
+struct ForwardMemory {
+  Pairs keys, raw, softmax;
+  float* inverse;
+
+  ForwardMemory(const SoftmaxHeads& p, Arena& arena)
+      : keys(transposed(p, p.head_dim, arena)),
+        raw(pairs(p, arena)),
+        softmax(p.talking() ? pairs(p, arena) : raw),
+        inverse(arena.floats(p.heads * row_factors(p))) {}
+};
+
+struct BackwardMemory : ForwardMemory {
+  Pairs values, grad, weights, mixed_grad;
+
+  BackwardMemory(const SoftmaxHeads& p, Arena& arena)
+      : ForwardMemory(p, arena),
+        values(transposed(p, p.value_dim, arena)),
+        grad(pairs(p, arena)),
+        weights(p.talking() ? pairs(p, arena) : raw),
+        mixed_grad(p.talking() ? pairs(p, arena) : grad) {}
+};
+
+template <class Memory>
 int64_t scratch_floats(const SoftmaxHeads& p) {
-  return transposed_floats(p, p.head_dim) + 2 * pairs_floats(p) + p.heads * round_up(block_queries(p), 16) +
-         4 * kPieceFloats;
-}
-
-int64_t scratch_floats_backward(const SoftmaxHeads& p) {
-  return transposed_floats(p, p.head_dim) + transposed_floats(p, p.value_dim) + 5 * pairs_floats(p) +
-         p.heads * round_up(block_queries(p), 16) + 8 * kPieceFloats;
+  return floats_of<Memory>(p);
 }
 
 // --- where products go ------------------------------------------------------------------------------
 
-// acc * scale + bias, into a row that is longer than the bias's.
+// acc * softmax_scale + bias, into a row that is longer than the bias's.
 struct WriteLogits {
   float* data;
   int64_t row_stride;
   const float* bias;
   int64_t keys;
-  float scale;
+  float softmax_scale;
 
   struct Row : RowPointer<float> {
     RowPointer<const float> bias;
     int64_t keys;  // from here on
-    float scale;
+    float softmax_scale;
     EFFATTN_INLINE Vec start(int) const { return Vec{}; }
     template <bool Whole>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
       const float* const from = bias.at + v * kLanes;
-      store(this->at + v * kLanes, acc * scale + (Whole ? load(from) : load_first(from, keys - v * kLanes)));
+      store(this->at + v * kLanes,
+            acc * softmax_scale + (Whole ? load(from) : load_first(from, keys - v * kLanes)));
     }
     EFFATTN_INLINE void next_row() {
       RowPointer<float>::next_row();
@@ -92,7 +107,10 @@ struct WriteLogits {
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, {bias + row * keys + col, keys}, keys - col, scale};
+    return {{data + row * row_stride + col, row_stride},
+            {bias + row * keys + col, keys},
+            keys - col,
+            softmax_scale};
   }
   EFFATTN_INLINE bool whole(int64_t end) const { return end <= keys; }
 };
@@ -101,22 +119,22 @@ struct WriteLogits {
 struct WriteScaledRows {
   float* data;
   int64_t row_stride;
-  const float* factors;
+  const float* row_scales;
 
   struct Row : RowPointer<float> {
-    const float* factor;
+    const float* row_scale;
     EFFATTN_INLINE Vec start(int) const { return Vec{}; }
     template <bool>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, acc * broadcast(*factor));
+      store(this->at + v * kLanes, acc * broadcast(*row_scale));
     }
     EFFATTN_INLINE void next_row() {
       RowPointer<float>::next_row();
-      ++factor;
+      ++row_scale;
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, factors + row};
+    return {{data + row * row_stride + col, row_stride}, row_scales + row};
   }
   EFFATTN_INLINE bool whole(int64_t) const { return true; }
 };
@@ -126,34 +144,35 @@ template <bool Add>
 struct Scaled {
   float* data;
   int64_t row_stride;
-  float scale;
+  float softmax_scale;
 
   struct Row : RowPointer<float> {
-    float scale;
+    float softmax_scale;
     EFFATTN_INLINE Vec start(int) const { return Vec{}; }
     template <bool>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, Add ? load(this->at + v * kLanes) + acc * scale : acc * scale);
+      store(this->at + v * kLanes,
+            Add ? load(this->at + v * kLanes) + acc * softmax_scale : acc * softmax_scale);
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, scale};
+    return {{data + row * row_stride + col, row_stride}, softmax_scale};
   }
   EFFATTN_INLINE bool whole(int64_t) const { return true; }
 };
 
 // --- rows of logits -----------------------------------------------------------------------------------
 
-// The largest of each row's vectors' lanes: lane i of the result belongs to rows[i].
-Vec largest_lanes(Vec (&rows)[kLanes]) {
+// Lane i of the result is the maximum over the lanes of rows[i].
+Vec max_of_lanes(Vec (&rows)[kLanes]) {
   transpose(rows);
-  Vec largest = rows[0];
+  Vec top = rows[0];
   EFFATTN_UNROLL
-  for (int i = 1; i < kLanes; ++i) largest = rows[i] > largest ? rows[i] : largest;
-  return largest;
+  for (int i = 1; i < kLanes; ++i) top = rows[i] > top ? rows[i] : top;
+  return top;
 }
 
-// Rows become e^(x - the row's largest), 0 behind the last key; `inverse`: one over their sums, room for a
+// Rows become e^(x - the row's maximum), 0 behind the last key; `inverse`: one over their sums, room for a
 // whole vector behind the last. A row with a NaN is all NaN, as it is with an infinity.
 void softmax_rows(float* data, int64_t stride, int64_t rows, int64_t keys, float* inverse) {
   const int64_t last = (keys - 1) / kLanes * kLanes, end = padded(keys);
@@ -178,7 +197,7 @@ void softmax_rows(float* data, int64_t stride, int64_t rows, int64_t keys, float
       }
       group[i] = top;
     }
-    store(tops, largest_lanes(group));
+    store(tops, max_of_lanes(group));
     for (int64_t i = 0; i < kLanes; ++i) {
       Vec total = {};
       if (i < count) {
@@ -228,22 +247,19 @@ void softmax_backward_rows(const float* weights, float* grad, int64_t stride, in
   }
 }
 
-// --- mixing heads ---------------------------------------------------------------------------------------
+// --- talking heads --------------------------------------------------------------------------------------
 
 // to_g = bias_g + sum_h matrix(g, h) from_h over a block's pairs.
 void mix_heads(const float* matrix, const float* bias, int64_t heads, int64_t rows, const Pairs& from,
                const Pairs& to) {
-  Fetch fetch;
   product(heads, rows * from.stride, StepsAdjacent<false>{matrix, heads},
-          Vectors<>{from.data, from.head_stride()}, heads, WriteToWithBias{to.data, to.head_stride(), bias},
-          fetch);
+          Vectors<>{from.data, from.head_stride()}, heads, WriteToWithBias{to.data, to.head_stride(), bias});
 }
 
 // to_h = sum_g matrix(g, h) from_g
 void mix_heads_back(const float* matrix, int64_t heads, int64_t rows, const Pairs& from, const Pairs& to) {
-  Fetch fetch;
   product(heads, rows * from.stride, RowsAdjacent{matrix, heads}, Vectors<>{from.data, from.head_stride()},
-          heads, WriteTo{to.data, to.head_stride()}, fetch);
+          heads, WriteTo{to.data, to.head_stride()});
 }
 
 // matrix(g, h) += sum over pairs of grad_g x_h; bias(g) += sum of grad_g over the pairs that there are.
@@ -256,17 +272,17 @@ void add_mix_gradients(float* matrix, float* bias, int64_t heads, int64_t rows, 
   }
 }
 
-// --- the passes ---------------------------------------------------------------------------------------
+// --- the micro-kernels
+// ---------------------------------------------------------------------------------------
 
 void logits(const SoftmaxHeads& p, const In& q, const Pairs& keys, int64_t first, int64_t rows,
             const Pairs& to) {
   for (int64_t h = 0; h < p.heads; ++h) {
     const auto of_head = q.of(h);
-    Fetch fetch;
     product(rows, p.keys, StepsAdjacent<false>{of_head.data + first * of_head.stride, of_head.stride},
             Vectors<>{keys.of(h), keys.stride}, p.head_dim,
-            WriteLogits{to.of(h), to.stride, p.bias + h * p.bias_stride + first * p.keys, p.keys, p.scale},
-            fetch);
+            WriteLogits{to.of(h), to.stride, p.bias + h * p.bias_stride + first * p.keys, p.keys,
+                        p.softmax_scale});
     // Up to a whole number of this instruction set's vectors the product has written.
     for (int64_t r = 0; r < rows && padded(p.keys) < to.stride; ++r) {
       for (int64_t at = padded(p.keys); at < to.stride; at += kLanes)
@@ -279,28 +295,25 @@ void times_values(const SoftmaxHeads& p, const Pairs& weights, const In& v, int6
                   const float* factors, int64_t factors_stride, const HeadRows<float>& out) {
   for (int64_t h = 0; h < p.heads; ++h) {
     const auto to = out.of(h);
-    Fetch fetch;
     product(rows, p.value_dim, StepsAdjacent<true>{weights.of(h), weights.stride},
             Vectors<>{v.of(h).data, v.of(h).stride}, p.keys,
-            WriteScaledRows{to.data + first * to.stride, to.stride, factors + h * factors_stride}, fetch);
+            WriteScaledRows{to.data + first * to.stride, to.stride, factors + h * factors_stride});
   }
 }
 
 void forward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, const HeadRows<float>& out,
-             float* memory) {
-  Scratch scratch(memory, scratch_floats(p));
-  const Pairs keys = transposed(scratch, k, p.heads, p.keys, p.head_dim);
-  const Pairs raw = pairs(scratch, p), mixed = p.talk() ? pairs(scratch, p) : raw;
-  const int64_t block = block_queries(p), factors_stride = round_up(block, 16);
-  float* const inverse = scratch.floats(p.heads * factors_stride);
+             Arena arena) {
+  const auto [keys, raw, mixed, inverse] = ForwardMemory(p, arena);
+  const int64_t block = block_queries(p), factors_stride = row_factors(p);
+  transpose_keys(k, p, keys);
   for (int64_t first = 0; first < p.queries; first += block) {
     const int64_t rows = min(block, p.queries - first);
     logits(p, q, keys, first, rows, raw);
-    if (p.talk()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, mixed);
+    if (p.talking()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, mixed);
     for (int64_t h = 0; h < p.heads; ++h) {
       softmax_rows(mixed.of(h), mixed.stride, rows, p.keys, inverse + h * factors_stride);
     }
-    if (p.talk()) {
+    if (p.talking()) {
       for (int64_t h = 0; h < p.heads; ++h) {
         scale_rows(mixed.of(h), mixed.stride, rows, inverse + h * factors_stride);
         for (int64_t r = 0; r < rows; ++r) inverse[h * factors_stride + r] = 1.0f;
@@ -321,47 +334,43 @@ void clear_rows(const HeadRows<float>& rows, int64_t heads, int64_t tokens, int6
 }
 
 void backward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, const In& grad_out,
-              const SoftmaxGradients& to, float* memory) {
-  Scratch scratch(memory, scratch_floats_backward(p));
-  const Pairs keys = transposed(scratch, k, p.heads, p.keys, p.head_dim);
-  const Pairs values = transposed(scratch, v, p.heads, p.keys, p.value_dim);
-  const Pairs raw = pairs(scratch, p), grad = pairs(scratch, p);
-  // What heads that do not talk have once, they share.
-  const Pairs softmax = p.talk() ? pairs(scratch, p) : raw;
-  const Pairs weights = p.talk() ? pairs(scratch, p) : raw;
-  const Pairs mixed_grad = p.talk() ? pairs(scratch, p) : grad;
-  const int64_t block = block_queries(p), factors_stride = round_up(block, 16);
-  float* const inverse = scratch.floats(p.heads * factors_stride);
+              const SoftmaxGradients& to, Arena arena) {
+  const BackwardMemory memory(p, arena);
+  const Pairs &keys = memory.keys, &values = memory.values, &raw = memory.raw, &softmax = memory.softmax,
+              &weights = memory.weights, &grad = memory.grad, &mixed_grad = memory.mixed_grad;
+  float* const inverse = memory.inverse;
+  const int64_t block = block_queries(p), factors_stride = row_factors(p);
+  transpose_keys(k, p, keys);
+  transpose_keys(v, p, values);
   clear_rows(to.k, p.heads, p.keys, p.head_dim);
   clear_rows(to.v, p.heads, p.keys, p.value_dim);
   for (int64_t first = 0; first < p.queries; first += block) {
     const int64_t rows = min(block, p.queries - first);
     logits(p, q, keys, first, rows, raw);
-    if (p.talk()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, softmax);
+    if (p.talking()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, softmax);
     for (int64_t h = 0; h < p.heads; ++h) {
       softmax_rows(softmax.of(h), softmax.stride, rows, p.keys, inverse + h * factors_stride);
       scale_rows(softmax.of(h), softmax.stride, rows, inverse + h * factors_stride);
     }
-    if (p.talk()) mix_heads(p.mix.weights, p.mix.weights_bias, p.heads, rows, softmax, weights);
+    if (p.talking()) mix_heads(p.mix.weights, p.mix.weights_bias, p.heads, rows, softmax, weights);
 
     // Of the weights that values are multiplied with, then of the softmax's output, then of its input.
     for (int64_t h = 0; h < p.heads; ++h) {
       const auto of_head = grad_out.of(h);
-      Fetch fetch;
       product(rows, values.stride, StepsAdjacent<true>{of_head.data + first * of_head.stride, of_head.stride},
               Vectors<>{values.of(h), values.stride}, p.value_dim,
-              WriteTo{mixed_grad.of(h), mixed_grad.stride}, fetch);
+              WriteTo{mixed_grad.of(h), mixed_grad.stride});
       const auto into = to.v.of(h);
       product(p.keys, p.value_dim, RowsAdjacent{weights.of(h), weights.stride},
               Vectors<>{of_head.data + first * of_head.stride, of_head.stride}, rows,
-              AddTo{into.data, into.stride}, fetch);
+              AddTo{into.data, into.stride});
     }
-    if (p.talk()) {
+    if (p.talking()) {
       add_mix_gradients(to.mix.weights, to.mix.weights_bias, p.heads, rows, p.keys, mixed_grad, softmax);
       mix_heads_back(p.mix.weights, p.heads, rows, mixed_grad, grad);
     }
     for (int64_t h = 0; h < p.heads; ++h) softmax_backward_rows(softmax.of(h), grad.of(h), grad.stride, rows);
-    if (p.talk()) {
+    if (p.talking()) {
       add_mix_gradients(to.mix.logits, to.mix.logits_bias, p.heads, rows, p.keys, grad, raw);
       mix_heads_back(p.mix.logits, p.heads, rows, grad, mixed_grad);
     }
@@ -379,21 +388,21 @@ void backward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, cons
       }
       const auto grad_q = to.q.of(h), grad_k = to.k.of(h);
       const auto from_q = q.of(h), from_k = k.of(h);
-      Fetch fetch;
       product(rows, p.head_dim, StepsAdjacent<true>{of_logits, mixed_grad.stride},
               Vectors<>{from_k.data, from_k.stride}, p.keys,
-              Scaled<false>{grad_q.data + first * grad_q.stride, grad_q.stride, p.scale}, fetch);
+              Scaled<false>{grad_q.data + first * grad_q.stride, grad_q.stride, p.softmax_scale});
       product(p.keys, p.head_dim, RowsAdjacent{of_logits, mixed_grad.stride},
               Vectors<>{from_q.data + first * from_q.stride, from_q.stride}, rows,
-              Scaled<true>{grad_k.data, grad_k.stride, p.scale}, fetch);
+              Scaled<true>{grad_k.data, grad_k.stride, p.softmax_scale});
     }
   }
 }
 
-constexpr SoftmaxPasses kPasses = {scratch_floats, scratch_floats_backward, forward, backward};
+constexpr SoftmaxUkernels kUkernels = {scratch_floats<ForwardMemory>, scratch_floats<BackwardMemory>, forward,
+                                       backward};
 
 }  // namespace
 
-const SoftmaxPasses& softmax_passes() { return kPasses; }
+const SoftmaxUkernels& softmax_ukernels() { return kUkernels; }
 
 }  // namespace effattn::cpu::EFFATTN_ISA
