@@ -127,44 +127,35 @@ void clear_images(const BiasedAttentionParams& p, const HeadsOperand& t, int64_t
   }
 }
 
-// The gradients that images share, part by part.
-struct SharedGradients {
-  struct Piece {
-    float* const total;
-    const int64_t count;
-    std::vector<float*> parts;
-  };
-  std::vector<Piece> pieces;  // of the bias; with talking heads, of their matrices and biases
+// The gradients that images share, of a part of the images.
+struct SharedGradients : PartialSums {
+  float* bias;
+  TalkingHeads<float> mix{};
 
-  SharedGradients(const BiasedAttentionParams& p, int64_t parts, Arena& arena) {
-    const SoftmaxHeads& heads = p.heads;
-    pieces.push_back({p.grad_bias, heads.heads * heads.queries * heads.keys, {}});
-    if (heads.talking()) {
-      pieces.push_back({p.grad_mix.logits, heads.heads * heads.heads, {}});
-      pieces.push_back({p.grad_mix.logits_bias, heads.heads, {}});
-      pieces.push_back({p.grad_mix.weights, heads.heads * heads.heads, {}});
-      pieces.push_back({p.grad_mix.weights_bias, heads.heads, {}});
-    }
-    for (int64_t part = 0; part < parts; ++part) {
-      for (Piece& piece : pieces) piece.parts.push_back(arena.floats(piece.count));
-    }
+  SharedGradients(const SoftmaxHeads& heads, Arena& arena)
+      : bias(take(heads.heads * heads.queries * heads.keys, arena)) {
+    if (!heads.talking()) return;
+    const int64_t square = heads.heads * heads.heads;
+    mix.logits = take(square, arena);
+    mix.logits_bias = take(heads.heads, arena);
+    mix.weights = take(square, arena);
+    mix.weights_bias = take(heads.heads, arena);
   }
-  void clear_all() const {
-    for (const Piece& piece : pieces) {
-      for (float* const part : piece.parts) clear(part, piece.count);
-    }
+  void write(const BiasedAttentionParams& p) const {
+    const int64_t heads = p.heads.heads, square = heads * heads;
+    copy(p.grad_bias, bias, heads * p.heads.queries * p.heads.keys);
+    if (!p.heads.talking()) return;
+    copy(p.grad_mix.logits, mix.logits, square);
+    copy(p.grad_mix.logits_bias, mix.logits_bias, heads);
+    copy(p.grad_mix.weights, mix.weights, square);
+    copy(p.grad_mix.weights_bias, mix.weights_bias, heads);
   }
-  float* bias(int64_t part) const { return pieces[0].parts[part]; }
-  TalkingHeads<float> mix(int64_t part) const {
-    if (pieces.size() == 1) return {};
-    return {pieces[1].parts[part], pieces[2].parts[part], pieces[3].parts[part], pieces[4].parts[part]};
-  }
-  // Adds up the parts in order.
-  void finish() const {
-    for (const Piece& piece : pieces) {
-      clear(piece.total, piece.count);
-      for (const float* const part : piece.parts) add(piece.total, part, piece.count);
-    }
+};
+
+struct SharedMemory {
+  std::vector<SharedGradients> parts;
+  SharedMemory(const SoftmaxHeads& heads, int64_t count, Arena& arena) {
+    for (int64_t part = 0; part < count; ++part) parts.emplace_back(heads, arena);
   }
 };
 
@@ -184,30 +175,29 @@ void biased_attention(const BiasedAttentionParams& p, const Parallel& parallel) 
 void biased_attention_backward(const BiasedAttentionParams& p, const Parallel& parallel) {
   const SoftmaxHeads& heads = p.heads;
   const bool empty = p.batch * heads.heads * heads.queries * heads.keys == 0;
-  // What all images share is summed up part by part, and parts in order: a function of the sizes alone.
+  // A function of the sizes alone.
   const int64_t part_floats =
       heads.heads * heads.queries * heads.keys + (heads.talking() ? 2 * heads.heads * (heads.heads + 1) : 0);
-  const int64_t parts =
-      empty ? 0 : min(p.batch, max(1, min(kMaxParts, kMaxPartFloats / max(1, part_floats))));
-  const InSharedArena<SharedGradients> shared(p, parts);
-  shared->clear_all();
+  const int64_t parts = max(1, min(p.batch, max(1, min(kMaxParts, kMaxPartFloats / max(1, part_floats)))));
+  const InSharedArena<SharedMemory> shared(heads, parts);
+  clear_all(shared->parts);
   if (empty && p.batch * heads.heads > 0) {
     clear_images(p, p.grad_q, heads.queries, heads.head_dim);
     clear_images(p, p.grad_k, heads.keys, heads.head_dim);
     clear_images(p, p.grad_v, heads.keys, heads.value_dim);
   }
   const int64_t groups = groups_of(p);
-  parallel(parts * groups, max(kMinWorkPerThread, work(p) * p.batch / max(1, parts)),
+  parallel(empty ? 0 : parts * groups, max(kMinWorkPerThread, work(p) * p.batch / parts),
            [&](int64_t begin, int64_t end) {
              const auto context = in_thread_arena<ThreadContext>(p, true);
              for (int64_t unit = begin; unit < end; ++unit) {
                const int64_t part = unit / groups, group = unit % groups;
                for (int64_t b = part * p.batch / parts; b < (part + 1) * p.batch / parts; ++b) {
-                 context.backward(b, group, shared->bias(part), shared->mix(part));
+                 context.backward(b, group, shared->parts[part].bias, shared->parts[part].mix);
                }
              }
            });
-  shared->finish();
+  total(shared->parts).write(p);
 }
 
 }  // namespace effattn::cpu

@@ -202,23 +202,17 @@ struct BackwardWeights {
   }
 };
 
-// The gradients of a head's weights, laid out as micro-kernels add to them.
+// The gradients of a head's weights, laid out as micro-kernels add to them; its pieces are those of `sums`.
 struct WeightSums {
   const LaunchPlan& plan;
-  int64_t taps_count;
   float *qkv, *bias, *taps, *tap_bias;
 
-  WeightSums(const LaunchPlan& of_call, int64_t most_taps, Arena& arena)
-      : plan(of_call), taps_count(most_taps) {
-    for_members([&](float* WeightSums::* member, int64_t count) { this->*member = arena.floats(count); });
-  }
-  void clear_all() const {
-    for_members([&](float* WeightSums::* member, int64_t count) { clear(this->*member, count); });
-  }
-  void add_all(const WeightSums& other) const {
-    for_members(
-        [&](float* WeightSums::* member, int64_t count) { add(this->*member, other.*member, count); });
-  }
+  WeightSums(const LaunchPlan& of_call, int64_t taps_count, PartialSums& sums, Arena& arena)
+      : plan(of_call),
+        qkv(sums.take(plan.outputs() * plan.d, arena)),
+        bias(sums.take(plan.stride, arena)),
+        taps(sums.take(taps_count * plan.dk, arena)),
+        tap_bias(sums.take(plan.dk, arena)) {}
 
   // grad_feat is cleared first.
   void project_backward(const BackwardWeights::Head& weights, const Rows<float>& feat,
@@ -245,15 +239,6 @@ struct WeightSums {
       }
     }
     if (to.depthwise_bias != nullptr) copy(to.depthwise_bias, tap_bias, p.key_dim);
-  }
-
- private:
-  template <class F>
-  void for_members(const F& f) const {
-    f(&WeightSums::qkv, plan.outputs() * plan.d);
-    f(&WeightSums::bias, plan.stride);
-    f(&WeightSums::taps, taps_count * plan.dk);
-    f(&WeightSums::tap_bias, plan.dk);
   }
 };
 

@@ -50,16 +50,12 @@ struct ForwardContext : ThreadContext {
 // The weights, and the input of the projection.
 struct SharedMemory {
   LaidOutWeights weights;
-  int64_t tokens, stride;
-  float* attended;
+  Batch attended;
 
   SharedMemory(const LaunchPlan& plan, bool projects, Arena& arena)
       : weights(plan, arena),
-        tokens(plan.p.height * plan.p.width),
-        stride(round_up(plan.p.channels(), kWholeVectors) + kWholeVectors),  // rows in different cache sets
-        attended(arena.floats(projects ? plan.p.batch * tokens * stride : 0)) {}
-
-  Rows<float> attended_of(int64_t batch) const { return {attended + batch * tokens * stride, stride}; }
+        attended(projects ? plan.p.batch : 0, plan.p.height * plan.p.width, spread_stride(plan.p.channels()),
+                 arena) {}
 };
 
 int64_t work_of_a_window(const LaunchPlan& plan) {
@@ -91,7 +87,7 @@ void cascaded_group_attention(const CascadeParams& p, const ProjectionWeights* p
           plan.store(context.out, p.out, h, unit);
           continue;
         }
-        const Rows<float> attended = shared->attended_of(unit / p.windows());
+        const Rows<float> attended = shared->attended.of(unit / p.windows());
         plan.for_runs(unit % p.windows(), [&](int64_t token, int64_t of_image, int64_t count) {
           plan.ukernels.activate(Activation::kRelu, count, p.value_dim, context.out.from(token),
                                  attended.from(of_image, h * p.value_dim));
@@ -100,30 +96,19 @@ void cascaded_group_attention(const CascadeParams& p, const ProjectionWeights* p
     }
   });
   if (projection == nullptr) return;
-  project_tokens(
-      p.dtype, p.batch, p.height * p.width, *projection, [&](int64_t b) { return shared->attended_of(b); },
-      p.out, parallel);
+  project_tokens(p.dtype, p.batch, shared->attended, *projection, p.out, parallel);
 }
 
 namespace {
 
 // The gradients of all heads' weights, and of their biases on pairs of tokens.
-struct Sums {
+struct Sums : PartialSums {
   std::vector<WeightSums> weights;
-  int64_t pairs;
   float* bias;
 
-  Sums(const LaunchPlan& plan, Arena& arena) : pairs(plan.p.heads * plan.tokens * plan.tokens) {
-    for (int64_t h = 0; h < plan.p.heads; ++h) weights.emplace_back(plan, plan.taps(h), arena);
-    bias = arena.floats(pairs);
-  }
-  void clear_all() const {
-    for (const WeightSums& head : weights) head.clear_all();
-    clear(bias, pairs);
-  }
-  void add_all(const Sums& other) const {
-    for (size_t h = 0; h < weights.size(); ++h) weights[h].add_all(other.weights[h]);
-    add(bias, other.bias, pairs);
+  Sums(const LaunchPlan& plan, Arena& arena) {
+    for (int64_t h = 0; h < plan.p.heads; ++h) weights.emplace_back(plan, plan.taps(h), *this, arena);
+    bias = take(plan.p.heads * plan.tokens * plan.tokens, arena);
   }
 };
 
@@ -184,10 +169,10 @@ struct BackwardContext : ThreadContext {
 void cascaded_group_attention_backward(const CascadeParams& p, const Parallel& parallel) {
   const LaunchPlan plan(p);
   const int64_t units = p.height * p.width * p.channels() == 0 ? 0 : p.batch * p.windows();
-  // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
+  // A function of the sizes alone.
   const int64_t parts = max(1, min(min(units, kMaxSums), kMaxSumFloats / max(1, floats_of<Sums>(plan))));
   const InSharedArena<SharedBackward> shared(plan, parts);
-  for (const Sums& sums : shared->parts) sums.clear_all();
+  clear_all(shared->parts);
   if (units > 0) {
     const std::vector<Weights> weights = shared->weights.take(plan, parallel);
     shared->backward_weights.take(plan, weights);
@@ -203,10 +188,9 @@ void cascaded_group_attention_backward(const CascadeParams& p, const Parallel& p
                }
              });
   }
-  const Sums& total = shared->parts[0];
-  for (int64_t part = 1; part < parts; ++part) total.add_all(shared->parts[part]);
-  for (int64_t h = 0; h < p.heads; ++h) total.weights[h].finish(h, p.gradients[h]);
-  copy(p.grad_bias, total.bias, total.pairs);
+  const Sums& sums = total(shared->parts);
+  for (int64_t h = 0; h < p.heads; ++h) sums.weights[h].finish(h, p.gradients[h]);
+  copy(p.grad_bias, sums.bias, p.heads * plan.tokens * plan.tokens);
 }
 
 }  // namespace effattn::cpu

@@ -8,18 +8,6 @@ namespace {
 
 using namespace cascade;
 
-// What lies between the stages: rows of every window, a window after the other.
-struct Windows {
-  float* data;
-  int64_t tokens, stride;
-
-  Windows(const LaunchPlan& plan, int64_t width, Arena& arena)
-      : data(arena.floats(plan.p.batch * plan.p.windows() * plan.tokens * width)),
-        tokens(plan.tokens),
-        stride(width) {}
-  Rows<float> of(int64_t unit) const { return {data + unit * tokens * stride, stride}; }
-};
-
 // BatchNorm of one head's projection or convolution: its channels as they stand in rows, in parts.
 struct NormLayout {
   int64_t width;  // of a row
@@ -83,16 +71,22 @@ void combine_moments(const NormLayout& n, int64_t units, int64_t tokens, const f
   });
 }
 
-// Sums of gradients and of their products with what is above the mean, of a part of the windows.
+// Of a part of the windows: sums of a norm's gradients and of their products with what is above the mean.
 struct NormSums {
-  int64_t width;
   float *grads, *products;
-  NormSums(int64_t of_width, Arena& arena)
-      : width(of_width), grads(arena.floats(width)), products(arena.floats(width)) {}
-  void clear_all() const {
-    clear(grads, width);
-    clear(products, width);
-  }
+};
+
+// What a part of the windows adds to a head's gradients.
+struct Part : PartialSums {
+  float* bias;  // on pairs of tokens
+  NormSums qkv, q;
+  WeightSums weights;
+
+  Part(const LaunchPlan& plan, Arena& arena)
+      : bias(take(plan.tokens * plan.tokens, arena)),
+        qkv{take(plan.stride, arena), take(plan.stride, arena)},
+        q{take(plan.dk, arena), take(plan.dk, arena)},
+        weights(plan, plan.max_taps(), *this, arena) {}
 };
 
 // The gradient of a BatchNorm's input: bn_gain * grad + slope * input + shift. And those of its weight and
@@ -102,16 +96,15 @@ struct NormBackward {
   NormBackward(const NormLayout& n, Arena& arena)
       : bn_gain(arena.floats(n.width)), slope(arena.floats(n.width)), shift(arena.floats(n.width)) {}
 
-  // sums: of every part.
   void take(const NormLayout& n, const Norm<const float>& norm, const Norm<float>& gradient,
             const float* means, const float* variances, float eps, double count,
-            const std::vector<NormSums>& sums) const {
+            const std::vector<Part>& parts, NormSums Part::* sums) const {
     for (float* const row : {bn_gain, slope, shift}) clear(row, n.width);
     n.each([&](int64_t c, int64_t o) {
       double grad = 0, product = 0;
-      for (const NormSums& part : sums) {
-        grad += part.grads[c];
-        product += part.products[c];
+      for (const Part& part : parts) {
+        grad += (part.*sums).grads[c];
+        product += (part.*sums).products[c];
       }
       const double inverse = 1 / std::sqrt(static_cast<double>(variances[o]) + eps);
       const double gain = norm.weight[o] * inverse, by_input = -gain * inverse * inverse * product / count;
@@ -148,8 +141,8 @@ struct Stages {
   const int64_t units, unit_work;
   LaidOutWeights weights;
   BatchNorm qkv, q;
-  Windows projected, convolved;  // before their norms
-  float* zeros;                  // in place of biases
+  Batch projected, convolved;  // of every window, before their norms
+  float* zeros;                // in place of biases
 
   Stages(const CascadeTrainingParams& params, const LaunchPlan& of_call, Arena& arena)
       : t(params),
@@ -163,8 +156,8 @@ struct Stages {
         weights(plan, arena),
         qkv(qkv_norm, arena),
         q(q_norm, arena),
-        projected(plan, plan.stride, arena),
-        convolved(plan, plan.dk, arena),
+        projected(units, plan.tokens, plan.stride, arena),
+        convolved(units, plan.tokens, plan.dk, arena),
         zeros(arena.floats(plan.stride)) {}
 
   void take_qkv_norm(int64_t head, const Statistics& s) const {
@@ -194,12 +187,12 @@ struct Stages {
 };
 
 struct ForwardStages : Stages {
-  Windows outs;
+  Batch outs;
   float *qkv_moments, *q_moments;  // of every window, means and squares
 
   ForwardStages(const CascadeTrainingParams& params, const LaunchPlan& of_call, Arena& arena)
       : Stages(params, of_call, arena),
-        outs(plan, plan.d, arena),
+        outs(units, plan.tokens, plan.d, arena),
         qkv_moments(arena.floats(2 * units * plan.stride)),
         q_moments(arena.floats(2 * units * plan.dk)) {}
 };
@@ -217,27 +210,20 @@ struct ForwardContext {
 struct BackwardStages : Stages {
   BackwardWeights backward_weights;
   NormBackward qkv_backward, q_backward;
-  Windows feat, grad_q, grad_qkv, grad_feat;
-  // Of every part.
-  std::vector<float*> bias_sums;
-  std::vector<NormSums> qkv_sums, q_sums;
-  std::vector<WeightSums> weight_sums;
+  Batch feat, grad_q, grad_qkv, grad_feat;
+  std::vector<Part> parts;
 
-  BackwardStages(const CascadeTrainingParams& params, const LaunchPlan& of_call, int64_t parts, Arena& arena)
+  BackwardStages(const CascadeTrainingParams& params, const LaunchPlan& of_call, int64_t part_count,
+                 Arena& arena)
       : Stages(params, of_call, arena),
         backward_weights(plan, arena),
         qkv_backward(qkv_norm, arena),
         q_backward(q_norm, arena),
-        feat(plan, plan.d, arena),
-        grad_q(plan, plan.dk, arena),
-        grad_qkv(plan, plan.stride, arena),
-        grad_feat(plan, plan.d, arena) {
-    for (int64_t part = 0; part < parts; ++part) {
-      bias_sums.push_back(arena.floats(plan.tokens * plan.tokens));
-      qkv_sums.emplace_back(plan.stride, arena);
-      q_sums.emplace_back(plan.dk, arena);
-      weight_sums.emplace_back(plan, plan.max_taps(), arena);
-    }
+        feat(units, plan.tokens, plan.d, arena),
+        grad_q(units, plan.tokens, plan.dk, arena),
+        grad_qkv(units, plan.tokens, plan.stride, arena),
+        grad_feat(units, plan.tokens, plan.d, arena) {
+    for (int64_t part = 0; part < part_count; ++part) parts.emplace_back(plan, arena);
   }
 };
 
@@ -310,7 +296,7 @@ void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& p
   const ChannelsLastUkernels& ukernels = plan.ukernels;
   const int64_t units = p.batch * p.windows(), pairs = plan.tokens * plan.tokens;
   if (units * plan.tokens == 0) return;
-  // What all windows share is summed up part by part, and parts in order: a function of the sizes alone.
+  // A function of the sizes alone.
   const int64_t part_floats = pairs + 3 * plan.stride + plan.outputs() * plan.d;
   const int64_t parts = max(1, min(min(units, kMaxSums), kMaxSumFloats / part_floats));
   const InSharedArena<BackwardStages> shared(t, plan, parts);
@@ -319,13 +305,14 @@ void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& p
   const std::vector<Weights> weights = m.weights.take(plan, parallel);
   m.backward_weights.take(plan, weights);
   const double count = static_cast<double>(units) * static_cast<double>(plan.tokens);
-  // f(part, unit) for all units, the parts in parallel, with a context for each thread.
+  // f(context, part, unit) for all units, the parts in parallel.
   const auto for_units = [&](const auto& f) {
     parallel(parts, max(kMinWorkPerThread, m.unit_work * units / parts), [&](int64_t begin, int64_t end) {
       const auto context = in_thread_arena<BackwardContext>(plan);
       clear(context.padded.data, context.padded.floats());
       for (int64_t part = begin; part < end; ++part) {
-        for (int64_t u = part * units / parts; u < (part + 1) * units / parts; ++u) f(context, part, u);
+        for (int64_t u = part * units / parts; u < (part + 1) * units / parts; ++u)
+          f(context, m.parts[part], u);
       }
     });
   };
@@ -334,15 +321,10 @@ void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& p
     const Statistics statistics(t, h);
     m.take_qkv_norm(h, statistics);
     m.take_q_norm(h, statistics);
-    for (int64_t part = 0; part < parts; ++part) {
-      clear(m.bias_sums[part], pairs);
-      m.qkv_sums[part].clear_all();
-      m.q_sums[part].clear_all();
-      m.weight_sums[part].clear_all();
-    }
+    clear_all(m.parts);
 
     // Forward once more, and back through the attention.
-    for_units([&](const BackwardContext& context, int64_t part, int64_t u) {
+    for_units([&](const BackwardContext& context, const Part& part, int64_t u) {
       const auto& [own, qkv, q, padded, scratch] = context;
       const Rows<float> feat = m.feat.of(u), grad_q = m.grad_q.of(u);
       m.project(h, u, weights[h], feat, [&] {
@@ -354,43 +336,41 @@ void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& p
       m.normalise(m.q, plan.dk, m.convolved.of(u), q);
       plan.load(p.grad_out, h, u, own);
       if (h + 1 < p.heads) ukernels.add(plan.tokens, plan.d, m.grad_feat.of(u), own);
-      plan.attend_backward(h, q, qkv, own, grad_q, m.grad_qkv.of(u), m.bias_sums[part], scratch);
-      ukernels.sum_gradients(plan.tokens, plan.dk, grad_q, m.convolved.of(u), m.q.mean, m.q_sums[part].grads,
-                             m.q_sums[part].products);
+      plan.attend_backward(h, q, qkv, own, grad_q, m.grad_qkv.of(u), part.bias, scratch);
+      ukernels.sum_gradients(plan.tokens, plan.dk, grad_q, m.convolved.of(u), m.q.mean, part.q.grads,
+                             part.q.products);
     });
-    for (int64_t part = 1; part < parts; ++part) add(m.bias_sums[0], m.bias_sums[part], pairs);
-    copy(p.grad_bias + h * pairs, m.bias_sums[0], pairs);
     m.q_backward.take(m.q_norm, t.norms[h].q, t.norm_gradients[h].q, statistics.q_means(),
-                      statistics.q_variances(), t.q_eps[h], count, m.q_sums);
+                      statistics.q_variances(), t.q_eps[h], count, m.parts, &Part::q);
 
     // Back through the depthwise convolution and its norm.
-    for_units([&](const BackwardContext& context, int64_t part, int64_t u) {
+    for_units([&](const BackwardContext& context, const Part& part, int64_t u) {
       const Rows<float> grad_q = m.grad_q.of(u), grad = m.grad_qkv.of(u);
-      const WeightSums& sums = m.weight_sums[part];
       ukernels.affine(plan.tokens, plan.dk, m.q_backward.bn_gain, grad_q, m.q_backward.slope,
                       m.convolved.of(u), m.q_backward.shift, grad_q);
       m.normalise(m.qkv, plan.dk, m.projected.of(u), context.q);
       ukernels.fill(context.q, context.padded);
-      ukernels.depthwise_backward(p.kernels[h], context.padded, grad_q, sums.taps, sums.tap_bias);
+      ukernels.depthwise_backward(p.kernels[h], context.padded, grad_q, part.weights.taps,
+                                  part.weights.tap_bias);
       ukernels.fill(grad_q, context.padded);
       ukernels.depthwise(p.kernels[h], context.padded, m.backward_weights.heads[h].flipped, m.zeros, grad);
-      ukernels.sum_gradients(plan.tokens, plan.stride, grad, m.projected.of(u), m.qkv.mean,
-                             m.qkv_sums[part].grads, m.qkv_sums[part].products);
+      ukernels.sum_gradients(plan.tokens, plan.stride, grad, m.projected.of(u), m.qkv.mean, part.qkv.grads,
+                             part.qkv.products);
     });
     m.qkv_backward.take(m.qkv_norm, t.norms[h].qkv, t.norm_gradients[h].qkv, statistics.means,
-                        statistics.variances, t.qkv_eps[h], count, m.qkv_sums);
+                        statistics.variances, t.qkv_eps[h], count, m.parts, &Part::qkv);
 
     // Back through the projection and its norm.
-    for_units([&](const BackwardContext&, int64_t part, int64_t u) {
+    for_units([&](const BackwardContext&, const Part& part, int64_t u) {
       const Rows<float> grad = m.grad_qkv.of(u);
       ukernels.affine(plan.tokens, plan.stride, m.qkv_backward.bn_gain, grad, m.qkv_backward.slope,
                       m.projected.of(u), m.qkv_backward.shift, grad);
-      m.weight_sums[part].project_backward(m.backward_weights.heads[h], m.feat.of(u), grad,
-                                           m.grad_feat.of(u));
+      part.weights.project_backward(m.backward_weights.heads[h], m.feat.of(u), grad, m.grad_feat.of(u));
       plan.store(m.grad_feat.of(u), p.grad_x, h, u);
     });
-    for (int64_t part = 1; part < parts; ++part) m.weight_sums[0].add_all(m.weight_sums[part]);
-    m.weight_sums[0].finish(h, p.gradients[h]);
+    const Part& sums = total(m.parts);
+    copy(p.grad_bias + h * pairs, sums.bias, pairs);
+    sums.weights.finish(h, p.gradients[h]);
   }
 }
 

@@ -16,6 +16,18 @@ inline void copy_bias(const float* bias, int64_t count, int64_t floats, float* t
   if (bias != nullptr) copy(to, bias, count);
 }
 
+// Rows of every image, or window, of a batch.
+struct Batch {
+  int64_t tokens, stride;
+  float* data;
+
+  Batch(int64_t batch, int64_t of_tokens, int64_t of_stride, Arena& arena)
+      : tokens(of_tokens), stride(of_stride), data(arena.floats(batch * tokens * stride)) {}
+  Rows<float> of(int64_t batch, int64_t channel = 0) const {
+    return {data + batch * tokens * stride + channel, stride};
+  }
+};
+
 // The weights of a 1x1 convolution: a row an output, (outputs, inputs); or packed as products read them,
 // blocks of kPackedOutputs outputs, in each a row an input, padded with zeros.
 struct ProjectionWeights {
@@ -70,16 +82,20 @@ void project_blocks(int64_t batch, int64_t tokens, const ProjectionWeights& weig
   });
 }
 
-// out = weights * rows_of(batch) + bias.
-template <class RowsOf>
-void project_tokens(DType dtype, int64_t batch, int64_t tokens, const ProjectionWeights& weights,
-                    const RowsOf& rows_of, const Image& out, const Parallel& parallel) {
+// Of so many channels, padded so that rows lie in different cache sets.
+constexpr int64_t spread_stride(int64_t channels) {
+  return round_up(channels, kPackedOutputs) + kWholeVectors;
+}
+
+// out = weights * in + bias.
+inline void project_tokens(DType dtype, int64_t batch, const Batch& in, const ProjectionWeights& weights,
+                           const Image& out, const Parallel& parallel) {
   const ChannelsLastUkernels& ukernels = channels_last_ukernels();
   project_blocks(
-      batch, tokens, weights, [&](int64_t b) { return features_of(rows_of(b)); }, parallel,
+      batch, in.tokens, weights, [&](int64_t b) { return features_of(in.of(b)); }, parallel,
       [](int64_t, int64_t, const Rows<float>& tile) { return tile; }, [](Arena&) { return nullptr; },
       [&](int64_t b, int64_t first, int64_t channels, const Rows<float>& tile, std::nullptr_t) {
-        ukernels.store(dtype, channels_from(dtype, out, b, first), tokens, channels, tile);
+        ukernels.store(dtype, channels_from(dtype, out, b, first), in.tokens, channels, tile);
       });
 }
 

@@ -9,31 +9,11 @@ void transpose_weights(const float* weights, int64_t outputs, int64_t inputs, co
   load_tile<false>(Tile{to.data, to.stride, false}, Place<const float>{weights, 1, inputs}, inputs, outputs);
 }
 
-// Writes the product, which starts at a row of biases.
-struct WriteOnBias {
-  float* data;
-  int64_t row_stride;
-  const float* bias;
-
-  struct Row : RowPointer<float> {
-    const float* bias;
-    EFFATTN_INLINE Vec start(int v) const { return load(bias + v * kLanes); }
-    template <bool>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, acc);
-    }
-  };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, bias + col};
-  }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
-};
-
 void project(int64_t tokens, int64_t inputs, int64_t outputs, const Features& in,
              const Rows<const float>& weights, const float* bias, const Rows<float>& out,
              const PrefetchRange& next) {
   const Vectors<> vectors{weights.data, weights.stride};
-  const WriteOnBias edge{out.data, out.stride, bias};
+  const StorePadded<Biased<false>> edge{out.data, out.stride, {bias}};
   PrefetchQueue prefetch;
   prefetch.add(Place<const float>{next.data, 1, next.floats}, next.floats, 1);
   if (kRows == 8 && tokens % 8 != 0 && tokens % 7 == 0 && in.token_stride != 1) {  // windows of 7x7

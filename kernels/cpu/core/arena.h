@@ -7,8 +7,9 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
-#include "../../params/sizes.h"
+#include "rows.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -144,5 +145,36 @@ class InSharedArena {
   Arena arena_;
   Pieces pieces_;
 };
+
+// What threads sum up in parts, whose number depends on the sizes alone: the parts are then added up in
+// order, so that the sum is the same bits for every number of threads.
+class PartialSums {
+ public:
+  float* take(int64_t count, Arena& arena) {
+    pieces_.push_back({arena.floats(count), count});
+    return pieces_.back().first;
+  }
+  void clear_all() const {
+    for (const auto& [data, count] : pieces_) clear(data, count);
+  }
+  void add_all(const PartialSums& other) const {
+    for (size_t i = 0; i < pieces_.size(); ++i)
+      add(pieces_[i].first, other.pieces_[i].first, pieces_[i].second);
+  }
+
+ private:
+  std::vector<std::pair<float*, int64_t>> pieces_;
+};
+
+template <class Sums>
+void clear_all(const std::vector<Sums>& parts) {
+  for (const Sums& part : parts) part.clear_all();
+}
+// Adds them all to the first.
+template <class Sums>
+const Sums& total(const std::vector<Sums>& parts) {
+  for (size_t part = 1; part < parts.size(); ++part) parts[0].add_all(parts[part]);
+  return parts[0];
+}
 
 }  // namespace effattn::cpu

@@ -10,7 +10,7 @@ namespace effattn::cpu::EFFATTN_ISA {
 class PrefetchQueue {
  public:
   static constexpr int kLineBytes = 64;
-  static constexpr int kMaxBlocks = 4;  // a micro-kernel reads and writes at most
+  static constexpr int kMaxBlocks = 4;  // of what one micro-kernel reads and writes
 
   template <class T>
   void add(const Place<T>& block, int64_t tokens, int64_t channels) {

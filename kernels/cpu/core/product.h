@@ -157,50 +157,91 @@ struct RowPointer {
   }
 };
 
-// Writes the product to a float matrix, or adds it to what stands there.
-template <bool Add>
-struct IntoMatrix {
-  float* data;
+// Where a product goes: rounded to T, after an epilogue, whose at(row, col) gives the initial vectors of a
+// row and what is done to its results. With Padded, columns behind the last may be written.
+template <class T, class Epilogue, bool Padded = false>
+struct StoreTo {
+  T* data;
   int64_t row_stride;
+  Epilogue epilogue = {};
+  int64_t cols = 0;
 
-  struct Row : RowPointer<float> {
-    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
-    template <bool>
+  struct Row : RowPointer<T> {
+    typename Epilogue::Row epilogue;
+    int64_t cols;  // from here on
+    EFFATTN_INLINE Vec start(int v) const { return epilogue.start(v); }
+    template <bool Whole>
     EFFATTN_INLINE void finish(int v, Vec acc) const {
-      // Added at the end: sums of few terms, then a sum of sums, lose less to rounding than one long sum.
-      store(this->at + v * kLanes, Add ? load(this->at + v * kLanes) + acc : acc);
-    }
-  };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {data + row * row_stride + col, row_stride};
-  }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
-};
-using AddTo = IntoMatrix<true>;
-using WriteTo = IntoMatrix<false>;
-
-// Writes the product, which starts at a bias for each row.
-struct WriteToWithBias {
-  float* data;
-  int64_t row_stride;
-  const float* biases;
-
-  struct Row : RowPointer<float> {
-    const float* bias;
-    EFFATTN_INLINE Vec start(int) const { return broadcast(*bias); }
-    template <bool>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, acc);
+      T* const to = this->at + v * kLanes;
+      if constexpr (Whole || Padded) {
+        store(to, epilogue(v, acc, to));
+      } else {
+        store_first(to, epilogue(v, acc, to), cols - v * kLanes);
+      }
     }
     EFFATTN_INLINE void next_row() {
-      RowPointer<float>::next_row();
-      ++bias;
+      RowPointer<T>::next_row();
+      epilogue.next_row();
     }
   };
   EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, biases + row};
+    return {{data + row * row_stride + col, row_stride}, epilogue.at(row, col), cols - col};
   }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+  EFFATTN_INLINE bool whole(int64_t end) const { return Padded || end <= cols; }
+};
+template <class Epilogue>
+using StorePadded = StoreTo<float, Epilogue, true>;
+
+struct NoEpilogue {
+  struct Row {
+    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
+    EFFATTN_INLINE Vec operator()(int, Vec acc, const void*) const { return acc; }
+    EFFATTN_INLINE void next_row() {}
+  };
+  EFFATTN_INLINE Row at(int64_t, int64_t) const { return {}; }
+};
+using WriteTo = StorePadded<NoEpilogue>;
+
+// Adds to what stands there. At the end: sums of few terms, then a sum of sums, lose less to rounding than
+// one long sum.
+struct Adding {
+  struct Row : NoEpilogue::Row {
+    EFFATTN_INLINE Vec operator()(int, Vec acc, const float* to) const { return load(to) + acc; }
+  };
+  EFFATTN_INLINE Row at(int64_t, int64_t) const { return {}; }
+};
+using AddTo = StorePadded<Adding>;
+
+// Starts at a bias, a number a row or a column.
+template <bool PerRow>
+struct Biased {
+  const float* bias;
+
+  struct Row : NoEpilogue::Row {
+    const float* bias;
+    EFFATTN_INLINE Vec start(int v) const { return PerRow ? broadcast(*bias) : load(bias + v * kLanes); }
+    EFFATTN_INLINE void next_row() {
+      if constexpr (PerRow) ++bias;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const { return {{}, bias + (PerRow ? row : col)}; }
+};
+
+// Times a factor a row or a column.
+template <bool PerRow>
+struct Scaled {
+  const float* factors;
+
+  struct Row : NoEpilogue::Row {
+    const float* factors;
+    EFFATTN_INLINE Vec operator()(int v, Vec acc, const void*) const {
+      return acc * (PerRow ? broadcast(*factors) : load(factors + v * kLanes));
+    }
+    EFFATTN_INLINE void next_row() {
+      if constexpr (PerRow) ++factors;
+    }
+  };
+  EFFATTN_INLINE Row at(int64_t row, int64_t col) const { return {{}, factors + (PerRow ? row : col)}; }
 };
 
 }  // namespace effattn::cpu::EFFATTN_ISA

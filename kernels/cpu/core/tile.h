@@ -38,6 +38,12 @@ struct Place {
   T* data;
   int64_t token_stride;
   int64_t channel_stride;
+
+  EFFATTN_INLINE operator Place<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, token_stride, channel_stride};
+  }
 };
 
 template <bool Relu>
@@ -172,8 +178,7 @@ inline void store_tile(const Tile& tile, Place<T> to, int64_t tokens, int64_t ch
   }
 }
 
-// --- dispatch, images
-// -----------------------------------------------------------------------------------------------
+// --- dispatch, images -------------------------------------------------------------------------------------
 
 // The dispatch over storage types: f(T{}).
 template <class F>

@@ -121,33 +121,24 @@ struct HeadContext {
 // x as products read it, and what the heads attended to.
 struct SharedMemory {
   FeaturesOf x;
-  int64_t stride, tokens;
-  float* attended;
+  Batch attended;
 
-  SharedMemory(const LiteMLAParams& params, Arena& arena)
-      : x(params.attention.dtype, params.x, params.attention.batch, params.in_channels,
-          params.attention.tokens(), arena),
-        // Rows in different cache sets.
-        stride(round_up(params.attention.all_heads() * params.attention.head_dim, kWholeVectors) +
-               kWholeVectors),
-        tokens(params.attention.tokens()),
-        attended(arena.floats(params.attention.batch * tokens * stride)) {}
-
-  Rows<float> attended_of(int64_t batch) const { return {attended + batch * tokens * stride, stride}; }
+  SharedMemory(const LiteMLAParams& params, const MultiScaleParams& p, Arena& arena)
+      : x(p.dtype, params.x, p.batch, params.in_channels, p.tokens(), arena),
+        attended(p.batch, p.tokens(), spread_stride(p.all_heads() * p.head_dim), arena) {}
 };
 
 }  // namespace
 
 void lite_mla(const LiteMLAParams& params, const Parallel& parallel) {
   const MultiScaleParams& p = params.attention;
-  const int64_t tokens = p.tokens(), attended = p.all_heads() * p.head_dim;
-  if (p.batch * tokens * params.out_channels == 0) return;
+  if (p.batch * p.tokens() * params.out_channels == 0) return;
   const LaunchPlan plan(p);
-  const InSharedArena<SharedMemory> shared(params);
+  const InSharedArena<SharedMemory> shared(params, p);
   shared->x.load(parallel);
 
-  const int64_t head_work =
-      max(1, kParts * p.head_dim * params.in_channels * tokens) + aggregation_work(p, kParts * p.head_dim);
+  const int64_t head_work = max(1, kParts * p.head_dim * params.in_channels * p.tokens()) +
+                            aggregation_work(p, kParts * p.head_dim);
   parallel(p.heads * p.batch, head_work, [&](int64_t begin, int64_t end) {
     const auto context = in_thread_arena<HeadContext>(params, plan);
     context.clear_border();
@@ -156,14 +147,13 @@ void lite_mla(const LiteMLAParams& params, const Parallel& parallel) {
       if (unit == begin || batch == 0) context.take_weights(head);
       context.project(shared->x.of(batch), unit + 1 < end ? context.weights_of(head + 1) : PrefetchRange{});
       context.aggregate();
-      context.attend(head, shared->attended_of(batch));
+      context.attend(head, shared->attended.of(batch));
     }
   });
 
-  const ProjectionWeights last{attended, params.out_channels, params.proj_weight, params.proj_bias, false};
-  project_tokens(
-      p.dtype, p.batch, tokens, last, [&](int64_t b) { return shared->attended_of(b); }, params.out,
-      parallel);
+  const ProjectionWeights last{p.all_heads() * p.head_dim, params.out_channels, params.proj_weight,
+                               params.proj_bias, false};
+  project_tokens(p.dtype, p.batch, shared->attended, last, params.out, parallel);
 }
 
 }  // namespace effattn::cpu

@@ -26,56 +26,47 @@ struct AttendContext : ThreadContext {
       : ThreadContext(plan, arena), a(plan.strip_plane(arena)), b(plan.strip_plane(arena)) {}
 };
 
-// The gradients of all weights, once for each image of the batch, so that threads never add to the same.
-class WeightGradients {
- public:
-  WeightGradients(const MultiScaleParams& p, Arena& arena) : p_(p) {
-    for (int64_t part = 0; part < p.batch * p.scales; ++part) {
-      ScaleWeights<float> own{};
-      for_members(part % p.scales,
-                  [&](float* Weights::* member, int64_t count) { own.*member = arena.floats(count); });
-      parts_.push_back(own);
-    }
+// The gradients of all weights, of one image.
+struct ImageGradients : PartialSums {
+  ScaleWeights<float> branches[MultiScaleParams::kMaxScales] = {};
+
+  ImageGradients(const MultiScaleParams& p, Arena& arena) {
+    for_members(p, [&](int s, float* ScaleWeights<float>::* member, int64_t count) {
+      branches[s].*member = take(count, arena);
+    });
   }
-  void clear_all() const {
-    for (int64_t part = 0; part < p_.batch * p_.scales; ++part) {
-      for_members(part % p_.scales,
-                  [&](float* Weights::* member, int64_t count) { clear(parts_[part].*member, count); });
-    }
-  }
-  ScaleWeights<float> of(int64_t batch, int branch, int64_t group) const {
-    return of_group(parts_[batch * p_.scales + branch], p_.kernels[branch], p_.head_dim, group);
-  }
-  // Adds up the images in order, into the gradients that are asked for.
-  void finish() const {
-    for (int s = 0; s < p_.scales; ++s) {
-      for_members(s, [&](float* Weights::* member, int64_t count) {
-        float* const to = p_.gradients[s].*member;
-        if (p_.batch == 0) clear(to, count);
-        for (int64_t b = 0; b < p_.batch; ++b) {
-          const float* const part = parts_[b * p_.scales + s].*member;
-          b == 0 ? copy(to, part, count) : add(to, part, count);
-        }
-      });
-    }
+  void write(const MultiScaleParams& p) const {
+    for_members(p, [&](int s, float* ScaleWeights<float>::* member, int64_t count) {
+      copy(p.gradients[s].*member, branches[s].*member, count);
+    });
   }
 
  private:
-  using Weights = ScaleWeights<float>;
-
-  // Calls f(member, floats) for the gradients of a branch that are asked for.
+  // Calls f(branch, member, floats) for the gradients that are asked for.
   template <class F>
-  void for_members(int64_t branch, const F& f) const {
-    const int64_t channels = 3 * p_.heads * p_.head_dim;
-    f(&Weights::depthwise, channels * p_.kernels[branch] * p_.kernels[branch]);
-    f(&Weights::pointwise, channels * p_.head_dim);
-    for (const auto member : {&Weights::depthwise_bias, &Weights::pointwise_bias}) {
-      if (p_.gradients[branch].*member != nullptr) f(member, channels);
+  static void for_members(const MultiScaleParams& p, const F& f) {
+    const int64_t channels = 3 * p.heads * p.head_dim;
+    for (int s = 0; s < p.scales; ++s) {
+      const ScaleWeights<float>& to = p.gradients[s];
+      f(s, &ScaleWeights<float>::depthwise, channels * p.kernels[s] * p.kernels[s]);
+      f(s, &ScaleWeights<float>::pointwise, channels * p.head_dim);
+      if (to.depthwise_bias != nullptr) f(s, &ScaleWeights<float>::depthwise_bias, channels);
+      if (to.pointwise_bias != nullptr) f(s, &ScaleWeights<float>::pointwise_bias, channels);
     }
   }
+};
 
-  const MultiScaleParams& p_;
-  std::vector<ScaleWeights<float>> parts_;
+struct WeightGradients {
+  const MultiScaleParams& p;
+  std::vector<ImageGradients> images;
+
+  WeightGradients(const MultiScaleParams& params, Arena& arena) : p(params) {
+    for (int64_t b = 0; b < max(1, p.batch); ++b) images.emplace_back(p, arena);
+  }
+  ScaleWeights<float> of(int64_t batch, int branch, int64_t group) const {
+    return of_group(images[batch].branches[branch], p.kernels[branch], p.head_dim, group);
+  }
+  void write() const { total(images).write(p); }
 };
 
 struct BackwardContext : ThreadContext {
@@ -164,7 +155,7 @@ void aggregate(const MultiScaleParams& p, const Parallel& parallel) {
 void aggregate_backward(const MultiScaleParams& p, const Parallel& parallel) {
   const int64_t groups = 3 * p.heads, d = p.head_dim;
   const InSharedArena<WeightGradients> weights(p);
-  weights->clear_all();
+  clear_all(weights->images);
   if (p.batch * groups * p.tokens() * d > 0) {
     const LaunchPlan plan(p);
     parallel(
@@ -190,7 +181,7 @@ void aggregate_backward(const MultiScaleParams& p, const Parallel& parallel) {
           }
         });
   }
-  weights->finish();
+  weights->write();
 }
 
 // --- with the attention --------------------------------------------------------------------------
@@ -295,7 +286,7 @@ void attend(const MultiScaleParams& p, float* kv_state, const Parallel& parallel
 
 void attend_backward(const MultiScaleParams& p, const float* kv_state, const Parallel& parallel) {
   const InSharedArena<WeightGradients> weights(p);
-  weights->clear_all();
+  clear_all(weights->images);
   const int64_t units = p.batch * p.heads, d = p.head_dim;
   if (units * p.tokens() * d > 0) {
     const LaunchPlan plan(p);
@@ -368,7 +359,7 @@ void attend_backward(const MultiScaleParams& p, const float* kv_state, const Par
       }
     });
   }
-  weights->finish();
+  weights->write();
 }
 
 }  // namespace effattn::cpu

@@ -57,7 +57,7 @@ void with_edge(float* out, int64_t row_stride, const float* biases, const F& f) 
   if (biases == nullptr) {
     f(WriteTo{out, row_stride});
   } else {
-    f(WriteToWithBias{out, row_stride, biases});
+    f(StorePadded<Biased<true>>{out, row_stride, {biases}});
   }
 }
 

@@ -11,20 +11,6 @@ namespace {
 
 constexpr int64_t kMinQueries = 24;  // so many are worth laying out the keys for
 
-// Rows of every image of the batch, each row in other cache sets than the one before.
-struct Batch {
-  int64_t tokens, stride;
-  float* data;
-
-  Batch(int64_t batch, int64_t channels, int64_t of_tokens, Arena& arena)
-      : tokens(of_tokens),
-        stride(round_up(channels, kPackedOutputs) + kWholeVectors),
-        data(arena.floats(batch * tokens * stride)) {}
-  Rows<float> of(int64_t batch, int64_t channel = 0) const {
-    return {data + batch * tokens * stride + channel, stride};
-  }
-};
-
 // What a thread convolves a block of channels with.
 struct ConvolutionMemory {
   PaddedImage padded;
@@ -76,11 +62,12 @@ struct Stages {
   Stages(const ProjectedAttentionParams& params, Arena& arena)
       : p(params),
         x(p.dtype, p.x, p.is_halved() ? 0 : p.batch, p.channels, p.x_size.tokens(), arena),
-        halved(p.batch, p.channels, p.halving.kernel == 0 ? 0 : p.query_size.tokens(), arena),
-        qkv(p.batch, p.qkv.outputs, p.size.tokens(), arena),
-        q(p.batch, p.keys(), p.q == nullptr ? 0 : p.query_size.tokens(), arena),
-        attended(p.batch, p.values(), p.query_size.tokens(), arena),
-        upsampled(p.batch, p.values(), p.out_size == p.query_size ? 0 : p.out_size.tokens(), arena) {}
+        halved(p.batch, p.halving.kernel == 0 ? 0 : p.query_size.tokens(), spread_stride(p.channels), arena),
+        qkv(p.batch, p.size.tokens(), spread_stride(p.qkv.outputs), arena),
+        q(p.batch, p.q == nullptr ? 0 : p.query_size.tokens(), spread_stride(p.keys()), arena),
+        attended(p.batch, p.query_size.tokens(), spread_stride(p.values()), arena),
+        upsampled(p.batch, p.out_size == p.query_size ? 0 : p.out_size.tokens(), spread_stride(p.values()),
+                  arena) {}
 
   // A block of channels of an image through a depthwise convolution.
   void convolve(const Depthwise& by, int64_t channel, const Rows<float>& image,
@@ -204,8 +191,7 @@ void projected_attention(const ProjectedAttentionParams& p, const Parallel& para
   stages.attend(parallel);
   stages.upsample(parallel);
   const Batch& last = stages.upsampled.tokens == 0 ? stages.attended : stages.upsampled;
-  project_tokens(
-      p.dtype, p.batch, last.tokens, p.proj, [&](int64_t b) { return last.of(b); }, p.out, parallel);
+  project_tokens(p.dtype, p.batch, last, p.proj, p.out, parallel);
 }
 
 }  // namespace effattn::cpu

@@ -27,12 +27,6 @@ Place<T> place(const Params& p, const Operand& operand, int64_t group, int64_t t
   return {static_cast<T*>(operand.data) + offset, operand.token_stride, operand.channel_stride};
 }
 
-template <class T>
-Place<const T> source(const Params& p, const Operand& operand, int64_t group, int64_t token) {
-  const Place<T> at = place<T>(p, operand, group, token);
-  return {at.data, at.token_stride, at.channel_stride};
-}
-
 bool is_channel_major(const Operand& operand) {
   return operand.token_stride == 1 && operand.channel_stride != 1;
 }
@@ -198,65 +192,6 @@ void invert(float* dots, float eps, int64_t tokens) {
 
 // --- products over channels ---------------------------------------------------------------------------
 
-// Rounds a product to T and writes it. Epilogue::at(row, col) gives the initial vectors of a row and what is
-// done to its results.
-template <class T, class Epilogue>
-struct StoreTo {
-  T* data;
-  int64_t row_stride;
-  int64_t cols;
-  Epilogue epilogue;
-
-  struct Row : RowPointer<T> {
-    typename Epilogue::Row epilogue;
-    int64_t cols;  // from here on
-    EFFATTN_INLINE Vec start(int v) const { return epilogue.start(v); }
-    template <bool Whole>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      if constexpr (Whole) {
-        store(this->at + v * kLanes, epilogue(v, acc));
-      } else {
-        store_first(this->at + v * kLanes, epilogue(v, acc), cols - v * kLanes);
-      }
-    }
-    EFFATTN_INLINE void next_row() {
-      RowPointer<T>::next_row();
-      epilogue.next_row();
-    }
-  };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, epilogue.at(row, col), cols - col};
-  }
-  EFFATTN_INLINE bool whole(int64_t end) const { return end <= cols; }
-};
-
-struct NoEpilogue {
-  struct Row {
-    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
-    EFFATTN_INLINE Vec operator()(int, Vec acc) const { return acc; }
-    EFFATTN_INLINE void next_row() {}
-  };
-  EFFATTN_INLINE Row at(int64_t, int64_t) const { return {}; }
-};
-
-// Times a factor per token.
-template <bool ChannelMajor>
-struct Scaled {
-  const float* token_scale;
-
-  struct Row {
-    const float* token_scale;
-    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
-    EFFATTN_INLINE Vec operator()(int v, Vec acc) const {
-      return acc * (ChannelMajor ? load(token_scale + v * kLanes) : broadcast(*token_scale));
-    }
-    EFFATTN_INLINE void next_row() {
-      if constexpr (!ChannelMajor) ++token_scale;
-    }
-  };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const { return {token_scale + (ChannelMajor ? col : row)}; }
-};
-
 // Starts at z (one per output channel), drops what relu gated.
 template <bool ChannelMajor>
 struct Gated {
@@ -268,7 +203,7 @@ struct Gated {
     RowPointer<const float> input;
     const float* z;
     EFFATTN_INLINE Vec start(int v) const { return ChannelMajor ? broadcast(*z) : load(z + v * kLanes); }
-    EFFATTN_INLINE Vec operator()(int v, Vec acc) const {
+    EFFATTN_INLINE Vec operator()(int v, Vec acc, const void*) const {
       return relu_gate(load(input.at + v * kLanes), acc);
     }
     EFFATTN_INLINE void next_row() {
@@ -335,7 +270,7 @@ void mix_into(Place<T> to, const Tile& detour, const Tile& tile, const Mixer& ma
   write_block<ChannelMajor>(to, detour, tokens, outputs, [&](auto* data, int64_t row_stride, int64_t cols) {
     using Out = std::remove_pointer_t<decltype(data)>;
     mix_channels<ChannelMajor>(tile, matrix, tokens, inputs, outputs,
-                               StoreTo<Out, Epilogue>{data, row_stride, cols, epilogue}, prefetch);
+                               StoreTo<Out, Epilogue>{data, row_stride, epilogue, cols}, prefetch);
   });
 }
 
@@ -361,7 +296,7 @@ template <class T, class Rows, class Epilogue>
 void mix_in_place(Place<T> to, int64_t offset, const Rows& rows, const Mixer& matrix, int64_t tokens,
                   int64_t inputs, int64_t outputs, const Epilogue& epilogue, PrefetchQueue& prefetch) {
   product(outputs, tokens, matrix.by_output, rows, inputs,
-          StoreTo<T, Epilogue>{to.data + offset, to.channel_stride, tokens, epilogue}, prefetch);
+          StoreTo<T, Epilogue>{to.data + offset, to.channel_stride, epilogue, tokens}, prefetch);
 }
 
 // --- prefetch -----------------------------------------------------------------------------------------
@@ -411,8 +346,7 @@ PrefetchQueue prefetch_next(const Params& p, const PrefetchTensors& own, const P
   return prefetch;
 }
 
-// --- the micro-kernels
-// ---------------------------------------------------------------------------------------
+// --- the micro-kernels ------------------------------------------------------------------------------------
 
 template <class T>
 void reduce_keys(const Params& p, const Range& range, int64_t tile_tokens, float* kv_state, Arena arena) {
@@ -422,8 +356,8 @@ void reduce_keys(const Params& p, const Range& range, int64_t tile_tokens, float
   const Tile v = tile(arena, tile_tokens, p.value_dim, is_channel_major(p.v));
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
-    const Place<const T> from_k = source<T>(p, p.k, range.group, at),
-                         from_v = source<T>(p, p.v, range.group, at);
+    const Place<const T> from_k = place<T>(p, p.k, range.group, at),
+                         from_v = place<T>(p, p.v, range.group, at);
     PrefetchQueue prefetch = prefetch_next<T>(p, kReduceKeys, kApplyQueries, range, at + tokens, tile_tokens);
     load_tile<true>(k, from_k, tokens, p.head_dim);
     with_scalars(v, from_v, tokens, p.value_dim,
@@ -442,7 +376,7 @@ void apply_tiles(const Params& p, const Range& range, int64_t tile_tokens, const
   const Tile detour = tile(arena, tile_tokens, p.value_dim, ChannelMajor);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
-    const Place<const T> from = source<T>(p, p.q, range.group, at);
+    const Place<const T> from = place<T>(p, p.q, range.group, at);
     const Place<T> to = place<T>(p, p.out, range.group, at);
     PrefetchQueue prefetch = prefetch_next<T>(p, kApplyQueries, kReduceKeys, range, at + tokens, tile_tokens);
     if constexpr (kInPlace<T, ChannelMajor>) {
@@ -451,7 +385,7 @@ void apply_tiles(const Params& p, const Range& range, int64_t tile_tokens, const
           const auto rows = in_place<true>(from, offset);
           dot_tokens(inverse, rows, ByVector{state.z()}, count, p.head_dim);
           invert(inverse, p.eps, count);
-          mix_in_place(to, offset, rows, mixer, count, p.head_dim, p.value_dim, Scaled<true>{inverse},
+          mix_in_place(to, offset, rows, mixer, count, p.head_dim, p.value_dim, Scaled<false>{inverse},
                        prefetch);
         });
         continue;
@@ -461,7 +395,7 @@ void apply_tiles(const Params& p, const Range& range, int64_t tile_tokens, const
     dot_channels(inverse, q, ByVector{state.z()}, tokens, p.head_dim);
     invert(inverse, p.eps, tokens);
     mix_into<ChannelMajor>(to, detour, q, mixer, tokens, p.head_dim, p.value_dim,
-                           Scaled<ChannelMajor>{inverse}, prefetch);
+                           Scaled<!ChannelMajor>{inverse}, prefetch);
   }
 }
 
@@ -511,8 +445,8 @@ void grad_query_tiles(const Params& p, const Range& range, int64_t tile_tokens, 
   float* share = arena.floats(padded(tile_tokens));
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
-    const Place<const T> from_q = source<T>(p, p.q, range.group, at);
-    const Place<const T> from_grad = source<T>(p, p.grad_out, range.group, at);
+    const Place<const T> from_q = place<T>(p, p.q, range.group, at);
+    const Place<const T> from_grad = place<T>(p, p.grad_out, range.group, at);
     const Place<T> to = place<T>(p, p.grad_q, range.group, at);
     PrefetchQueue prefetch = prefetch_next<T>(p, kGradQueries, kGradKeys, range, at + tokens, tile_tokens);
     load_tile<true>(q, from_q, tokens, p.head_dim);
@@ -573,8 +507,8 @@ void grad_key_tiles(const Params& p, const Range& range, int64_t tile_tokens, co
   const Tile detour_v = tile(arena, tile_tokens, p.value_dim, ChannelMajor);
   for (int64_t at = range.begin; at < range.end; at += tile_tokens) {
     const int64_t tokens = min(tile_tokens, range.end - at);
-    const Place<const T> from_k = source<T>(p, p.k, range.group, at),
-                         from_v = source<T>(p, p.v, range.group, at);
+    const Place<const T> from_k = place<T>(p, p.k, range.group, at),
+                         from_v = place<T>(p, p.v, range.group, at);
     const Place<T> into_k = place<T>(p, p.grad_k, range.group, at);
     const Place<T> into_v = place<T>(p, p.grad_v, range.group, at);
     PrefetchQueue prefetch = prefetch_next<T>(p, kGradKeys, kGradQueries, range, at + tokens, tile_tokens);

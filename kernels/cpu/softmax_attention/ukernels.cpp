@@ -50,18 +50,18 @@ void transpose_keys(const In& rows, const SoftmaxHeads& p, const Pairs& to) {
   }
 }
 
-int64_t row_factors(const SoftmaxHeads& p) { return round_up(block_queries(p), 16); }
-
 // Raw logits, later mixed weights; with talking heads the softmax of mixed logits is kept beside them.
 struct ForwardMemory {
   Pairs keys, raw, softmax;
-  float* inverse;
+  int64_t inverse_stride;
+  float* inverse;  // of the sums of rows, a head each
 
   ForwardMemory(const SoftmaxHeads& p, Arena& arena)
       : keys(transposed(p, p.head_dim, arena)),
         raw(pairs(p, arena)),
         softmax(p.talking() ? pairs(p, arena) : raw),
-        inverse(arena.floats(p.heads * row_factors(p))) {}
+        inverse_stride(round_up(block_queries(p), 16)),
+        inverse(arena.floats(p.heads * inverse_stride)) {}
 };
 
 struct BackwardMemory : ForwardMemory {
@@ -115,50 +115,18 @@ struct WriteLogits {
   EFFATTN_INLINE bool whole(int64_t end) const { return end <= keys; }
 };
 
-// Times a factor a row.
-struct WriteScaledRows {
-  float* data;
-  int64_t row_stride;
-  const float* row_scales;
-
-  struct Row : RowPointer<float> {
-    const float* row_scale;
-    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
-    template <bool>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes, acc * broadcast(*row_scale));
-    }
-    EFFATTN_INLINE void next_row() {
-      RowPointer<float>::next_row();
-      ++row_scale;
-    }
-  };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, row_scales + row};
-  }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
-};
-
-// Times one factor, written or added to what stands there.
+// Times softmax_scale, written or added to what stands there.
 template <bool Add>
-struct Scaled {
-  float* data;
-  int64_t row_stride;
+struct SoftmaxScaled {
   float softmax_scale;
 
-  struct Row : RowPointer<float> {
+  struct Row : NoEpilogue::Row {
     float softmax_scale;
-    EFFATTN_INLINE Vec start(int) const { return Vec{}; }
-    template <bool>
-    EFFATTN_INLINE void finish(int v, Vec acc) const {
-      store(this->at + v * kLanes,
-            Add ? load(this->at + v * kLanes) + acc * softmax_scale : acc * softmax_scale);
+    EFFATTN_INLINE Vec operator()(int, Vec acc, const float* to) const {
+      return Add ? load(to) + acc * softmax_scale : acc * softmax_scale;
     }
   };
-  EFFATTN_INLINE Row at(int64_t row, int64_t col) const {
-    return {{data + row * row_stride + col, row_stride}, softmax_scale};
-  }
-  EFFATTN_INLINE bool whole(int64_t) const { return true; }
+  EFFATTN_INLINE Row at(int64_t, int64_t) const { return {{}, softmax_scale}; }
 };
 
 // --- rows of logits -----------------------------------------------------------------------------------
@@ -253,7 +221,8 @@ void softmax_backward_rows(const float* weights, float* grad, int64_t stride, in
 void mix_heads(const float* matrix, const float* bias, int64_t heads, int64_t rows, const Pairs& from,
                const Pairs& to) {
   product(heads, rows * from.stride, StepsAdjacent<false>{matrix, heads},
-          Vectors<>{from.data, from.head_stride()}, heads, WriteToWithBias{to.data, to.head_stride(), bias});
+          Vectors<>{from.data, from.head_stride()}, heads,
+          StorePadded<Biased<true>>{to.data, to.head_stride(), {bias}});
 }
 
 // to_h = sum_g matrix(g, h) from_g
@@ -272,8 +241,7 @@ void add_mix_gradients(float* matrix, float* bias, int64_t heads, int64_t rows, 
   }
 }
 
-// --- the micro-kernels
-// ---------------------------------------------------------------------------------------
+// --- the micro-kernels ------------------------------------------------------------------------------------
 
 void logits(const SoftmaxHeads& p, const In& q, const Pairs& keys, int64_t first, int64_t rows,
             const Pairs& to) {
@@ -291,36 +259,45 @@ void logits(const SoftmaxHeads& p, const In& q, const Pairs& keys, int64_t first
   }
 }
 
+// The softmax of a block of queries; the sums of its rows are one if it is normalised, else their inverses
+// are in memory.inverse.
+void softmax_of_logits(const SoftmaxHeads& p, const In& q, const ForwardMemory& memory, int64_t first,
+                       int64_t rows, bool normalised) {
+  const Pairs& softmax = memory.softmax;
+  logits(p, q, memory.keys, first, rows, memory.raw);
+  if (p.talking()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, memory.raw, softmax);
+  for (int64_t h = 0; h < p.heads; ++h) {
+    float* const inverse = memory.inverse + h * memory.inverse_stride;
+    softmax_rows(softmax.of(h), softmax.stride, rows, p.keys, inverse);
+    if (normalised) scale_rows(softmax.of(h), softmax.stride, rows, inverse);
+  }
+}
+
 void times_values(const SoftmaxHeads& p, const Pairs& weights, const In& v, int64_t first, int64_t rows,
                   const float* factors, int64_t factors_stride, const HeadRows<float>& out) {
   for (int64_t h = 0; h < p.heads; ++h) {
     const auto to = out.of(h);
     product(rows, p.value_dim, StepsAdjacent<true>{weights.of(h), weights.stride},
             Vectors<>{v.of(h).data, v.of(h).stride}, p.keys,
-            WriteScaledRows{to.data + first * to.stride, to.stride, factors + h * factors_stride});
+            StorePadded<Scaled<true>>{to.row(first), to.stride, {factors + h * factors_stride}});
   }
 }
 
 void forward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, const HeadRows<float>& out,
              Arena arena) {
-  const auto [keys, raw, mixed, inverse] = ForwardMemory(p, arena);
-  const int64_t block = block_queries(p), factors_stride = row_factors(p);
-  transpose_keys(k, p, keys);
+  const ForwardMemory memory(p, arena);
+  const int64_t block = block_queries(p);
+  transpose_keys(k, p, memory.keys);
   for (int64_t first = 0; first < p.queries; first += block) {
     const int64_t rows = min(block, p.queries - first);
-    logits(p, q, keys, first, rows, raw);
-    if (p.talking()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, mixed);
-    for (int64_t h = 0; h < p.heads; ++h) {
-      softmax_rows(mixed.of(h), mixed.stride, rows, p.keys, inverse + h * factors_stride);
-    }
+    softmax_of_logits(p, q, memory, first, rows, p.talking());
     if (p.talking()) {
       for (int64_t h = 0; h < p.heads; ++h) {
-        scale_rows(mixed.of(h), mixed.stride, rows, inverse + h * factors_stride);
-        for (int64_t r = 0; r < rows; ++r) inverse[h * factors_stride + r] = 1.0f;
+        for (int64_t r = 0; r < rows; ++r) memory.inverse[h * memory.inverse_stride + r] = 1.0f;
       }
-      mix_heads(p.mix.weights, p.mix.weights_bias, p.heads, rows, mixed, raw);
+      mix_heads(p.mix.weights, p.mix.weights_bias, p.heads, rows, memory.softmax, memory.raw);
     }
-    times_values(p, raw, v, first, rows, inverse, factors_stride, out);
+    times_values(p, memory.raw, v, first, rows, memory.inverse, memory.inverse_stride, out);
   }
 }
 
@@ -336,22 +313,16 @@ void clear_rows(const HeadRows<float>& rows, int64_t heads, int64_t tokens, int6
 void backward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, const In& grad_out,
               const SoftmaxGradients& to, Arena arena) {
   const BackwardMemory memory(p, arena);
-  const Pairs &keys = memory.keys, &values = memory.values, &raw = memory.raw, &softmax = memory.softmax,
-              &weights = memory.weights, &grad = memory.grad, &mixed_grad = memory.mixed_grad;
-  float* const inverse = memory.inverse;
-  const int64_t block = block_queries(p), factors_stride = row_factors(p);
-  transpose_keys(k, p, keys);
+  const Pairs &values = memory.values, &softmax = memory.softmax, &weights = memory.weights,
+              &grad = memory.grad, &mixed_grad = memory.mixed_grad;
+  const int64_t block = block_queries(p);
+  transpose_keys(k, p, memory.keys);
   transpose_keys(v, p, values);
   clear_rows(to.k, p.heads, p.keys, p.head_dim);
   clear_rows(to.v, p.heads, p.keys, p.value_dim);
   for (int64_t first = 0; first < p.queries; first += block) {
     const int64_t rows = min(block, p.queries - first);
-    logits(p, q, keys, first, rows, raw);
-    if (p.talking()) mix_heads(p.mix.logits, p.mix.logits_bias, p.heads, rows, raw, softmax);
-    for (int64_t h = 0; h < p.heads; ++h) {
-      softmax_rows(softmax.of(h), softmax.stride, rows, p.keys, inverse + h * factors_stride);
-      scale_rows(softmax.of(h), softmax.stride, rows, inverse + h * factors_stride);
-    }
+    softmax_of_logits(p, q, memory, first, rows, true);
     if (p.talking()) mix_heads(p.mix.weights, p.mix.weights_bias, p.heads, rows, softmax, weights);
 
     // Of the weights that values are multiplied with, then of the softmax's output, then of its input.
@@ -371,7 +342,7 @@ void backward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, cons
     }
     for (int64_t h = 0; h < p.heads; ++h) softmax_backward_rows(softmax.of(h), grad.of(h), grad.stride, rows);
     if (p.talking()) {
-      add_mix_gradients(to.mix.logits, to.mix.logits_bias, p.heads, rows, p.keys, grad, raw);
+      add_mix_gradients(to.mix.logits, to.mix.logits_bias, p.heads, rows, p.keys, grad, memory.raw);
       mix_heads_back(p.mix.logits, p.heads, rows, grad, mixed_grad);
     }
 
@@ -390,10 +361,10 @@ void backward(const SoftmaxHeads& p, const In& q, const In& k, const In& v, cons
       const auto from_q = q.of(h), from_k = k.of(h);
       product(rows, p.head_dim, StepsAdjacent<true>{of_logits, mixed_grad.stride},
               Vectors<>{from_k.data, from_k.stride}, p.keys,
-              Scaled<false>{grad_q.data + first * grad_q.stride, grad_q.stride, p.softmax_scale});
+              StorePadded<SoftmaxScaled<false>>{grad_q.row(first), grad_q.stride, {p.softmax_scale}});
       product(p.keys, p.head_dim, RowsAdjacent{of_logits, mixed_grad.stride},
               Vectors<>{from_q.data + first * from_q.stride, from_q.stride}, rows,
-              Scaled<true>{grad_k.data, grad_k.stride, p.softmax_scale});
+              StorePadded<SoftmaxScaled<true>>{grad_k.data, grad_k.stride, {p.softmax_scale}});
     }
   }
 }
