@@ -8,69 +8,6 @@ namespace {
 
 using namespace cascade;
 
-// BatchNorm of one head's projection or convolution: its channels as they stand in rows, in parts.
-struct NormLayout {
-  int64_t width;  // of a row
-  int64_t parts;  // q, k and v, or one
-  int64_t first[kParts], size[kParts], first_output[kParts];
-
-  static NormLayout of_qkv(const LaunchPlan& plan) {
-    NormLayout n{plan.stride, kParts, {}, {}, {}};
-    for (int part = 0; part < kParts; ++part) {
-      n.first[part] = plan.first(part);
-      n.size[part] = plan.size(part);
-      n.first_output[part] = plan.first_output(part);
-    }
-    return n;
-  }
-  static NormLayout of_q(const LaunchPlan& plan) { return {plan.dk, 1, {0}, {plan.p.key_dim}, {0}}; }
-
-  int64_t outputs() const { return first_output[parts - 1] + size[parts - 1]; }
-  // f(channel of a row, output)
-  template <class F>
-  void each(const F& f) const {
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t c = 0; c < size[part]; ++c) f(first[part] + c, first_output[part] + c);
-    }
-  }
-};
-
-// A BatchNorm as micro-kernels apply it, and its mean; zeros where there is no channel.
-struct BatchNorm {
-  float *bn_gain, *shift, *mean;
-  BatchNorm(const NormLayout& n, Arena& arena)
-      : bn_gain(arena.floats(n.width)), shift(arena.floats(n.width)), mean(arena.floats(n.width)) {}
-
-  void take(const NormLayout& n, const Norm<const float>& norm, const float* means, const float* variances,
-            float eps) const {
-    for (float* const row : {bn_gain, shift, mean}) clear(row, n.width);
-    n.each([&](int64_t c, int64_t o) {
-      bn_gain[c] = norm.weight[o] / std::sqrt(variances[o] + eps);
-      shift[c] = norm.bias[o] - means[o] * bn_gain[c];
-      mean[c] = means[o];
-    });
-  }
-};
-
-// Means and variances of all windows from those of each, in order.
-void combine_moments(const NormLayout& n, int64_t units, int64_t tokens, const float* of_units, float* means,
-                     float* variances) {
-  std::vector<double> mean(n.width), squares(n.width);
-  for (int64_t u = 0; u < units; ++u) {
-    const float *const other = of_units + 2 * u * n.width, *const other_squares = other + n.width;
-    const double share = 1.0 / static_cast<double>(u + 1), before = static_cast<double>(u * tokens) * share;
-    for (int64_t c = 0; c < n.width; ++c) {
-      const double apart = other[c] - mean[c];
-      squares[c] += other_squares[c] + apart * apart * before;
-      mean[c] += apart * share;
-    }
-  }
-  n.each([&](int64_t c, int64_t o) {
-    means[o] = static_cast<float>(mean[c]);
-    variances[o] = static_cast<float>(squares[c] / static_cast<double>(units * tokens));
-  });
-}
-
 // Of a part of the windows: sums of a norm's gradients and of their products with what is above the mean.
 struct NormSums {
   float *grads, *products;
@@ -89,46 +26,108 @@ struct Part : PartialSums {
         weights(plan, plan.max_taps(), *this, arena) {}
 };
 
-// The gradient of a BatchNorm's input: bn_gain * grad + slope * input + shift. And those of its weight and
-// bias.
-struct NormBackward {
-  float *bn_gain, *slope, *shift;
-  NormBackward(const NormLayout& n, Arena& arena)
-      : bn_gain(arena.floats(n.width)), slope(arena.floats(n.width)), shift(arena.floats(n.width)) {}
+// A norm of one head, and its statistics, which are written forward and read backward.
+struct HeadNorm {
+  const Norm<const float>& norm;
+  float *means, *variances;
+  float eps;
+};
 
-  void take(const NormLayout& n, const Norm<const float>& norm, const Norm<float>& gradient,
-            const float* means, const float* variances, float eps, double count,
-            const std::vector<Part>& parts, NormSums Part::* sums) const {
-    for (float* const row : {bn_gain, slope, shift}) clear(row, n.width);
-    n.each([&](int64_t c, int64_t o) {
+HeadNorm qkv_norm(const CascadeTrainingParams& t, int64_t head) {
+  const int64_t channels = 3 * t.cascade.key_dim + t.cascade.value_dim;
+  float* const means = t.statistics + 2 * head * channels;
+  return {t.norms[head].qkv, means, means + channels, t.qkv_eps[head]};
+}
+HeadNorm q_norm(const CascadeTrainingParams& t, int64_t head) {
+  const int64_t outputs = 2 * t.cascade.key_dim + t.cascade.value_dim;
+  const HeadNorm qkv = qkv_norm(t, head);
+  return {t.norms[head].q, qkv.means + outputs, qkv.variances + outputs, t.q_eps[head]};
+}
+
+// A BatchNorm as micro-kernels apply it to rows, behind the projection (of q, k and v) or the convolution (of
+// q); zeros where there is no channel.
+struct BatchNorm {
+  const LaunchPlan& plan;
+  int parts;
+  int64_t width;                          // of a row
+  float *bn_gain, *shift, *mean;          // out = bn_gain * in + shift
+  float *grad_gain, *slope, *grad_shift;  // grad_in = grad_gain * grad + slope * in + grad_shift
+
+  BatchNorm(const LaunchPlan& of_call, int part_count, int64_t of_width, Arena& arena)
+      : plan(of_call), parts(part_count), width(of_width) {
+    for (float** const row : {&bn_gain, &shift, &mean, &grad_gain, &slope, &grad_shift}) {
+      *row = arena.floats(width);
+    }
+  }
+
+  void take(const HeadNorm& n) const {
+    for (float* const row : {bn_gain, shift, mean}) clear(row, width);
+    for_channels([&](int64_t c, int64_t o) {
+      bn_gain[c] = n.norm.weight[o] / std::sqrt(n.variances[o] + n.eps);
+      shift[c] = n.norm.bias[o] - n.means[o] * bn_gain[c];
+      mean[c] = n.means[o];
+    });
+  }
+
+  // Means and variances of all windows from the moments of each, in order.
+  void combine_moments(int64_t units, const float* moments, const HeadNorm& n) const {
+    std::vector<double> means(width), squares(width);
+    for (int64_t u = 0; u < units; ++u) {
+      const float *const other = moments + 2 * u * width, *const other_squares = other + width;
+      const double share = 1.0 / static_cast<double>(u + 1);
+      const double before = static_cast<double>(u * plan.tokens) * share;
+      for (int64_t c = 0; c < width; ++c) {
+        const double apart = other[c] - means[c];
+        squares[c] += other_squares[c] + apart * apart * before;
+        means[c] += apart * share;
+      }
+    }
+    for_channels([&](int64_t c, int64_t o) {
+      n.means[o] = static_cast<float>(means[c]);
+      n.variances[o] = static_cast<float>(squares[c] / static_cast<double>(units * plan.tokens));
+    });
+    take(n);
+  }
+
+  // `count`: of the tokens.
+  void take_backward(const HeadNorm& n, double count, const std::vector<Part>& all, NormSums Part::* sums,
+                     const Norm<float>& gradient) const {
+    for (float* const row : {grad_gain, slope, grad_shift}) clear(row, width);
+    for_channels([&](int64_t c, int64_t o) {
       double grad = 0, product = 0;
-      for (const Part& part : parts) {
+      for (const Part& part : all) {
         grad += (part.*sums).grads[c];
         product += (part.*sums).products[c];
       }
-      const double inverse = 1 / std::sqrt(static_cast<double>(variances[o]) + eps);
-      const double gain = norm.weight[o] * inverse, by_input = -gain * inverse * inverse * product / count;
-      bn_gain[c] = static_cast<float>(gain);
+      const double inverse = 1 / std::sqrt(static_cast<double>(n.variances[o]) + n.eps);
+      const double gain = n.norm.weight[o] * inverse, by_input = -gain * inverse * inverse * product / count;
+      grad_gain[c] = static_cast<float>(gain);
       slope[c] = static_cast<float>(by_input);
-      shift[c] = static_cast<float>(-gain * grad / count - by_input * means[o]);
+      grad_shift[c] = static_cast<float>(-gain * grad / count - by_input * n.means[o]);
       gradient.weight[o] = static_cast<float>(product * inverse);
       gradient.bias[o] = static_cast<float>(grad);
     });
   }
-};
 
-// A head's statistics in what the forward pass hands on.
-struct Statistics {
-  float *means, *variances;
-  int64_t outputs;
-  Statistics(const CascadeTrainingParams& t, int64_t head) {
-    const int64_t of_head = 2 * t.cascade.key_dim + t.cascade.value_dim + t.cascade.key_dim;
-    outputs = 2 * t.cascade.key_dim + t.cascade.value_dim;
-    means = t.statistics + 2 * head * of_head;
-    variances = means + of_head;
+  void forward(int64_t channels, const Rows<float>& in, const Rows<float>& out) const {
+    plan.ukernels.affine(plan.tokens, channels, bn_gain, in, nullptr, {nullptr, 0}, shift, out);
   }
-  float* q_means() const { return means + outputs; }
-  float* q_variances() const { return variances + outputs; }
+  // `in`: of the norm; grad becomes its gradient.
+  void backward(const Rows<float>& in, const Rows<float>& grad) const {
+    plan.ukernels.affine(plan.tokens, width, grad_gain, grad, slope, in, grad_shift, grad);
+  }
+  void sum_gradients(const Rows<float>& grad, const Rows<float>& in, const NormSums& sums) const {
+    plan.ukernels.sum_gradients(plan.tokens, width, grad, in, mean, sums.grads, sums.products);
+  }
+
+ private:
+  // f(channel of a row, output)
+  template <class F>
+  void for_channels(const F& f) const {
+    for (int part = 0; part < parts; ++part) {
+      for (int64_t c = 0; c < plan.size(part); ++c) f(plan.first(part) + c, plan.first_output(part) + c);
+    }
+  }
 };
 
 // What all threads see in both directions: the results of the stages, of the head at hand.
@@ -137,7 +136,6 @@ struct Stages {
   const CascadeParams& p;
   const LaunchPlan& plan;
   const ChannelsLastUkernels& ukernels;
-  const NormLayout qkv_norm, q_norm;
   const int64_t units, unit_work;
   LaidOutWeights weights;
   BatchNorm qkv, q;
@@ -149,23 +147,15 @@ struct Stages {
         p(params.cascade),
         plan(of_call),
         ukernels(plan.ukernels),
-        qkv_norm(NormLayout::of_qkv(plan)),
-        q_norm(NormLayout::of_q(plan)),
         units(p.batch * p.windows()),
         unit_work(plan.tokens * p.value_dim * plan.outputs()),
         weights(plan, arena),
-        qkv(qkv_norm, arena),
-        q(q_norm, arena),
+        qkv(plan, kParts, plan.stride, arena),
+        q(plan, 1, plan.dk, arena),
         projected(units, plan.tokens, plan.stride, arena),
         convolved(units, plan.tokens, plan.dk, arena),
         zeros(arena.floats(plan.stride)) {}
 
-  void take_qkv_norm(int64_t head, const Statistics& s) const {
-    qkv.take(qkv_norm, t.norms[head].qkv, s.means, s.variances, t.qkv_eps[head]);
-  }
-  void take_q_norm(int64_t head, const Statistics& s) const {
-    q.take(q_norm, t.norms[head].q, s.q_means(), s.q_variances(), t.q_eps[head]);
-  }
   // x's channels of a head, and the output of the head before.
   template <class Before>
   void project(int64_t head, int64_t unit, const Weights& of_head, const Rows<float>& feat,
@@ -174,10 +164,6 @@ struct Stages {
     if (head > 0) add_before();
     ukernels.project(plan.tokens, p.value_dim, plan.stride, features_of(feat), {of_head.qkv, plan.stride},
                      zeros, projected.of(unit), {});
-  }
-  void normalise(const BatchNorm& norm, int64_t channels, const Rows<float>& in,
-                 const Rows<float>& out) const {
-    ukernels.affine(plan.tokens, channels, norm.bn_gain, in, nullptr, {nullptr, 0}, norm.shift, out);
   }
   void convolve(int64_t head, int64_t unit, const Weights& of_head, const Rows<float>& in,
                 const PaddedImage& padded) const {
@@ -209,7 +195,6 @@ struct ForwardContext {
 
 struct BackwardStages : Stages {
   BackwardWeights backward_weights;
-  NormBackward qkv_backward, q_backward;
   Batch feat, grad_q, grad_qkv, grad_feat;
   std::vector<Part> parts;
 
@@ -217,8 +202,6 @@ struct BackwardStages : Stages {
                  Arena& arena)
       : Stages(params, of_call, arena),
         backward_weights(plan, arena),
-        qkv_backward(qkv_norm, arena),
-        q_backward(q_norm, arena),
         feat(units, plan.tokens, plan.d, arena),
         grad_q(units, plan.tokens, plan.dk, arena),
         grad_qkv(units, plan.tokens, plan.stride, arena),
@@ -252,7 +235,6 @@ void cascade_training(const CascadeTrainingParams& t, const Parallel& parallel) 
   const std::vector<Weights> weights = m.weights.take(plan, parallel);
 
   for (int64_t h = 0; h < p.heads; ++h) {
-    const Statistics statistics(t, h);
     parallel(m.units, m.unit_work, [&](int64_t begin, int64_t end) {
       const auto context = in_thread_arena<ForwardContext>(plan);
       for (int64_t u = begin; u < end; ++u) {
@@ -262,27 +244,24 @@ void cascade_training(const CascadeTrainingParams& t, const Parallel& parallel) 
         ukernels.moments(plan.tokens, plan.stride, m.projected.of(u), moments, moments + plan.stride);
       }
     });
-    combine_moments(m.qkv_norm, m.units, plan.tokens, m.qkv_moments, statistics.means, statistics.variances);
-    m.take_qkv_norm(h, statistics);
+    m.qkv.combine_moments(m.units, m.qkv_moments, qkv_norm(t, h));
     parallel(m.units, m.unit_work, [&](int64_t begin, int64_t end) {
       const auto context = in_thread_arena<ForwardContext>(plan);
       clear(context.padded.data, context.padded.floats());
       for (int64_t u = begin; u < end; ++u) {
         const Rows<float> qkv = m.projected.of(u);
-        m.normalise(m.qkv, plan.stride, qkv, qkv);
+        m.qkv.forward(plan.stride, qkv, qkv);
         m.convolve(h, u, weights[h], qkv, context.padded);
         float* const moments = m.q_moments + 2 * u * plan.dk;
         ukernels.moments(plan.tokens, plan.dk, m.convolved.of(u), moments, moments + plan.dk);
       }
     });
-    combine_moments(m.q_norm, m.units, plan.tokens, m.q_moments, statistics.q_means(),
-                    statistics.q_variances());
-    m.take_q_norm(h, statistics);
+    m.q.combine_moments(m.units, m.q_moments, q_norm(t, h));
     parallel(m.units, m.unit_work, [&](int64_t begin, int64_t end) {
       const auto context = in_thread_arena<ForwardContext>(plan);
       for (int64_t u = begin; u < end; ++u) {
         const Rows<float> q = m.convolved.of(u), out = m.outs.of(u);
-        m.normalise(m.q, plan.dk, q, q);
+        m.q.forward(plan.dk, q, q);
         plan.attend(h, q, m.projected.of(u), out, context.scratch);
         plan.store(out, p.out, h, u);
       }
@@ -318,9 +297,8 @@ void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& p
   };
 
   for (int64_t h = p.heads - 1; h >= 0; --h) {
-    const Statistics statistics(t, h);
-    m.take_qkv_norm(h, statistics);
-    m.take_q_norm(h, statistics);
+    m.qkv.take(qkv_norm(t, h));
+    m.q.take(q_norm(t, h));
     clear_all(m.parts);
 
     // Forward once more, and back through the attention.
@@ -331,40 +309,34 @@ void cascade_training_backward(const CascadeTrainingParams& t, const Parallel& p
         plan.load(p.out, h - 1, u, context.own);
         ukernels.add(plan.tokens, plan.d, context.own, feat);
       });
-      m.normalise(m.qkv, plan.stride, m.projected.of(u), qkv);
+      m.qkv.forward(plan.stride, m.projected.of(u), qkv);
       m.convolve(h, u, weights[h], qkv, padded);
-      m.normalise(m.q, plan.dk, m.convolved.of(u), q);
+      m.q.forward(plan.dk, m.convolved.of(u), q);
       plan.load(p.grad_out, h, u, own);
       if (h + 1 < p.heads) ukernels.add(plan.tokens, plan.d, m.grad_feat.of(u), own);
       plan.attend_backward(h, q, qkv, own, grad_q, m.grad_qkv.of(u), part.bias, scratch);
-      ukernels.sum_gradients(plan.tokens, plan.dk, grad_q, m.convolved.of(u), m.q.mean, part.q.grads,
-                             part.q.products);
+      m.q.sum_gradients(grad_q, m.convolved.of(u), part.q);
     });
-    m.q_backward.take(m.q_norm, t.norms[h].q, t.norm_gradients[h].q, statistics.q_means(),
-                      statistics.q_variances(), t.q_eps[h], count, m.parts, &Part::q);
+    m.q.take_backward(q_norm(t, h), count, m.parts, &Part::q, t.norm_gradients[h].q);
 
     // Back through the depthwise convolution and its norm.
     for_units([&](const BackwardContext& context, const Part& part, int64_t u) {
       const Rows<float> grad_q = m.grad_q.of(u), grad = m.grad_qkv.of(u);
-      ukernels.affine(plan.tokens, plan.dk, m.q_backward.bn_gain, grad_q, m.q_backward.slope,
-                      m.convolved.of(u), m.q_backward.shift, grad_q);
-      m.normalise(m.qkv, plan.dk, m.projected.of(u), context.q);
+      m.q.backward(m.convolved.of(u), grad_q);
+      m.qkv.forward(plan.dk, m.projected.of(u), context.q);
       ukernels.fill(context.q, context.padded);
       ukernels.depthwise_backward(p.kernels[h], context.padded, grad_q, part.weights.taps,
                                   part.weights.tap_bias);
       ukernels.fill(grad_q, context.padded);
       ukernels.depthwise(p.kernels[h], context.padded, m.backward_weights.heads[h].flipped, m.zeros, grad);
-      ukernels.sum_gradients(plan.tokens, plan.stride, grad, m.projected.of(u), m.qkv.mean, part.qkv.grads,
-                             part.qkv.products);
+      m.qkv.sum_gradients(grad, m.projected.of(u), part.qkv);
     });
-    m.qkv_backward.take(m.qkv_norm, t.norms[h].qkv, t.norm_gradients[h].qkv, statistics.means,
-                        statistics.variances, t.qkv_eps[h], count, m.parts, &Part::qkv);
+    m.qkv.take_backward(qkv_norm(t, h), count, m.parts, &Part::qkv, t.norm_gradients[h].qkv);
 
     // Back through the projection and its norm.
     for_units([&](const BackwardContext&, const Part& part, int64_t u) {
       const Rows<float> grad = m.grad_qkv.of(u);
-      ukernels.affine(plan.tokens, plan.stride, m.qkv_backward.bn_gain, grad, m.qkv_backward.slope,
-                      m.projected.of(u), m.qkv_backward.shift, grad);
+      m.qkv.backward(m.projected.of(u), grad);
       part.weights.project_backward(m.backward_weights.heads[h], m.feat.of(u), grad, m.grad_feat.of(u));
       plan.store(m.grad_feat.of(u), p.grad_x, h, u);
     });

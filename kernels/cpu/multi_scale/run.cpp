@@ -14,15 +14,9 @@ namespace {
 
 // --- what threads work with -------------------------------------------------------------------------------
 
-struct AggregateContext : ThreadContext {
-  Plane<float> strip;
-  AggregateContext(const LaunchPlan& plan, Arena& arena)
-      : ThreadContext(plan, arena), strip(plan.strip_plane(arena)) {}
-};
-
-struct AttendContext : ThreadContext {
+struct ForwardContext : ThreadContext {
   Plane<float> a, b;
-  AttendContext(const LaunchPlan& plan, Arena& arena)
+  ForwardContext(const LaunchPlan& plan, Arena& arena)
       : ThreadContext(plan, arena), a(plan.strip_plane(arena)), b(plan.strip_plane(arena)) {}
 };
 
@@ -31,12 +25,10 @@ struct ImageGradients : PartialSums {
   ScaleWeights<float> branches[MultiScaleParams::kMaxScales] = {};
 
   ImageGradients(const MultiScaleParams& p, Arena& arena) {
-    for_members(p, [&](int s, float* ScaleWeights<float>::* member, int64_t count) {
-      branches[s].*member = take(count, arena);
-    });
+    for_members(p, [&](int s, auto member, int64_t count) { branches[s].*member = take(count, arena); });
   }
   void write(const MultiScaleParams& p) const {
-    for_members(p, [&](int s, float* ScaleWeights<float>::* member, int64_t count) {
+    for_members(p, [&](int s, auto member, int64_t count) {
       copy(p.gradients[s].*member, branches[s].*member, count);
     });
   }
@@ -57,44 +49,40 @@ struct ImageGradients : PartialSums {
 };
 
 struct WeightGradients {
-  const MultiScaleParams& p;
   std::vector<ImageGradients> images;
-
-  WeightGradients(const MultiScaleParams& params, Arena& arena) : p(params) {
+  WeightGradients(const MultiScaleParams& p, Arena& arena) {
     for (int64_t b = 0; b < max(1, p.batch); ++b) images.emplace_back(p, arena);
   }
-  ScaleWeights<float> of(int64_t batch, int branch, int64_t group) const {
-    return of_group(images[batch].branches[branch], p.kernels[branch], p.head_dim, group);
-  }
-  void write() const { total(images).write(p); }
 };
 
 struct BackwardContext : ThreadContext {
-  const WeightGradients& gradients;
+  using ThreadContext::ThreadContext;
 
-  BackwardContext(const LaunchPlan& plan, const WeightGradients& of_weights, Arena& arena)
-      : ThreadContext(plan, arena), gradients(of_weights) {}
-
-  // Back through the pointwise convolution of a strip: grad_mixed begins at the strip.
-  void unmix(int branch, int64_t batch, int64_t group, int64_t tokens, const Plane<float>& mixed_strip,
-             const Plane<float>& grad, const Plane<float>& grad_mixed) const {
-    plan.ukernels.pointwise_backward(plan.p, of_group(plan.p, branch, group),
-                                     gradients.of(batch, branch, group), tokens, mixed_strip, grad,
-                                     grad_mixed);
+  // Back through the pointwise convolution of a strip, where grad_mixed begins.
+  void unmix(int branch, int64_t group, const ImageGradients& to, int64_t tokens,
+             const Plane<float>& mixed_strip, const Plane<float>& grad,
+             const Plane<float>& grad_mixed) const {
+    plan.ukernels.pointwise_backward(plan.p, of_group(plan.p, branch, group), gradients_of(to, branch, group),
+                                     tokens, mixed_strip, grad, grad_mixed);
   }
   // Back through the depthwise convolution of a whole image.
-  void unconvolve(int branch, int64_t batch, int64_t group, const Plane<const float>& in,
+  void unconvolve(int branch, int64_t group, const ImageGradients& to, const Plane<const float>& in,
                   const Plane<float>& grad_mixed, const Plane<float>& grad_in) const {
     plan.ukernels.depthwise_backward(plan.p, plan.p.kernels[branch], plan.rows,
-                                     of_group(plan.p, branch, group), gradients.of(batch, branch, group), in,
+                                     of_group(plan.p, branch, group), gradients_of(to, branch, group), in,
                                      grad_mixed, grad_in, ukernel_scratch);
+  }
+
+ private:
+  ScaleWeights<float> gradients_of(const ImageGradients& to, int branch, int64_t group) const {
+    return of_group(to.branches[branch], plan.p.kernels[branch], plan.p.head_dim, group);
   }
 };
 
 struct AggregateBackwardContext : BackwardContext {
   Plane<float> grad, own_input, grad_in, grad_mixed;
-  AggregateBackwardContext(const LaunchPlan& plan, const WeightGradients& of_weights, Arena& arena)
-      : BackwardContext(plan, of_weights, arena),
+  AggregateBackwardContext(const LaunchPlan& plan, Arena& arena)
+      : BackwardContext(plan, arena),
         grad(plan.strip_plane(arena)),
         own_input(plan.image_plane(plan.p.head_dim, arena)),
         grad_in(plan.image_plane(plan.p.head_dim, arena)),
@@ -106,8 +94,7 @@ struct AttendBackwardContext : BackwardContext {
   Plane<float> own_input, own_grad_in, grad_mixed, own_grad_out;
   float *grad_kv_state, *part;
 
-  AttendBackwardContext(const LaunchPlan& plan, const WeightGradients& of_weights, Arena& arena)
-      : BackwardContext(plan, of_weights, arena) {
+  AttendBackwardContext(const LaunchPlan& plan, Arena& arena) : BackwardContext(plan, arena) {
     for (Plane<float>* const strip : {&mixed_v, &a, &b, &grad_a, &grad_b}) *strip = plan.strip_plane(arena);
     for (Plane<float>* const qkv : {&own_input, &own_grad_in, &grad_mixed}) {
       *qkv = plan.image_plane(3 * plan.p.head_dim, arena);
@@ -122,10 +109,7 @@ struct AttendBackwardContext : BackwardContext {
 
 MultiScalePlan plan(const MultiScaleParams& p) {
   const LaunchPlan launch(p);
-  const MultiScaleParams none{};
-  Arena counting;
-  const WeightGradients of_weights(none, counting);
-  return {launch.rows, floats_of<AttendContext>(launch), floats_of<AttendBackwardContext>(launch, of_weights),
+  return {launch.rows, floats_of<ForwardContext>(launch), floats_of<AttendBackwardContext>(launch),
           2 * p.batch * aggregation_work(p, 3 * p.heads * p.head_dim)};
 }
 
@@ -136,17 +120,17 @@ void aggregate(const MultiScaleParams& p, const Parallel& parallel) {
   if (p.batch * slots * p.tokens() * d == 0) return;
   const LaunchPlan plan(p);
   parallel(p.batch * slots, aggregation_work(p, groups * d) / slots, [&](int64_t begin, int64_t end) {
-    const auto context = in_thread_arena<AggregateContext>(plan);
+    const auto context = in_thread_arena<ForwardContext>(plan);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t batch = unit / slots, slot = unit % slots, group = slot % groups;
       const int branch = static_cast<int>(slot / groups) - 1;
       plan.for_strips(0, p.tokens(), [&](int64_t first, int64_t rows, int64_t token, int64_t tokens) {
         if (branch < 0) {
-          plan.load(channels_from(p, p.qkv, batch, group * d, token), tokens, d, context.strip);
+          plan.load(channels_from(p, p.qkv, batch, group * d, token), tokens, d, context.a);
         } else {
-          context.aggregate(branch, batch, group, first, rows, context.strip);
+          context.aggregate(branch, batch, group, first, rows, context.a);
         }
-        plan.store(channels_from(p, p.out, batch, slot * d, token), tokens, d, context.strip);
+        plan.store(channels_from(p, p.out, batch, slot * d, token), tokens, d, context.a);
       });
     }
   });
@@ -160,7 +144,7 @@ void aggregate_backward(const MultiScaleParams& p, const Parallel& parallel) {
     const LaunchPlan plan(p);
     parallel(
         p.batch * groups, max(kMinWorkPerThread, aggregation_work(p, d)), [&](int64_t begin, int64_t end) {
-          const auto context = in_thread_arena<AggregateBackwardContext>(plan, *weights);
+          const auto context = in_thread_arena<AggregateBackwardContext>(plan);
           for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t batch = unit / groups, group = unit % groups;
             const Image image = channels_from(p, p.qkv, batch, group * d);
@@ -172,16 +156,17 @@ void aggregate_backward(const MultiScaleParams& p, const Parallel& parallel) {
                 context.convolve(s, group, input, first, rows, context.mixed);
                 plan.load(channels_from(p, p.grad_out, batch, ((1 + s) * groups + group) * d, token), tokens,
                           d, context.grad);
-                context.unmix(s, batch, group, tokens, context.mixed, context.grad,
+                context.unmix(s, group, weights->images[batch], tokens, context.mixed, context.grad,
                               context.grad_mixed.from(0, token));
               });
-              context.unconvolve(s, batch, group, input, context.grad_mixed, context.grad_in);
+              context.unconvolve(s, group, weights->images[batch], input, context.grad_mixed,
+                                 context.grad_in);
             }
             plan.store(channels_from(p, p.grad_qkv, batch, group * d), p.tokens(), d, context.grad_in);
           }
         });
   }
-  weights->write();
+  total(weights->images).write(p);
 }
 
 // --- with the attention --------------------------------------------------------------------------
@@ -243,12 +228,13 @@ void attend(const MultiScaleParams& p, float* kv_state, const Parallel& parallel
   const OwnHeads own(plan);
   const LinearAttentionUkernels& own_ukernels = linear_attention_table().of(p.dtype);
   const int64_t work = aggregation_work(p, 3 * d) / max(1, p.scales) + 2 * p.tokens() * d * (d + 1);
-  const Schedule schedule{
-      groups, p.tokens(), p.tokens(), plan.strip, plan.kv_state_size(), floats_of<AttendContext>(plan), work};
+  const Schedule schedule{groups,     p.tokens(),           p.tokens(),
+                          plan.strip, plan.kv_state_size(), floats_of<ForwardContext>(plan),
+                          work};
   reduce_then_use(
       schedule, kv_state, parallel,
       [&](const Range& r, float* part, Arena scratch) {
-        const AttendContext context(plan, scratch);
+        const ForwardContext context(plan, scratch);
         const Slot slot(p, r.group);
         if (slot.branch < 0) {
           return own_ukernels.reduce_keys(own.params, own_range(p, r), plan.tile, part,
@@ -263,7 +249,7 @@ void attend(const MultiScaleParams& p, float* kv_state, const Parallel& parallel
         plan.attention.reduce_keys(head, {0, 0, tokens}, plan.tile, part, context.attention_scratch);
       },
       [&](const Range& r, const float* total, Arena scratch) {
-        const AttendContext context(plan, scratch);
+        const ForwardContext context(plan, scratch);
         const Slot slot(p, r.group);
         if (slot.branch < 0) {
           return own_ukernels.apply_queries(own.params, own_range(p, r), plan.tile, total,
@@ -292,9 +278,10 @@ void attend_backward(const MultiScaleParams& p, const float* kv_state, const Par
     const LaunchPlan plan(p);
     const int64_t size = plan.kv_state_size();
     parallel(units, max(kMinWorkPerThread, aggregation_work(p, 3 * d)), [&](int64_t begin, int64_t end) {
-      const auto context = in_thread_arena<AttendBackwardContext>(plan, *weights);
+      const auto context = in_thread_arena<AttendBackwardContext>(plan);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t batch = unit / p.heads, head = unit % p.heads;
+        const ImageGradients& gradients = weights->images[batch];
         const auto in_float = [&](const Image& image, int64_t channels, const Plane<float>& converted) {
           if (is_plane(p, image)) return plane_of(image);
           plan.load(image, p.tokens(), channels, converted);
@@ -312,7 +299,7 @@ void attend_backward(const MultiScaleParams& p, const float* kv_state, const Par
               in_float(channels_from(p, p.grad_out, batch, out_head * d), d, context.own_grad_out);
           const auto unmix = [&](int64_t i, int64_t token, int64_t tokens, const Plane<float>& mixed,
                                  const Plane<float>& grad) {
-            context.unmix(branch, batch, 3 * head + i, tokens, mixed, grad,
+            context.unmix(branch, 3 * head + i, gradients, tokens, mixed, grad,
                           context.grad_mixed.from(i * d, token));
           };
           const auto again = [&](int64_t i, int64_t first, int64_t rows, const Plane<float>& mixed,
@@ -351,15 +338,15 @@ void attend_backward(const MultiScaleParams& p, const float* kv_state, const Par
             }
           });
           for (int64_t i = 0; i < 3 && branch >= 0; ++i) {
-            context.unconvolve(branch, batch, 3 * head + i, in.from(i * d), context.grad_mixed.from(i * d),
-                               grad_in.from(i * d));
+            context.unconvolve(branch, 3 * head + i, gradients, in.from(i * d),
+                               context.grad_mixed.from(i * d), grad_in.from(i * d));
           }
         }
         if (!is_plane(p, to)) plan.store(to, p.tokens(), 3 * d, grad_in);
       }
     });
   }
-  weights->write();
+  total(weights->images).write(p);
 }
 
 }  // namespace effattn::cpu
