@@ -26,17 +26,17 @@ inline float sum_of_row(const float* row, int64_t count) {
 
 // out(r, c) += sum_t a(r, t) b(c, t) for R rows of a and C of b. Tokens are in the lanes, so that neither has
 // to be transposed.
-template <int R, int C, class In>
-__attribute__((noinline)) void dot_block(float* out, int64_t out_stride, const In& a, const In& b,
-                                         int64_t tokens) {
+template <int R, int C>
+__attribute__((noinline)) void dot_block(float* out, int64_t out_stride, const Rows<const float>& a,
+                                         const Rows<const float>& b, int64_t tokens) {
   Vec acc[R][C] = {};
   const auto step = [&](int64_t t, const auto& read) {
     Vec columns[C];
     EFFATTN_UNROLL
-    for (int c = 0; c < C; ++c) columns[c] = read(b.data + c * b.stride + t);
+    for (int c = 0; c < C; ++c) columns[c] = read(b.row(c) + t);
     EFFATTN_UNROLL
     for (int r = 0; r < R; ++r) {
-      const Vec row = read(a.data + r * a.stride + t);
+      const Vec row = read(a.row(r) + t);
       EFFATTN_UNROLL
       for (int c = 0; c < C; ++c) acc[r][c] += row * columns[c];
     }
@@ -57,30 +57,28 @@ __attribute__((noinline)) void dot_block(float* out, int64_t out_stride, const I
 
 constexpr int kDotRows = kRows / 2, kDotColumns = kRows / 2;  // and as many vectors to read
 
-template <int R, int C, class In>
-void dot_columns(float* out, int64_t out_stride, const In& a, const In& b, int64_t column, int64_t columns,
-                 int64_t tokens) {
+template <int R, int C>
+void dot_columns(float* out, int64_t out_stride, const Rows<const float>& a, const Rows<const float>& b,
+                 int64_t column, int64_t columns, int64_t tokens) {
   for (; column + C <= columns; column += C) {
-    dot_block<R, C, In>(out + column, out_stride, a, {b.data + column * b.stride, b.stride}, tokens);
+    dot_block<R, C>(out + column, out_stride, a, b.from(column), tokens);
   }
-  if constexpr (C > 1) dot_columns<R, C / 2, In>(out, out_stride, a, b, column, columns, tokens);
+  if constexpr (C > 1) dot_columns<R, C / 2>(out, out_stride, a, b, column, columns, tokens);
 }
 
-template <int R, class In>
-void dot_block_rows(float* out, int64_t out_stride, const In& a, const In& b, int64_t row, int64_t rows,
-                    int64_t columns, int64_t tokens) {
+template <int R>
+void dot_block_rows(float* out, int64_t out_stride, const Rows<const float>& a, const Rows<const float>& b,
+                    int64_t row, int64_t rows, int64_t columns, int64_t tokens) {
   for (; row + R <= rows; row += R) {
-    dot_columns<R, kDotColumns, In>(out + row * out_stride, out_stride, {a.data + row * a.stride, a.stride},
-                                    b, 0, columns, tokens);
+    dot_columns<R, kDotColumns>(out + row * out_stride, out_stride, a.from(row), b, 0, columns, tokens);
   }
-  if constexpr (R > 1) dot_block_rows<R / 2, In>(out, out_stride, a, b, row, rows, columns, tokens);
+  if constexpr (R > 1) dot_block_rows<R / 2>(out, out_stride, a, b, row, rows, columns, tokens);
 }
 
-// In has data and a row's stride; all `rows` of a with all `columns` of b.
-template <class In>
-void dot_rows(float* out, int64_t out_stride, const In& a, const In& b, int64_t rows, int64_t columns,
-              int64_t tokens) {
-  dot_block_rows<kDotRows, In>(out, out_stride, a, b, 0, rows, columns, tokens);
+// All `rows` of a with all `columns` of b.
+inline void dot_rows(float* out, int64_t out_stride, const Rows<const float>& a, const Rows<const float>& b,
+                     int64_t rows, int64_t columns, int64_t tokens) {
+  dot_block_rows<kDotRows>(out, out_stride, a, b, 0, rows, columns, tokens);
 }
 
 }  // namespace effattn::cpu::EFFATTN_ISA
