@@ -50,41 +50,8 @@ ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
 }
 _OTHER = [("baseline", 4, ())]
 
-# Sources compiled once for every instruction set; the rest of kernels/cpu and csrc is compiled once.
-PER_ISA = (
-    "kernels/cpu/relu_linear_attention_passes.cpp",
-    "kernels/cpu/multi_scale_passes.cpp",
-    "kernels/cpu/channels_last_passes.cpp",
-    "kernels/cpu/softmax_attention_passes.cpp",
-)
-ONCE = (
-    "kernels/cpu/isa.cpp",
-    "kernels/cpu/relu_linear_attention.cpp",
-    "kernels/cpu/multi_scale.cpp",
-    "kernels/cpu/channels_last.cpp",
-    "kernels/cpu/lite_mla.cpp",
-    "kernels/cpu/softmax_attention.cpp",
-    "kernels/cpu/projected_attention.cpp",
-    "kernels/cpu/biased_attention.cpp",
-    "kernels/cpu/cascaded_group_attention.cpp",
-    "kernels/cpu/cascade_training.cpp",
-    "csrc/library.cpp",
-    "csrc/cpu/lite_mla.cpp",
-    "csrc/cpu/projected_attention.cpp",
-    "csrc/cpu/cascade_projected.cpp",
-    "csrc/cpu/cascade_training.cpp",
-)
 # What libeffattn is told of itself is compiled in here.
-IDENTITY = "csrc/digest.cpp"
-# The glue of the five functions, the same for every library of kernels.
-SHARED = (
-    "csrc/signature.cpp",
-    "csrc/relu_linear_attention.cpp",
-    "csrc/multi_scale.cpp",
-    "csrc/biased_attention.cpp",
-    "csrc/cascaded_group_attention.cpp",
-)
-PYTHON = ("csrc/python.cpp", "csrc/fingerprint.cpp")
+IDENTITY = "csrc/core/digest.cpp"
 
 CUDA = (
     "kernels/cuda/tensors.cu",
@@ -162,6 +129,17 @@ class Cuda:
         return flags
 
 
+def _sources(*patterns: str) -> list[str]:
+    """Files below the root: what is added to a folder is compiled without an entry anywhere."""
+    paths = (path for pattern in patterns for path in sorted(ROOT.glob(pattern)))
+    return [path.relative_to(ROOT).as_posix() for path in paths if path.is_file()]
+
+
+def shared_glue() -> list[str]:
+    """That of the five functions, the same for every library of kernels."""
+    return _sources("csrc/*.cpp")
+
+
 def cpu_digest(compiler: str) -> str:
     """Of the sources that libeffattn is made of, of how they are compiled, and of the compiler."""
     return _digest("cpu", compiler)
@@ -174,10 +152,9 @@ def cuda_digest(compiler: str) -> str:
 
 def _digest(device: str, compiler: str) -> str:
     found = hashlib.sha256(compiler.encode() + signatures().encode())
-    patterns = ("kernels/params/*.h", f"kernels/{device}/*", "csrc/*.[ch]*", f"csrc/{device}/*", "csrc/build.py")
-    for path in (path for pattern in patterns for path in sorted(ROOT.glob(pattern))):
-        if path.is_file():
-            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    glue = ("csrc/*.[ch]*", "csrc/core/*.cpp", f"csrc/{device}/**/*", "csrc/build.py")
+    for source in _sources("kernels/params/*.h", f"kernels/{device}/**/*", *glue):
+        found.update(source.encode() + b"\0" + (ROOT / source).read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
 
@@ -250,7 +227,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     from ninja import ninja_syntax
 
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
-    rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
+    rows = "".join(f" ROW({name}, {lanes}, __VA_ARGS__)" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
     if "undefined" in target.sanitize:  # twice the build time for what crashes anyway, and what address finds too
@@ -266,7 +243,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         "-Wno-maybe-uninitialized",  # both false in the headers of GCC 12 for AVX-512
         "-Wno-uninitialized",
         "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
-        f"'-DEFFATTN_ISA_LIST(ROW)={rows}'",
+        f"'-DEFFATTN_ISA_LIST(ROW, ...)={rows}'",
         *optimise,
         *checks,
     ]
@@ -306,7 +283,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     ninja.build(
         str(extension),
         "link",
-        [compile(source, python_flags) for source in PYTHON],
+        [compile(source, python_flags) for source in _sources("csrc/python/*.cpp")],
         implicit=[str(library)],
         variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
     )
@@ -325,14 +302,16 @@ def _add_libraries(
 ) -> list[Path]:
     """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
-    glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
-    parts = [compile(source, torch_flags) for source in glue]
+    # The schemas are made of signatures.
+    glue = ["csrc/signature.cpp"] if target.emulate_cuda else [*shared_glue(), *_sources("csrc/cpu/*.cpp")]
     compiler = compiler_of(target)
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
-    parts.append(compile(IDENTITY, [told]))
+    ukernels = _sources("kernels/cpu/**/ukernels*.cpp")
+    once = [*_sources("csrc/core/*.cpp"), *glue, *set(_sources("kernels/cpu/**/*.cpp")).difference(ukernels)]
+    parts = [compile(source, [*torch_flags, told] if source == IDENTITY else torch_flags) for source in sorted(once)]
     for name, lanes, flags in isas:
         defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
-        parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
+        parts += [compile(source, [*flags, *defines], name) for source in ukernels]
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
@@ -342,7 +321,7 @@ def _add_libraries(
         told = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
         parts = [
             compile(source, [*emulated, told] if source in CUDA_IDENTITY else emulated, "emulated")
-            for source in (*CUDA, *CUDA_EMULATED, *SHARED)
+            for source in (*CUDA, *CUDA_EMULATED, *shared_glue())
         ]
         outputs.append(library.with_name(CUDA_LIBRARY))
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
@@ -350,10 +329,6 @@ def _add_libraries(
         outputs.append(library.with_name(CUDA_LIBRARY))
         _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
     return outputs
-
-
-def _is_cpu_glue(source: str) -> bool:
-    return source in SHARED or source.startswith("csrc/cpu/")
 
 
 def _add_cuda(
@@ -386,7 +361,7 @@ def _add_cuda(
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []
-    for source in (*CUDA, *CUDA_DEVICE, *SHARED):
+    for source in (*CUDA, *CUDA_DEVICE, *shared_glue()):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
             parts += ninja.build(path, "compile_cuda", str(ROOT / source))

@@ -35,7 +35,7 @@ struct Call {
     p.width = x.size(3);
     p.window_height = window_height;
     p.window_width = window_width;
-    p.scale = static_cast<float>(scale);
+    p.softmax_scale = static_cast<float>(scale);
     p.bias = floats(bias, alive);
     alive.push_back(with_mergeable_rows(x));
     p.x = image(alive.back());

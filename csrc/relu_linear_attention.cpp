@@ -34,7 +34,7 @@ LinearAttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& 
   EFFATTN_REQUIRE(p.head_dim <= kMaxDim && p.value_dim <= kMaxDim, kSignature.name(),
                   ": q, v: expected at most ", kMaxDim, " channels, got ", p.head_dim, " and ", p.value_dim);
   int64_t floats = 0;
-  EFFATTN_REQUIRE(!__builtin_mul_overflow(p.groups, 4 * p.sums_size(), &floats), kSignature.name(),
+  EFFATTN_REQUIRE(!__builtin_mul_overflow(p.groups, 4 * p.kv_state_size(), &floats), kSignature.name(),
                   ": q: expected leading sizes whose kv_state can be counted, got shape ", shape_text(q));
   p.eps = static_cast<float>(eps);
   p.lead_rank = static_cast<int>(rank - 2);

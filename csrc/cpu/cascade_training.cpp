@@ -1,5 +1,5 @@
 // Cascaded group attention in training for CPU tensors: allocation, launch, registration.
-#include "../../kernels/cpu/cascade_training.h"
+#include "../../kernels/cpu/cascaded_group_attention/plan.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,7 +18,7 @@ const Signature kSignature("cascaded_group_attention_batch_norm");
 // here.
 struct TrainingCall {
   Call of;
-  cpu::CascadeTraining p{};
+  cpu::CascadeTrainingParams p{};
   std::vector<cpu::HeadNorms<const float>> norms;
   std::vector<float> qkv_eps, q_eps;
 

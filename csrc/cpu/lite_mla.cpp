@@ -1,5 +1,5 @@
 // LiteMLA's inference for CPU tensors: allocation, launch, registration.
-#include "../../kernels/cpu/lite_mla.h"
+#include "../../kernels/cpu/lite_mla/plan.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,7 +22,7 @@ Tensor lite_mla(const Tensor& x, const Tensor& qkv_weight, std::optional<Tensor>
                     given_or_null(proj_bias), head_dim, eps});
   const int64_t out_channels = proj_weight.size(0);
   MultiScaleCall call(x, qkv_weight.size(0), weights, head_dim, eps);
-  cpu::LiteMLA p{};
+  cpu::LiteMLAParams p{};
   p.in_channels = x.size(1);
   p.out_channels = out_channels;
   p.qkv_weight = floats(qkv_weight, call.alive);

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../../kernels/cpu/project_tokens.h"
+#include "../../kernels/cpu/channels_last/projection.h"
 #include "../weights.h"
 
 namespace effattn {

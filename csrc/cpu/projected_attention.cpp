@@ -1,5 +1,5 @@
 // Attention with its projections for CPU tensors: checks, allocation, launch, registration.
-#include "../../kernels/cpu/projected_attention.h"
+#include "../../kernels/cpu/projected_attention/plan.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -42,7 +42,7 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
                            int64_t key_dim, int64_t value_dim, double scale, int64_t activation,
                            int64_t out_height, int64_t out_width) {
   const char* const op = "projected_attention";
-  cpu::ProjectedAttention p{};
+  cpu::ProjectedAttentionParams p{};
   require_image(op, x);
   p.dtype = kernel_dtype(x);
   EFFATTN_REQUIRE(bias.dim() == 3 && bias.size(0) > 0, op,

@@ -665,7 +665,7 @@ Attention attention_of(const BiasedAttentionParams& problem, int buffers, bool i
   p.v = view_of(problem, problem.v);
   p.bias = heads.bias;
   p.mix = heads.mix;
-  p.scale = heads.scale;
+  p.scale = heads.softmax_scale;
   p.heads = static_cast<int>(heads.heads);
   p.queries = static_cast<int>(heads.queries);
   p.keys = static_cast<int>(heads.keys);
@@ -718,7 +718,7 @@ Grid grid_of(const Attention& p) { return {p.blocks, kThreads, p.shared_bytes(p.
 }  // namespace
 
 void biased_attention(const BiasedAttentionParams& problem, const Execution& execution) {
-  const int buffers = problem.heads.talk() ? 2 : 1;
+  const int buffers = problem.heads.talking() ? 2 : 1;
   Attention p = attention_of(problem, buffers, false, execution);
   p.out = view_of(problem, problem.out);
   with_dtype(problem.dtype, [&](auto type) {
@@ -728,7 +728,7 @@ void biased_attention(const BiasedAttentionParams& problem, const Execution& exe
 }
 
 void biased_attention_backward(const BiasedAttentionParams& problem, const Execution& execution) {
-  const int buffers = problem.heads.talk() ? 4 : 2;
+  const int buffers = problem.heads.talking() ? 4 : 2;
   Attention p = attention_of(problem, buffers, true, execution);
   p.out = view_of(problem, problem.grad_out);
   const int64_t heads = p.heads, one = int64_t{p.heads} * p.queries * p.keys;

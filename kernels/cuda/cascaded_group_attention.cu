@@ -353,7 +353,7 @@ Cascade cascade_of(const CascadeParams& problem) {
   p.window_width = static_cast<int>(problem.window_width);
   p.down = static_cast<int>(problem.windows_down());
   p.across = static_cast<int>(problem.windows_across());
-  p.scale = problem.scale;
+  p.scale = problem.softmax_scale;
   p.bias = problem.bias;
   for (int h = 0; h < p.heads; ++h) {
     p.weights[h] = problem.weights[h];

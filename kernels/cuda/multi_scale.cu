@@ -584,7 +584,7 @@ class Call {
     // of weights.
     float* exact = nullptr;
     if (p_.dtype != DType::kFloat32) {
-      exact = execution_.workspace(r.groups * r.sums_size());
+      exact = execution_.workspace(r.groups * r.kv_state_size());
       sum_keys(r, exact, execution_);
     }
     backward(r, exact != nullptr ? exact : sums, execution_);

@@ -706,7 +706,7 @@ class Call {
       using Tiles = SumTiles<padded()>;
       s.split = split(p_.groups, tokens, Tiles::kTokens * Tiles::kSlices, execution_.card);
       const int64_t rows = s.split.rows();
-      s.sums = rows == 1 && sums != nullptr ? sums : execution_.workspace(p_.groups * rows * p_.sums_size());
+      s.sums = rows == 1 && sums != nullptr ? sums : execution_.workspace(p_.groups * rows * p_.kv_state_size());
       auto kernel = scales == nullptr ? sum_tokens<T, padded(), token_major(), Sum::kPlain>
                                       : sum_tokens<T, padded(), token_major(), Sum::kScaled>;
       if constexpr (kIsNarrow<T>) {
@@ -719,8 +719,8 @@ class Call {
       if (rows <= most_rows) {
         summands = {s.sums, static_cast<int>(rows)};
       } else {
-        if (sums == nullptr) summands.data = sums = execution_.workspace(p_.groups * p_.sums_size());
-        add_up(s.sums, sums, p_.groups, rows, p_.sums_size(), execution_);
+        if (sums == nullptr) summands.data = sums = execution_.workspace(p_.groups * p_.kv_state_size());
+        add_up(s.sums, sums, p_.groups, rows, p_.kv_state_size(), execution_);
       }
     });
     return summands;
@@ -877,7 +877,7 @@ void backward(const LinearAttentionParams& problem, const float* sums, const Exe
   if (problem.groups == 0) return;
   const Call call(problem, execution);
   float* const scales = execution.workspace(problem.groups * problem.queries * 2);
-  float* const grad_sums = execution.workspace(problem.groups * problem.sums_size());
+  float* const grad_sums = execution.workspace(problem.groups * problem.kv_state_size());
   call.gradients_of_queries(sums, scales);
   call.sum_over(problem.q, problem.grad_out, problem.queries, scales, grad_sums);
   call.gradients_of_keys(grad_sums);

@@ -1,7 +1,6 @@
-// EfficientFormer's attention, whatever computes it: the problem. Softmax attention with a bias on every pair
-// of tokens:
+// Biased attention, that of EfficientFormer: softmax attention with a bias on every pair of tokens,
 //
-//   L = scale q k^T + bias    P = softmax(L)    out = P v
+//   L = softmax_scale q k^T + bias    P = softmax(L)    out = P v
 //
 // and with talking heads, which mix the heads' logits and weights:
 //
@@ -15,7 +14,7 @@
 
 namespace effattn {
 
-// The mixing of heads: (heads, heads) and (heads) contiguous floats; all null where heads do not talk.
+// (heads, heads) and (heads) contiguous floats; all null without talking heads.
 template <class Float>
 struct TalkingHeads {
   Float *logits, *logits_bias, *weights, *weights_bias;
@@ -24,12 +23,12 @@ struct TalkingHeads {
 // The heads of one image that are computed together.
 struct SoftmaxHeads {
   int64_t heads, queries, keys, head_dim, value_dim;
-  float scale;
+  float softmax_scale;
   const float* bias;    // (queries, keys) contiguous, for every head
   int64_t bias_stride;  // from head to head: more than queries * keys where these are some of more queries
   TalkingHeads<const float> mix;
 
-  bool talk() const { return mix.logits != nullptr; }
+  bool talking() const { return mix.logits != nullptr; }
 };
 
 // A tensor (batch, heads, tokens, channels); strides count elements.

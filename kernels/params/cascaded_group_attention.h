@@ -1,11 +1,11 @@
-// Cascaded group attention, whatever computes it: EfficientViT of Microsoft.
+// Cascaded group attention, that of EfficientViT (Microsoft).
 //
 // The channels of x are cut into as many groups as there are heads. Head i takes
 //
 //   feat_i = x_i + out_(i-1)    [q | k | v] = 1x1(feat_i)    q' = depthwise(q)
-//   out_i = softmax(scale q' k^T + bias_i) v
+//   out_i = softmax(softmax_scale q' k^T + bias_i) v
 //
-// each window of the image for itself, with zeros for what a window at the border has too much.
+// in each window of the image, padded with zeros at the border.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct HeadWeights {
   Float* depthwise_bias;  // (key_dim)
 };
 
-// Of all heads, as the passes read them: a row an input or a tap, and each of q, k and v a whole number of
+// Of all heads, as micro-kernels read them: a row an input or a tap, and each of q, k and v padded to whole
 // vectors.
 struct PackedHeads {
   const float *qkv, *qkv_bias;   // (heads, value_dim, q | k | v), (heads, q | k | v)
@@ -33,7 +33,7 @@ struct PackedHeads {
 struct CascadeParams {
   DType dtype;
   int64_t batch, heads, key_dim, value_dim, height, width, window_height, window_width;
-  float scale;
+  float softmax_scale;
   const int64_t* kernels;                   // a head each, odd
   const HeadWeights<const float>* weights;  // a head each; null if they are packed, forward only
   PackedHeads packed;

@@ -1,4 +1,4 @@
-// Images as kernels see them.
+// Images.
 #pragma once
 
 #include "dtype.h"

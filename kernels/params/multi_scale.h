@@ -1,11 +1,11 @@
-// Multi-scale aggregation and multi-scale linear attention, whatever computes them: the problem.
+// Multi-scale aggregation and multi-scale linear attention.
 //
-// qkv has 3 * heads groups of head_dim channels: q, k and v of one head after the other. A scale convolves
-// every channel with a k x k kernel of its own, then mixes the channels of each group:
+// qkv has 3 * heads groups of head_dim channels: q, k and v of one head after the other. The branch of a
+// scale is a depthwise k x k convolution, then a 1x1 convolution in groups of head_dim channels:
 //
-//   mixed_c = depthwise_c * qkv_c    scale_o = sum_c pointwise_oc mixed_c
+//   mixed_c = depthwise_c * qkv_c    out_o = sum_c pointwise_oc mixed_c
 //
-// The heads of qkv itself are scale 0.
+// Before the branches' heads come those of qkv itself.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace effattn {
 
-// One scale. Contiguous floats; biases may be null.
+// Of one branch. Contiguous floats; biases may be null.
 template <class Float>
 struct ScaleWeights {
   Float* depthwise;       // (3 * heads * head_dim, kernel, kernel)

@@ -1,4 +1,4 @@
-// ReLU linear attention, whatever computes it: the problem.
+// ReLU linear attention.
 //
 //   S = sum_m relu(k_m)^T v_m    z = sum_m relu(k_m)    out_n = relu(q_n) S / (relu(q_n) . z + eps)
 //
@@ -11,10 +11,10 @@
 
 namespace effattn {
 
-constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the sums of a group then take 16 GiB
+constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the kv_state of a group then takes 16 GiB
 
 // One tensor (..., tokens, channels). Strides count elements; the leading ones belong to the sizes
-// in Problem::lead_sizes.
+// in LinearAttentionParams::lead_sizes.
 struct Operand {
   void* data;
   const int64_t* lead_strides;
@@ -33,8 +33,8 @@ struct LinearAttentionParams {
   Operand out;                               // forward
   Operand grad_out, grad_q, grad_k, grad_v;  // backward; grad_out is read only
 
-  // Elements of the sums of one group: S^T and below it z, (value_dim + 1, head_dim).
-  int64_t sums_size() const { return head_dim * (value_dim + 1); }
+  // Elements of the kv_state of one group: S^T, and z in the last row, (value_dim + 1, head_dim).
+  int64_t kv_state_size() const { return head_dim * (value_dim + 1); }
 };
 
 }  // namespace effattn
