@@ -238,6 +238,19 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def compiler_launcher() -> str:
+    """What stands in front of a compiler's command line: ``EFFATTN_COMPILER_LAUNCHER``, or the ccache that is there.
+
+    No part of a build's identity: ``compiler_of`` and digests name the compiler alone.
+    """
+    return os.environ.get("EFFATTN_COMPILER_LAUNCHER", shutil.which("ccache") or "")
+
+
+def _compiler_environment() -> dict[str, str]:
+    """Paths count for ccache as seen from the tree, so that an sdist's objects are those of a checkout."""
+    return {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ}
+
+
 def compiler_of(target: Target) -> str:
     """Its name and version, as it says them."""
     return _output(target.compiler, "--version").splitlines()[0]
@@ -283,9 +296,10 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
 
     text = StringIO()
     ninja = ninja_syntax.Writer(text, width=1000)
+    ninja.variable("builddir", str(objects))
     ninja.rule(
         "compile",
-        f"{target.compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"{compiler_launcher()} {target.compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
         depfile="$out.d",
         deps="gcc",
         description="compile $out",
@@ -294,7 +308,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
 
     def compile(source: str, flags: list[str] | tuple[str, ...], name: str = "") -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
-        return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
+        return ninja.build(path, "compile", source, variables={"flags": " ".join(flags)})[0]
 
     library = output / "libeffattn.so"
     outputs: list[Path] = []
@@ -375,7 +389,7 @@ def _add_cuda(
     ]
     ninja.rule(
         "compile_cuda",
-        f"{cuda.nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
+        f"{compiler_launcher()} {cuda.nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
         depfile="$out.d",
         deps="gcc",
         description="compile $out",
@@ -387,7 +401,7 @@ def _add_cuda(
     for source in (*CUDA, *CUDA_DEVICE, *SHARED):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
-            parts += ninja.build(path, "compile_cuda", str(ROOT / source))
+            parts += ninja.build(path, "compile_cuda", source)
         else:
             told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source in CUDA_IDENTITY else []
             parts.append(compile(source, [*glue_flags, *told], "cuda"))
@@ -409,8 +423,10 @@ def build(
     output.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve(), extension_only))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
-    subprocess.run(command, check=True)
+    # From the root: sources have the same names in every build, and with them the objects in ccache.
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(objects.resolve() / "build.ninja")]
+    command += ["-v"] if verbose else []
+    subprocess.run(command, check=True, cwd=ROOT, env=_compiler_environment())
     built = [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
     if extension_only:
         return built
