@@ -28,6 +28,8 @@ from effattn.testing import (
     with_gradients,
 )
 
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
+
 OPS = torch.ops.effattn
 EPS = 1e-5
 

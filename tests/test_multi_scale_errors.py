@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from effattn import multi_scale_aggregation, multi_scale_linear_attention, use_backend
 from effattn.testing import MultiScaleCase
 
+pytestmark = pytest.mark.arguments
+
 OPS = torch.ops.effattn
 CASE = MultiScaleCase(2, 2, 4, 5, 6, kernels=(3, 5), biases=True)
 C = CASE.channels

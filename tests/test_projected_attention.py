@@ -19,6 +19,8 @@ from effattn.ops import cascaded_group_attention as cascade_op
 from effattn.ops import projected_attention as attention_op
 from effattn.testing import FLOAT32_FORWARD_TOLERANCE, CascadeCase, allowed_error, error, make_image, make_tensor
 
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
+
 OPS = torch.ops.effattn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUT = 37  # no multiple of what a block takes

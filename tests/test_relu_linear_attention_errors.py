@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from effattn import _library, relu_linear_attention, use_backend
 
+pytestmark = pytest.mark.arguments
+
 OPS = torch.ops.effattn
 Q, K, V = torch.randn(2, 6, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 5)
 

@@ -26,7 +26,7 @@ from effattn.testing import (
     reference_with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-15

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from effattn import biased_attention, cascaded_group_attention, use_backend
 from effattn.testing import BiasedCase, CascadeCase
 
+pytestmark = pytest.mark.arguments
+
 OPS = torch.ops.effattn
 BIASED = BiasedCase(2, 3, 5, 6, 4, 8, talking=True)
 CASCADE = CascadeCase(2, 8, 4, 5, 6, 3, (3, 5))

@@ -22,7 +22,7 @@ from effattn.testing import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop")

@@ -1,0 +1,26 @@
+"""Which skips are right where all tools are installed: what a machine's hardware or the kind of run rules out.
+
+With ``--strict-tools``, which CI=true implies, any other skip is a failure: a missing nvcc, triton, qemu or onnxruntime
+would leave whole folders untested, and green.
+"""
+
+from __future__ import annotations
+
+import re
+
+ALLOWED = re.compile(
+    "|".join(
+        [
+            "needs (a GPU|two GPUs)",
+            "there is a GPU",
+            "torch sees no CUDA device",
+            "this torch is built without CUDA",
+            "this processor has no ",
+            r"needs \d+ GiB",
+            "EFFATTN_TEST_LARGE=1",
+            "the interpreter compiles nothing",
+            "runs on the emulated kernels, in make test-cuda",
+            "an address sanitizer reserves the address space",
+        ]
+    )
+)
