@@ -80,6 +80,7 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned_allocations")
 @pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "channel slice", "crop"])
 @all_cases
+@pytest.mark.remainders
 def test_against_float64(isa, case, memory_format):
     check(case, memory_format)
 

@@ -74,7 +74,8 @@ def test_a_rehearsal(tmp_path):
     check_tables(output, tmp_path)
 
 
-@pytest.mark.skipif(not _library.cuda_is_emulated, reason="the CUDA kernels are not emulated: tests/emulated.py")
+@pytest.mark.emulated
+@pytest.mark.skipif(not _library.cuda_is_emulated, reason="runs on the emulated kernels, in make test-cuda")
 def test_a_rehearsal_of_emulated_kernels(tmp_path, monkeypatch):
     """The CUDA backend alone serves what of it takes kernels, on the host."""
     output = tmp_path / "run"

@@ -68,6 +68,7 @@ def in_dtype(values, dtype):
 @pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "crop"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.remainders
 def test_against_float64(isa, case, memory_format, dtype):
     values = arguments(case, dtype, memory_format)
     with use_backend("reference"):

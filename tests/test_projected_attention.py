@@ -139,6 +139,7 @@ def check(call, images, dtype):
 @pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "crop"])
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.remainders
 def test_attention_against_float64(isa, name, memory_format, dtype):
     case = ATTENTION[name]
     out = check(case.call, (case.x(dtype, memory_format),), dtype)
@@ -149,6 +150,7 @@ def test_attention_against_float64(isa, name, memory_format, dtype):
 @pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "crop"])
 @pytest.mark.parametrize("name", CASCADES)
 @pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.remainders
 def test_cascade_against_float64(isa, name, memory_format, dtype):
     case = CASCADES[name]
     x = case.inputs(dtype, memory_format)["x"]
@@ -254,6 +256,7 @@ def test_equal_logits_are_an_average(isa):
     assert error(out, expected) <= FLOAT32_FORWARD_TOLERANCE * expected.norm()
 
 
+@pytest.mark.remainders
 def test_gelu_everywhere(isa):
     """Through an attention that passes its only token on: near zero, far out, and where nothing is left."""
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-20, -1e-20, 1e4, -1e4])])
