@@ -22,8 +22,8 @@ BACKWARDS = {"EFFATTN_EMULATOR_ORDER": "backwards", "EFFATTN_EMULATED_CAPABILITY
 def main() -> int:
     tier = [FULL] if FULL in sys.argv else []
     arguments = [argument for argument in sys.argv[1:] if argument != FULL]
-    # Nothing runs on the CPU's own kernels but what asks for an instruction set. The same as of the sanitizers' build in
-    # the short tier, whose objects the compiler cache then has.
+    # Nothing runs on the CPU's own kernels but what asks for an instruction set: the one of the sanitizers' short tier,
+    # so that the two builds share objects.
     stage(STAGE, "--emulate-cuda", "--without", *all_but_the_widest())
     if arguments:
         return run(STAGE, [*tier, *arguments])
