@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pairs
 import pytest
 import skips
@@ -39,24 +40,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--strict-tools", action="store_true", default=strict, help="a tool that is missing is a failure")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for tier, examples in (("short", 50), ("full", 300)):
+        hypothesis.settings.register_profile(tier, max_examples=examples)
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "short")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Takes out what is the full tier's."""
     if config.getoption("--full"):
         return
     taken = {id(item) for item in items if not (item.get_closest_marker("full") or item.get_closest_marker("slow"))}
-    by_function: dict[str, list[Any]] = {}
+    by_function: dict[tuple[str, int], list[Any]] = {}
     for item in items:
-        marker = item.get_closest_marker("pairwise")
-        if id(item) in taken and hasattr(item, "callspec") and marker is not None and marker.args != (False,):
-            by_function.setdefault(item.nodeid.split("[")[0], []).append(item)
-    for group in by_function.values():
+        if id(item) in taken and hasattr(item, "callspec") and (strength := _strength(item)):
+            by_function.setdefault((item.nodeid.split("[")[0], strength), []).append(item)
+    for (_, strength), group in by_function.items():
         # What this processor would skip covers nothing.
         runs = [item for item in group if item.callspec.params.get("isa") not in UNSUPPORTED]
         # A value is the same object in all combinations, and need not be hashable.
-        chosen = pairs.cover([tuple(map(id, item.callspec.params.values())) for item in runs])
+        chosen = pairs.cover([tuple(map(id, item.callspec.params.values())) for item in runs], strength)
         taken -= {id(item) for item in group} - {id(runs[i]) for i in chosen}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in taken])
     items[:] = [item for item in items if id(item) in taken]
+
+
+def _strength(item: pytest.Item) -> int:
+    """How many parameters together have all their combinations; 0 for all parameters."""
+    if item.get_closest_marker("each_value"):
+        return 1
+    marker = item.get_closest_marker("pairwise")
+    return 2 if marker is not None and marker.args != (False,) else 0
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:

@@ -132,7 +132,7 @@ def almost_fitting(draw):
     return *arguments, eps
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.one_of(almost_fitting(), st.tuples(tensors(), tensors(), tensors(), st.floats())))
 def test_fuzz_the_function(arguments):
     *qkv, eps = arguments
@@ -147,7 +147,7 @@ def test_fuzz_the_function(arguments):
         assert out.dtype == q.dtype
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.one_of(almost_fitting(), st.tuples(tensors(), tensors(), tensors(), st.floats())))
 def test_fuzz_the_operators(arguments):
     *qkv, eps = arguments
@@ -160,7 +160,7 @@ def test_fuzz_the_operators(arguments):
         assert [g.shape for g in grads] == [t.shape for t in qkv]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(almost_fitting(), tensors(), tensors())
 def test_fuzz_the_backward_operator(arguments, grad_out, sums):
     *qkv, eps = arguments

@@ -189,7 +189,7 @@ def test_gradients_of_other_shapes():
 SIZES = st.integers(0, 4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(st.lists(st.lists(SIZES, min_size=1, max_size=4), min_size=8, max_size=8), st.integers(-1, 4))
 def test_operators_survive_any_shapes(shapes, window):
     """They compute or raise; nothing crashes the process."""

@@ -1,7 +1,7 @@
-"""Pairwise coverage: of a full product of parameters, so few combinations that each pair of values still occurs.
+"""Of a full product of parameters, so few combinations that each pair of values still occurs, or each value.
 
 Faults of kernels hang on one parameter or on two together (a layout and a dtype, a case and an instruction set). A test
-with the marker ``pairwise`` runs on the combinations chosen here; ``--full`` runs all of them.
+with the marker ``pairwise`` or ``each_value`` runs on the combinations chosen here; ``--full`` runs all of them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from itertools import combinations
 
 
-def cover(rows: Sequence[tuple[int, ...]]) -> list[int]:
-    """Positions of the rows that are taken: greedily, the one with the most new pairs, of several the first.
+def cover(rows: Sequence[tuple[int, ...]], strength: int = 2) -> list[int]:
+    """Positions of rows in which every ``strength`` columns have all their combinations.
 
-    Rows of one column have no pairs, and all are taken.
+    Chosen greedily: the row with the most new combinations, of several the first.
     """
-    pairs = [set(combinations(enumerate(row), 2)) or {((0, value),) for value in row} for row in rows]
-    missing = set().union(*pairs)
+    covered = [set(combinations(enumerate(row), min(strength, len(row)))) for row in rows]
+    missing = set().union(*covered)
     chosen = []
     while missing:
-        best = max(range(len(rows)), key=lambda i: len(pairs[i] & missing))
+        best = max(range(len(rows)), key=lambda i: len(covered[i] & missing))
         chosen.append(best)
-        missing -= pairs[best]
+        missing -= covered[best]
     return sorted(chosen)
