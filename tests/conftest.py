@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
-import pairs
+import tiers
 import pytest
 import skips
 import torch
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # What this processor would skip covers nothing.
         runs = [item for item in group if item.callspec.params.get("isa") not in UNSUPPORTED]
         # A value is the same object in all combinations, and need not be hashable.
-        chosen = pairs.cover([tuple(map(id, item.callspec.params.values())) for item in runs], strength)
+        chosen = tiers.cover([tuple(map(id, item.callspec.params.values())) for item in runs], strength)
         taken -= {id(item) for item in group} - {id(runs[i]) for i in chosen}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in taken])
     items[:] = [item for item in items if id(item) in taken]

@@ -686,6 +686,7 @@ def checkout(tmp_path, monkeypatch):
         path.write_text(COMPILER)
         path.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tree))
+    monkeypatch.setenv("EFFATTN_COMPILER_LAUNCHER", "")
     monkeypatch.setenv("CXX", str(tree / "bin" / "g++"))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from tiers import full
 from torch import nn
 
 import effattn
@@ -345,8 +346,9 @@ def test_models(name, exporter):
 @pytest.mark.parametrize(
     ("name", "grad"),
     [
-        *(pytest.param(name, False, marks=() if name == "LiteMLA" else pytest.mark.full) for name in MODULES),
-        pytest.param("LiteMLA", True, marks=pytest.mark.full),
+        ("LiteMLA", False),
+        *(full(name, False) for name in MODULES if name != "LiteMLA"),
+        full("LiteMLA", True),
         ("CascadedGroupAttention", True),
     ],
 )

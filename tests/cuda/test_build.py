@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from machine_code import cuobjdump
+from tiers import full
 
 from effattn import _library
 from effattn.backends import cuda
@@ -71,7 +72,7 @@ def test_every_operator_has_kernels(resources):
 
 
 @compiled
-@pytest.mark.parametrize("arch", ["90a", pytest.param("80", marks=pytest.mark.full)])
+@pytest.mark.parametrize("arch", ["90a", full("80")])
 def test_products_run_on_tensor_cores(arch):
     """In every kernel that multiplies matrices."""
     command = [cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(LIBRARY)]

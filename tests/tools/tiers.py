@@ -1,4 +1,4 @@
-"""Of a full product of parameters, so few combinations that each pair of values still occurs, or each value.
+"""What the short tier leaves out. Of a full product of parameters, so few combinations that each pair of values still occurs, or each value.
 
 Faults of kernels hang on one parameter or on two together (a layout and a dtype, a case and an instruction set). A test
 with the marker ``pairwise`` or ``each_value`` runs on the combinations chosen here; ``--full`` runs all of them.
@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
+
+import pytest
+
+
+def full(*values: Any) -> Any:
+    """A parameter of the full tier alone, which stands beside those of both."""
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 def cover(rows: Sequence[tuple[int, ...]], strength: int = 2) -> list[int]:
