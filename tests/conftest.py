@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
-import tiers
 import pytest
 import skips
+import tiers
 import torch
 
 import effattn  # noqa: F401  (a broken installation should fail here, once)

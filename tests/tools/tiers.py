@@ -1,4 +1,4 @@
-"""What the short tier leaves out. Of a full product of parameters, so few combinations that each pair of values still occurs, or each value.
+"""What the short tier takes of a test: some parameters, or so few combinations of all that each pair still occurs.
 
 Faults of kernels hang on one parameter or on two together (a layout and a dtype, a case and an instruction set). A test
 with the marker ``pairwise`` or ``each_value`` runs on the combinations chosen here; ``--full`` runs all of them.
