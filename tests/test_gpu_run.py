@@ -57,6 +57,7 @@ def start(output, seconds, stages=(), **more):
     )
 
 
+@pytest.mark.full
 def test_a_rehearsal(tmp_path):
     """All of it in one test: processes of pytest would each rehearse for themselves."""
     output = tmp_path / "run"
