@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 import torch.utils.checkpoint
+from tiers import full
 from torch import nn
 
 from effattn import use_backend
@@ -303,7 +304,7 @@ def test_training_without_gradients_moves_the_statistics(calls):
     assert all((norm.running_mean != mean).all() for norm, mean in zip(norms(module), before, strict=True))
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=["whole windows", "windows that do not divide"])
+@pytest.mark.parametrize("size", [full((8, 8)), (7, 9)], ids=["whole windows", "windows that do not divide"])
 def test_compiled_steps_move_the_statistics_too(calls, size):
     module = windows()
     eager = copy.deepcopy(module)
