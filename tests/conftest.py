@@ -56,11 +56,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if id(item) in taken and hasattr(item, "callspec") and (strength := _strength(item)):
             by_function.setdefault((item.nodeid.split("[")[0], strength), []).append(item)
     for (_, strength), group in by_function.items():
-        # What this processor would skip covers nothing.
+        # What this processor would skip covers nothing; one of them stays, to say so.
         runs = [item for item in group if item.callspec.params.get("isa") not in UNSUPPORTED]
+        skipped = [item for item in group if item.callspec.params.get("isa") in UNSUPPORTED][:1]
         # A value is the same object in all combinations, and need not be hashable.
         chosen = tiers.cover([tuple(map(id, item.callspec.params.values())) for item in runs], strength)
-        taken -= {id(item) for item in group} - {id(runs[i]) for i in chosen}
+        taken -= {id(item) for item in group} - {id(item) for item in (*skipped, *(runs[i] for i in chosen))}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in taken])
     items[:] = [item for item in items if id(item) in taken]
 
@@ -73,28 +74,19 @@ def _strength(item: pytest.Item) -> int:
     return 2 if marker is not None and marker.args != (False,) else 0
 
 
-def _forbid_skip(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
-    if not (report.skipped and isinstance(report.longrepr, tuple) and config.getoption("--strict-tools")):
-        return
-    path, line, reason = report.longrepr
-    if skips.ALLOWED.search(reason) is None:
-        report.outcome = "failed"
-        report.longrepr = (
-            f"{path}:{line}: {reason}: with --strict-tools a missing tool is a failure (tests/tools/skips.py)"
-        )
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
     report = yield
-    _forbid_skip(report, item.config)
+    if item.config.getoption("--strict-tools"):
+        skips.judge(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
     report = yield
-    _forbid_skip(report, collector.config)
+    if collector.config.getoption("--strict-tools"):
+        skips.judge(report)
     return report
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 ALLOWED = re.compile(
     "|".join(
         [
@@ -26,3 +28,13 @@ ALLOWED = re.compile(
         ]
     )
 )
+
+
+def judge(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Makes a failure of a skip whose reason is none of these."""
+    if not (report.skipped and isinstance(report.longrepr, tuple)):
+        return
+    path, line, reason = report.longrepr
+    if ALLOWED.search(reason) is None:
+        report.outcome = "failed"
+        report.longrepr = f"{path}:{line}: {reason}: with --strict-tools, what is missing is a failure"
