@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -338,13 +339,13 @@ def _add_libraries(
     """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
-    parts = [compile(source, torch_flags) for source in glue]
+    parts = []
+    for source, (name, lanes, flags) in itertools.product(PER_ISA, isas):  # first what takes longest
+        parts.append(compile(source, [*flags, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
+    parts += [compile(source, torch_flags) for source in glue]
     compiler = compiler_of(target)
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     parts.append(compile(IDENTITY, [told]))
-    for name, lanes, flags in isas:
-        defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
-        parts += [compile(source, [*flags, *defines], name) for source in PER_ISA]
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
