@@ -210,6 +210,7 @@ def check_tables(output, tmp_path):
     assert "linear attention" in tiny and "effattn" in tiny and ", slower" in tiny  # interpreted
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_leaves_what_it_knew(tmp_path):
     """While a kernel hangs: lines that can be read, a summary, and no process."""
     process = start(tmp_path, 900, EFFATTN_RUN_OUTPUT=str(tmp_path))
