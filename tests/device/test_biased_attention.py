@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from effattn import biased_attention, use_backend
 from effattn.testing import LAYOUTS, BiasedCase, allowed_error, check_softmax, error, moved, with_gradients
 
-pytestmark = [pytest.mark.pairwise, pytest.mark.usefixtures("device", "poisoned_allocations")]
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 talking_or_not = pytest.mark.parametrize("talking", [False, True], ids=["", "talking"])

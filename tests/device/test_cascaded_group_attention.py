@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from effattn import cascaded_group_attention, use_backend
 from effattn.testing import CascadeCase, check_softmax, moved, with_gradients
 
-pytestmark = [pytest.mark.pairwise, pytest.mark.usefixtures("device", "poisoned_allocations")]
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop", "transposed")

@@ -10,7 +10,7 @@ from effattn import multi_scale_aggregation, multi_scale_linear_attention, use_b
 from effattn._triton import configs
 from effattn.testing import MultiScaleCase, check_multi_scale, moved, with_gradients
 
-pytestmark = [pytest.mark.pairwise, pytest.mark.usefixtures("device", "poisoned_allocations")]
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop", "transposed")

@@ -20,7 +20,7 @@ from effattn.testing import (
     reference_with_gradients,
 )
 
-pytestmark = [pytest.mark.pairwise, pytest.mark.usefixtures("device", "poisoned_allocations")]
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
