@@ -4,17 +4,24 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# Everything, or the short tier (CONTRIBUTING.md, "Tests").
+FULL ?=
 # The GPUs that CUDA kernels are compiled for here; a wheel has more (csrc/build.py).
-export EFFATTN_CUDA_ARCHS ?= 80 90a
+export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
 # The tests compile the CUDA kernels wherever there is an nvcc, whatever torch there is.
 WITH_CUDA := $(or $(EFFATTN_CUDA),$(if $(shell command -v nvcc),1,0))
 BIN := $(VENV)/bin
 # Tests of what Triton's compiler makes of the kernels, which its interpreter knows nothing of.
 TRITON_COMPILED := tests/triton/test_compiled.py tests/triton/test_budgets.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+TIER := $(if $(FULL),--full)
+# A process a core, which takes tests from the others when it has none left.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal $(TIER)
+# What the tests run has the CUDA kernels, and in the full tier for more GPUs.
+BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install cpp-example gpu clean
+.PHONY: help demo train test test-full bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install cpp-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -23,8 +30,14 @@ help: ## this list
 demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock and accelerated
 	$(BIN)/python examples/demo.py
 
-test: lint test-python test-triton test-cuda test-sanitizers test-install test-aarch64 ## everything that CI runs
+test: ## what CI runs: the short tier of lint and of everything named test-...
+	$(MAKE) -j2 -O lint $(BUILD_TEST)
+	$(MAKE) test-python test-triton test-cuda test-sanitizers
+	$(MAKE) -j2 -O test-install test-aarch64  # of which one waits for downloads, and runs one process
 	@echo "all tests passed"
+
+test-full: ## every test on every combination: an hour and more; FULL=1 makes any other target do the same
+	$(MAKE) FULL=1 test
 
 train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
 	$(BIN)/python examples/train.py
@@ -50,33 +63,33 @@ format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	$(BIN)/ruff format .
 	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
-test-python: $(VENV)/.build-test $(VENV)/.test ## the test suite
-	$(BIN)/python -m pytest tests -q -n auto --ignore tests/triton --ignore tests/device --ignore tests/cuda
+test-python: $(BUILD_TEST) $(VENV)/.test ## the test suite
+	$(PYTEST) tests --ignore tests/triton --ignore tests/device --ignore tests/cuda
 
-test-triton: $(VENV)/.build-test $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
-	$(BIN)/python -m pytest $(TRITON_COMPILED) -q -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton tests/device -q -n auto $(TRITON_COMPILED:%=--ignore %)
+test-triton: $(BUILD_TEST) $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
+	$(PYTEST) $(TRITON_COMPILED)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  $(BIN)/python -m pytest tests/triton tests/device -q $(TRITON_COMPILED:%=--ignore %)
+	  $(PYTEST) -n 0 tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
 
-test-cuda: $(VENV)/.build-test $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
-	$(BIN)/python -m pytest tests/cuda -q -n auto
-	$(BIN)/python tests/emulated.py
+test-cuda: $(BUILD_TEST) $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
+	$(PYTEST) tests/cuda
+	$(BIN)/python tests/emulated.py $(TIER)
 
-test-sanitizers: $(VENV)/.build-test $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
-	$(BIN)/python tests/sanitizers.py
+test-sanitizers: $(BUILD_TEST) $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitizers.py $(TIER)
 
-test-aarch64: $(VENV)/.build-test $(VENV)/.test ## the numeric tests, cross-compiled for NEON, under qemu
-	$(BIN)/python tests/aarch64.py
+test-aarch64: $(BUILD_TEST) $(VENV)/.test ## the numeric tests, cross-compiled for NEON, under qemu
+	$(BIN)/python tests/aarch64.py $(TIER)
 
-test-install: $(VENV)/.build-test $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
+test-install: $(BUILD_TEST) $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
 	EFFATTN_CUDA=$(WITH_CUDA) $(BIN)/python tests/install.py
 
 gpu: ## on a machine with a GPU, whose python3 has torch and triton: every kernel tried, measured and tested, in nine minutes
 	$(PYTHON) -m benchmarks gpu --seconds 520
 
 clean: ## removes what was built, not the virtual environment
-	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build $(VENV)/.build-test
+	rm -rf build dist effattn.egg-info effattn/*.so $(VENV)/.build $(VENV)/.build-test*
 
 # --- set-up ---------------------------------------------------------------------------------------
 
@@ -97,10 +110,18 @@ $(VENV)/.build: $(VENV)/.tools $(NATIVE)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-# What the tests run. Unlike the build that users get, it always has the CUDA kernels where there is an nvcc.
-$(VENV)/.build-test: $(VENV)/.tools $(NATIVE)
+# Unlike the build that users get, this always has the CUDA kernels where there is an nvcc.
+$(BUILD_TEST): $(VENV)/.tools $(VENV)/.ccache $(NATIVE)
+	rm -f $(VENV)/.build-test*
 	EFFATTN_CUDA=$(WITH_CUDA) $(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@ $(VENV)/.build
+
+# A build from an sdist, and the second of a sanitized one, finds its objects there. It goes without where nothing can be installed.
+$(VENV)/.ccache: $(VENV)/.tools
+	@command -v ccache >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
+	  apt-get -qq update && apt-get -qq install --yes --no-install-recommends ccache >/dev/null; } || \
+	  echo "no ccache: every build compiles everything"
+	@touch $@
 
 # timm needs the Python half of torchvision only, and torchvision's requirements would replace torch.
 $(VENV)/.timm: $(VENV)/.tools

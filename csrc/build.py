@@ -21,6 +21,7 @@ import argparse
 import ast
 import dataclasses
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -50,6 +51,8 @@ ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
 }
 _OTHER = [("baseline", 4, ())]
 
+# What includes signatures.h, which is made here.
+INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
 # What libeffattn is told of itself is compiled in here.
 IDENTITY = "csrc/core/digest.cpp"
 
@@ -217,6 +220,19 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def compiler_launcher() -> str:
+    """What stands in front of a compiler's command line: ``EFFATTN_COMPILER_LAUNCHER``, or the ccache that is there.
+
+    No part of a build's identity: ``compiler_of`` and digests name the compiler alone.
+    """
+    return os.environ.get("EFFATTN_COMPILER_LAUNCHER", shutil.which("ccache") or "")
+
+
+def _compiler_environment() -> dict[str, str]:
+    """Paths count for ccache as seen from the tree, so that an sdist's objects are those of a checkout."""
+    return {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1", **os.environ}
+
+
 def compiler_of(target: Target) -> str:
     """Its name and version, as it says them."""
     return _output(target.compiler, "--version").splitlines()[0]
@@ -247,7 +263,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         *optimise,
         *checks,
     ]
-    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}", f"-I{objects}"]
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}"]
     facts = {
         "COMPILER": compiler_of(target),
         "TORCH_VERSION": target.torch_version,
@@ -262,9 +278,10 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
 
     text = StringIO()
     ninja = ninja_syntax.Writer(text, width=1000)
+    ninja.variable("builddir", str(objects))
     ninja.rule(
         "compile",
-        f"{target.compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"{compiler_launcher()} {target.compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
         depfile="$out.d",
         deps="gcc",
         description="compile $out",
@@ -273,7 +290,8 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
 
     def compile(source: str, flags: list[str] | tuple[str, ...], name: str = "") -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
-        return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
+        generated = [f"-I{objects}"] if source in INCLUDE_GENERATED else []
+        return ninja.build(path, "compile", source, variables={"flags": " ".join([*flags, *generated])})[0]
 
     library = output / "libeffattn.so"
     outputs: list[Path] = []
@@ -308,10 +326,10 @@ def _add_libraries(
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     ukernels = _sources("kernels/cpu/**/ukernels*.cpp")
     once = [*_sources("csrc/core/*.cpp"), *glue, *set(_sources("kernels/cpu/**/*.cpp")).difference(ukernels)]
-    parts = [compile(source, [*torch_flags, told] if source == IDENTITY else torch_flags) for source in sorted(once)]
-    for name, lanes, flags in isas:
-        defines = [f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"]
-        parts += [compile(source, [*flags, *defines], name) for source in ukernels]
+    parts = []
+    for source, (name, lanes, flags) in itertools.product(ukernels, isas):  # first what takes longest
+        parts.append(compile(source, [*flags, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
+    parts += [compile(source, [*torch_flags, told] if source == IDENTITY else torch_flags) for source in sorted(once)]
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
@@ -352,7 +370,7 @@ def _add_cuda(
     ]
     ninja.rule(
         "compile_cuda",
-        f"{cuda.nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
+        f"{compiler_launcher()} {cuda.nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
         depfile="$out.d",
         deps="gcc",
         description="compile $out",
@@ -364,7 +382,7 @@ def _add_cuda(
     for source in (*CUDA, *CUDA_DEVICE, *shared_glue()):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
-            parts += ninja.build(path, "compile_cuda", str(ROOT / source))
+            parts += ninja.build(path, "compile_cuda", source)
         else:
             told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source in CUDA_IDENTITY else []
             parts.append(compile(source, [*glue_flags, *told], "cuda"))
@@ -419,8 +437,10 @@ def build(
     objects.mkdir(parents=True, exist_ok=True)
     _write_if_changed(objects / "signatures.h", signatures())
     (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve(), extension_only))
-    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(objects), *(["-v"] if verbose else [])]
-    subprocess.run(command, check=True)
+    # From the root: sources have the same names in every build, and with them the objects in ccache.
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(objects.resolve() / "build.ninja")]
+    command += ["-v"] if verbose else []
+    subprocess.run(command, check=True, cwd=ROOT, env=_compiler_environment())
     built = [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
     if extension_only:
         return built

@@ -72,18 +72,26 @@ def make_image(
 
 # --- any operator, from its specification -----------------------------------------------------------------------
 
+#: Memory orders of tensors (..., tokens, channels) and of images.
+ORDERS = {"first": ("token_major", "nchw"), "second": ("channel_major", "channels_last"), "gaps": ("strided", "crop")}
+
 
 def make_arguments(
-    operator: Operator, case: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+    operator: Operator,
+    case: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    order: str = "first",
+    seed: int = 0,
 ) -> list[Any]:
-    """Reproducible arguments of an operator, in the order of its signature.
+    """Reproducible arguments of an operator, as its signature has them.
 
     Images are normal; weights are normal, divided by the root of what each output is a sum of.
 
     Args:
         operator: whose.
-        case: one of its ``cases``.
+        case: one of its ``cases``, or another with the same names.
         dtype: of images; weights are float32.
+        order: of images, one of ``ORDERS``.
         seed: other numbers for each.
     """
     arguments: list[Any] = []
@@ -97,10 +105,14 @@ def make_arguments(
         for element in range(count):
             declared = argument.shapes[element % len(argument.shapes)]
             own = {name: case[name][element] for name in declared.names if name in operator.signature.local}
-            shape = declared.sizes({**case, **own})
-            t = make_tensor(*((1, *shape) if len(shape) < 2 else shape), seed=100 * seed + 10 * i + element)
-            fan_in = 1 if argument.is_image else max(math.prod(shape[1:]), 1)
-            tensors.append((t.reshape(shape) / fan_in**0.5).to(dtype if argument.is_image else torch.float32))
+            shape, number = declared.sizes({**case, **own}), 1000 * seed + 10 * i + element
+            if argument.kind == "image":
+                tensors.append(make_image(*shape, memory_format=ORDERS[order][1], seed=number).to(dtype))
+            elif argument.kind == "tensor":
+                tensors.append(make_tensor(*shape, layout=ORDERS[order][0], dtype=dtype, seed=number))
+            else:
+                t = make_tensor(*((1, *shape) if len(shape) < 2 else shape), seed=number).reshape(shape)
+                tensors.append(t / max(math.prod(shape[1:]), 1) ** 0.5)
         arguments.append(tensors if argument.is_list else None if missing else tensors[0])
     return arguments
 

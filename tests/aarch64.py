@@ -1,8 +1,9 @@
 """Runs tests on aarch64 without an Arm machine: cross-compiled, and under qemu's user-mode emulation.
 
-    python tests/aarch64.py [--cache build/aarch64] [pytest arguments...]
+    python tests/aarch64.py [--cache build/aarch64] [--full] [pytest arguments...]
 
-Without pytest arguments it runs the numerics tests of the operators. The interpreter that runs this script is
+Without pytest arguments it runs tests marked numerics: those that are marked remainders too, or with ``--full`` all but
+those of threads. The interpreter that runs this script is
 the one that effattn is built with (ninja, pybind11, pip); everything else is made in the cache folder:
 
 - ``sysroot``: Python and the C and C++ runtimes of the Debian release in use, for arm64;
@@ -28,23 +29,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from staged import marked
+
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "tests/test_multi_scale_numerics.py"]
-DEFAULT_TESTS += [
-    "tests/test_lite_mla.py",
-    "tests/test_softmax_attention_numerics.py",
-    "tests/test_projected_attention.py",
-    "tests/test_cascade_training.py",
-]
-DEFAULT_TESTS += ["-q", "-x", "-m", "not slow"]
-# What the schedule over threads does is not the business of an instruction set, and takes minutes here.
-# Of multi-scale and of softmax attention, those that meet every remainder of vectors, rows and kernels; all of it takes
-# as long again. Give a file's name to run everything.
-MULTI_SCALE = "every_width or qkv_itself or without_scales or memory_format or smaller_than"
-SOFTMAX = "every_number or every_window or equal_logits or float16 or minus_infinity"
-WANTED = f"not four_python_threads and (not multi_scale or {MULTI_SCALE}) and (not softmax or {SOFTMAX})"
-WANTED += " and (not cascade_training or nchw) and not (projected and (bfloat16 or crop))"
-DEFAULT_TESTS += ["-k", WANTED]
+#: What threads do is not the business of an instruction set, and takes minutes here.
+FULL = "numerics and not slow and not schedule"
+#: Under emulation each test takes thirty times as long.
+SHORT = f"{FULL} and remainders"
 
 TRIPLET = "aarch64-linux-gnu"
 COMPILER = f"{TRIPLET}-g++"
@@ -215,6 +206,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--cache", type=Path, default=ROOT / "build/aarch64", help="folder for all that is made")
+    parser.add_argument("--full", action="store_true", help="the full tier")
     arguments, pytest_arguments = parser.parse_known_args()
     cache = arguments.cache.resolve()
     sysroot, site, stage = cache / "sysroot", cache / "site", cache / "stage"
@@ -228,8 +220,10 @@ def main() -> int:
             stage_package(stage, sysroot, site)
     except subprocess.CalledProcessError as error:  # the command has said why
         sys.exit(f"aarch64: cannot run the tests: {error}")
+    tier = ["--full"] if arguments.full else []
+    default = [*marked("numerics"), "-m", FULL if arguments.full else SHORT]
     with phase("tests under qemu"):
-        return run_tests(stage, sysroot, site, pytest_arguments or DEFAULT_TESTS)
+        return run_tests(stage, sysroot, site, ["-q", "-x", *tier, *(pytest_arguments or default)])
 
 
 if __name__ == "__main__":

@@ -43,13 +43,12 @@ def run(*command: str | Path, cwd: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # As the editable install was built (Makefile).
+        # As the editable install was built (Makefile), so that the compiler cache has what the wheel is made of.
         has_cuda = os.environ.setdefault("EFFATTN_CUDA", str(int(shutil.which("nvcc") is not None)))
         run(sys.executable, "-c", USE, "editable", ROOT, has_cuda, cwd=folder)
         run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, ROOT, cwd=folder)
         (sdist,) = folder.glob("effattn-*.tar.gz")
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-        os.environ["EFFATTN_CUDA_ARCHS"] = "80"  # one will do: that a wheel has them is what counts
         run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, sdist, cwd=folder)
         (wheel,) = folder.glob("effattn-*.whl")
         assert "none-any" not in wheel.name, "a wheel with binaries names its platform"

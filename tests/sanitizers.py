@@ -1,30 +1,18 @@
-"""Builds the native code with AddressSanitizer and UBSan and runs the numeric tests on it.
+"""Builds the native code with AddressSanitizer and UBSan and runs the tests marked numerics or arguments on it.
 
-python tests/sanitizers.py [pytest arguments]
+    python tests/sanitizers.py [--full] [pytest arguments]
+
+One instruction set, unless ``--full`` asks for all.
 """
 
 from __future__ import annotations
 
 import sys
 
-from staged import ROOT, instruction_sets, run, stage
+from staged import ROOT, all_but_the_widest, instruction_sets, marked, run, stage
 
 STAGE = ROOT / "build" / "sanitizers"
-DEFAULT = [
-    "tests/test_relu_linear_attention_numerics.py",
-    "tests/test_relu_linear_attention_errors.py",
-    "tests/test_multi_scale_numerics.py",
-    "tests/test_multi_scale_errors.py",
-    "tests/test_lite_mla.py",
-    "tests/test_softmax_attention_numerics.py",
-    "tests/test_softmax_attention_errors.py",
-    "tests/test_projected_attention.py",
-    "tests/test_cascade_training.py",
-    "tests/test_images.py",
-    "-m=not slow",
-    # Converted by the same code as float16; test_images has that of no other name.
-    "-k=not ((multi_scale or softmax or projected) and bfloat16)",
-]
+FULL = "--full"
 
 
 def spare_isas() -> list[str]:
@@ -34,8 +22,11 @@ def spare_isas() -> list[str]:
 
 
 def main() -> int:
-    stage(STAGE, "--without", *spare_isas())
-    return run(STAGE, sys.argv[1:] or DEFAULT)
+    tier = [FULL] if FULL in sys.argv else []
+    arguments = [argument for argument in sys.argv[1:] if argument != FULL]
+    stage(STAGE, "--without", *(spare_isas() if tier else all_but_the_widest()))
+    default = [*marked("numerics", "arguments"), "-m=(numerics or arguments) and not slow"]
+    return run(STAGE, [*tier, *(arguments or default)])
 
 
 if __name__ == "__main__":

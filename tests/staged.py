@@ -1,12 +1,13 @@
 """What tests of a build of its own share: the package is staged elsewhere, with sanitizers, and pytest runs on that.
 
 The interpreter is not instrumented, so the sanitizers' runtimes are preloaded. Python itself leaks by design, so leaks
-are not looked for; everything else aborts the run.
+are not looked for; everything else aborts the run. Which tests run is said by their markers (pyproject.toml).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,20 @@ def instruction_sets() -> dict[str, bool]:
     return {row["name"]: row["supported"] for row in _C.isas()}
 
 
+def all_but_the_widest() -> list[str]:
+    """Instruction sets to leave out where one will do: the widest vectors go furthest beyond the end of a tensor."""
+    rows = [row for row in _C.isas() if row["supported"]]
+    widest = max(reversed(rows), key=lambda row: row["lanes"])
+    return [row["name"] for row in _C.isas() if row is not widest]
+
+
+def marked(*markers: str) -> list[str]:
+    """The files with tests of one of these markers, but for those of GPUs: no other needs to be imported."""
+    pattern = re.compile(rf"\bmark\.({'|'.join(markers)})\b")
+    files = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
+    return [str(path) for path in files if path.parts[1] != "device" and pattern.search((ROOT / path).read_text())]
+
+
 def stage(folder: Path, *options: str) -> None:
     """Builds with sanitizers; ``options`` are those of csrc/build.py."""
     command = [sys.executable, "csrc/build.py", "--stage", str(folder), "--sanitize", SANITIZERS, *options]
@@ -53,7 +68,19 @@ def run(folder: Path, tests: Sequence[str], environment: Mapping[str, str] | Non
         "OMP_NUM_THREADS": "1",  # one of pytest's processes a core; tests of threads ask for theirs
         **(environment or {}),
     }
-    command = [sys.executable, "-c", RUN_TESTS, "-q", "-x", "-n", "auto", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-c",
+        RUN_TESTS,
+        "-q",
+        "-x",
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
+        "-p",
+        "no:cacheprovider",
+    ]
     return subprocess.run([*command, *tests], cwd=ROOT, env=environment).returncode
 
 

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from tiers import full
 from torch import nn
 
 import effattn
@@ -381,7 +382,7 @@ def test_same_training_step(name):
         assert torch.allclose(a.double(), b.double(), rtol=1e-7, atol=1e-8), key
 
 
-@pytest.mark.parametrize("name", ["efficientvit_m0", "efficientformer_l1", "efficientformerv2_s0"])
+@pytest.mark.parametrize("name", [full("efficientvit_m0"), "efficientformer_l1", full("efficientformerv2_s0")])
 def test_compile_fullgraph(name):
     fast, x = model(name), image()
     effattn.accelerate(fast)

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -85,6 +86,7 @@ def check(tmp_path, module, image, operators):
         assert error(got, expected) <= allowed_error(baseline, expected, FLOAT32_FORWARD_TOLERANCE)
 
 
+@pytest.mark.full
 def test_functions_without_what_may_be_left_out(tmp_path):
     operators = {
         "multi_scale_linear_attention",

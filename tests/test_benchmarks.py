@@ -194,7 +194,7 @@ class Interpreterless:
 @pytest.mark.parametrize(("name", "package"), [("tflite_call", "litert_torch"), ("executorch_call", "executorch.exir")])
 def test_peers_that_torch_exports_to(name, package):
     """Inputs in their order, in place, again and again; images of TFLite in its own memory order."""
-    pytest.importorskip(package)
+    pytest.importorskip(package, reason=f"{package} is a peer that make bench installs")
     run = getattr(peers, name)
     data = rla.Inputs(AttentionCase("tiny", 1, 2, 8, 3, 5), torch.float32)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 import torch.utils.checkpoint
+from tiers import full
 from torch import nn
 
 from effattn import use_backend
@@ -27,6 +28,8 @@ from effattn.testing import (
     rounding_noise,
     with_gradients,
 )
+
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
 
 batch_norm = OPERATORS["cascaded_group_attention_batch_norm"]
 OPS = torch.ops.effattn
@@ -79,6 +82,7 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned_allocations")
 @pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "channel slice", "crop"])
 @all_cases
+@pytest.mark.remainders
 def test_against_float64(isa, case, memory_format):
     check(case, memory_format)
 
@@ -301,7 +305,7 @@ def test_training_without_gradients_moves_the_statistics(calls):
     assert all((norm.running_mean != mean).all() for norm, mean in zip(norms(module), before, strict=True))
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9)], ids=["whole windows", "windows that do not divide"])
+@pytest.mark.parametrize("size", [full((8, 8)), (7, 9)], ids=["whole windows", "windows that do not divide"])
 def test_compiled_steps_move_the_statistics_too(calls, size):
     module = windows()
     eager = copy.deepcopy(module)

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from effattn._library import library_path
@@ -44,6 +45,7 @@ def save(path, tensor):
     return path
 
 
+@pytest.mark.full
 def test_package_runs_without_python(tmp_path):
     exported = call(sys.executable, EXAMPLE / "export.py", "--size", "64", "--output", tmp_path)
     assert "4 replaced, 0 left alone" in exported

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -23,6 +25,7 @@ def test_demo(tmp_path):
     assert text.count("equal") == 2, "the same five best classes for both images"
 
 
+@pytest.mark.full
 def test_train(tmp_path):
     text = run("train.py", tmp_path / "train.png", "--epochs", "1", "--steps", "2")
     assert text.count("accelerated") == 2 and text.count("stock") == 2

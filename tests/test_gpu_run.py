@@ -57,6 +57,7 @@ def start(output, seconds, stages=(), **more):
     )
 
 
+@pytest.mark.full
 def test_a_rehearsal(tmp_path):
     """All of it in one test: processes of pytest would each rehearse for themselves."""
     output = tmp_path / "run"
@@ -74,7 +75,8 @@ def test_a_rehearsal(tmp_path):
     check_tables(output, tmp_path)
 
 
-@pytest.mark.skipif(not _library.cuda_is_emulated, reason="the CUDA kernels are not emulated: tests/emulated.py")
+@pytest.mark.emulated
+@pytest.mark.skipif(not _library.cuda_is_emulated, reason="runs on the emulated kernels, in make test-cuda")
 def test_a_rehearsal_of_emulated_kernels(tmp_path, monkeypatch):
     """The CUDA backend alone serves what of it takes kernels, on the host."""
     output = tmp_path / "run"
@@ -208,6 +210,7 @@ def check_tables(output, tmp_path):
     assert "linear attention" in tiny and "effattn" in tiny and ", slower" in tiny  # interpreted
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_leaves_what_it_knew(tmp_path):
     """While a kernel hangs: lines that can be read, a summary, and no process."""
     process = start(tmp_path, 900, EFFATTN_RUN_OUTPUT=str(tmp_path))
@@ -685,6 +688,7 @@ def checkout(tmp_path, monkeypatch):
         path.write_text(COMPILER)
         path.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tree))
+    monkeypatch.setenv("EFFATTN_COMPILER_LAUNCHER", "")
     monkeypatch.setenv("CXX", str(tree / "bin" / "g++"))
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)

@@ -14,6 +14,8 @@ from effattn.ops import projected_attention as attention_op
 from effattn.ops.lite_mla import Weights, lite_mla
 from effattn.testing import CascadeCase, MultiScaleCase, make_image, make_tensor
 
+pytestmark = [pytest.mark.arguments, pytest.mark.pairwise]
+
 CHANNELS, HEIGHT, WIDTH = 24, 7, 5
 MULTI_SCALE = MultiScaleCase(2, 2, 4, HEIGHT, WIDTH, biases=True)
 CASCADE = CascadeCase(2, CHANNELS, 4, HEIGHT, WIDTH, 4, (3, 5))

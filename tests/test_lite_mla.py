@@ -12,6 +12,8 @@ from effattn import use_backend
 from effattn.ops.lite_mla import Weights, lite_mla
 from effattn.testing import FLOAT32_FORWARD_TOLERANCE, MultiScaleCase, allowed_error, error, make_tensor
 
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
+
 OP = torch.ops.effattn.lite_mla
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN, OUT = 20, 37  # neither a multiple of what a thread or a register block takes
@@ -66,6 +68,7 @@ def in_dtype(values, dtype):
 @pytest.mark.parametrize("memory_format", ["nchw", "channels_last", "crop"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned_allocations")
+@pytest.mark.remainders
 def test_against_float64(isa, case, memory_format, dtype):
     values = arguments(case, dtype, memory_format)
     with use_backend("reference"):

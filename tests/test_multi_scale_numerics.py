@@ -18,7 +18,7 @@ from effattn.testing import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop")
@@ -75,6 +75,7 @@ def test_the_cases_meet_what_a_plan_can_hold(isa):
 
 @both
 @pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.remainders
 def test_every_width_and_height(isa, function, kernel):
     """Around a vector, a block of rows and the kernel itself."""
     for width in range(1, 36):
@@ -85,6 +86,7 @@ def test_every_width_and_height(isa, function, kernel):
 
 @both
 @pytest.mark.parametrize("memory_format", FORMATS[:2])
+@pytest.mark.remainders
 def test_every_head_dim(isa, function, memory_format):
     for head_dim in (*range(1, 18), 24, 31, 32, 33):
         check(function, MultiScaleCase(1, 1, head_dim, 4, 5, kernels=(3,)), memory_format=memory_format)
@@ -94,6 +96,7 @@ def test_every_head_dim(isa, function, memory_format):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("height", [1, 2, 4])
 @pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.remainders
 def test_images_smaller_than_the_kernel(isa, function, height, width, dtype):
     check(function, MultiScaleCase(2, 1, 8, height, width, kernels=(5,), biases=True), dtype)
 

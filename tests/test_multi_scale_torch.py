@@ -95,6 +95,7 @@ def test_only_the_gradients_that_are_asked_for(name):
 
 @both
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.each_value
 def test_compile_fullgraph_dynamic(name, training):
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(lambda *ts: call(name, ts), backend=counter, fullgraph=True, dynamic=True)

@@ -9,6 +9,7 @@ from types import MethodType
 
 import pytest
 import torch
+from tiers import full
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
@@ -365,7 +366,7 @@ def test_autocast(training, dtype):
     assert (out.double() - truth).norm() <= 1.1 * (expected.double() - truth).norm()
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", [True, full(False)], ids=["train", "eval"])
 def test_compile_fullgraph(training):
     _, ours = pair()
     ours.train(training)
@@ -380,6 +381,7 @@ def test_compile_fullgraph(training):
             close(mine.grad, theirs.grad, 1e-4)
 
 
+@pytest.mark.full
 def test_compiled_weights_are_not_stale_either():
     _, ours = pair()
     compiled = torch.compile(ours, fullgraph=True)

@@ -604,6 +604,7 @@ def test_no_image(name):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["windows", "efficientformer", "v2, stride", "v2, downsampling"])
+@pytest.mark.each_value
 def test_compile_fullgraph(name, training):
     case = CASES[name]
     _, module = case.pair()
@@ -622,6 +623,7 @@ def test_compile_fullgraph(name, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["cascade", "windows", "efficientformer", "v2", "v2, stride", "v2, downsampling"])
+@pytest.mark.each_value
 def test_compile_dynamic(name, training):
     """Images of several sizes through one module; tables are gathered for each, so that graphs are too."""
     case = CASES[name]

@@ -26,7 +26,7 @@ from effattn.testing import (
     reference_with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-15
@@ -97,6 +97,7 @@ def test_every_mix_of_layouts(isa, layouts, tokens, dtype, head_dim, value_dim):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # the narrow types differ in single elements only
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.remainders
 def test_every_remainder_of_tokens(isa, layout, dtype):
     """Each number of tokens around a vector, a register block and a tile; of keys another than of queries."""
     tile = _library._C.relu_linear_attention_plan(
@@ -109,6 +110,7 @@ def test_every_remainder_of_tokens(isa, layout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.remainders
 def test_every_remainder_of_channels(isa, layout, dtype):
     for channels in range(1, 50):
         check(*problem((), 20, 23, channels, 50 - channels, dtype, (layout,) * 4))
@@ -251,6 +253,7 @@ def test_nan_and_inf_come_out_as_in_the_reference(isa, dtype, value, argument, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.remainders
 def test_storage_conversions_are_exact(isa, dtype, layout):
     """With one key of 1, the output is v rounded once: every bit pattern must survive the way through."""
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
@@ -298,6 +301,7 @@ def check_same_bits(runs, sizes, dtype, head_dim, value_dim, layout):
                     assert torch.equal(result, first), f"{name} with {count} threads"
 
 
+@pytest.mark.schedule
 def test_four_python_threads_at_once(isa):
     arguments = [problem((8,), 700 + i, 700, 16, 16, torch.float32, ("channel_major",) * 4) for i in range(4)]
     expected = [fused(*each) for each in arguments]

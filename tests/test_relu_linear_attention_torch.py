@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from tiers import full
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from effattn import registry, relu_linear_attention, use_backend
@@ -146,7 +147,7 @@ def test_torch_func_and_forward_mode_match_the_reference():
     assert torch.allclose(tangent, torch.func.jvp(lambda q: plain(q, k, v), (q,), (tangents[0],))[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [full("eager"), "aot_eager"])
 def test_torch_func_and_forward_mode_inside_torch_compile(backend):
     q, k, v = qkv(lead=(), sizes=(6, 7, 3, 4))
     tangent = torch.randn_like(q)
@@ -223,7 +224,7 @@ def test_autocast_keeps_the_accuracy_of_float32_sums(dtype):
     assert error(out, truth) <= 1.02 * error(truth.to(dtype), truth)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, full(True)], ids=["eager", "compiled"])
 def test_autocast_promotes_mixed_dtypes(compiled):
     q, k, v = qkv()
     function = torch.compile(relu_linear_attention, fullgraph=True) if compiled else relu_linear_attention
@@ -306,6 +307,7 @@ def test_recompiles_only_for_what_shapes_require():
         assert counter.frame_count == 2
 
 
+@pytest.mark.full
 def test_dynamic_shapes_in_one_graph():
     counter = CompileCounterWithBackend("inductor")
     function = torch.compile(relu_linear_attention, fullgraph=True, dynamic=True, backend=counter)

@@ -22,7 +22,7 @@ from effattn.testing import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop")
@@ -68,6 +68,7 @@ def test_cascade_against_float64(isa, case, memory_format, dtype):
 
 
 @pytest.mark.parametrize("talking", [False, True], ids=["", "talking"])
+@pytest.mark.remainders
 def test_every_number_of_tokens_and_channels(isa, talking):
     """Around vectors and blocks of rows, for each size alone."""
     for n in (*range(1, 36), 47, 48, 49, 63, 64, 65):
@@ -78,12 +79,14 @@ def test_every_number_of_tokens_and_channels(isa, talking):
         check(BiasedCase(1, 2, 5, 6, 4, n, talking))
 
 
+@pytest.mark.remainders
 def test_every_number_of_heads(isa):
     for heads in range(1, 10):
         check(BiasedCase(1, heads, 5, 6, 4, 8, talking=True))
         check(CascadeCase(1, 4 * heads, 4, 5, 6, 3, (3,) * heads))
 
 
+@pytest.mark.remainders
 def test_every_window_and_key_dim(isa):
     for height, width in itertools.product((1, 2, 3, 7), (1, 2, 5, 8)):
         check(CascadeCase(1, 8, 4, 7, 8, (height, width), (3, 5)))

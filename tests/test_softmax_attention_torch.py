@@ -106,6 +106,7 @@ def other_sizes(name):
 
 @all_cases
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.each_value
 def test_compile_fullgraph_dynamic(name, training):
     counter = CompileCounterWithBackend("inductor")
     options = {"window_size": (3, 4)} if name == "cascade" else {}

@@ -541,7 +541,7 @@ class Run:
         pairs = sorted(
             {(k.operator.split(" with ")[0], k.backend) for k, v in self.quarantine.items() if v["status"] in ends}
         )
-        tests = ["tests/device", "tests/triton"]
+        tests = ["tests/device", "tests/triton", "--full"]
         tests += [f"--ignore=tests/triton/test_{name}.py" for name in ("compiled", "budgets")]
         if self.settings.rehearsal:
             tests = ["benchmarks/gpu/rehearsed_tests.py"]
@@ -585,7 +585,7 @@ class Run:
             [
                 Job(
                     "memcheck of cuda",
-                    [*sanitizer, *self._pytest(*SMALL_TESTS, "-k", "cuda")],
+                    [*sanitizer, *self._pytest(*SMALL_TESTS, "--full", "-k", "cuda")],
                     limit=600,
                     environment=self._environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
                     output=self.settings.output / SANITIZER,

@@ -47,6 +47,9 @@ class Operator:
         limited: of all arguments, a NamedTuple of what backends may have a limit for.
         cases: of calls for tests, the size of every name (of a name that differs from element to element of a list, one
             each) and the options. ``make_arguments`` of :mod:`effattn.testing` makes the tensors.
+        longest_sum: of a case, how many terms are added up at most for one number of any result; an error may grow with
+            its root.
+        dtypes: of images, which backends with kernels take; ``plain`` takes float64 too.
         plain_backward: (grad_out, *arguments) -> gradients of the tensors, in operations that can be differentiated
             again; by default autograd's of ``plain``.
     """
@@ -59,6 +62,8 @@ class Operator:
         limited: Callable[..., Sequence[int]] = lambda *_: (),
         *,
         cases: Sequence[Mapping[str, Any]],
+        longest_sum: Callable[[Mapping[str, Any]], int],
+        dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
         plain_backward: Callable[..., Sequence[Argument]] | None = None,
     ) -> None:
         self.name = name
@@ -66,6 +71,8 @@ class Operator:
         self.plain = plain
         self.limited = limited
         self.cases = tuple(cases)
+        self.longest_sum = longest_sum
+        self.dtypes = tuple(dtypes)
         self.plain_backward = plain_backward or self._autograd_of_plain
         self._returns_all = self.signature.out.kind == "kept"
         self._images, self._tensors = self.signature.images, self.signature.tensors

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,9 +50,16 @@ def plain(
         return (mix_heads(weights, talking_heads[2:]) @ v.to(at_least)).to(q.dtype)
 
 
+def longest_sum(sizes: Mapping[str, Any]) -> int:
+    """The gradients of the matrices that mix heads; without them a product, or the gradient of the bias."""
+    if "talking_heads" in sizes.get("without", ()):
+        return max(sizes[name] for name in ("B", "N", "M", "D", "Dv"))
+    return int(sizes["B"] * sizes["N"] * sizes["M"])
+
+
 CASES = (
     {"B": 2, "heads": 3, "N": 5, "M": 6, "D": 4, "Dv": 8, "scale": 0.5},
     {"B": 1, "heads": 8, "N": 49, "M": 49, "D": 32, "Dv": 128, "scale": 32**-0.5, "without": ("talking_heads",)},
     {"B": 3, "heads": 1, "N": 1, "M": 33, "D": 7, "Dv": 1, "scale": 0.4},
 )
-OPERATOR = Operator("biased_attention", SIGNATURE, plain, limited, cases=CASES)
+OPERATOR = Operator("biased_attention", SIGNATURE, plain, limited, cases=CASES, longest_sum=longest_sum)

@@ -4,8 +4,8 @@ column of the image."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -106,6 +106,13 @@ def cascade(
         return image.to(x.dtype)
 
 
+def longest_sum(sizes: Mapping[str, Any]) -> int:
+    """The gradients of the weights, over all tokens of all windows."""
+    height = -(-sizes["H"] // sizes["window_height"]) * sizes["window_height"]
+    width = -(-sizes["W"] // sizes["window_width"]) * sizes["window_width"]
+    return max(sizes["B"] * height * width, 2 * sizes["key_dim"] + sizes["d"])
+
+
 CASES = (
     {"B": 2, "heads": 2, "d": 4, "key_dim": 4, "H": 5, "W": 6, "k": (3, 5), "window_height": 3, "window_width": 3}
     | {"scale": 0.5},
@@ -114,4 +121,4 @@ CASES = (
     {"B": 1, "heads": 1, "d": 3, "key_dim": 5, "H": 1, "W": 9, "k": (7,), "window_height": 2, "window_width": 4}
     | {"scale": 0.4, "without": ("qkv_biases", "q_dw_biases")},
 )
-OPERATOR = Operator("cascaded_group_attention", SIGNATURE, plain, limited, cases=CASES)
+OPERATOR = Operator("cascaded_group_attention", SIGNATURE, plain, limited, cases=CASES, longest_sum=longest_sum)

@@ -6,7 +6,8 @@ statistics are means, then variances over the batch (not corrected).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -68,9 +69,21 @@ def plain(
     return out, torch.stack(statistics).unflatten(0, (heads, 2)).detach()
 
 
+def longest_sum(sizes: Mapping[str, Any]) -> int:
+    tokens = sizes["down"] * sizes["window_height"] * sizes["across"] * sizes["window_width"]
+    return max(sizes["B"] * tokens, 2 * sizes["key_dim"] + sizes["d"])
+
+
 CASES = (
     {"B": 2, "heads": 2, "d": 4, "key_dim": 4, "down": 2, "across": 1, "k": (3, 5)}
     | {"window_height": 3, "window_width": 2, "w": (12, 12, 4, 4), "b": (12, 12, 4, 4)}
     | {"eps": (1e-5,) * 4, "scale": 0.5},
 )
-OPERATOR = Operator("cascaded_group_attention_batch_norm", SIGNATURE, plain, cases=CASES)
+OPERATOR = Operator(
+    "cascaded_group_attention_batch_norm",
+    SIGNATURE,
+    plain,
+    cases=CASES,
+    longest_sum=longest_sum,
+    dtypes=(torch.float32,),
+)

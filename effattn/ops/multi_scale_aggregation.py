@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -62,9 +62,14 @@ def plain(
         return torch.cat(scales, dim=1).to(qkv.dtype)
 
 
+def longest_sum(sizes: Mapping[str, Any]) -> int:
+    """The gradients of the weights; a tap's neighbours, a group's channels."""
+    return max(sizes["B"] * sizes["H"] * sizes["W"], *(k * k for k in sizes["k"]), sizes["head_dim"])
+
+
 CASES = (
     {"B": 2, "heads": 2, "head_dim": 4, "H": 5, "W": 6, "S": 2, "k": (3, 5)},
     {"B": 1, "heads": 3, "head_dim": 16, "H": 14, "W": 14, "S": 1, "k": (5,), "without": ("dw_biases", "pw_biases")},
     {"B": 1, "heads": 1, "head_dim": 7, "H": 1, "W": 9, "S": 0, "k": ()},
 )
-OPERATOR = Operator("multi_scale_aggregation", SIGNATURE, plain, limited, cases=CASES)
+OPERATOR = Operator("multi_scale_aggregation", SIGNATURE, plain, limited, cases=CASES, longest_sum=longest_sum)

@@ -45,4 +45,11 @@ def plain(
 
 
 CASES = tuple(case | {"eps": 1e-15} for case in multi_scale_aggregation.CASES)
-OPERATOR = Operator("multi_scale_linear_attention", SIGNATURE, plain, multi_scale_aggregation.limited, cases=CASES)
+OPERATOR = Operator(
+    "multi_scale_linear_attention",
+    SIGNATURE,
+    plain,
+    multi_scale_aggregation.limited,
+    cases=CASES,
+    longest_sum=multi_scale_aggregation.longest_sum,
+)

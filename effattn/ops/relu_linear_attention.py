@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,9 +63,21 @@ def plain_backward(
         )
 
 
+def longest_sum(sizes: Mapping[str, Any]) -> int:
+    return max(sizes["N"], sizes["M"], sizes["D"], sizes["Dv"])
+
+
 CASES = (
     {"...": (2,), "N": 6, "M": 7, "D": 4, "Dv": 5, "eps": 1e-15},
     {"...": (1, 3), "N": 49, "M": 49, "D": 16, "Dv": 16, "eps": 1e-5},
     {"...": (), "N": 1, "M": 300, "D": 33, "Dv": 1, "eps": 1e-15},
 )
-OPERATOR = Operator("relu_linear_attention", SIGNATURE, plain, limited, cases=CASES, plain_backward=plain_backward)
+OPERATOR = Operator(
+    "relu_linear_attention",
+    SIGNATURE,
+    plain,
+    limited,
+    cases=CASES,
+    longest_sum=longest_sum,
+    plain_backward=plain_backward,
+)

@@ -16,6 +16,11 @@ from effattn.backends.triton import NAMESPACE, is_interpreted
 # Asked for by torch, before anything runs, where tests want uninitialised memory to be poisoned.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.emulated)
+
+
 REASONS = {b.name: b.reason for b in registry.backends() if b.name in ("triton", "cuda")}
 HERE = [name for name, reason in REASONS.items() if reason is None]
 

@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from effattn import biased_attention, use_backend
 from effattn.testing import LAYOUTS, BiasedCase, allowed_error, check_softmax, error, moved, with_gradients
 
-pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 talking_or_not = pytest.mark.parametrize("talking", [False, True], ids=["", "talking"])
@@ -32,12 +32,14 @@ def arguments(device, case, dtype=torch.float32, layout="token_major"):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.numerics
 def test_against_float64(device, backend, case, layout):
     check_softmax(biased_attention, backend, case, torch.float32, layout, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", [BiasedCase(2, 4, 49, 49, 32, 64), *CASES[2:4]], ids=str)
+@pytest.mark.numerics
 def test_narrow_types_against_float64(device, backend, case, dtype):
     check_softmax(biased_attention, backend, case, dtype, device=device)
 
@@ -53,12 +55,14 @@ NARROW_CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
+@pytest.mark.numerics
 def test_sizes_of_narrow_types_against_float64(device, backend, case, dtype):
     check_softmax(biased_attention, backend, case, dtype, device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.numerics
 def test_layouts_of_narrow_types_against_float64(device, backend, layout, dtype):
     for case in (BiasedCase(2, 2, 24, 40, 16, 24), BiasedCase(1, 2, 9, 21, 8, 12, talking=True)):
         check_softmax(biased_attention, backend, case, dtype, layout, device)

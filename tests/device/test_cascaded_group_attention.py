@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from effattn import cascaded_group_attention, use_backend
 from effattn.testing import CascadeCase, check_softmax, moved, with_gradients
 
-pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop", "transposed")
@@ -29,17 +29,20 @@ def arguments(device, case, dtype=torch.float32, memory_format="nchw"):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.numerics
 def test_against_float64(device, backend, case):
     check_softmax(cascaded_group_attention, backend, case, device=device)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS[1:])
+@pytest.mark.numerics
 def test_memory_formats_against_float64(device, backend, memory_format):
     check_softmax(cascaded_group_attention, backend, CASES[2], torch.float32, memory_format, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", CASES[1:3], ids=str)
+@pytest.mark.numerics
 def test_narrow_types_against_float64(device, backend, case, dtype):
     check_softmax(cascaded_group_attention, backend, case, dtype, device=device)
 

@@ -30,6 +30,7 @@ from effattn.testing import (
 
 REASON = next(backend.reason for backend in registry.backends() if backend.name == "cuda")
 pytestmark = [
+    pytest.mark.each_value,
     pytest.mark.skipif(REASON is not None, reason=f"the cuda backend: {REASON}"),
     pytest.mark.usefixtures("poisoned_allocations"),
 ]

@@ -28,6 +28,8 @@ from effattn.nn import (
 )
 from effattn.testing import FLOAT32_GRADIENT_TOLERANCE, error, randomise_batch_norm, randomise_what_starts_at_zero
 
+pytestmark = pytest.mark.each_value
+
 NARROW = [torch.float16, torch.bfloat16]
 MEMORY_FORMATS = [torch.contiguous_format, torch.channels_last]
 

@@ -9,6 +9,8 @@ from effattn import use_backend
 from effattn.nn import EfficientFormerV2Attention, LiteMLA, LocalWindowAttention
 from effattn.testing import FLOAT32_GRADIENT_TOLERANCE, error
 
+pytestmark = pytest.mark.each_value
+
 #: Of the largest gradient: a bias in front of a BatchNorm has no gradient but rounding noise.
 NOISE = 1e-6
 MODULES = {

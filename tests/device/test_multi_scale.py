@@ -10,7 +10,7 @@ from effattn import multi_scale_aggregation, multi_scale_linear_attention, use_b
 from effattn._triton import configs
 from effattn.testing import MultiScaleCase, check_multi_scale, moved, with_gradients
 
-pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("nchw", "channels_last", "channel slice", "crop", "transposed")
@@ -38,12 +38,14 @@ def arguments(device, case, dtype=torch.float32, memory_format="nchw"):
 
 @both
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.numerics
 def test_against_float64(device, backend, function, case):
     check_multi_scale(function, backend, case, device=device)
 
 
 @both
 @pytest.mark.parametrize("memory_format", FORMATS[1:])
+@pytest.mark.numerics
 def test_memory_formats_against_float64(device, backend, function, memory_format):
     case = MultiScaleCase(2, 1, 8, 5, 6, kernels=(3,), biases=True)
     check_multi_scale(function, backend, case, torch.float32, memory_format, device=device)
@@ -63,6 +65,7 @@ NARROW_CASES = [
 )  # which has kernels for them; interpreted, they take minutes
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("case", "memory_formats"), NARROW_CASES, ids=str)
+@pytest.mark.numerics
 def test_narrow_attention_against_float64(device, backend, case, memory_formats, dtype):
     """Heads that fill what is padded and heads that do not, in every place that memory can have them."""
     for memory_format in memory_formats:
@@ -82,6 +85,7 @@ def test_blocks_that_take_several_tiles_of_queries(device, backend, dtype, monke
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.numerics
 def test_narrow_types_against_float64(device, backend, function, dtype):
     for memory_format in FORMATS[:2]:
         for height, width in ((6, 7), (3, 24)):
@@ -90,6 +94,7 @@ def test_narrow_types_against_float64(device, backend, function, dtype):
 
 
 @both
+@pytest.mark.numerics
 def test_sums_in_several_parts(device, backend, function):
     """Few heads and many tokens; the last part is short."""
     case = MultiScaleCase(1, 1, 4, 23, 25, kernels=(3,))

@@ -20,7 +20,7 @@ from effattn.testing import (
     reference_with_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("device", "poisoned_allocations")
+pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
@@ -71,17 +71,20 @@ SIZES = [  # (queries, keys, head_dim, value_dim)
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.numerics
 def test_against_float64(device, size, layout):
     check(*problem(device, (2, 3), *size, torch.float32, layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.numerics
 def test_narrow_types_against_float64(device, dtype, size):
     check(*problem(device, (2,), *size, dtype, "channel_major"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.numerics
 def test_sums_in_several_parts(device, dtype):
     """Few groups and many tokens: parts of their own, the last of them short."""
     tokens = 4 * LEAST_TOKENS + 37

@@ -19,14 +19,15 @@ def nothing_found_before(monkeypatch):
     monkeypatch.setattr(autotune, "BY_CARD", by_card)
 
 
-def test_every_size_has_a_launch():
-    for op, kernels in LAUNCHES.items():
-        for kernel, table in kernels.items():
-            assert list(table) == sorted(table)
-            for size in range(1, 2 * configs.MOST_CHANNELS):
-                assert configs.find(op, kernel, size) is next(
-                    (launch for most, launch in table.items() if size <= most), table[max(table)]
-                )
+def test_a_size_takes_the_first_entry_that_is_large_enough(monkeypatch):
+    small, large = Launch(64), Launch(32)
+    monkeypatch.setitem(LAUNCHES, "op", {"kernel": {16: small, 64: large}})
+    found = {size: configs.find("op", "kernel", size) for size in (1, 16, 17, 64, 65, 1000)}
+    assert found == {1: small, 16: small, 17: large, 64: large, 65: large, 1000: large}
+
+
+def test_entries_are_in_order():
+    assert all(list(table) == sorted(table) for kernels in LAUNCHES.values() for table in kernels.values())
 
 
 def test_a_tile_is_a_power_of_two():
@@ -35,14 +36,6 @@ def test_a_tile_is_a_power_of_two():
             for launch in table.values():
                 for size in (launch.tokens, launch.channels, launch.keys, launch.num_warps):
                     assert size is None or size & (size - 1) == 0
-
-
-def test_a_card_has_launches_of_its_own():
-    mine = Launch(128, 16)
-    configs.BY_CARD[CARD] = {("multi_scale", "attend", 16): mine}
-    assert configs.find("multi_scale", "attend", 13, CARD) is mine
-    assert configs.find("multi_scale", "attend", 13) is not mine
-    assert configs.find("multi_scale", "attend", 17, CARD) is not mine
 
 
 def test_split_is_a_function_of_sizes_alone():
@@ -80,6 +73,8 @@ def test_tuning_descends_and_remembers():
     ((key, launch),) = found.items()
     assert key == ("biased_attention", "attend", configs.MOST_CHANNELS)
     assert launch.num_warps == 8 and configs.find("biased_attention", "attend", 64, CARD) == launch
+    assert configs.find("biased_attention", "attend", 64) != launch, "found for another GPU"
+    assert configs.find("biased_attention", "multiply", 64, CARD) != launch, "found for another kernel"
     assert autotune.tune(call, CARD, seconds) == {}, "looked for again"
 
 

@@ -1,0 +1,152 @@
+"""Calls of any operator as its specification has them: results with all gradients, the truth, and the tolerance of each.
+
+The error that a result may have, as a norm, is
+
+    |rounded(truth) - truth| + 4 sqrt(R) noise
+
+The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
+formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic: float64,
+each result off by a random number of the size of float32's rounding error; the root mean square of several draws). It
+knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in every formulation.
+
+But a sum of n numbers rounds n times, not once, and in an order that is the kernel's own. Errors of independent roundings
+grow with the root of their number, so ``R`` is how many terms the operator's longest sum has (``Operator.longest_sum``).
+Four standard deviations, because a single number is beyond three in one of 370 cases, and beyond four in one of 16,000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from effattn import use_backend
+from effattn.ops._operator import Operator
+from effattn.testing import error, make_arguments, make_tensor, moved
+
+ROUNDING = 2.0**-24 / math.sqrt(3)  # root mean square of float32's, relative to the largest number of a binade
+DRAWS = 4
+#: Of a relu's argument, relative to the largest: below it, a rounding decides about a gradient.
+NEAR_ZERO = 1e-6
+
+
+class RoundedToFloat32(TorchDispatchMode):
+    """In which every result in float64 is off by as much as float32 may round it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.is_decided_by_rounding = False
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.relu.default and args[0].numel() > 0:
+            size = args[0].abs()
+            self.is_decided_by_rounding |= bool(((size > 0) & (size < NEAR_ZERO * size.max())).any())
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        return out if is_view else tree_map_only(torch.Tensor, self._off, out)
+
+    def _off(self, t: torch.Tensor) -> torch.Tensor:
+        if t.dtype != torch.float64:
+            return t
+        return t * (1 + ROUNDING * torch.randn(t.shape, generator=self._generator, dtype=t.dtype))
+
+
+class Expected(NamedTuple):
+    """By name, "out" and the gradient of each tensor as "grad_<name>"."""
+
+    arguments: list[Any]
+    truth: dict[str, torch.Tensor]
+    allowed: dict[str, float]
+
+
+def with_gradients(
+    operator: Operator, call: Callable[..., Any], arguments: Sequence[Any], grad_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The output and all gradients by name. The output's gradient is normal, of numbers that ``grad_dtype`` has."""
+    leaves: dict[str, torch.Tensor] = {}
+    taken: list[Any] = []
+    for argument, given in zip(operator.signature.arguments, arguments, strict=True):
+        if argument.is_option:
+            taken.append(given)
+            continue
+        own = {name: t.detach().requires_grad_() for name, t, _ in argument.elements(given)}
+        leaves |= own
+        taken.append(list(own.values()) if argument.is_list else next(iter(own.values()), None))
+    out = call(*taken)
+    out = out[0] if isinstance(out, tuple) else out
+    grad_out = make_tensor(*out.shape, seed=9).to(grad_dtype).to(out.dtype).to(out.device)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
+    named = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"out": out.detach(), **named}
+
+
+def mapped(function: Callable[[torch.Tensor], torch.Tensor], arguments: Sequence[Any]) -> list[Any]:
+    """Arguments with their tensors changed."""
+    return [
+        function(a)
+        if isinstance(a, torch.Tensor)
+        else [function(t) for t in a]
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)
+        else a
+        for a in arguments
+    ]
+
+
+def expected(operator: Operator, case: Mapping[str, Any], dtype: torch.dtype, order: str = "first") -> Expected:
+    """Arguments of which no rounding decides about a gradient, with the truth and the tolerance of each result."""
+    for seed in range(100):
+        arguments = make_arguments(operator, case, dtype, order, seed)
+        wide = mapped(torch.Tensor.double, arguments)
+        modes = [RoundedToFloat32(draw) for draw in range(DRAWS)]
+        draws = []
+        for mode in modes:
+            with mode:
+                draws.append(with_gradients(operator, operator.plain, wide, dtype))
+        if not any(mode.is_decided_by_rounding for mode in modes):
+            break
+    else:
+        raise RuntimeError(f"{operator.name}: no arguments of {case} are away from zero")
+    truth = with_gradients(operator, operator.plain, wide, dtype)
+    own_dtype = {f"grad_{a.name}" for a in operator.signature.arguments if a.is_image} | {"out"}
+    allowed = {}
+    for name, t in truth.items():
+        noise = math.sqrt(sum(error(draw[name], t) ** 2 for draw in draws) / DRAWS)
+        rounded = t.to(dtype if name in own_dtype else torch.float32)
+        allowed[name] = error(rounded, t) + 4 * math.sqrt(max(operator.longest_sum(case), 1)) * noise + math.ulp(0.0)
+    return Expected(arguments, truth, allowed)
+
+
+def check_against_float64(
+    operator: Operator,
+    case: Mapping[str, Any],
+    dtype: torch.dtype,
+    order: str,
+    backend: str,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Compares all results of a backend with the truth, and inference with the forward of training, bit by bit.
+
+    Returns:
+        By name, the error in units of what is allowed.
+    """
+    arguments, truth, allowed = expected(operator, case, dtype, order)
+    there = mapped(lambda t: moved(t, device), arguments)
+    with use_backend(backend):
+        results = with_gradients(operator, operator, there, dtype)
+        with torch.no_grad():
+            inference = operator(*there)
+    inference = inference[0] if isinstance(inference, tuple) else inference
+    assert torch.equal(inference, results["out"]), "inference differs from training"
+    assert results["out"].dtype == dtype
+    ratios = {}
+    for name, t in truth.items():
+        assert results[name].shape == t.shape, name
+        ratios[name] = error(results[name].cpu(), t) / allowed[name]
+    too_large = {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
+    assert not too_large, too_large
+    return ratios
