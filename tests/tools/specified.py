@@ -1,17 +1,20 @@
-"""Calls of any operator as its specification has them: results with all gradients, the truth, and the tolerance of each.
+"""Calls of any operator as its specification has them: results with all gradients, the truth, and the tolerance of
+each.
 
 The error that a result may have, as a norm, is
 
     |rounded(truth) - truth| + 4 sqrt(R) noise
 
 The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
-formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic: float64,
-each result off by a random number of the size of float32's rounding error; the root mean square of several draws). It
-knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in every formulation.
+formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic:
+float64, each result off by a random number of the size of float32's rounding error; the root mean square of several
+draws). It knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in
+every formulation.
 
-But a sum of n numbers rounds n times, not once, and in an order that is the kernel's own. Errors of independent roundings
-grow with the root of their number, so ``R`` is how many terms the operator's longest sum has (``Operator.longest_sum``).
-Four standard deviations, because a single number is beyond three in one of 370 cases, and beyond four in one of 16,000.
+But a sum of n numbers rounds n times, not once, and in an order that is the kernel's own. Errors of independent
+roundings grow with the root of their number, so ``R`` is how many terms the operator's longest sum has
+(``Operator.longest_sum``). Four standard deviations, because a single number is beyond three in one of 370 cases, and
+beyond four in one of 16,000.
 """
 
 from __future__ import annotations
