@@ -1,4 +1,4 @@
-"""What a fingerprint remembers of tensors in memory: a sample of elements, and a checksum (fingerprint.cpp)."""
+"""What a fingerprint remembers of tensors: a sample of elements, and a checksum (csrc/python/fingerprint.cpp)."""
 
 from __future__ import annotations
 

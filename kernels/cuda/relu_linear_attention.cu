@@ -706,7 +706,8 @@ class Call {
       using Tiles = SumTiles<padded()>;
       s.split = split(p_.groups, tokens, Tiles::kTokens * Tiles::kSlices, execution_.card);
       const int64_t rows = s.split.rows();
-      s.sums = rows == 1 && sums != nullptr ? sums : execution_.workspace(p_.groups * rows * p_.kv_state_size());
+      s.sums =
+          rows == 1 && sums != nullptr ? sums : execution_.workspace(p_.groups * rows * p_.kv_state_size());
       auto kernel = scales == nullptr ? sum_tokens<T, padded(), token_major(), Sum::kPlain>
                                       : sum_tokens<T, padded(), token_major(), Sum::kScaled>;
       if constexpr (kIsNarrow<T>) {

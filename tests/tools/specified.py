@@ -3,7 +3,7 @@ each.
 
 The error that a result may have, as a norm, is
 
-    |rounded(truth) - truth| + 4 sqrt(R) noise
+    |rounded(truth) - truth| + 4 sqrt(1 + log2 n) noise
 
 The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
 formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic:
@@ -11,10 +11,10 @@ float64, each result off by a random number of the size of float32's rounding er
 draws). It knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in
 every formulation.
 
-But a sum of n numbers rounds n times, not once, and in an order that is the kernel's own. Errors of independent
-roundings grow with the root of their number, so ``R`` is how many terms the operator's longest sum has
-(``Operator.longest_sum``). Four standard deviations, because a single number is beyond three in one of 370 cases, and
-beyond four in one of 16,000.
+But a sum of n numbers rounds each of them not once but log2 n times if it is made pairwise. Kernels add up in blocks,
+which comes near to that; one long chain of sums does not, and is found out. Errors of independent roundings grow with
+the root of their number, hence the root, with ``n`` the terms of the operator's longest sum (``Operator.longest_sum``).
+Four standard deviations, because a single number is beyond three in one of 370 cases, and beyond four in one of 16,000.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def expected(operator: Operator, case: Mapping[str, Any], dtype: torch.dtype, or
     for name, t in truth.items():
         noise = math.sqrt(sum(error(draw[name], t) ** 2 for draw in draws) / DRAWS)
         rounded = t.to(dtype if name in own_dtype else torch.float32)
-        allowed[name] = error(rounded, t) + 4 * math.sqrt(max(operator.longest_sum(case), 1)) * noise + math.ulp(0.0)
+        roundings = 1 + math.log2(max(operator.longest_sum(case), 1))
+        allowed[name] = error(rounded, t) + 4 * math.sqrt(roundings) * noise + math.ulp(0.0)
     return Expected(arguments, truth, allowed)
 
 

@@ -15,7 +15,7 @@ constexpr int64_t kMaxPartFloats = 1 << 22;  // of all parts
 // One head of one image.
 Image head_of(DType dtype, const HeadsOperand& t, int64_t batch, int64_t head) {
   const Image heads{t.data, t.batch_stride, t.head_stride, t.token_stride};
-  return {channels_from(dtype, heads, batch, head).data, 0, t.token_stride, t.channel_stride};
+  return {channels_from(dtype, heads, batch, head).data, 0, t.channel_stride, t.token_stride};
 }
 
 int64_t groups_of(const BiasedAttentionParams& p) { return p.heads.talking() ? 1 : p.heads.heads; }
