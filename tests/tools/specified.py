@@ -83,7 +83,7 @@ def with_gradients(
     out = call(*taken)
     out = out[0] if isinstance(out, tuple) else out
     grad_out = make_tensor(*out.shape, seed=9).to(grad_dtype).to(out.dtype).to(out.device)
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out, materialize_grads=True)
     named = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {"out": out.detach(), **named}
 
