@@ -83,6 +83,8 @@ SHARED = (
     "csrc/cascaded_group_attention.cpp",
 )
 PYTHON = ("csrc/python.cpp", "csrc/fingerprint.cpp")
+# Of wheels, in every library: what older C and C++ runtimes do not have.
+PORTABLE = "csrc/wheel/portable.cpp"
 
 CUDA = (
     "kernels/cuda/tensors.cu",
@@ -203,6 +205,7 @@ class Target:
     without: tuple[str, ...] = ()  # instruction sets to leave out
     cuda: Cuda | None = None
     emulate_cuda: bool = False  # compile the CUDA kernels for the host, in place of the CPU's
+    portable: bool = False  # for machines with an older C++ runtime than this one
 
     @classmethod
     def native(cls, sanitize: str = "", without: tuple[str, ...] = (), emulate_cuda: bool = False) -> Target:
@@ -220,6 +223,7 @@ class Target:
             without=without,
             cuda=None if sanitize or emulate_cuda else Cuda.found(torch.version.cuda is not None),
             emulate_cuda=emulate_cuda,
+            portable=os.environ.get("EFFATTN_PORTABLE") == "1",
         )
 
 
@@ -248,6 +252,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     from ninja import ninja_syntax
 
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
+    pybind11_include = pybind11.get_include()
     rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
@@ -265,6 +270,11 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         "-Wno-uninitialized",
         "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
         f"'-DEFFATTN_ISA_LIST(ROW)={rows}'",
+        # Messages of headers' assertions name files: of torch, Python and pybind11, not of this machine.
+        *(
+            f"-fmacro-prefix-map={folder}/="
+            for folder in (target.torch_include, target.python_include, pybind11_include)
+        ),
         *optimise,
         *checks,
     ]
@@ -277,7 +287,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     }
     python_flags = [
         f"-isystem {target.python_include}",
-        f"-isystem {pybind11.get_include()}",
+        f"-isystem {pybind11_include}",
         *(f"'-DEFFATTN_{name}=\"{value}\"'" for name, value in facts.items()),
     ]
 
@@ -296,15 +306,16 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
         return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
 
+    portable = [compile(PORTABLE, [])] if target.portable else []
     library = output / "libeffattn.so"
     outputs: list[Path] = []
     if not extension_only:
-        outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags)
+        outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags, portable)
     extension = output / f"_C{target.extension_suffix}"
     ninja.build(
         str(extension),
         "link",
-        [compile(source, python_flags) for source in PYTHON],
+        [compile(source, python_flags) for source in PYTHON] + portable,
         implicit=[str(library)],
         variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
     )
@@ -320,11 +331,12 @@ def _add_libraries(
     objects: Path,
     compile: Callable[..., str],
     torch_flags: list[str],
+    portable: list[str],
 ) -> list[Path]:
     """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
-    parts = [compile(source, torch_flags) for source in glue]
+    parts = portable + [compile(source, torch_flags) for source in glue]
     compiler = compiler_of(target)
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     parts.append(compile(IDENTITY, [told]))
@@ -346,7 +358,7 @@ def _add_libraries(
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
     if target.cuda is not None:
         outputs.append(library.with_name(CUDA_LIBRARY))
-        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
+        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch, portable)
     return outputs
 
 
@@ -363,6 +375,7 @@ def _add_cuda(
     compile: Callable[..., str],
     torch_flags: list[str],
     link_torch: str,
+    portable: list[str],
 ) -> None:
     flags = [
         "-std=c++20",
@@ -383,7 +396,7 @@ def _add_cuda(
     ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
-    parts = []
+    parts = list(portable)
     for source in (*CUDA, *CUDA_DEVICE, *SHARED):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))

@@ -29,6 +29,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import build  # noqa: E402  (csrc/build.py)
+
 DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "tests/test_multi_scale_numerics.py"]
 DEFAULT_TESTS += [
     "tests/test_lite_mla.py",
@@ -173,13 +177,20 @@ def make_site(folder: Path, version: str) -> None:
     subprocess.run([*pip, *PACKAGES], check=True)
 
 
-def stage_package(stage: Path, sysroot: Path, site: Path) -> None:
-    """Cross-compiles effattn into ``stage``; what is up to date is left alone."""
-    sys.path.insert(0, str(ROOT / "csrc"))
-    import build
+def environment(cache: Path) -> tuple[Path, Path]:
+    """The sysroot and the site in a cache folder, made where they are missing."""
+    sysroot, site = cache / "sysroot", cache / "site"
+    install_tools()
+    prepare(sysroot, "1", make_sysroot)
+    version = emulated_python(sysroot).name.removeprefix("python")
+    prepare(site, f"{version} torch=={TORCH} {' '.join(PACKAGES)}", lambda folder: make_site(folder, version))
+    return sysroot, site
 
+
+def cross_target(sysroot: Path, site: Path) -> build.Target:
+    """What csrc/build.py compiles for."""
     python = emulated_python(sysroot).name
-    target = build.Target(
+    return build.Target(
         architecture="aarch64",
         compiler=COMPILER,
         torch_include=site / "torch/include",
@@ -188,7 +199,6 @@ def stage_package(stage: Path, sysroot: Path, site: Path) -> None:
         python_include=sysroot / "usr/include" / python,
         extension_suffix=f".cpython-{python.removeprefix('python').replace('.', '')}-{TRIPLET}.so",
     )
-    build.stage(target, stage)
 
 
 def run_tests(stage: Path, sysroot: Path, site: Path, arguments: Sequence[str]) -> int:
@@ -217,15 +227,12 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / "build/aarch64", help="folder for all that is made")
     arguments, pytest_arguments = parser.parse_known_args()
     cache = arguments.cache.resolve()
-    sysroot, site, stage = cache / "sysroot", cache / "site", cache / "stage"
+    stage = cache / "stage"
 
     try:
-        install_tools()
-        prepare(sysroot, "1", make_sysroot)
-        version = emulated_python(sysroot).name.removeprefix("python")
-        prepare(site, f"{version} torch=={TORCH} {' '.join(PACKAGES)}", lambda folder: make_site(folder, version))
+        sysroot, site = environment(cache)
         with phase("cross-compiling"):
-            stage_package(stage, sysroot, site)
+            build.stage(cross_target(sysroot, site), stage)
     except subprocess.CalledProcessError as error:  # the command has said why
         sys.exit(f"aarch64: cannot run the tests: {error}")
     with phase("tests under qemu"):
