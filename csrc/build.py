@@ -83,8 +83,6 @@ SHARED = (
     "csrc/cascaded_group_attention.cpp",
 )
 PYTHON = ("csrc/python.cpp", "csrc/fingerprint.cpp")
-# Of wheels, in every library: what older C and C++ runtimes do not have.
-PORTABLE = "csrc/wheel/portable.cpp"
 
 CUDA = (
     "kernels/cuda/tensors.cu",
@@ -110,6 +108,9 @@ CUDA_IDENTITY = ("csrc/cuda/library.cpp", "csrc/cuda/emulated.cpp")
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 
 CUDA_LIBRARY = "libeffattn_cuda.so"
+
+# Of wheels, in every library: what older C and C++ runtimes lack.
+PORTABLE = "csrc/wheel/portable.cpp"
 
 # One build serves every torch from here on.
 TORCH_TARGET = ("2.10", "0x020a000000000000")
@@ -205,7 +206,8 @@ class Target:
     without: tuple[str, ...] = ()  # instruction sets to leave out
     cuda: Cuda | None = None
     emulate_cuda: bool = False  # compile the CUDA kernels for the host, in place of the CPU's
-    portable: bool = False  # for machines with an older C++ runtime than this one
+    # For machines with older C and C++ runtimes than this one.
+    portable: bool = dataclasses.field(default_factory=lambda: os.environ.get("EFFATTN_PORTABLE") == "1")
 
     @classmethod
     def native(cls, sanitize: str = "", without: tuple[str, ...] = (), emulate_cuda: bool = False) -> Target:
@@ -223,7 +225,6 @@ class Target:
             without=without,
             cuda=None if sanitize or emulate_cuda else Cuda.found(torch.version.cuda is not None),
             emulate_cuda=emulate_cuda,
-            portable=os.environ.get("EFFATTN_PORTABLE") == "1",
         )
 
 
@@ -252,7 +253,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     from ninja import ninja_syntax
 
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
-    pybind11_include = pybind11.get_include()
+    pybind11_folder = pybind11.get_include()
     rows = "".join(f" ROW({name}, {lanes})" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
@@ -268,13 +269,13 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         "-Wextra",
         "-Wno-maybe-uninitialized",  # both false in the headers of GCC 12 for AVX-512
         "-Wno-uninitialized",
-        "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
-        f"'-DEFFATTN_ISA_LIST(ROW)={rows}'",
-        # Messages of headers' assertions name files: of torch, Python and pybind11, not of this machine.
+        # Assertions in headers name files: of torch, Python and pybind11, not of this machine.
         *(
             f"-fmacro-prefix-map={folder}/="
-            for folder in (target.torch_include, target.python_include, pybind11_include)
+            for folder in (target.torch_include, target.python_include, pybind11_folder)
         ),
+        "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
+        f"'-DEFFATTN_ISA_LIST(ROW)={rows}'",
         *optimise,
         *checks,
     ]
@@ -287,7 +288,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     }
     python_flags = [
         f"-isystem {target.python_include}",
-        f"-isystem {pybind11_include}",
+        f"-isystem {pybind11_folder}",
         *(f"'-DEFFATTN_{name}=\"{value}\"'" for name, value in facts.items()),
     ]
 
@@ -300,22 +301,23 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         deps="gcc",
         description="compile $out",
     )
-    ninja.rule("link", f"{target.compiler} -shared {' '.join(checks)} $in -o $out $flags", description="link $out")
+    portable = f"-std=gnu++20 -O2 -fPIC {ROOT / PORTABLE}" if target.portable else ""
+    link = f"{target.compiler} -shared {' '.join(checks)} $in {portable} -o $out $flags"
+    ninja.rule("link", link, description="link $out")
 
     def compile(source: str, flags: list[str] | tuple[str, ...], name: str = "") -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
         return ninja.build(path, "compile", str(ROOT / source), variables={"flags": " ".join(flags)})[0]
 
-    portable = [compile(PORTABLE, [])] if target.portable else []
     library = output / "libeffattn.so"
     outputs: list[Path] = []
     if not extension_only:
-        outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags, portable)
+        outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags)
     extension = output / f"_C{target.extension_suffix}"
     ninja.build(
         str(extension),
         "link",
-        [compile(source, python_flags) for source in PYTHON] + portable,
+        [compile(source, python_flags) for source in PYTHON],
         implicit=[str(library)],
         variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
     )
@@ -331,12 +333,11 @@ def _add_libraries(
     objects: Path,
     compile: Callable[..., str],
     torch_flags: list[str],
-    portable: list[str],
 ) -> list[Path]:
     """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = [source for source in (*ONCE, *SHARED) if not (target.emulate_cuda and _is_cpu_glue(source))]
-    parts = portable + [compile(source, torch_flags) for source in glue]
+    parts = [compile(source, torch_flags) for source in glue]
     compiler = compiler_of(target)
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     parts.append(compile(IDENTITY, [told]))
@@ -358,7 +359,7 @@ def _add_libraries(
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
     if target.cuda is not None:
         outputs.append(library.with_name(CUDA_LIBRARY))
-        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch, portable)
+        _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
     return outputs
 
 
@@ -375,7 +376,6 @@ def _add_cuda(
     compile: Callable[..., str],
     torch_flags: list[str],
     link_torch: str,
-    portable: list[str],
 ) -> None:
     flags = [
         "-std=c++20",
@@ -393,10 +393,12 @@ def _add_cuda(
         deps="gcc",
         description="compile $out",
     )
-    ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
+    portable = f"-std=c++20 -O2 -Xcompiler -fPIC {ROOT / PORTABLE}" if target.portable else ""
+    link = f"{cuda.nvcc} -ccbin {target.compiler} -shared $in {portable} -o $out $flags"
+    ninja.rule("link_cuda", link, description="link $out")
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
-    parts = list(portable)
+    parts = []
     for source in (*CUDA, *CUDA_DEVICE, *SHARED):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))

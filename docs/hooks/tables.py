@@ -244,6 +244,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARKER.sub(lambda found: TABLES[found[1]](), markdown)
 
 
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """A page asks no server but its own for anything: what is far away are links to papers."""
+    far = [url for url in re.findall(r"<(?:link|script|img|iframe)[^>]*?(?:src|href)=\"?(https?:[^\" >]+)", output)]
+    if far:
+        raise RuntimeError(f"{page.file.src_uri}: asks {', '.join(far)}")
+    return output
+
+
 def mathml(source: str, *_: Any, **__: Any) -> str:
     """For blocks that are marked as math: what browsers show without a script and without fonts of others."""
     from latex2mathml.converter import convert
