@@ -56,13 +56,13 @@ def reasons(backend: Backend, op: Operator, dtype: torch.dtype, sizes: tuple[int
 
 
 def directions(backend: Backend, op: Operator) -> str:
-    """What of an operator a backend has: "forward, backward", "forward", or that it has it not."""
+    """What of an operator a backend has: "yes" for forward and backward, "forward", or "no"."""
     if not backend.functions:
         return "not compiled in"  # where the page was made; no word about what it could do
     if op.name not in backend.functions:
         return "no"
     has_backward = backend.name == "reference" or isinstance(backend.functions[op.name], Fused)
-    return "forward, backward" if has_backward else "forward"
+    return "yes" if has_backward else "forward"
 
 
 def dtypes(backend: Backend, op: Operator) -> list[str]:
