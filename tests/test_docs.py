@@ -25,7 +25,7 @@ def name_of(page: Path) -> str:
 
 
 def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/hooks/tables.py")
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

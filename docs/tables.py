@@ -1,7 +1,7 @@
 """What the site says of backends, models and figures, read from the package and from benchmarks/results.
 
 A hook of mkdocs: it replaces ``<!-- table: NAME -->`` in a page by the table of that name, and makes MathML of blocks
-of math. ``python docs/hooks/tables.py NAME`` prints a table.
+of math. ``python docs/tables.py NAME`` prints a table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [folder for folder in (str(ROOT),) if folder not in sys.path]
 
 import torch  # noqa: E402
@@ -261,5 +261,5 @@ def mathml(source: str, *_: Any, **__: Any) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] not in [[name] for name in TABLES]:
-        sys.exit(f"usage: python docs/hooks/tables.py {' | '.join(TABLES)}")
+        sys.exit(f"usage: python docs/tables.py {' | '.join(TABLES)}")
     print(TABLES[sys.argv[1]]())
