@@ -194,14 +194,14 @@ def model_table() -> str:
     for original, source in OFFICIAL.items():
         official[source].append((original, known[original].replacement.__name__))
     body += [[repository, models, *_calls(classes)] for (repository, models), classes in official.items()]
-    return table(["from", "models", "`accelerate` replaces", "by", "function"], body)
+    return table(["from", "models", "function", "`accelerate` replaces", "by"], body)
 
 
 def _calls(classes: Iterable[tuple[str, str]]) -> list[str]:
     originals, replacements = (list(dict.fromkeys(names)) for names in zip(*classes, strict=True))
     modules = [f"`nn.{name}`" if hasattr(effattn.nn, name) else f"`{name}`" for name in replacements]
     functions = dict.fromkeys(f"`{FUNCTIONS[name]}`" for name in replacements)
-    return [_code(originals), ", ".join(modules), ", ".join(functions)]
+    return [", ".join(functions), _code(originals), ", ".join(modules)]
 
 
 def _code(names: Iterable[str]) -> str:
