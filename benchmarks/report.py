@@ -236,7 +236,21 @@ def _named(row: Row | None) -> str:
 
 # --- README ---------------------------------------------------------------------------------------------
 
-#: The suites that the README shows, and what they are called there.
+#: The cases that the README shows, wins and losses, and what they are called there.
+README_CASES = {
+    ("attention", "b1 stage 3 @1024x2048"): "ReLU linear attention, 32768 tokens",
+    ("training", "b1 stage 3 @224, batch 32"): "the same, forward and backward, 32 x 196 tokens",
+    ("lite-mla", "b1 stage 3 @224"): "LiteMLA module, 14 x 14",
+    ("lite-mla-training", "b1 stage 3 @1024x2048"): "LiteMLA training step, 128 x 256",
+    ("softmax", "CGA m4 stage 1, 4 windows"): "cascaded group attention module, 14 x 14",
+    ("softmax", "EfficientFormer-L1, batch 1"): "EfficientFormer attention module, 7 x 7",
+    ("efficientvit", "efficientvit_b1 @1024x2048"): "whole efficientvit_b1 @1024x2048",
+    ("efficientvit", "efficientvit_b1 @224"): "whole efficientvit_b1 @224",
+    ("softmax-models", "efficientvit_m4 @224"): "whole efficientvit_m4 @224",
+}
+#: Peers that are no PyTorch.
+RUNTIMES = ("onnxruntime", "OpenVINO", "TFLite", "ExecuTorch")
+#: The suites of the full table, and what they are called there.
 README_SUITES = {
     "attention": "attention, inference",
     "training": "attention, training step",
@@ -249,8 +263,27 @@ README_SUITES = {
 }
 
 
+def summary_table(files: list[Results]) -> str:
+    """The README's cases, each from the last of the files that has it, against PyTorch and against other runtimes."""
+    machines: dict[str, None] = {}
+    body = []
+    for (suite, name), label in README_CASES.items():
+        for data in [data for data in files if suite in data["suites"]][-1:]:
+            for case in (case for case in cases(data, suite) if case.name == name):
+                machines[taken_on(data["suites"][suite]["environment"])] = None
+                peers = [row for row in case.rows if row.role == Role.PEER]
+                torch = _fastest(row for row in peers if row.candidate not in RUNTIMES)
+                runtime = _fastest(row for row in peers if row.candidate in RUNTIMES)
+                lost = ", slower" if case.speed_up is not None and case.speed_up < 1 else ""
+                ours = milliseconds(case.ours.milliseconds if case.ours else None)
+                body.append([label, _named(torch), _named(runtime), ours, marked(case) + lost])
+    head = ["CPU, float32", "best PyTorch, ms", "best runtime, ms", "effattn, ms", "against the best"]
+    notes = "  \n".join(f"{machine}." for machine in machines)
+    return "\n".join([tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes])
+
+
 def readme_table(files: list[Results], picture: str | None) -> str:
-    """The suites of the README, each from the last of the files that has it, which it names by a number."""
+    """Every case, each from the last of the files that has it, which it names by a number."""
     machines: dict[str, int] = {}
 
     def number_of(data: Results, suite: str) -> int:

@@ -81,6 +81,9 @@ CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 
 CUDA_LIBRARY = "libeffattn_cuda.so"
 
+# Of wheels, in every library: what older C and C++ runtimes lack.
+PORTABLE = "csrc/wheel/portable.cpp"
+
 # One build serves every torch from here on.
 TORCH_TARGET = ("2.10", "0x020a000000000000")
 
@@ -185,6 +188,8 @@ class Target:
     without: tuple[str, ...] = ()  # instruction sets to leave out
     cuda: Cuda | None = None
     emulate_cuda: bool = False  # compile the CUDA kernels for the host, in place of the CPU's
+    # For machines with older C and C++ runtimes than this one.
+    portable: bool = dataclasses.field(default_factory=lambda: os.environ.get("EFFATTN_PORTABLE") == "1")
 
     @classmethod
     def native(cls, sanitize: str = "", without: tuple[str, ...] = (), emulate_cuda: bool = False) -> Target:
@@ -243,6 +248,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     from ninja import ninja_syntax
 
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
+    pybind11_folder = pybind11.get_include()
     rows = "".join(f" ROW({name}, {lanes}, __VA_ARGS__)" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
@@ -258,6 +264,11 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         "-Wextra",
         "-Wno-maybe-uninitialized",  # both false in the headers of GCC 12 for AVX-512
         "-Wno-uninitialized",
+        # Assertions in headers name files: of torch, Python and pybind11, not of this machine.
+        *(
+            f"-fmacro-prefix-map={folder}/="
+            for folder in (target.torch_include, target.python_include, pybind11_folder)
+        ),
         "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
         f"'-DEFFATTN_ISA_LIST(ROW, ...)={rows}'",
         *optimise,
@@ -272,7 +283,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     }
     python_flags = [
         f"-isystem {target.python_include}",
-        f"-isystem {pybind11.get_include()}",
+        f"-isystem {pybind11_folder}",
         *(f"'-DEFFATTN_{name}=\"{value}\"'" for name, value in facts.items()),
     ]
 
@@ -286,7 +297,9 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         deps="gcc",
         description="compile $out",
     )
-    ninja.rule("link", f"{target.compiler} -shared {' '.join(checks)} $in -o $out $flags", description="link $out")
+    portable = f"-std=gnu++20 -O2 -fPIC {ROOT / PORTABLE}" if target.portable else ""
+    link = f"{target.compiler} -shared {' '.join(checks)} $in {portable} -o $out $flags"
+    ninja.rule("link", link, description="link $out")
 
     def compile(source: str, flags: list[str] | tuple[str, ...], name: str = "") -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
@@ -375,7 +388,9 @@ def _add_cuda(
         deps="gcc",
         description="compile $out",
     )
-    ninja.rule("link_cuda", f"{cuda.nvcc} -ccbin {target.compiler} -shared $in -o $out $flags", description="link $out")
+    portable = f"-std=c++20 -O2 -Xcompiler -fPIC {ROOT / PORTABLE}" if target.portable else ""
+    link = f"{cuda.nvcc} -ccbin {target.compiler} -shared $in {portable} -o $out $flags"
+    ninja.rule("link_cuda", link, description="link $out")
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []

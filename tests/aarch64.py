@@ -164,6 +164,16 @@ def make_site(folder: Path, version: str) -> None:
     subprocess.run([*pip, *PACKAGES], check=True)
 
 
+def environment(cache: Path) -> tuple[Path, Path]:
+    """The sysroot and the site in a cache folder, made where they are missing."""
+    sysroot, site = cache / "sysroot", cache / "site"
+    install_tools()
+    prepare(sysroot, "1", make_sysroot)
+    version = emulated_python(sysroot).name.removeprefix("python")
+    prepare(site, f"{version} torch=={TORCH} {' '.join(PACKAGES)}", lambda folder: make_site(folder, version))
+    return sysroot, site
+
+
 def stage_package(stage: Path, sysroot: Path, site: Path) -> None:
     """Cross-compiles effattn into ``stage``; what is up to date is left alone."""
     sys.path.insert(0, str(ROOT / "csrc"))
@@ -209,13 +219,10 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the full tier")
     arguments, pytest_arguments = parser.parse_known_args()
     cache = arguments.cache.resolve()
-    sysroot, site, stage = cache / "sysroot", cache / "site", cache / "stage"
+    stage = cache / "stage"
 
     try:
-        install_tools()
-        prepare(sysroot, "1", make_sysroot)
-        version = emulated_python(sysroot).name.removeprefix("python")
-        prepare(site, f"{version} torch=={TORCH} {' '.join(PACKAGES)}", lambda folder: make_site(folder, version))
+        sysroot, site = environment(cache)
         with phase("cross-compiling"):
             stage_package(stage, sysroot, site)
     except subprocess.CalledProcessError as error:  # the command has said why

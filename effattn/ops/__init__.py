@@ -3,9 +3,9 @@
 import importlib as _importlib
 import pkgutil as _pkgutil
 
-from effattn.ops._operator import OPERATORS
+from effattn.ops._operator import INFERENCE_OPERATORS, OPERATORS
 
 for _module in _pkgutil.iter_modules(__path__, f"{__name__}."):
     _importlib.import_module(_module.name)
 
-__all__ = ["OPERATORS"]
+__all__ = ["INFERENCE_OPERATORS", "OPERATORS"]

@@ -26,8 +26,10 @@ from effattn.ops._signature import Signature
 
 #: A tensor, or a list of them.
 Argument = Any
-#: Every operator, by name.
+#: Every differentiable operator, by name.
 OPERATORS: dict[str, Operator] = {}
+#: Those for the inference of a module alone, by name.
+INFERENCE_OPERATORS: dict[str, InferenceOperator] = {}
 
 
 class Fused(NamedTuple):
@@ -246,6 +248,7 @@ class InferenceOperator:
         self.plain = plain
         self.shape = shape
         self.signature = None if signature is None else Signature(signature)
+        INFERENCE_OPERATORS[name] = self
         if _library.error is None:
             self._operator = getattr(torch.ops.effattn, name).default
             torch.library.register_fake(f"effattn::{name}", self._fake)
