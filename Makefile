@@ -11,6 +11,9 @@ export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
 # The tests compile the CUDA kernels wherever there is an nvcc, whatever torch there is.
 WITH_CUDA := $(or $(EFFATTN_CUDA),$(if $(shell command -v nvcc),1,0))
 BIN := $(VENV)/bin
+# Each part says what it took, of the clock and of the cores.
+SHELL := bash
+export TIMEFORMAT := %R s by the clock, cores busy for %U s and %S s (system)
 # Tests of what Triton's compiler makes of the kernels, which its interpreter knows nothing of.
 TRITON_COMPILED := tests/triton/test_compiled.py tests/triton/test_budgets.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -64,26 +67,26 @@ format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 test-python: $(BUILD_TEST) $(VENV)/.test ## the test suite
-	$(PYTEST) tests --ignore tests/triton --ignore tests/device --ignore tests/cuda
+	time $(PYTEST) tests --ignore tests/triton --ignore tests/device --ignore tests/cuda
 
 test-triton: $(BUILD_TEST) $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
-	$(PYTEST) $(TRITON_COMPILED)
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
+	time $(PYTEST) $(TRITON_COMPILED)
+	time TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  $(PYTEST) -n 0 tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
 
 test-cuda: $(BUILD_TEST) $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
-	$(PYTEST) tests/cuda
-	$(BIN)/python tests/emulated.py $(TIER)
+	time $(PYTEST) tests/cuda
+	time $(BIN)/python tests/emulated.py $(TIER)
 
 test-sanitizers: $(BUILD_TEST) $(VENV)/.test ## the numeric tests under AddressSanitizer and UBSan
-	$(BIN)/python tests/sanitizers.py $(TIER)
+	time $(BIN)/python tests/sanitizers.py $(TIER)
 
 test-aarch64: $(BUILD_TEST) $(VENV)/.test ## the numeric tests, cross-compiled for NEON, under qemu
-	$(BIN)/python tests/aarch64.py $(TIER)
+	time $(BIN)/python tests/aarch64.py $(TIER)
 
 test-install: $(BUILD_TEST) $(VENV)/.test ## sdist, wheel and editable install, used from elsewhere
-	EFFATTN_CUDA=$(WITH_CUDA) $(BIN)/python tests/install.py
+	time EFFATTN_CUDA=$(WITH_CUDA) $(BIN)/python tests/install.py
 
 test-wheel: $(VENV)/.wheel ## wheels for this machine and for aarch64, looked into, and tried where there is no compiler
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/wheel.py
@@ -122,7 +125,7 @@ $(VENV)/.build: $(VENV)/.tools $(NATIVE)
 # Unlike the build that users get, this always has the CUDA kernels where there is an nvcc.
 $(BUILD_TEST): $(VENV)/.tools $(VENV)/.ccache $(NATIVE)
 	rm -f $(VENV)/.build-test*
-	EFFATTN_CUDA=$(WITH_CUDA) $(PIP) install --no-build-isolation --no-deps -e .
+	time EFFATTN_CUDA=$(WITH_CUDA) $(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@ $(VENV)/.build
 
 # A build from an sdist, and the second of a sanitized one, finds its objects there. It goes without where nothing can be installed.

@@ -37,9 +37,9 @@ def instruction_sets() -> dict[str, bool]:
 
 def all_but_the_widest() -> list[str]:
     """Instruction sets to leave out where one will do: the widest vectors go furthest beyond the end of a tensor."""
-    rows = [row for row in _C.isas() if row["supported"]]
-    widest = max(reversed(rows), key=lambda row: row["lanes"])
-    return [row["name"] for row in _C.isas() if row is not widest]
+    rows = _C.isas()
+    widest = max((row for row in reversed(rows) if row["supported"]), key=lambda row: row["lanes"])
+    return [row["name"] for row in rows if row is not widest]
 
 
 def marked(*markers: str) -> list[str]:

@@ -21,6 +21,7 @@ from benchmarks.suites import SUITES, Settings, TimedSuite, rests
 from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
 
 
+@pytest.mark.full
 def test_compiled_modules_are_frozen():
     """Peers get their best setting: a frozen weight is a constant that no change reaches."""
     linear, x = torch.nn.Linear(4, 4), torch.randn(2, 4)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiers import full
 
 pytest.importorskip("triton")
 pytest.importorskip("typer")
@@ -726,7 +727,8 @@ def does_not_fit_and_cannot_be_built(tree):
 
 
 @pytest.mark.parametrize(
-    "given", [fits, is_cut_off, is_of_other_sources, ends_the_process, does_not_fit_and_cannot_be_built]
+    "given",
+    [fits, full(is_cut_off), is_of_other_sources, full(ends_the_process), full(does_not_fit_and_cannot_be_built)],
 )
 def test_what_becomes_of_libraries(checkout, monkeypatch, given):
     """They are taken, or all is built, or all but CUDA's kernels."""
