@@ -107,7 +107,9 @@ def make_arguments(
             own = {name: case[name][element] for name in declared.names if name in operator.signature.local}
             shape, number = declared.sizes({**case, **own}), 1000 * seed + 10 * i + element
             if argument.kind == "image":
-                tensors.append(make_image(*shape, memory_format=ORDERS[order][1], seed=number).to(dtype))
+                batch, channels, height, width = shape
+                image = make_image(batch, channels, height, width, ORDERS[order][1], seed=number)
+                tensors.append(image.to(dtype))
             elif argument.kind == "tensor":
                 tensors.append(make_tensor(*shape, layout=ORDERS[order][0], dtype=dtype, seed=number))
             else:
