@@ -157,7 +157,7 @@ def test_the_next_backend_serves_what_the_cuda_kernels_do_not_take(monkeypatch):
 
 
 def test_limits_have_names():
-    for limits in (_library._C.limits, _library.cuda_limits):
+    for limits in (_library._C.limits, *_library.cuda_limits.values()):
         for name, most in limits.items():
             (op,) = [op for op, names in SIZES.items() if name in names][:1]
             sizes = [most + (found == name) for found in SIZES[op]]

@@ -242,8 +242,16 @@ def test_the_library_knows_what_it_is_made_of():
 @pytest.mark.parametrize(
     ("device", "sources", "unrelated"),
     [
-        ("cuda", ["kernels/cuda/sums.cu", "csrc/cuda/backend.h"], ["kernels/cpu/simd.h", "csrc/cpu/lite_mla.cpp"]),
-        ("cpu", ["kernels/cpu/simd.h", "csrc/cpu/lite_mla.cpp"], ["kernels/cuda/sums.cu", "csrc/cuda/backend.h"]),
+        (
+            "cuda",
+            ["kernels/cuda/core/reduction.cu", "csrc/cuda/backend.h"],
+            ["kernels/cpu/simd.h", "csrc/cpu/lite_mla.cpp"],
+        ),
+        (
+            "cpu",
+            ["kernels/cpu/simd.h", "csrc/cpu/lite_mla.cpp"],
+            ["kernels/cuda/core/reduction.cu", "csrc/cuda/backend.h"],
+        ),
     ],
 )
 def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrelated):

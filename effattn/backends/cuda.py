@@ -12,24 +12,6 @@ from effattn.backends._base import Backend, Fused
 from effattn.backends._sizes import beyond
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MULTI_SCALE = ("channels", "kernel", "scales")
-#: By operator, which of the library's limits count.
-_LIMITED = {
-    "relu_linear_attention": ("channels", "dimensions"),
-    "multi_scale_aggregation": _MULTI_SCALE,
-    "multi_scale_linear_attention": _MULTI_SCALE,
-    "cascaded_group_attention": ("heads",),
-}
-
-_DIFFERENTIABLE = (
-    "relu_linear_attention",
-    "multi_scale_aggregation",
-    "multi_scale_linear_attention",
-    "cascaded_group_attention",
-    "biased_attention",
-)
-
-
 #: Capabilities of systems on a chip, which are no later minors of the cards' (CUDA's guide, binary compatibility).
 _INTEGRATED = ((8, 7), (10, 1))
 
@@ -58,14 +40,12 @@ def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] 
 
 
 def _functions() -> dict[str, Fused | Callable[..., torch.Tensor]]:
-    if _library.cuda_error is not None:
-        return {}
     return {
         name: Fused(
             inference=getattr(torch.ops.effattn, name).default,
             forward=getattr(torch.ops.effattn, f"{name}_forward").default,
         )
-        for name in _DIFFERENTIABLE
+        for name in _library.cuda_limits
     }
 
 
@@ -81,8 +61,8 @@ def _unavailable() -> str | None:
 
 
 def limits(op: str) -> dict[str, int]:
-    """The most that the kernels of an operator take of a call's sizes, by name; empty without the library."""
-    return {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
+    """The largest sizes of a call that the kernels of an operator take, by name; empty without the library."""
+    return _library.cuda_limits.get(op, {})
 
 
 def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> list[str]:

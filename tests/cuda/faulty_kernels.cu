@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../../kernels/cuda/launch.h"
+#include "../../kernels/cuda/core/launch.h"
 
 namespace effattn::cuda {
 namespace {

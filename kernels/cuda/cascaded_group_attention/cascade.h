@@ -1,12 +1,13 @@
 // A cascade as its kernels are given it.
 #pragma once
 
-#include "../params/cascaded_group_attention.h"
-#include "block.h"
-#include "execution.h"
-#include "limits.h"
+#include "../../params/cascaded_group_attention.h"
+#include "../core/block.h"
+#include "../core/execution.h"
 
 namespace effattn::cuda {
+
+constexpr int kMostHeads = 64;  // a launch's parameters have room for their weights
 
 struct Cascade {
   DType dtype;

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <functional>
 
-#include "../params/dtype.h"
+#include "../../../params/dtype.h"
 
 #define EFFATTN_KERNEL(threads, blocks) void
 #define EFFATTN_PARAMETERS(type) const type&

@@ -1,7 +1,7 @@
 // Matrices of bfloat16 in shared memory as operands of a warp's products, each number in two parts (pairs.h).
 #pragma once
 
-#include "pairs.h"
+#include "split_float.h"
 
 namespace effattn::cuda {
 

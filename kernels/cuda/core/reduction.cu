@@ -1,4 +1,4 @@
-#include "sums.h"
+#include "reduction.h"
 
 namespace effattn::cuda {
 namespace {

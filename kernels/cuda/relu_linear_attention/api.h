@@ -1,8 +1,8 @@
 // ReLU linear attention on a card: entry points, as those of the CPU.
 #pragma once
 
-#include "../params/relu_linear_attention.h"
-#include "execution.h"
+#include "../../params/relu_linear_attention.h"
+#include "../core/execution.h"
 
 namespace effattn::cuda {
 

@@ -3,14 +3,15 @@
 // What goes from one step to the next is in shared memory where it fits, else in memory of the block's own;
 // windows are cut out and put back by their addresses. The backward walks forward once more and keeps
 // everything, walks back, and then sums the gradients of the weights over all windows.
-#include "cascaded_group_attention.h"
+#include "api.h"
 
 #include <string>
 
-#include "block.h"
+#include "../core/block.h"
+#include "../core/launch.h"
+#include "../core/limits.h"
+#include "../core/reduction.h"
 #include "cascade.h"
-#include "launch.h"
-#include "sums.h"
 
 namespace effattn::cuda {
 namespace {
@@ -303,6 +304,8 @@ compact(EFFATTN_PARAMETERS(Compact) p) {
 }
 
 // --- launches ---------------------------------------------------------------------------------------
+
+const RegisteredOperator registered("cascaded_group_attention", {{"heads", kMostHeads}});
 
 // Where each piece of a block's memory goes: what does not fit is the workspace's. Returns the shared bytes.
 int64_t place(Cascade& p, bool all_kept, const Execution& execution) {

@@ -5,15 +5,16 @@
 // blocks share a multiprocessor: what waits is the arithmetic of 25 taps, not memory. The backward writes the
 // aggregated image and the gradients in front of the mixing, in float32: every gradient of a convolution
 // needs its neighbours'.
-#include "multi_scale.h"
+#include "api.h"
 
 #include <string>
 
-#include "launch.h"
-#include "multi_scale_narrow.h"
-#include "relu_linear_attention.h"
-#include "sums.h"
-#include "tensors.h"
+#include "../core/launch.h"
+#include "../core/limits.h"
+#include "../core/reduction.h"
+#include "../core/tensors.h"
+#include "../relu_linear_attention/api.h"
+#include "narrow_forward.h"
 
 namespace effattn::cuda {
 namespace {
@@ -363,6 +364,12 @@ copy_picture(EFFATTN_PARAMETERS(Copy) p) {
 }
 
 // --- launches ---------------------------------------------------------------------------------------
+
+constexpr int kMostKernel = 97;  // a side of a depthwise convolution: its tile fits into shared memory
+const std::initializer_list<Limit> kLimits = {
+    {"channels", kMostChannels}, {"kernel", kMostKernel}, {"scales", MultiScaleParams::kMaxScales}};
+const RegisteredOperator aggregation("multi_scale_aggregation", kLimits),
+    attention("multi_scale_linear_attention", kLimits);
 
 // What the launches of a call share.
 class Call {

@@ -6,10 +6,10 @@
 // pieces, each while the one before is multiplied.
 #include <type_traits>
 
+#include "../core/launch.h"
+#include "../core/split_tile.h"
+#include "../core/tensors.h"
 #include "cascade.h"
-#include "launch.h"
-#include "shared_tiles.h"
-#include "tensors.h"
 
 namespace effattn::cuda {
 namespace {

@@ -5,14 +5,14 @@
 // are, their convolution goes there in two parts of bfloat16, and from the mixing of channels on everything
 // stays in the registers of the warp: the result of a product is an operand of the next. Tiles are convolved
 // while the next pixels come.
-#include "multi_scale_narrow.h"
+#include "narrow_forward.h"
 
 #include <type_traits>
 
-#include "launch.h"
-#include "shared_tiles.h"
-#include "sums.h"
-#include "tensors.h"
+#include "../core/launch.h"
+#include "../core/reduction.h"
+#include "../core/split_tile.h"
+#include "../core/tensors.h"
 
 namespace effattn::cuda {
 namespace {

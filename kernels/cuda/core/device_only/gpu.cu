@@ -2,8 +2,8 @@
 #include <string>
 #include <vector>
 
-#include "fragment.h"
-#include "launch.h"
+#include "../fragment.h"
+#include "../launch.h"
 
 namespace effattn::cuda {
 namespace {

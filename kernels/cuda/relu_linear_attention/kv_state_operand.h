@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "pairs.h"
+#include "../core/split_float.h"
 
 namespace effattn::cuda {
 

@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <limits>
 
-#include "../params/dtype.h"
-#include "../params/sizes.h"
+#include "../../params/dtype.h"
+#include "../../params/sizes.h"
 
 #ifdef EFFATTN_EMULATED
 
-#include "emulator.h"
+#include "emulated/emulator.h"
 
 #define EFFATTN_UNROLL
 #define EFFATTN_NOT_UNROLLED

@@ -1,8 +1,8 @@
 // Tiles of pixels of an image, with what lies around them, in shared memory; and what blocks sum over them.
 #pragma once
 
-#include "../params/image.h"
-#include "block.h"
+#include "../../params/image.h"
+#include "../core/block.h"
 
 namespace effattn::cuda {
 

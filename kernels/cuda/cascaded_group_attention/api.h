@@ -1,8 +1,8 @@
 // Cascaded group attention on a card: entry points, as those of the CPU.
 #pragma once
 
-#include "../params/cascaded_group_attention.h"
-#include "execution.h"
+#include "../../params/cascaded_group_attention.h"
+#include "../core/execution.h"
 
 namespace effattn::cuda {
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../kernels/cuda/emulator.h"
-#include "backend.h"
+#include "../../../kernels/cuda/core/emulated/emulator.h"
+#include "../backend.h"
 
 namespace effattn {
 
@@ -22,7 +22,4 @@ void OnDevice::end() const { cuda::run_launches(); }
 
 }  // namespace effattn
 
-extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_build() {
-  return EFFATTN_CUDA_BUILD;
-}
-extern "C" __attribute__((visibility("default"))) const char* effattn_cuda_driver() { return ""; }
+const char* effattn::cuda::unfit_driver() { return ""; }

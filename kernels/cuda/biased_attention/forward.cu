@@ -7,15 +7,16 @@
 //
 // Narrow types multiply as they are, or with float32 numbers in two parts (narrow_products.h); float32 does
 // in TF32.
-#include "biased_attention.h"
+#include "api.h"
 
 #include <string>
 
-#include "launch.h"
-#include "narrow_products.h"
-#include "staged.h"
-#include "sums.h"
-#include "tensors.h"
+#include "../core/float_tile.h"
+#include "../core/launch.h"
+#include "../core/limits.h"
+#include "../core/narrow_product.h"
+#include "../core/reduction.h"
+#include "../core/tensors.h"
 
 namespace effattn::cuda {
 namespace {
@@ -712,6 +713,8 @@ Attention attention_of(const BiasedAttentionParams& problem, int buffers, bool i
   }
   return p;
 }
+
+const RegisteredOperator registered("biased_attention", {});
 
 Grid grid_of(const Attention& p) { return {p.blocks, kThreads, p.shared_bytes(p.in_shared)}; }
 

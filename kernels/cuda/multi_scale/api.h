@@ -1,8 +1,8 @@
 // Multi-scale aggregation and attention on a card: entry points, as those of the CPU.
 #pragma once
 
-#include "../params/multi_scale.h"
-#include "execution.h"
+#include "../../params/multi_scale.h"
+#include "../core/execution.h"
 
 namespace effattn::cuda {
 

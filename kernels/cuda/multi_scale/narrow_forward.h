@@ -1,8 +1,8 @@
 // The forward of narrow types on a card.
 #pragma once
 
-#include "multi_scale.h"
-#include "pixels.h"
+#include "api.h"
+#include "image_tile.h"
 
 namespace effattn::cuda {
 

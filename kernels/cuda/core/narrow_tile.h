@@ -4,7 +4,7 @@
 // such, in two parts of bfloat16, split once when they are placed.
 #pragma once
 
-#include "pairs.h"
+#include "split_float.h"
 
 namespace effattn::cuda {
 

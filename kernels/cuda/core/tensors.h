@@ -3,12 +3,14 @@
 
 #include <type_traits>
 
-#include "../params/relu_linear_attention.h"
+#include "../../params/relu_linear_attention.h"
 #include "fragment.h"
 #include "launch.h"
-#include "limits.h"
 
 namespace effattn::cuda {
+
+constexpr int kMostChannels = 128;  // of a head of linear attention
+constexpr int kMostGroups = 12;     // leading dimensions, after merging those that lie behind each other
 
 // Leading dimensions, merged where all tensors of a call allow it.
 struct Groups {

@@ -3,13 +3,14 @@
 //
 // Tiles go from memory into registers in the order in which tensor cores take them (fragment.h): nothing of
 // q, k and v passes through shared memory, warps wait for nobody, and each tensor is read once.
-#include "relu_linear_attention.h"
+#include "api.h"
 
-#include "block.h"
-#include "pairs.h"
-#include "state.h"
-#include "sums.h"
-#include "tensors.h"
+#include "../core/block.h"
+#include "../core/limits.h"
+#include "../core/reduction.h"
+#include "../core/split_float.h"
+#include "../core/tensors.h"
+#include "kv_state_operand.h"
 
 namespace effattn::cuda {
 namespace {
@@ -658,6 +659,9 @@ constexpr int kMostSummands = 8;
 // Channels of a head: the sums stand three times in shared memory, and wider ones take more registers than
 // there are.
 constexpr int kMostAtOnce = 32;
+
+const RegisteredOperator registered("relu_linear_attention",
+                                    {{"channels", kMostChannels}, {"dimensions", kMostGroups + 2}});
 
 // What the launches of a call share.
 class Call {

@@ -1,8 +1,8 @@
 // EfficientFormer's attention on a card: entry points, as those of the CPU.
 #pragma once
 
-#include "../params/biased_attention.h"
-#include "execution.h"
+#include "../../params/biased_attention.h"
+#include "../core/execution.h"
 
 namespace effattn::cuda {
 
