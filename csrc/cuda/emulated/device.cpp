@@ -1,4 +1,4 @@
-// The card that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and
+// The GPU that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and
 // EFFATTN_EMULATED_MULTIPROCESSORS, 132 unless told.
 #include <cstdlib>
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace effattn {
 
-cuda::Card OnDevice::card() const {
+cuda::Gpu OnDevice::gpu() const {
   const auto told = [](const char* name, int otherwise) {
     const char* const value = std::getenv(name);
     return value != nullptr ? std::atoi(value) : otherwise;

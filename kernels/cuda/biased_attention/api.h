@@ -1,4 +1,4 @@
-// EfficientFormer's attention on a card: entry points, as those of the CPU.
+// EfficientFormer's attention on a GPU: entry points, as those of the CPU.
 #pragma once
 
 #include "../../params/biased_attention.h"
@@ -6,7 +6,7 @@
 
 namespace effattn::cuda {
 
-void biased_attention(const BiasedAttentionParams& problem, const Execution& execution);
-void biased_attention_backward(const BiasedAttentionParams& problem, const Execution& execution);
+void biased_attention(const BiasedAttentionParams& params, const Execution& execution);
+void biased_attention_backward(const BiasedAttentionParams& params, const Execution& execution);
 
 }  // namespace effattn::cuda

@@ -1,4 +1,4 @@
-// Cascaded group attention on a card: entry points, as those of the CPU.
+// Cascaded group attention on a GPU: entry points, as those of the CPU.
 #pragma once
 
 #include "../../params/cascaded_group_attention.h"
@@ -6,7 +6,7 @@
 
 namespace effattn::cuda {
 
-void cascaded_group_attention(const CascadeParams& problem, const Execution& execution);
-void cascaded_group_attention_backward(const CascadeParams& problem, const Execution& execution);
+void cascaded_group_attention(const CascadeParams& params, const Execution& execution);
+void cascaded_group_attention_backward(const CascadeParams& params, const Execution& execution);
 
 }  // namespace effattn::cuda

@@ -1,13 +1,13 @@
-// A cascade as its kernels are given it.
+// Cascaded group attention as its kernels are given it.
 #pragma once
 
 #include "../../params/cascaded_group_attention.h"
 #include "../core/block.h"
 #include "../core/execution.h"
 
-namespace effattn::cuda {
+namespace effattn::cuda::cascade {
 
-constexpr int kMostHeads = 64;  // a launch's parameters have room for their weights
+constexpr int kMaxHeads = 64;  // a launch's parameters have room for their weights
 
 struct Cascade {
   DType dtype;
@@ -16,11 +16,11 @@ struct Cascade {
   int heads, key_dim, value_dim, height, width, window_height, window_width, down, across;
   float scale;
   const float* bias;
-  HeadWeights<const float> weights[kMostHeads];
-  int kernels[kMostHeads];
+  HeadWeights<const float> weights[kMaxHeads];
+  int kernels[kMaxHeads];
 
-  int together;  // windows of a block
-  int rows;      // queries whose logits are there at once
+  int windows_per_block;
+  int rows;  // queries whose logits are there at once
   // Where a block's rows of a window's tokens are that do not fit into shared memory, or null; of the
   // backward, where those of every head of every window are.
   float *feats, *qkvs, *qs, *logits;
@@ -55,10 +55,7 @@ struct Window {
   }
 };
 
-// Without what depends on the kernel.
-Cascade cascade_of(const CascadeParams& problem);
-
 // The forward of narrow types in small windows; false, and nothing is done, where it does not fit.
 bool cascade_of_small_windows(Cascade& p, const Execution& execution);
 
-}  // namespace effattn::cuda
+}  // namespace effattn::cuda::cascade

@@ -7,22 +7,22 @@
 #include <type_traits>
 
 #include "../core/launch.h"
-#include "../core/split_tile.h"
+#include "../core/narrow_tile.h"
 #include "../core/tensors.h"
 #include "cascade.h"
 
-namespace effattn::cuda {
+namespace effattn::cuda::cascade {
 namespace {
 
 constexpr int kRows = 64, kWarps = kRows / 16, kThreads = kWarps * kLanes;
 // A row of a window that a thread convolves at once.
-constexpr int kMostWidth = 8;
+constexpr int kMaxWidth = 8;
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct SmallWindows {
   Cascade of;
-  int piece;      // outputs of a piece of the weights, 16 or 32
-  int most_taps;  // of a channel
+  int piece;     // outputs of a piece of the weights, 16 or 32
+  int max_taps;  // of a channel
   int query_stride;
   bool by_pairs;  // two neighbouring channels at once
 };
@@ -31,31 +31,31 @@ struct SmallWindows {
 // come.
 struct Memory {
   int64_t* places;
-  PartsTile feats, keys, values, queries, weights;
+  SplitTile feats, keys, values, queries, weights;
   float *convolved, *coming, *taps;
 
   EFFATTN_DEVICE explicit Memory(const SmallWindows& p)
       : places(reinterpret_cast<int64_t*>(shared_memory())),
-        feats(shared_memory() + 16 * kRows, kRows, p.of.value_dim),
-        keys(behind(feats, kRows), kRows, p.of.key_dim),
-        values(behind(keys, kRows), kRows, p.of.value_dim),
-        queries(behind(values, kRows), kRows, p.of.key_dim),
-        weights(behind(queries, kRows), p.piece, p.of.value_dim),
+        feats(SplitTile::in(shared_memory() + 16 * kRows, kRows, p.of.value_dim)),
+        keys(SplitTile::in(behind(feats, kRows), kRows, p.of.key_dim)),
+        values(SplitTile::in(behind(keys, kRows), kRows, p.of.value_dim)),
+        queries(SplitTile::in(behind(values, kRows), kRows, p.of.key_dim)),
+        weights(SplitTile::in(behind(queries, kRows), p.piece, p.of.value_dim)),
         convolved(reinterpret_cast<float*>(behind(weights, p.piece))),
-        coming(convolved + floats(p.of.together * p.of.key_dim * p.query_stride)),
+        coming(convolved + floats(p.of.windows_per_block * p.of.key_dim * p.query_stride)),
         taps(coming + floats(p.piece * p.of.value_dim)) {}
 
   EFFATTN_INLINE static constexpr int64_t bytes(const SmallWindows& p) {
     const Cascade& c = p.of;
-    return 16 * kRows + 2 * PartsTile::bytes(kRows, c.value_dim) + 2 * PartsTile::bytes(kRows, c.key_dim) +
-           PartsTile::bytes(p.piece, c.value_dim) +
-           int64_t{4} * (floats(int64_t{c.together} * c.key_dim * p.query_stride) +
-                         floats(int64_t{p.piece} * c.value_dim) + floats(int64_t{c.key_dim} * p.most_taps));
+    return 16 * kRows + 2 * SplitTile::bytes(kRows, c.value_dim) + 2 * SplitTile::bytes(kRows, c.key_dim) +
+           SplitTile::bytes(p.piece, c.value_dim) +
+           int64_t{4} * (floats(int64_t{c.windows_per_block} * c.key_dim * p.query_stride) +
+                         floats(int64_t{p.piece} * c.value_dim) + floats(int64_t{c.key_dim} * p.max_taps));
   }
 
  private:
-  EFFATTN_DEVICE static char* behind(const PartsTile& tile, int rows) {
-    return reinterpret_cast<char*>(tile.high + 2 * rows * tile.stride);
+  EFFATTN_DEVICE static char* behind(const SplitTile& tile, int rows) {
+    return reinterpret_cast<char*>(tile.data + 2 * rows * tile.stride);
   }
   // What begins behind is aligned.
   EFFATTN_INLINE static constexpr int64_t floats(int64_t count) { return round_up(count, 4); }
@@ -81,7 +81,7 @@ EFFATTN_DEVICE Pair<T> load_pair(const SmallWindows& p, int64_t at, int channel,
     const uint32_t both = load_words<Words<1>>(from).words[0];
     return {half_of<T>(both, 0), half_of<T>(both, 1)};
   }
-  return {widened(from[0]), channel + 1 < channels ? widened(from[image.channel_stride]) : 0.0f};
+  return {to_float(from[0]), channel + 1 < channels ? to_float(from[image.channel_stride]) : 0.0f};
 }
 template <class T>
 EFFATTN_DEVICE void store_pair(const SmallWindows& p, int64_t at, int channel, int channels, float first,
@@ -89,8 +89,8 @@ EFFATTN_DEVICE void store_pair(const SmallWindows& p, int64_t at, int channel, i
   const Image& image = p.of.out;
   T* const to = static_cast<T*>(image.data) + at + channel * image.channel_stride;
   if (p.by_pairs) return store_words(to, Words<1>{{pack<T>(first, second)}});
-  to[0] = narrowed<T>(first);
-  if (channel + 1 < channels) to[image.channel_stride] = narrowed<T>(second);
+  to[0] = from_float<T>(first);
+  if (channel + 1 < channels) to[image.channel_stride] = from_float<T>(second);
 }
 
 // Where the token of each row is in x and in out, negative outside of the image.
@@ -120,13 +120,13 @@ EFFATTN_DEVICE void load_feats(const SmallWindows& p, const Memory& memory) {
   for (int c = lane_index() / 16 * 2; c < value_dim; c += 4) {
     Pair<T> x{};
     if (at >= 0) x = load_pair<T>(p, at, c, value_dim);
-    memory.feats.put_pair(row, c, x.first, x.second);
+    memory.feats.put(row, c, x.first, x.second);
   }
 }
 
 // Asks for the weights of a piece of a head's outputs.
 EFFATTN_DEVICE void bring_piece(const SmallWindows& p, const Memory& memory, int head, int first) {
-  const int rows = least(p.piece, p.of.outputs() - first), value_dim = p.of.value_dim;
+  const int rows = min(p.piece, p.of.outputs() - first), value_dim = p.of.value_dim;
   bring(memory.coming, p.of.weights[head].qkv + static_cast<int64_t>(first) * value_dim, rows * value_dim);
   cp_async_commit();
 }
@@ -144,8 +144,8 @@ EFFATTN_DEVICE void split_piece(const SmallWindows& p, const Memory& memory, int
     const int row = i / pairs, col = i % pairs * 2;
     const float* const from = memory.coming + row * value_dim + col;
     const bool inside = row < rows;
-    memory.weights.put_pair(row, col, inside && col < value_dim ? from[0] : 0.0f,
-                            inside && col + 1 < value_dim ? from[1] : 0.0f);
+    memory.weights.put(row, col, inside && col < value_dim ? from[0] : 0.0f,
+                       inside && col + 1 < value_dim ? from[1] : 0.0f);
   });
 }
 
@@ -159,10 +159,10 @@ EFFATTN_DEVICE void project_piece(const SmallWindows& p, const Memory& memory, i
     float sum[2][4] = {};
     EFFATTN_NOT_UNROLLED
     for (int k = 0; k < depth; k += 16) {
-      Operand16 a, b;
+      SplitOperand a, b;
       memory.feats.load_a<false>(a, row0, k);
       memory.weights.load_b<false>(b, col0, k);
-      multiply_16(sum, a, b);
+      mma_m16n16k16_split(sum, a, b);
     }
     EFFATTN_UNROLL
     for (int j = 0; j < 2; ++j) {
@@ -178,7 +178,7 @@ EFFATTN_DEVICE void project_piece(const SmallWindows& p, const Memory& memory, i
         const float x[2] = {sum[j][2 * half] + bias[0], sum[j][2 * half + 1] + bias[1]};
         if (output >= 2 * c.key_dim) {
           // Behind the last channel both factors of the sum are 0.
-          if (output < c.outputs()) memory.values.put_pair(row, output - 2 * c.key_dim, x[0], x[1]);
+          if (output < c.outputs()) memory.values.put(row, output - 2 * c.key_dim, x[0], x[1]);
           continue;
         }
         EFFATTN_UNROLL
@@ -198,27 +198,27 @@ EFFATTN_DEVICE void project_piece(const SmallWindows& p, const Memory& memory, i
 // A row of a window of a channel, as scaled queries.
 template <int kKernel>
 EFFATTN_DEVICE void convolve_row(const Cascade& c, const float* image, const float* taps, int row, float bias,
-                                 const PartsTile& queries, int to_row, int channel) {
+                                 const SplitTile& queries, int to_row, int channel) {
   constexpr int halo = kKernel / 2;
-  float total[kMostWidth] = {};
+  float total[kMaxWidth] = {};
   EFFATTN_NOT_UNROLLED
   for (int i = 0; i < kKernel; ++i) {
     const int at = row + i - halo;
     if (at < 0 || at >= c.window_height) continue;
-    float x[kMostWidth];
+    float x[kMaxWidth];
     EFFATTN_UNROLL
-    for (int e = 0; e < kMostWidth; ++e) x[e] = e < c.window_width ? image[at * c.window_width + e] : 0.0f;
+    for (int e = 0; e < kMaxWidth; ++e) x[e] = e < c.window_width ? image[at * c.window_width + e] : 0.0f;
     EFFATTN_UNROLL
     for (int j = 0; j < kKernel; ++j) {
       const float tap = taps[i * kKernel + j];
       EFFATTN_UNROLL
-      for (int e = 0; e < kMostWidth; ++e) {
-        if (e + j - halo >= 0 && e + j - halo < kMostWidth) total[e] += tap * x[e + j - halo];
+      for (int e = 0; e < kMaxWidth; ++e) {
+        if (e + j - halo >= 0 && e + j - halo < kMaxWidth) total[e] += tap * x[e + j - halo];
       }
     }
   }
   EFFATTN_UNROLL
-  for (int e = 0; e < kMostWidth; ++e) {
+  for (int e = 0; e < kMaxWidth; ++e) {
     if (e < c.window_width) queries.put(to_row + e, channel, c.scale * (total[e] + bias));
   }
 }
@@ -228,7 +228,7 @@ EFFATTN_DEVICE void convolve_queries(const SmallWindows& p, const Memory& memory
   const Cascade& c = p.of;
   const int kernel = c.kernels[head];
   const float* const biases = c.weights[head].depthwise_bias;
-  const bool by_rows = c.window_width <= kMostWidth && (kernel == 3 || kernel == 5 || kernel == 7);
+  const bool by_rows = c.window_width <= kMaxWidth && (kernel == 3 || kernel == 5 || kernel == 7);
   const int of_channel = by_rows ? c.window_height : c.tokens();
   for_each<kThreads>(windows * c.key_dim * of_channel, [&](int i) {
     const int at = i % of_channel, channel = i / of_channel % c.key_dim,
@@ -271,7 +271,7 @@ struct Logits {
     for (int half = 0; half < 2; ++half) {
       const int token = row0 - window_row + row_lane() + 8 * half;
       const float* const bias =
-          c.bias + (static_cast<int64_t>(head) * tokens + least(token, tokens - 1)) * tokens;
+          c.bias + (static_cast<int64_t>(head) * tokens + min(token, tokens - 1)) * tokens;
       EFFATTN_UNROLL
       for (int j = 0; j < kSlot / 8; ++j) {
         EFFATTN_UNROLL
@@ -283,13 +283,13 @@ struct Logits {
     }
     EFFATTN_NOT_UNROLLED
     for (int k = 0; k < depth; k += 16) {
-      Operand16 a;
+      SplitOperand a;
       memory.queries.load_a<false>(a, row0, k);
       EFFATTN_UNROLL
       for (int j = 0; j < kSlot / 8; j += 2) {
-        Operand16 b;
+        SplitOperand b;
         memory.keys.load_b<false>(b, window_row + 8 * j, k);
-        multiply_16(*reinterpret_cast<float (*)[2][4]>(&x[j]), a, b);
+        mma_m16n16k16_split(*reinterpret_cast<float (*)[2][4]>(&x[j]), a, b);
       }
     }
     EFFATTN_UNROLL
@@ -304,27 +304,25 @@ struct Logits {
           largest = larger_or_nan(logit, largest);
         }
       }
-      largest = larger_or_nan(exchange(largest, 1), largest);
-      largest = larger_or_nan(exchange(largest, 2), largest);
+      largest = larger_or_nan(shfl_xor(largest, 1), largest);
+      largest = larger_or_nan(shfl_xor(largest, 2), largest);
       EFFATTN_UNROLL
       for (int j = 0; j < kSlot / 8; ++j) {
         EFFATTN_UNROLL
         for (int e = 0; e < 2; ++e) {
           float& logit = x[j][2 * half + e];
-          total += logit = approximate_exp2((logit - largest) * kLog2E);
+          total += logit = exp2_approx((logit - largest) * kLog2E);
         }
       }
-      inverse[half] = approximate_inverse(sum_of_cols(total));
+      inverse[half] = rcp_approx(sum_of_cols(total));
     }
   }
   // Of keys 16 step and the next 15, as the first operand.
-  EFFATTN_DEVICE void part(int step, Operand16& a) const {
+  EFFATTN_DEVICE void part(int step, SplitOperand& a) const {
     EFFATTN_UNROLL
     for (int i = 0; i < 4; ++i) {
       const float (&of)[4] = x[2 * step + i / 2];
-      const BFloat16Parts parts = split(of[i % 2 * 2], of[i % 2 * 2 + 1]);
-      a.high[i] = parts.high;
-      a.low[i] = parts.low;
+      a.set(i, of[i % 2 * 2], of[i % 2 * 2 + 1]);
     }
   }
 
@@ -339,7 +337,7 @@ EFFATTN_DEVICE void attend(const SmallWindows& p, const Memory& memory, int head
   const int row0 = warp_index() * 16, window_row = row0 / kSlot * kSlot;
   Logits<kSlot> logits;
   logits.compute(p, memory, head, row0, window_row);
-  Operand16 softmax[kSlot / 16];
+  SplitOperand softmax[kSlot / 16];
   EFFATTN_UNROLL
   for (int step = 0; step < kSlot / 16; ++step) logits.part(step, softmax[step]);
   const bool is_last = head + 1 == c.heads;
@@ -361,9 +359,9 @@ EFFATTN_DEVICE void attend(const SmallWindows& p, const Memory& memory, int head
     float sum[2][4] = {};
     EFFATTN_UNROLL
     for (int step = 0; step < kSlot / 16; ++step) {
-      Operand16 b;
+      SplitOperand b;
       memory.values.load_b<true>(b, window_row + 16 * step, col0);
-      multiply_16(sum, softmax[step], b);
+      mma_m16n16k16_split(sum, softmax[step], b);
     }
     EFFATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -381,8 +379,8 @@ EFFATTN_DEVICE void attend(const SmallWindows& p, const Memory& memory, int head
         // What a window has too much is no part of the image, but the next head reads it.
         const bool is_token = row - window_row < c.tokens();
         if (!is_last) {
-          memory.feats.put_pair(row, channel, is_token ? first + next[half][j].first : 0.0f,
-                                is_token && channel + 1 < c.value_dim ? second + next[half][j].second : 0.0f);
+          memory.feats.put(row, channel, is_token ? first + next[half][j].first : 0.0f,
+                           is_token && channel + 1 < c.value_dim ? second + next[half][j].second : 0.0f);
         }
       }
     }
@@ -394,14 +392,14 @@ EFFATTN_KERNEL(kThreads, 2)
 small_windows(EFFATTN_PARAMETERS(SmallWindows) p) {
   const Cascade& c = p.of;
   const Memory memory(p);
-  const int64_t window0 = block_index() * c.together;
-  const int windows = static_cast<int>(min(c.together, c.windows - window0));
+  const int64_t window0 = block_index() * c.windows_per_block;
+  const int windows = static_cast<int>(min(c.windows_per_block, c.windows - window0));
   bring_piece(p, memory, 0, 0);
   bring_taps(p, memory, 0);
   // Rows and columns that nobody writes are factors of sums all the same.
-  const int64_t parts = PartsTile::bytes(kRows, c.value_dim) + PartsTile::bytes(kRows, c.key_dim);
+  const int64_t parts = SplitTile::bytes(kRows, c.value_dim) + SplitTile::bytes(kRows, c.key_dim);
   for_each<kThreads>(static_cast<int>(2 * parts / 16), [&](int i) {
-    store_words(reinterpret_cast<char*>(memory.feats.high) + int64_t{16} * i, Words<4>{});
+    store_words(reinterpret_cast<char*>(memory.feats.data) + int64_t{16} * i, Words<4>{});
   });
   find_places<kSlot>(c, window0, windows, memory.places);
   sync_block();
@@ -434,19 +432,19 @@ bool cascade_of_small_windows(Cascade& c, const Execution& execution) {
   if (c.dtype == DType::kFloat32 || c.tokens() > kRows) return false;
   const int slot = c.tokens() <= 16 ? 16 : c.tokens() <= 32 ? 32 : 64;
   // More windows in a block only where all multiprocessors have one.
-  const int64_t enough = ceil_div(c.windows, execution.card.multiprocessors);
-  c.together = static_cast<int>(max(1, min(enough, kRows / slot)));
+  const int64_t enough = ceil_div(c.windows, execution.gpu.multiprocessors);
+  c.windows_per_block = static_cast<int>(max(1, min(enough, kRows / slot)));
   SmallWindows p{c, 32, 1, 0, false};
-  for (int h = 0; h < c.heads; ++h) p.most_taps = most(p.most_taps, c.kernels[h] * c.kernels[h]);
+  for (int h = 0; h < c.heads; ++h) p.max_taps = max(p.max_taps, c.kernels[h] * c.kernels[h]);
   p.query_stride = c.tokens() | 1;  // odd, or channels would meet in one bank
-  if (Memory::bytes(p) > kMostSharedBytes) p.piece = 16;
-  if (Memory::bytes(p) > kMostSharedBytes) return false;
+  if (Memory::bytes(p) > kMaxSharedBytes) p.piece = 16;
+  if (Memory::bytes(p) > kMaxSharedBytes) return false;
   const auto has_pairs = [&](const Image& image) {
-    return image.channel_stride == 1 && c.value_dim % 2 == 0 && image.batch_stride % 2 == 0 &&
-           image.token_stride % 2 == 0 && reinterpret_cast<uintptr_t>(image.data) % 4 == 0;
+    return image.channel_stride == 1 && c.value_dim % 2 == 0 &&
+           alignment(image.data, {image.batch_stride, image.token_stride}, c.dtype) > 0;
   };
   p.by_pairs = has_pairs(c.x) && has_pairs(c.out);
-  const Grid grid{ceil_div(c.windows, c.together), kThreads, Memory::bytes(p)};
+  const Grid grid{ceil_div(c.windows, c.windows_per_block), kThreads, Memory::bytes(p)};
   with_dtype(c.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (kIsNarrow<T>) {
@@ -459,4 +457,4 @@ bool cascade_of_small_windows(Cascade& c, const Execution& execution) {
   return true;
 }
 
-}  // namespace effattn::cuda
+}  // namespace effattn::cuda::cascade

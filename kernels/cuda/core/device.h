@@ -1,4 +1,4 @@
-// What a kernel has of a card, in two forms: that of the device, and with EFFATTN_EMULATED one for the host
+// What a kernel has of a GPU, in two forms: that of the device, and with EFFATTN_EMULATED one for the host
 // (emulator.h), where each thread of a block is a fiber and every barrier, exchange and product of matrices
 // is checked. Kernels use nothing of CUDA but what stands here.
 #pragma once
@@ -39,7 +39,7 @@ EFFATTN_DEVICE int64_t block_index() { return blockIdx.x; }
 EFFATTN_DEVICE void sync_block() { __syncthreads(); }
 EFFATTN_DEVICE void sync_warp() { __syncwarp(); }
 // Of the lane whose number differs in these bits.
-EFFATTN_DEVICE float exchange(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
+EFFATTN_DEVICE float shfl_xor(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
 
 // The block's, as many bytes as it was launched with.
 EFFATTN_DEVICE char* shared_memory() {
@@ -66,7 +66,7 @@ EFFATTN_DEVICE void sync_cluster() {
 #endif
 }
 // What stands at this address of another block's shared memory.
-EFFATTN_DEVICE float of_cluster(const float* shared, int rank) {
+EFFATTN_DEVICE float load_dsmem(const float* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
   uint32_t address;
   float x;
@@ -85,22 +85,22 @@ EFFATTN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 EFFATTN_DEVICE float exponential(float x) { return expf(x); }
 // 2^x, to 2^-22.
-EFFATTN_DEVICE float approximate_exp2(float x) {
+EFFATTN_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
   return x;
 }
 // To 2^-23, and 0 where the inverse is subnormal: for results that are narrow.
-EFFATTN_DEVICE float approximate_inverse(float x) {
+EFFATTN_DEVICE float rcp_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
   return x;
 }
 
-EFFATTN_DEVICE float widened(float x) { return x; }
-EFFATTN_DEVICE float widened(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-EFFATTN_DEVICE float widened(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+EFFATTN_DEVICE float to_float(float x) { return x; }
+EFFATTN_DEVICE float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+EFFATTN_DEVICE float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 // To nearest even.
 template <class T>
-EFFATTN_DEVICE T narrowed(float x) {
+EFFATTN_DEVICE T from_float(float x) {
   if constexpr (sizeof(T) == 4) {
     return x;
   } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -110,7 +110,7 @@ EFFATTN_DEVICE T narrowed(float x) {
   }
 }
 
-EFFATTN_DEVICE float fused_multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+EFFATTN_DEVICE float fma_rn(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 
 // Pairs of a narrow type, the first in the low half.
 template <class T>
@@ -181,7 +181,7 @@ EFFATTN_DEVICE void store_words(void* to, const Words& x) {
 // c += a b, of a warp: a 16 x 8, b 8 x 8, in TF32, whose last 13 bits of a float are zero. With g = lane / 4
 // and t = lane % 4, a lane holds a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4); b(t, g), b(t + 4, g);
 // c(g, 2 t), c(g, 2 t + 1), c(g + 8, 2 t), c(g + 8, 2 t + 1).
-EFFATTN_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+EFFATTN_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -264,6 +264,16 @@ EFFATTN_DEVICE void grid_dependency_launch() {
 #endif
 
 namespace effattn::cuda {
+
+// Of int as int: those of sizes.h would count in 64 bits.
+template <class A, class B>
+EFFATTN_INLINE constexpr auto min(A a, B b) {
+  return a < b ? a : b;
+}
+template <class A, class B>
+EFFATTN_INLINE constexpr auto max(A a, B b) {
+  return a > b ? a : b;
+}
 
 constexpr int kLanes = 32;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

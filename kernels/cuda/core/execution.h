@@ -5,8 +5,8 @@
 
 namespace effattn::cuda {
 
-// What a plan depends on beside the sizes of a problem.
-struct Card {
+// What a plan depends on beside the sizes of a params.
+struct Gpu {
   int capability;  // 90 for 9.0; of what the kernels are compiled for, if that is less
   int multiprocessors;
 
@@ -15,7 +15,7 @@ struct Card {
 };
 
 // Of the device with this number, which is the current one; asked for once.
-Card card(int device);
+Gpu gpu(int device);
 // Why the driver cannot run what this was compiled with, or nothing.
 const char* unfit_driver();
 // For the runtime that this library is linked with, which may be another copy than torch's.
@@ -23,7 +23,7 @@ void make_current(int device);
 
 struct Execution {
   void* stream;
-  Card card;
+  Gpu gpu;
   void* owner;
   float* (*allocate)(void* owner, int64_t floats);
 

@@ -19,9 +19,9 @@ EFFATTN_DEVICE void stage_tile(const Matrix<const T>& from, int first_row, int r
   const int first = along_cols ? first_col : first_row;  // of the dimension that is contiguous
   const int count = along_cols ? cols : rows, others = along_cols ? rows : cols;
   const int whole = from.access == 16 && first % vector == 0
-                        ? least(count, (along_cols ? from.cols : from.rows) - first) / vector
+                        ? min(count, (along_cols ? from.cols : from.rows) - first) / vector
                         : 0;
-  for_each<kThreads>(others * most(whole, 0), [&](int i) {
+  for_each<kThreads>(others * max(whole, 0), [&](int i) {
     const int other = i / whole, at = i % whole * vector;
     const int row = along_cols ? other : at, col = along_cols ? at : other;
     Packed<T, vector> packed{};
@@ -33,14 +33,15 @@ EFFATTN_DEVICE void stage_tile(const Matrix<const T>& from, int first_row, int r
     for (int e = 0; e < vector; ++e)
       to[(along_cols ? row : row + e) * stride + (along_cols ? col + e : col)] = packed.get(e);
   });
-  const int done = most(whole, 0) * vector, rest = count - done;
+  const int done = max(whole, 0) * vector, rest = count - done;
   for_each<kThreads>(others * rest, [&](int i) {
     const int other = i / rest, at = done + i % rest;
     const int row = along_cols ? other : at, col = along_cols ? at : other;
     const bool inside = first_row + row < from.rows;
     to[row * stride + col] =
-        inside ? widened(from.data[(first_row + row) * from.row_stride + (first_col + col) * from.col_stride])
-               : 0.0f;
+        inside
+            ? to_float(from.data[(first_row + row) * from.row_stride + (first_col + col) * from.col_stride])
+            : 0.0f;
   });
 }
 
@@ -50,7 +51,7 @@ EFFATTN_DEVICE void unstage_tile(const float* from, int stride, const Matrix<T>&
                                  int first_col, int cols) {
   constexpr int vector = kVector<T>;
   const bool along_cols = to.col_stride == 1;
-  rows = least(rows, to.rows - first_row);
+  rows = min(rows, to.rows - first_row);
   const int first = along_cols ? first_col : first_row, count = along_cols ? cols : rows;
   const int others = along_cols ? rows : cols,
             whole = to.access == 16 && first % vector == 0 ? count / vector : 0;
@@ -70,7 +71,7 @@ EFFATTN_DEVICE void unstage_tile(const float* from, int stride, const Matrix<T>&
   for_each<kThreads>(others * rest, [&](int i) {
     const int other = i / rest, at = done + i % rest;
     const int row = along_cols ? other : at, col = along_cols ? at : other;
-    *place(row, col) = narrowed<T>(from[row * stride + col]);
+    *place(row, col) = from_float<T>(from[row * stride + col]);
   });
 }
 

@@ -1,4 +1,4 @@
-// Pieces of matrices in the registers of a warp, as products take them (multiply_tf32 of device.h).
+// Arena of matrices in the registers of a warp, as mma.sync takes them (device.h).
 //
 // Of a matrix, 8 lanes share the rows and 4 the columns. What index a register stands for is free wherever a
 // product sums over it or its result keeps it, so that a lane holds neighbours, and loads and stores them as
@@ -11,12 +11,12 @@
 
 namespace effattn::cuda {
 
+template <class T>
+constexpr bool kIsNarrow = sizeof(T) == 2;
+
 // The most that a lane loads at once.
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-
-EFFATTN_INLINE constexpr int least(int a, int b) { return a < b ? a : b; }
-EFFATTN_INLINE constexpr int most(int a, int b) { return a < b ? b : a; }
 
 // The index that a register of a lane stands for, if the lane holds kVector neighbours of each kLanes *
 // kVector.
@@ -32,7 +32,7 @@ EFFATTN_DEVICE int col_lane() { return lane_index() % 4; }
 EFFATTN_DEVICE float relu(float x) { return x <= 0 ? 0.0f : x; }
 
 // Subnormal ones, whose inverse a float may not hold, count as 2^-126: zero times infinity would be NaN.
-EFFATTN_DEVICE float divisible(float denominator) {
+EFFATTN_DEVICE float clamp_subnormal(float denominator) {
   return denominator > 0 && denominator < 0x1p-126f ? 0x1p-126f : denominator;
 }
 
@@ -51,7 +51,7 @@ struct Packed {
   // In accesses of kAccess bytes.
   template <int kAccess>
   EFFATTN_DEVICE void load(const T* from) {
-    using Access = Words<least(kAccess, kBytes) / 4>;
+    using Access = Words<min(kAccess, kBytes) / 4>;
     constexpr int step = sizeof(Access) / 4;
     EFFATTN_UNROLL
     for (int i = 0; i < kBytes / 4; i += step) {
@@ -62,7 +62,7 @@ struct Packed {
   }
   template <int kAccess>
   EFFATTN_DEVICE void store(T* to) const {
-    using Access = Words<least(kAccess, kBytes) / 4>;
+    using Access = Words<min(kAccess, kBytes) / 4>;
     constexpr int step = sizeof(Access) / 4;
     EFFATTN_UNROLL
     for (int i = 0; i < kBytes / 4; i += step) {
@@ -76,14 +76,14 @@ struct Packed {
     if constexpr (kInWord == 1) {
       return float_of(words[i]);
     } else {
-      return widened(T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))});
+      return to_float(T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))});
     }
   }
   EFFATTN_DEVICE void set(int i, float x) {
     if constexpr (kInWord == 1) {
       words[i] = bits_of(x);
     } else {
-      set_bits(i, narrowed<T>(x).bits);
+      set_bits(i, from_float<T>(x).bits);
     }
   }
   // In ascending order.
@@ -178,7 +178,7 @@ struct Fragment {
       each([&](float& value, int r, int c) {
         const int at_row = first_row + row(r), at_col = first_col + col(c);
         const bool inside = at_row < from.rows && at_col < from.cols;
-        value = inside ? widened(from.data[at_row * from.row_stride + at_col * from.col_stride]) : 0.0f;
+        value = inside ? to_float(from.data[at_row * from.row_stride + at_col * from.col_stride]) : 0.0f;
       });
     }
   }
@@ -195,7 +195,7 @@ struct Fragment {
       each([&](float& value, int r, int c) {
         const int at_row = first_row + row(r), at_col = first_col + col(c);
         if (at_row < to.rows && at_col < to.cols) {
-          to.data[at_row * to.row_stride + at_col * to.col_stride] = narrowed<T>(value);
+          to.data[at_row * to.row_stride + at_col * to.col_stride] = from_float<T>(value);
         }
       });
     }
@@ -239,57 +239,125 @@ struct Fragment {
   }
 };
 
-// --- products ---------------------------------------------------------------------------------------
-
-// The nearest number of TF32, away from zero between two. Of NaN it may be anything: the rest is NaN. In
-// integers, since with the conversion's own instruction the assembler splits far ahead, and spills.
-EFFATTN_DEVICE float high(float x) { return float_of((bits_of(x) + 0x1000u) & 0xffffe000u); }
-// The same of the rest. Nothing is left of infinity.
-EFFATTN_DEVICE float low(float x) {
-  const float rest = x - high(x);
-  return x == high(x) ? 0.0f : rest == rest ? high(rest) : rest;
-}
-// For the product with a rest, which is no part of infinity times anything.
-EFFATTN_DEVICE float finite(float high) { return (bits_of(high) & 0x7f800000u) == 0x7f800000u ? 0.0f : high; }
-
-// c += a b, as exact as float32, of b in two parts. The product of two rests is below the last place.
-EFFATTN_DEVICE void multiply_parts(float (&c)[4], const float (&a)[4], const float (&high_b)[2],
-                                   const float (&low_b)[2]) {
-  const float high_a[4] = {high(a[0]), high(a[1]), high(a[2]), high(a[3])};
-  const float finite_a[4] = {finite(high_a[0]), finite(high_a[1]), finite(high_a[2]), finite(high_a[3])};
-  const float low_a[4] = {low(a[0]), low(a[1]), low(a[2]), low(a[3])};
-  const float finite_b[2] = {finite(high_b[0]), finite(high_b[1])};
-  multiply_tf32(c, finite_a, low_b);
-  multiply_tf32(c, low_a, finite_b);
-  multiply_tf32(c, high_a, high_b);
+// Half `which` of a pair.
+template <class T>
+EFFATTN_DEVICE float half_of(uint32_t pair, int which) {
+  return to_float(T{static_cast<uint16_t>(which == 0 ? pair & 0xffff : pair >> 16)});
 }
 
-// The same: operands that are not exact in TF32 are taken in two parts.
-template <bool kExactA, bool kExactB>
-EFFATTN_DEVICE void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  if constexpr (!kExactA && !kExactB) {
-    multiply_parts(c, a, {high(b[0]), high(b[1])}, {low(b[0]), low(b[1])});
-  } else if constexpr (!kExactA) {
-    multiply_tf32(c, {low(a[0]), low(a[1]), low(a[2]), low(a[3])}, {finite(b[0]), finite(b[1])});
-    multiply_tf32(c, {high(a[0]), high(a[1]), high(a[2]), high(a[3])}, b);
-  } else if constexpr (!kExactB) {
-    multiply_tf32(c, {finite(a[0]), finite(a[1]), finite(a[2]), finite(a[3])}, {low(b[0]), low(b[1])});
-    multiply_tf32(c, a, {high(b[0]), high(b[1])});
-  } else {
-    multiply_tf32(c, a, b);
+// A Fragment of a narrow type as it lies in memory: what is converted, or turned to pairs along columns, is
+// so where it is used, and nothing waits for a load before.
+template <class T, int kRows, int kCols, int kRowVector, int kColVector, bool kAlongRows>
+struct PackedFragment {
+  using Place = Fragment<T, kRows, kCols, kRowVector, kColVector, kAlongRows>;
+  static constexpr int kRowRegisters = kRows, kColRegisters = kCols;
+  static constexpr int kAllRows = Place::kAllRows, kAllCols = Place::kAllCols;
+  static constexpr bool kExact = true;
+  static constexpr int kAlong = kAlongRows ? kRowVector : kColVector;
+  static_assert(kAlong % 2 == 0);
+
+  // Neighbours along the contiguous dimension.
+  uint32_t x[kAlongRows ? kRows / 2 : kRows][kAlongRows ? kCols : kCols / 2];
+
+  EFFATTN_DEVICE static int row(int reg) { return Place::row(reg); }
+  EFFATTN_DEVICE static int col(int reg) { return Place::col(reg); }
+  EFFATTN_DEVICE static int col_of(int reg, int lane) { return Place::col_of(reg, lane); }
+
+  // Elements (row, 2 i) and (row, 2 i + 1), of registers.
+  EFFATTN_DEVICE uint32_t pair(int row, int i) const {
+    if constexpr (kAlongRows) {
+      const uint32_t a = x[row / 2][2 * i], b = x[row / 2][2 * i + 1];
+      return row % 2 == 0 ? low_halves(a, b) : high_halves(a, b);
+    } else {
+      return x[row][i];
+    }
   }
-}
+  EFFATTN_DEVICE float get(int row, int col) const {
+    return kAlongRows ? half_of<T>(x[row / 2][col], row % 2) : half_of<T>(x[row][col / 2], col % 2);
+  }
+  EFFATTN_DEVICE void relu() {
+    EFFATTN_UNROLL
+    for (auto& of_row : x) {
+      EFFATTN_UNROLL
+      for (uint32_t& pair : of_row) pair = relu_pair<T>(pair);
+    }
+  }
+  // f(value, row register, column register)
+  template <class F>
+  EFFATTN_DEVICE void each(F f) const {
+    EFFATTN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      EFFATTN_UNROLL
+      for (int c = 0; c < kCols; ++c) f(get(r, c), r, c);
+    }
+  }
+
+  // The bytes of one access, for all of a matrix.
+  EFFATTN_DEVICE static int access(const Matrix<const T>& from) {
+    return (kAlongRows ? from.rows : from.cols) % kAlong == 0 ? from.access : 0;
+  }
+  // From a row and a column on; zeros outside. kAccess: at most that of the matrix.
+  template <int kAccess>
+  EFFATTN_DEVICE void load_by(const Matrix<const T>& from, int first_row, int first_col) {
+    if constexpr (kAccess > 0) {
+      each_vector<kRows, kCols, kRowVector, kColVector, kAlongRows>(
+          from, first_row, first_col, [&](int r, int c, const T* at, bool inside) {
+            Packed<T, kAlong> packed{};
+            if (inside) packed.template load<kAccess>(at);
+            put(r, c, packed);
+          });
+    } else {
+      EFFATTN_UNROLL
+      for (int r = 0; r < kRows; r += kAlongRows ? kAlong : 1) {
+        EFFATTN_UNROLL
+        for (int c = 0; c < kCols; c += kAlongRows ? 1 : kAlong) {
+          Packed<T, kAlong> packed;
+          EFFATTN_UNROLL
+          for (int i = 0; i < kAlong; ++i) {
+            const int at_row = first_row + row(kAlongRows ? r + i : r),
+                      at_col = first_col + col(kAlongRows ? c : c + i);
+            const bool inside = at_row < from.rows && at_col < from.cols;
+            packed.set_bits(i,
+                            inside ? from.data[at_row * from.row_stride + at_col * from.col_stride].bits : 0);
+          }
+          put(r, c, packed);
+        }
+      }
+    }
+  }
+  // kVectors: every vector can be loaded at once, and is inside as a whole or not at all.
+  template <bool kVectors = false>
+  EFFATTN_DEVICE void load(const Matrix<const T>& from, int first_row, int first_col) {
+    if constexpr (kVectors) return load_by<16>(from, first_row, first_col);
+    const int bytes = access(from);
+    if (bytes == 16) {
+      load_by<16>(from, first_row, first_col);
+    } else if (bytes == 4) {
+      load_by<4>(from, first_row, first_col);
+    } else {
+      load_by<0>(from, first_row, first_col);
+    }
+  }
+
+ private:
+  EFFATTN_DEVICE void put(int r, int c, const Packed<T, kAlong>& packed) {
+    EFFATTN_UNROLL
+    for (int i = 0; i < kAlong / 2; ++i) {
+      x[kAlongRows ? r / 2 + i : r][kAlongRows ? c : c / 2 + i] = packed.words[i];
+    }
+  }
+};
 
 // The sum over the four lanes that share rows.
 EFFATTN_DEVICE float sum_of_cols(float x) {
-  x += exchange(x, 1);
-  return x + exchange(x, 2);
+  x += shfl_xor(x, 1);
+  return x + shfl_xor(x, 2);
 }
 // The sum over the eight lanes that share columns.
 EFFATTN_DEVICE float sum_of_rows(float x) {
-  x += exchange(x, 4);
-  x += exchange(x, 8);
-  return x + exchange(x, 16);
+  x += shfl_xor(x, 4);
+  x += shfl_xor(x, 8);
+  return x + shfl_xor(x, 16);
 }
 
 }  // namespace effattn::cuda

@@ -23,10 +23,10 @@ struct CallRecord {
   const char* file = "";      // of the glue, which is called like the operator
   const char* function = "";  // of the glue, as the compiler spells it
   const char* dtype = "";
-  int rank = 0;  // of which the first kMostSizes are kept
+  int rank = 0;  // of which the first kMaxSizes are kept
   int64_t sizes[6] = {};
 
-  static constexpr int kMostSizes = 6;
+  static constexpr int kMaxSizes = 6;
 
   std::string text() const {
     if (*file == '\0') return "a call that nobody described";
@@ -36,8 +36,8 @@ struct CallRecord {
     std::string all = cut(path, slash == std::string::npos ? "" : path.substr(0, slash + 1), ".") + ", ";
     all += spelled.substr(name == std::string::npos ? 0 : name + 1) + ", " + dtype + " (";
     for (int i = 0; i < rank; ++i) {
-      all += (i > 0 ? ", " : "") + (i < kMostSizes ? std::to_string(sizes[i]) : std::string("..."));
-      if (i == kMostSizes) break;
+      all += (i > 0 ? ", " : "") + (i < kMaxSizes ? std::to_string(sizes[i]) : std::string("..."));
+      if (i == kMaxSizes) break;
     }
     return all + ")";
   }

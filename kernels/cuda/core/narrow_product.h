@@ -15,8 +15,7 @@ constexpr int kGroupCols = 16;
 // Of the depth, what is summed up as one chain: tensor cores round towards zero, by up to 2^-24 a step.
 constexpr int kNarrowDepth = 1024;
 
-// A tile as the first operand of products, whose rows it holds, or as the second, whose columns. kDepthDown:
-// the depth of the product goes down the rows of the tile, else along them.
+// A tile as an operand of products (NarrowTile::lane_row), whose address goes on with the depth.
 template <int kTileParts, bool kIsFirst, bool kDepthDown>
 class TileOperand {
   const uint16_t* at_;
@@ -30,12 +29,7 @@ class TileOperand {
       : step_(kNarrowStep * (kDepthDown ? tile.stride : 1)),
         across_(kDepthDown ? 1 : tile.stride),
         part_(tile.part) {
-    // Of the four 8 x 8 matrices, the second lies below the first, or beside it (ldmatrix_x4).
-    constexpr bool below = kIsFirst != kDepthDown;
-    const int lane = lane_index();
-    const int row = below ? lane % 16 : lane % 8 + lane / 16 * 8;
-    const int col = below ? lane / 16 * 8 : lane / 8 % 2 * 8;
-    at_ = tile.at(row, col) + first * across_;
+    at_ = tile.template lane_row<kIsFirst, kDepthDown>(0, 0) + first * across_;
   }
   // 16 rows or columns, from `first` of them on.
   EFFATTN_DEVICE void load(uint32_t (&x)[kTileParts][4], int first = 0) const {
@@ -47,7 +41,7 @@ class TileOperand {
   EFFATTN_DEVICE void go_on() { at_ += step_; }
 };
 
-// Rows of words with both parts of a number (split_word of pairs.h) as the first operand, in shared or in
+// Rows of words with both parts of a number (split_word) as the first operand, in shared or in
 // global memory.
 class SplitRows {
   const float *upper_, *lower_;
@@ -59,7 +53,7 @@ class SplitRows {
 
   // 16 rows, from one on that is there; in place of those behind the last, that one.
   EFFATTN_DEVICE SplitRows(const float* from, int64_t stride, int row, int rows) {
-    const auto at = [&](int r) { return from + least(r, rows - 1) * stride + 2 * col_lane(); };
+    const auto at = [&](int r) { return from + min(r, rows - 1) * stride + 2 * col_lane(); };
     upper_ = at(row + row_lane());
     lower_ = at(row + row_lane() + 8);
   }
@@ -96,7 +90,7 @@ struct NarrowSums {
   template <int kOthers>
   EFFATTN_DEVICE void add_to(NarrowSums<kOthers>& others) {
     EFFATTN_UNROLL
-    for (int i = 0; i < least(kGroups, kOthers); ++i) {
+    for (int i = 0; i < min(kGroups, kOthers); ++i) {
       EFFATTN_UNROLL
       for (int j = 0; j < 2; ++j) {
         EFFATTN_UNROLL

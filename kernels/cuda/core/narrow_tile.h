@@ -4,7 +4,8 @@
 // such, in two parts of bfloat16, split once when they are placed.
 #pragma once
 
-#include "split_float.h"
+#include "fragment.h"
+#include "mma.h"
 
 namespace effattn::cuda {
 
@@ -23,26 +24,79 @@ struct NarrowTile {
   uint16_t* data;
   int stride, part;
 
-  EFFATTN_DEVICE uint16_t* at(int row, int col) const { return data + row * stride + col; }
+  EFFATTN_DEVICE static NarrowTile in(char* shared, int rows, int cols) {
+    const int stride = narrow_stride(cols);
+    return {reinterpret_cast<uint16_t*>(shared), stride, rows * stride};
+  }
+  EFFATTN_INLINE static constexpr int64_t bytes(int rows, int cols) {
+    return int64_t{2} * kParts * rows * narrow_stride(cols);
+  }
+
+  EFFATTN_DEVICE uint16_t* at(int row, int col) const { return data + (row * stride + col); }
   // Neighbours in a row, from an even column on.
   template <class T, int kCount>
   EFFATTN_DEVICE void put(int row, int col, const Packed<T, kCount>& x) const {
+    if constexpr (kParts == 2) {
+      put_pairs<kCount>(at(row, col), [&](int i) { return x.get(i); });
+    } else {
+      static_assert(kIsNarrow<T>);
+      x.template store<2 * kCount>(reinterpret_cast<T*>(at(row, col)));
+    }
+  }
+  EFFATTN_DEVICE void put(int row, int col, float first, float second) const {
+    put_pairs<2>(at(row, col), [&](int i) { return i == 0 ? first : second; });
+  }
+  // kCount neighbours, get(i) of each, where there are two parts.
+  template <int kCount, class Get>
+  EFFATTN_DEVICE void put_pairs(uint16_t* to, Get get) const {
+    static_assert(kParts == 2);
     Words<kCount / 2> high, low;
     EFFATTN_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
-      if constexpr (kParts == 1) {
-        static_assert(kIsNarrow<T>);
-        high.words[i] = x.words[i];
-      } else {
-        const BFloat16Parts parts = split(x.get(2 * i), x.get(2 * i + 1));
-        high.words[i] = parts.high;
-        low.words[i] = parts.low;
-      }
+      const BFloat16Parts parts = split_bf16(get(2 * i), get(2 * i + 1));
+      high.words[i] = parts.high;
+      low.words[i] = parts.low;
     }
-    store_words(at(row, col), high);
-    if constexpr (kParts == 2) store_words(at(row, col) + part, low);
+    store_words(to, high);
+    store_words(to + part, low);
+  }
+  EFFATTN_DEVICE void put(int row, int col, float x) const {
+    static_assert(kParts == 2);
+    const BFloat16Parts parts = split_bf16(x, 0);
+    *at(row, col) = static_cast<uint16_t>(parts.high);
+    at(row, col)[part] = static_cast<uint16_t>(parts.low);
+  }
+
+  // What a lane gives ldmatrix_x4 of 16 x 16 elements from a row and a column on: as the first operand of a
+  // product, whose rows the tile holds, or as the second, whose columns it holds. kDepthDown: the depth of
+  // the product goes down the rows of the tile, else along them.
+  template <bool kIsFirst, bool kDepthDown>
+  EFFATTN_DEVICE uint16_t* lane_row(int row, int col) const {
+    // Of the four 8 x 8 matrices, the second lies below the first, or beside it.
+    constexpr bool below = kIsFirst != kDepthDown;
+    const int lane = lane_index();
+    return at(row + (below ? lane % 16 : lane / 16 * 8 + lane % 8),
+              col + (below ? lane / 16 * 8 : lane / 8 % 2 * 8));
+  }
+  template <bool kIsFirst, bool kDepthDown>
+  EFFATTN_DEVICE void load(SplitOperand& x, int row, int col) const {
+    static_assert(kParts == 2);
+    const uint16_t* const from = lane_row<kIsFirst, kDepthDown>(row, col);
+    ldmatrix_x4<kDepthDown>(x.parts[0], from);
+    ldmatrix_x4<kDepthDown>(x.parts[1], from + part);
+  }
+  template <bool kDepthDown>
+  EFFATTN_DEVICE void load_a(SplitOperand& x, int row, int col) const {
+    load<true, kDepthDown>(x, row, col);
+  }
+  // Registers 0 and 1 are of the first eight columns, 2 and 3 of the others.
+  template <bool kDepthDown>
+  EFFATTN_DEVICE void load_b(SplitOperand& x, int row, int col) const {
+    load<false, kDepthDown>(x, row, col);
   }
 };
+
+using SplitTile = NarrowTile<2>;
 
 // f(i, j) for all i below `rows` and j below `cols`, by threads; neighbours have neighbouring j. Without a
 // division: some threads have nothing to do where `cols` is no power of two.

@@ -4,15 +4,15 @@ namespace effattn::cuda {
 namespace {
 
 // Blocks that the sums over tokens are split into, over all groups, at least: a few for each multiprocessor
-// of the largest cards. Parts of fewer tokens are not worth a second pass.
+// of the largest GPUs. Parts of fewer tokens are not worth a second pass.
 constexpr int64_t kBlocks = 2048;
-constexpr int64_t kLeastTokens = 256;
-constexpr int64_t kMostParts = 64;
-constexpr int kMostCluster = 8;
+constexpr int64_t kMinTokens = 256;
+constexpr int64_t kMaxParts = 64;
+constexpr int kMaxCluster = 8;
 
 constexpr int kThreads = 128;
 // Of more rows than these, parts are added up by themselves first.
-constexpr int64_t kMostRows = 64;
+constexpr int64_t kMaxRows = 64;
 
 struct AddUp {
   const float* partial;
@@ -34,16 +34,16 @@ EFFATTN_KERNEL(kThreads, 1) add_up_kernel(EFFATTN_PARAMETERS(AddUp) p) {
 
 }  // namespace
 
-int cluster_of(int64_t blocks, const Card& card) {
+int cluster_of(int64_t blocks, const Gpu& gpu) {
   int cluster = 1;
-  while (card.has_clusters() && cluster < kMostCluster && 2 * cluster <= blocks) cluster *= 2;
+  while (gpu.has_clusters() && cluster < kMaxCluster && 2 * cluster <= blocks) cluster *= 2;
   return cluster;
 }
 
-Split split(int64_t groups, int64_t tokens, int step, const Card& card) {
-  const int64_t wanted = min(ceil_div(kBlocks, max(groups, 1)), kMostParts);
-  int64_t parts = max(1, min(wanted, tokens / kLeastTokens));
-  const int cluster = cluster_of(parts, card);
+Split split_tokens(int64_t groups, int64_t tokens, int step, const Gpu& gpu) {
+  const int64_t wanted = min(ceil_div(kBlocks, max(groups, 1)), kMaxParts);
+  int64_t parts = max(1, min(wanted, tokens / kMinTokens));
+  const int cluster = cluster_of(parts, gpu);
   parts = round_up(parts, cluster);
   const int64_t part_tokens = max(1, ceil_div(tokens, parts * step)) * step;
   return {static_cast<int>(part_tokens), static_cast<int>(parts), cluster};
@@ -53,7 +53,7 @@ void add_up(const float* partial, float* sums, int64_t groups, int64_t rows, int
             const Execution& execution) {
   const int64_t pieces = ceil_div(floats, kThreads);
   int64_t parts = 1;
-  while (rows > kMostRows * parts && parts * parts < rows) ++parts;
+  while (rows > kMaxRows * parts && parts * parts < rows) ++parts;
   const int64_t part_rows = ceil_div(rows, parts);
   parts = max(1, ceil_div(rows, max(1, part_rows)));
   float* const to = parts == 1 ? sums : execution.workspace(groups * parts * floats);

@@ -15,11 +15,8 @@ void merge(const int64_t* sizes, int rank, const Operand* const* operands, View*
     if (follows) {
       groups.sizes[last] *= static_cast<uint32_t>(sizes[dim]);
     } else {
-      if (groups.rank == Groups::kMost) {
-        throw std::runtime_error(
-            "effattn: the leading dimensions must be " + std::to_string(Groups::kMost) +
-            " at most after merging those that lie behind each other; call contiguous()");
-      }
+      require(groups.rank < Groups::kMax, "the leading dimensions must be ", Groups::kMax,
+              " at most after merging those that lie behind each other; call contiguous()");
       groups.sizes[groups.rank++] = static_cast<uint32_t>(sizes[dim]);
     }
     for (int i = 0; i < count; ++i) views[i]->group_strides[groups.rank - 1] = operands[i]->lead_strides[dim];
@@ -31,13 +28,19 @@ void merge(const int64_t* sizes, int rank, const Operand* const* operands, View*
   }
 }
 
+int alignment(const void* data, std::initializer_list<int64_t> strides, DType dtype) {
+  int64_t all = 0;
+  for (const int64_t stride : strides) all |= stride;
+  const uint64_t bits =
+      reinterpret_cast<uintptr_t>(data) | static_cast<uint64_t>(all * (dtype == DType::kFloat32 ? 4 : 2));
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 0;
+}
+
 int access_of(const View& view, int rank, bool along_channels, DType dtype) {
-  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
   if ((along_channels ? view.channel_stride : view.token_stride) != 1) return 0;
-  uint64_t all = reinterpret_cast<uintptr_t>(view.data);
-  all |= static_cast<uint64_t>((along_channels ? view.token_stride : view.channel_stride) * size);
-  for (int i = 0; i < rank; ++i) all |= static_cast<uint64_t>(view.group_strides[i] * size);
-  return all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 0;
+  int64_t all = along_channels ? view.token_stride : view.channel_stride;
+  for (int i = 0; i < rank; ++i) all |= view.group_strides[i];
+  return alignment(view.data, {all}, dtype);
 }
 
 }  // namespace effattn::cuda

@@ -1,6 +1,7 @@
-// Tensors as kernels address them, made from what a problem says; and the choice of a kernel's instance.
+// Tensors as kernels address them, made from what a params says; and the choice of a kernel's instance.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "../../params/relu_linear_attention.h"
@@ -9,19 +10,19 @@
 
 namespace effattn::cuda {
 
-constexpr int kMostChannels = 128;  // of a head of linear attention
-constexpr int kMostGroups = 12;     // leading dimensions, after merging those that lie behind each other
+constexpr int kMaxChannels = 128;  // of a head of linear attention
+constexpr int kMaxGroups = 12;     // leading dimensions, after merging those that lie behind each other
 
 // Leading dimensions, merged where all tensors of a call allow it.
 struct Groups {
-  static constexpr int kMost = kMostGroups;
+  static constexpr int kMax = kMaxGroups;
   int rank = 0;
-  uint32_t sizes[kMost];
+  uint32_t sizes[kMax];
 };
 
 struct View {
   void* data;
-  int64_t group_strides[Groups::kMost];
+  int64_t group_strides[Groups::kMax];
   int64_t token_stride, channel_stride;
   int access;
 };
@@ -64,6 +65,9 @@ EFFATTN_DEVICE Matrix<T> by_channel(const View& view, const Groups& groups, int6
 void merge(const int64_t* sizes, int rank, const Operand* const* operands, View* const* views, int count,
            Groups& groups);
 
+// 16 or 4, the bytes that the address and all strides are multiples of; else 0.
+int alignment(const void* data, std::initializer_list<int64_t> strides, DType dtype);
+
 // The bytes of one access along tokens or channels: all strides and the address must be multiples of it.
 int access_of(const View& view, int rank, bool along_channels, DType dtype);
 
@@ -80,7 +84,7 @@ void with_channels(int64_t channels, F f) {
   if (channels <= 16) return f(std::integral_constant<int, 16>{});
   if (channels <= 32) return f(std::integral_constant<int, 32>{});
   if (channels <= 64) return f(std::integral_constant<int, 64>{});
-  return f(std::integral_constant<int, kMostChannels>{});
+  return f(std::integral_constant<int, kMaxChannels>{});
 }
 
 }  // namespace effattn::cuda

@@ -7,7 +7,7 @@
 namespace effattn::cuda {
 
 // An image (batch, channels, height * width) of any type.
-struct Picture {
+struct ImageView {
   Image image;
   DType dtype;
   int height, width;
@@ -34,7 +34,7 @@ struct Picture {
 // f, with a number of the image's type, if some of its channels can be had by whole vectors; whether they
 // can.
 template <class F>
-EFFATTN_DEVICE bool by_vectors(const Picture& x, int64_t first, int channels, F f) {
+EFFATTN_DEVICE bool by_vectors(const ImageView& x, int64_t first, int channels, F f) {
   const bool by_channels = x.image.channel_stride == 1;
   if (x.vector == 0 || (by_channels && (first % x.vector != 0 || channels % x.vector != 0))) return false;
   if (x.dtype == DType::kFloat32) {
@@ -63,7 +63,7 @@ struct PixelTiles {
   static constexpr int kBlocks = kPadded <= 64 ? 2 : 1;
   static constexpr int kStrip = 8;  // pixels of a row that a thread convolves
   // Channels that are staged with their surroundings at once, at most.
-  static constexpr int kChunk = least(kPadded, kStagedChannels);
+  static constexpr int kChunk = min(kPadded, kStagedChannels);
   // Floats from one channel to the next of all pixels, and from one pixel to the next of all channels; both
   // so that the lanes of a product meet in no bank.
   static constexpr int kByChannel = kPixels + 8, kByPixel = kPadded + 8;
@@ -84,7 +84,7 @@ EFFATTN_DEVICE int col_of(const Corner& at, int pixel) { return at.col + pixel %
 
 // Some channels of a tile, and what a kernel x kernel convolution reads around it, element by element.
 template <class Tiles>
-EFFATTN_DEVICE void stage_elements(const Picture& x, int64_t batch, int64_t first, int channels,
+EFFATTN_DEVICE void stage_elements(const ImageView& x, int64_t batch, int64_t first, int channels,
                                    const Corner& at, int kernel, float* to) {
   const int height = Tiles::kHeight + kernel - 1, width = Tiles::kWidth + kernel - 1, pixels = height * width;
   const int row0 = at.row - kernel / 2, col0 = at.col - kernel / 2;
@@ -99,7 +99,7 @@ EFFATTN_DEVICE void stage_elements(const Picture& x, int64_t batch, int64_t firs
 
 // The same by vectors of channels, or of the tile's own columns; columns beside it are elements.
 template <class T, class Tiles>
-EFFATTN_DEVICE void stage_vectors(const Picture& x, int64_t batch, int64_t first, int channels,
+EFFATTN_DEVICE void stage_vectors(const ImageView& x, int64_t batch, int64_t first, int channels,
                                   const Corner& at, int kernel, float* to) {
   constexpr int vector = kVector<T>, own = Tiles::kWidth / vector;
   const int height = Tiles::kHeight + kernel - 1, width = Tiles::kWidth + kernel - 1, halo = kernel / 2;
@@ -135,7 +135,7 @@ EFFATTN_DEVICE void stage_vectors(const Picture& x, int64_t batch, int64_t first
 }
 
 template <class Tiles>
-EFFATTN_DEVICE void stage(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
+EFFATTN_DEVICE void stage(const ImageView& x, int64_t batch, int64_t first, int channels, const Corner& at,
                           int kernel, float* to) {
   const auto vectors = [&](auto type) {
     stage_vectors<decltype(type), Tiles>(x, batch, first, channels, at, kernel, to);
@@ -152,7 +152,7 @@ struct PieceOfTile {
   int pixel, channel;
   bool by_channels;
 
-  EFFATTN_DEVICE PieceOfTile(const Picture& x, int channels, int i)
+  EFFATTN_DEVICE PieceOfTile(const ImageView& x, int channels, int i)
       : by_channels(x.image.channel_stride == 1) {
     if (by_channels) {
       const int pieces = channels / kCount;
@@ -173,8 +173,8 @@ struct PieceOfTile {
 
 // Some channels of a tile from an image, put(pixel, channel, x); 0 outside of the image.
 template <class Tiles, class Put>
-EFFATTN_DEVICE void load_tile(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
-                              Put put) {
+EFFATTN_DEVICE void load_tile(const ImageView& x, int64_t batch, int64_t first, int channels,
+                              const Corner& at, Put put) {
   const auto vectors = [&](auto type) {
     using T = decltype(type);
     for_each<kPixelThreads>(channels * Tiles::kPixels / kVector<T>, [&](int i) {
@@ -201,8 +201,8 @@ EFFATTN_DEVICE void load_tile(const Picture& x, int64_t batch, int64_t first, in
 
 // And to an image, get(pixel, channel).
 template <class Tiles, class Get>
-EFFATTN_DEVICE void store_tile(const Picture& x, int64_t batch, int64_t first, int channels, const Corner& at,
-                               Get get) {
+EFFATTN_DEVICE void store_tile(const ImageView& x, int64_t batch, int64_t first, int channels,
+                               const Corner& at, Get get) {
   const auto vectors = [&](auto type) {
     using T = decltype(type);
     for_each<kPixelThreads>(channels * Tiles::kPixels / kVector<T>, [&](int i) {
@@ -225,7 +225,7 @@ EFFATTN_DEVICE void store_tile(const Picture& x, int64_t batch, int64_t first, i
 
 // Some pixels of a row of one channel, the first in a column that is a multiple of their number.
 template <int kCount>
-EFFATTN_DEVICE void load_strip(const Picture& x, int64_t batch, int64_t channel, int row, int col,
+EFFATTN_DEVICE void load_strip(const ImageView& x, int64_t batch, int64_t channel, int row, int col,
                                float (&to)[kCount]) {
   const auto vectors = [&](auto type) {
     using T = decltype(type);
@@ -244,7 +244,7 @@ EFFATTN_DEVICE void load_strip(const Picture& x, int64_t batch, int64_t channel,
   for (int e = 0; e < kCount; ++e) to[e] = x.load(batch, channel, row, col + e);
 }
 template <int kCount>
-EFFATTN_DEVICE void store_strip(const Picture& x, int64_t batch, int64_t channel, int row, int col,
+EFFATTN_DEVICE void store_strip(const ImageView& x, int64_t batch, int64_t channel, int row, int col,
                                 const float (&from)[kCount]) {
   const auto vectors = [&](auto type) {
     using T = decltype(type);
@@ -306,17 +306,15 @@ template <int kPadded>
 class MatrixTotal {
   static constexpr int kAcross = kPadded / kTileCols;
   static constexpr int kTiles = kPadded / kTileRows * kAcross;
-  static constexpr int kSlices = most(1, kPixelWarps / kTiles), kPerWarp = most(1, kTiles / kPixelWarps);
+  static constexpr int kSlices = max(1, kPixelWarps / kTiles), kPerWarp = max(1, kTiles / kPixelWarps);
   static constexpr int kPixels = PixelTiles<kPadded>::kPixels / kSlices;
 
   float total_[kPerWarp][kTileCols / 8][4] = {};
 
   EFFATTN_DEVICE static int row(int i) { return tile(i) / kAcross * kTileRows; }
   EFFATTN_DEVICE static int col(int i) { return tile(i) % kAcross * kTileCols; }
-  EFFATTN_DEVICE static int tile(int i) {
-    return warp_index() % least(kTiles, kPixelWarps) + i * kPixelWarps;
-  }
-  EFFATTN_DEVICE static int slice() { return warp_index() / least(kTiles, kPixelWarps); }
+  EFFATTN_DEVICE static int tile(int i) { return warp_index() % min(kTiles, kPixelWarps) + i * kPixelWarps; }
+  EFFATTN_DEVICE static int slice() { return warp_index() / min(kTiles, kPixelWarps); }
 
  public:
   static constexpr int64_t kSharedBytes = int64_t{4} * kSlices * kPadded * kPadded;
@@ -327,7 +325,7 @@ class MatrixTotal {
     const int first = slice() * kPixels;
     EFFATTN_UNROLL
     for (int i = 0; i < kPerWarp; ++i) {
-      tile_product<false, false>(
+      tile_product(
           total_[i], row(i), rows, col(i), cols, kPixels, [&](int r, int k) { return a(r, first + k); },
           [&](int k, int c) { return b(first + k, c); });
     }

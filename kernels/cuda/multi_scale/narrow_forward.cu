@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "../core/launch.h"
+#include "../core/narrow_tile.h"
 #include "../core/reduction.h"
-#include "../core/split_tile.h"
 #include "../core/tensors.h"
 
 namespace effattn::cuda {
@@ -22,21 +22,21 @@ constexpr int kWarps = kHeight, kThreads = kWarps * kLanes;
 constexpr int kStrip = 8;
 // Of a staged row: a vector of pixels on each side of the tile, and what keeps rows from meeting in a bank.
 constexpr int kBeside = 8, kRowStride = kWidth + 2 * kBeside + 8;
-constexpr int kMostPadded = 32;
+constexpr int kMaxPadded = 32;
 // Blocks that a scale's tiles are split into, where that can be: four for each multiprocessor of the largest
-// cards.
-constexpr int64_t kWantedBlocks = 528, kMostParts = 64;
+// GPUs.
+constexpr int64_t kWantedBlocks = 528, kMaxParts = 64;
 // Tensor cores truncate what they add up: no sum is longer than so many tiles, 16 pixels of each a warp.
-constexpr int64_t kMostTiles = 64;
+constexpr int64_t kMaxTiles = 64;
 // Rows of sums that each block of the queries adds up itself.
-constexpr int64_t kMostRows = 8;
+constexpr int64_t kMaxRows = 8;
 // Blocks of the queries for each multiprocessor: all of them at once.
 template <int kPadded>
 constexpr int kQueryBlocks = kPadded <= 16 ? 3 : 2;
 
 // One scale of an image, and the heads of the image itself where they are taken along.
 struct Scale {
-  Picture x;
+  ImageView x;
   ScaleWeights<const float> weights;
   int head_dim, heads, own_heads;  // own_heads: behind those of the scale, which take longest
   int first_head, all_heads;       // where the heads of the scale are in the output
@@ -58,7 +58,7 @@ struct Attend {
   const float* sums;  // as Sum's, to be added up over the rows
   int rows;
   float* keep;  // what they add up to, or null
-  Picture out;
+  ImageView out;
   bool by_pairs;  // of neighbours
   float eps;
 };
@@ -93,26 +93,26 @@ struct Memory {
   static constexpr int kTaps = static_cast<int>(round_up(kKernel * kKernel, 4));
 
   uint16_t* staged;  // (kPadded, kRows, kRowStride)
-  PartsTile convolved;
+  SplitTile convolved;
   char* weights;
   float *taps, *tap_biases, *biases;  // (kTensors, kPadded, kTaps), (kTensors, kPadded)
 
   EFFATTN_DEVICE Memory()
       : staged(reinterpret_cast<uint16_t*>(shared_memory())),
-        convolved(shared_memory() + kStagedBytes, kPadded, kPixels),
-        weights(shared_memory() + kStagedBytes + PartsTile::bytes(kPadded, kPixels)),
-        taps(reinterpret_cast<float*>(weights + kTensors * PartsTile::bytes(kPadded, kPadded))),
+        convolved(SplitTile::in(shared_memory() + kStagedBytes, kPadded, kPixels)),
+        weights(shared_memory() + kStagedBytes + SplitTile::bytes(kPadded, kPixels)),
+        taps(reinterpret_cast<float*>(weights + kTensors * SplitTile::bytes(kPadded, kPadded))),
         tap_biases(taps + kTensors * kPadded * kTaps),
         biases(tap_biases + kTensors * kPadded) {}
 
-  EFFATTN_DEVICE PartsTile pointwise(int tensor) const {
-    return PartsTile(weights + tensor * PartsTile::bytes(kPadded, kPadded), kPadded, kPadded);
+  EFFATTN_DEVICE SplitTile pointwise(int tensor) const {
+    return SplitTile::in(weights + tensor * SplitTile::bytes(kPadded, kPadded), kPadded, kPadded);
   }
 
   static constexpr int64_t kStagedBytes = int64_t{2} * kPadded * kChannelStride;
   static constexpr int64_t kBytes =
-      kStagedBytes + PartsTile::bytes(kPadded, kPixels) +
-      kTensors * (PartsTile::bytes(kPadded, kPadded) + 4 * kPadded * (kTaps + 2));
+      kStagedBytes + SplitTile::bytes(kPadded, kPixels) +
+      kTensors * (SplitTile::bytes(kPadded, kPadded) + 4 * kPadded * (kTaps + 2));
 };
 
 // The weights of a head's tensors, which begin at a channel.
@@ -122,13 +122,13 @@ EFFATTN_DEVICE void place_weights(const Scale& s, const Memory& memory, int64_t 
     return from != nullptr && inside ? from[i] : 0.0f;
   };
   for (int tensor = 0; tensor < kTensors; ++tensor) {
-    const PartsTile pointwise = memory.pointwise(tensor);
+    const SplitTile pointwise = memory.pointwise(tensor);
     const int64_t first = channel + tensor * s.head_dim;
     for_each_of<kThreads, kPadded * kPadded / 2>([&](int i) {
       const int row = i / (kPadded / 2), col = i % (kPadded / 2) * 2;
       const int64_t at = (first + row) * s.head_dim + col;
-      pointwise.put_pair(row, col, or_zero(s.weights.pointwise, at, row < s.head_dim && col < s.head_dim),
-                         or_zero(s.weights.pointwise, at + 1, row < s.head_dim && col + 1 < s.head_dim));
+      pointwise.put(row, col, or_zero(s.weights.pointwise, at, row < s.head_dim && col < s.head_dim),
+                    or_zero(s.weights.pointwise, at + 1, row < s.head_dim && col + 1 < s.head_dim));
     });
     for_each_of<kThreads, kPadded * Memory::kTaps>([&](int i) {
       const int c = i / Memory::kTaps, tap = i % Memory::kTaps;
@@ -150,7 +150,7 @@ template <class T, class Memory, int kKernel>
 EFFATTN_DEVICE void stage(const Scale& s, const Memory& memory, int64_t batch, int64_t channel,
                           const Corner& at) {
   constexpr int rows = Memory::kRows, halo = kKernel / 2, width = kWidth + 2 * halo;
-  const Picture& x = s.x;
+  const ImageView& x = s.x;
   const T* const data = static_cast<const T*>(x.image.data);
   const bool by_channels = x.image.channel_stride == 1;
   if (x.vector != 0 && !by_channels) {
@@ -238,36 +238,20 @@ EFFATTN_DEVICE void convolve(const Scale& s, const Memory& memory, int tensor, b
         }
       }
     }
-    Words<kStrip / 2> high, low;
-    EFFATTN_UNROLL
-    for (int e = 0; e < kStrip; e += 2) {
-      const BFloat16Parts parts = split(total[e], total[e + 1]);
-      high.words[e / 2] = parts.high;
-      low.words[e / 2] = parts.low;
-    }
-    uint16_t* const to = memory.convolved.high + c * memory.convolved.stride + row * kWidth + col;
-    store_words(to, high);
-    store_words(to + memory.convolved.low, low);
+    memory.convolved.template put_pairs<kStrip>(memory.convolved.at(c, row * kWidth + col),
+                                                [&](int e) { return total[e]; });
   });
 }
 
 // A tile of a product's result, 16 x 16, as an operand of the next: its rows as rows, or its rows as the
 // columns.
-EFFATTN_DEVICE void as_rows(Operand16& to, const float (&x)[2][4]) {
+EFFATTN_DEVICE void as_rows(SplitOperand& to, const float (&x)[2][4]) {
   EFFATTN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const BFloat16Parts parts = split(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
-    to.high[i] = parts.high;
-    to.low[i] = parts.low;
-  }
+  for (int i = 0; i < 4; ++i) to.set(i, x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
 }
-EFFATTN_DEVICE void as_columns(Operand16& to, const float (&x)[2][4]) {
+EFFATTN_DEVICE void as_columns(SplitOperand& to, const float (&x)[2][4]) {
   EFFATTN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const BFloat16Parts parts = split(x[i % 2][i / 2 * 2], x[i % 2][i / 2 * 2 + 1]);
-    to.high[i] = parts.high;
-    to.low[i] = parts.low;
-  }
+  for (int i = 0; i < 4; ++i) to.set(i, x[i % 2][i / 2 * 2], x[i % 2][i / 2 * 2 + 1]);
 }
 
 // --- sums -------------------------------------------------------------------------------------------
@@ -276,13 +260,13 @@ EFFATTN_DEVICE void as_columns(Operand16& to, const float (&x)[2][4]) {
 template <class Memory, int kPadded>
 EFFATTN_DEVICE void mix_channels(const Scale& s, const Memory& memory, int tensor, int channel,
                                  const Corner& at, float (&x)[2][4]) {
-  const PartsTile pointwise = memory.pointwise(tensor);
+  const SplitTile pointwise = memory.pointwise(tensor);
   EFFATTN_UNROLL
   for (int k = 0; k < kPadded; k += 16) {
-    Operand16 a, b;
+    SplitOperand a, b;
     pointwise.template load_a<false>(a, channel, k);
     memory.convolved.template load_b<true>(b, k, warp_index() * kWidth);
-    multiply_16(x, a, b);
+    mma_m16n16k16_split(x, a, b);
   }
   const int row = at.row + warp_index();
   EFFATTN_UNROLL
@@ -333,7 +317,7 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
   const Memory memory;
   const Place place(s, p.split.parts);
   const int64_t keys = place.channel + s.head_dim;  // behind q
-  const int begin = place.piece * p.split.part_tokens, end = least(begin + p.split.part_tokens, s.tiles());
+  const int begin = place.piece * p.split.part_tokens, end = min(begin + p.split.part_tokens, s.tiles());
   if (begin < end) stage<T, Memory, kKernel>(s, memory, place.batch, keys, corner_of(s, begin));
   if (!place.is_own) place_weights<2, Memory, kPadded, kKernel>(s, memory, keys);
   float matrix[tiles][tiles][2][4] = {}, vector[tiles][2][4] = {};
@@ -347,7 +331,7 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
     convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
     sync_block();
     stage<T, Memory, kKernel>(s, memory, place.batch, keys + s.head_dim, at);
-    Operand16 key[tiles];
+    SplitOperand key[tiles];
     EFFATTN_UNROLL
     for (int n = 0; n < tiles; ++n) {
       if (place.is_own) {
@@ -367,7 +351,7 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
     if (tile + 1 < end) stage<T, Memory, kKernel>(s, memory, place.batch, keys, corner_of(s, tile + 1));
     EFFATTN_UNROLL
     for (int m = 0; m < tiles; ++m) {
-      Operand16 value;
+      SplitOperand value;
       if (place.is_own) {
         memory.convolved.template load_a<false>(value, 16 * m, pixel);
       } else {
@@ -376,14 +360,14 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
         as_rows(value, x);
       }
       EFFATTN_UNROLL
-      for (int n = 0; n < tiles; ++n) multiply_16(matrix[m][n], value, key[n]);
+      for (int n = 0; n < tiles; ++n) mma_m16n16k16_split(matrix[m][n], value, key[n]);
     }
     EFFATTN_UNROLL
     for (int n = 0; n < tiles; ++n) {
       EFFATTN_UNROLL
       for (int j = 0; j < 2; ++j) {
-        mma_m16n8k16<BFloat16>(vector[n][j], ones, {key[n].low[2 * j], key[n].low[2 * j + 1]});
-        mma_m16n8k16<BFloat16>(vector[n][j], ones, {key[n].high[2 * j], key[n].high[2 * j + 1]});
+        mma_m16n8k16<BFloat16>(vector[n][j], ones, {key[n].parts[1][2 * j], key[n].parts[1][2 * j + 1]});
+        mma_m16n8k16<BFloat16>(vector[n][j], ones, {key[n].parts[0][2 * j], key[n].parts[0][2 * j + 1]});
       }
     }
   }
@@ -401,7 +385,7 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
   }
   float* const of_block = shared + kWarps * (kPadded + 1) * kPadded;
   each_sum<kPadded>(shared, s.head_dim, matrix, vector, [&](int i, float total) { of_block[i] = total; });
-  sum_of_cluster<kThreads>(
+  cluster_sum<kThreads>(
       cluster, floats, [&](int i) { return of_block + i; }, [&](int i, float total) { to[i] = total; });
 }
 
@@ -416,10 +400,12 @@ struct Attended {
   const OfQueries memory;
   const Place place;
   // Below S stands z in 16 rows, so that all lanes get the denominators of their pixels.
-  const PartsTile state;
+  const SplitTile state;
 
   EFFATTN_DEVICE explicit Attended(const Attend& p)
-      : p(p), place(p.scale, p.pieces), state(shared_memory() + OfQueries::kBytes, kPadded + 16, kPadded) {}
+      : p(p),
+        place(p.scale, p.pieces),
+        state(SplitTile::in(shared_memory() + OfQueries::kBytes, kPadded + 16, kPadded)) {}
 
   EFFATTN_DEVICE void place_state() const {
     const Scale& s = p.scale;
@@ -437,12 +423,12 @@ struct Attended {
         for (int r = 0; r < p.rows; ++r) x[e] += sums[r * floats + number];
         if (keep != nullptr && row <= kPadded) keep[number] = x[e];
       }
-      state.put_pair(row, col, x[0], x[1]);
+      state.put(row, col, x[0], x[1]);
     });
   }
 
   // Of the warp's row of pixels, relu taken.
-  EFFATTN_DEVICE void load(Operand16 (&query)[kTiles]) const {
+  EFFATTN_DEVICE void load(SplitOperand (&query)[kTiles]) const {
     const int pixel = warp_index() * kWidth;
     EFFATTN_UNROLL
     for (int n = 0; n < kTiles; ++n) {
@@ -455,13 +441,13 @@ struct Attended {
         continue;
       }
       float x[2][4] = {};
-      const PartsTile pointwise = memory.pointwise(0);
+      const SplitTile pointwise = memory.pointwise(0);
       EFFATTN_UNROLL
       for (int k = 0; k < kPadded; k += 16) {
-        Operand16 a, b;
+        SplitOperand a, b;
         memory.convolved.template load_a<true>(a, k, pixel);
         pointwise.template load_b<false>(b, 16 * n, k);
-        multiply_16(x, a, b);
+        mma_m16n16k16_split(x, a, b);
       }
       EFFATTN_UNROLL
       for (int e = 0; e < 8; ++e) {
@@ -477,21 +463,21 @@ struct Attended {
   }
 
   // 16 channels of the state from `row` on times queries.
-  EFFATTN_DEVICE void multiply(float (&c)[2][4], const Operand16 (&query)[kTiles], int row) const {
+  EFFATTN_DEVICE void multiply(float (&c)[2][4], const SplitOperand (&query)[kTiles], int row) const {
     EFFATTN_UNROLL
     for (int k = 0; k < kTiles; ++k) {
-      Operand16 of_state;
+      SplitOperand of_state;
       if constexpr (kChannelsLast) {
         state.template load_b<false>(of_state, row, 16 * k);
-        multiply_16(c, query[k], of_state);
+        mma_m16n16k16_split(c, query[k], of_state);
       } else {
         state.template load_a<false>(of_state, row, 16 * k);
-        multiply_16(c, of_state, query[k]);
+        mma_m16n16k16_split(c, of_state, query[k]);
       }
     }
   }
 
-  EFFATTN_DEVICE void store(const Operand16 (&query)[kTiles], const Corner& at) const {
+  EFFATTN_DEVICE void store(const SplitOperand (&query)[kTiles], const Corner& at) const {
     const int head_dim = p.scale.head_dim, image_row = at.row + warp_index();
     float denominator[2][4] = {}, inverse[2][2];
     multiply(denominator, query, kPadded);
@@ -499,7 +485,7 @@ struct Attended {
     for (int i = 0; i < 4; ++i) {
       // Of pixels g and g + 8, or 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
       const float x = kChannelsLast ? denominator[0][i % 2 * 2] : denominator[i / 2][i % 2];
-      inverse[i / 2][i % 2] = approximate_inverse(divisible(x + p.eps));
+      inverse[i / 2][i % 2] = rcp_approx(clamp_subnormal(x + p.eps));
     }
     if (image_row >= p.out.height) return;
     // A lane has two neighbours along what is contiguous, and the same eight further on, both ways.
@@ -525,10 +511,10 @@ struct Attended {
           store_words(to, Words<1>{{pack<T>(first, second)}});
           continue;
         }
-        to[0] = narrowed<T>(first);
+        to[0] = from_float<T>(first);
         const bool has_second =
             kChannelsLast ? channel + channels + 1 < head_dim : right + columns + 1 < p.out.width;
-        if (has_second) to[kChannelsLast ? over_channels : over_columns] = narrowed<T>(second);
+        if (has_second) to[kChannelsLast ? over_channels : over_columns] = from_float<T>(second);
       }
     }
   }
@@ -542,7 +528,7 @@ attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
   const Attended<T, kPadded, kKernel, kChannelsLast> attended(p);
   const Place& place = attended.place;
   const Memory& memory = attended.memory;
-  const int begin = place.piece * p.tiles, end = least(begin + p.tiles, s.tiles());  // one at least
+  const int begin = place.piece * p.tiles, end = min(begin + p.tiles, s.tiles());  // one at least
   stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, corner_of(s, begin));
   if (!place.is_own) place_weights<1, Memory, kPadded, kKernel>(s, memory, place.channel);
   EFFATTN_NOT_UNROLLED
@@ -554,7 +540,7 @@ attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
     if (tile + 1 < end) {
       stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, corner_of(s, tile + 1));
     }
-    Operand16 query[kPadded / 16];
+    SplitOperand query[kPadded / 16];
     attended.load(query);
     if (tile == begin) {  // the first tile is convolved while the sums are still being added up
       grid_dependency_wait();
@@ -568,50 +554,49 @@ attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
 // --- launches ---------------------------------------------------------------------------------------
 
 // How the tiles of a head are split: a function of the sizes alone, as everywhere.
-Split split_tiles(int64_t heads, int tiles, const Card& card) {
-  int64_t parts = max(1, min(min(ceil_div(kWantedBlocks, heads), kMostParts), tiles));
-  const int cluster = cluster_of(parts, card);
-  parts = max(parts / cluster * cluster, round_up(ceil_div(tiles, kMostTiles), cluster));
+Split split_tiles(int64_t heads, int tiles, const Gpu& gpu) {
+  int64_t parts = max(1, min(min(ceil_div(kWantedBlocks, heads), kMaxParts), tiles));
+  const int cluster = cluster_of(parts, gpu);
+  parts = max(parts / cluster * cluster, round_up(ceil_div(tiles, kMaxTiles), cluster));
   return {static_cast<int>(ceil_div(tiles, parts)), static_cast<int>(parts), cluster};
 }
 
 }  // namespace
 
-bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Picture& out, float* sums,
+bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const ImageView& out, float* sums,
                    const Execution& execution) {
-  if (problem.dtype == DType::kFloat32 || problem.head_dim > kMostPadded || problem.scales == 0) return false;
-  for (int i = 0; i < problem.scales; ++i) {
-    if (problem.kernels[i] != 3 && problem.kernels[i] != 5) return false;
+  if (params.dtype == DType::kFloat32 || params.head_dim > kMaxPadded || params.scales == 0) return false;
+  for (int i = 0; i < params.scales; ++i) {
+    if (params.kernels[i] != 3 && params.kernels[i] != 5) return false;
   }
   Scale s{};
   s.x = x;
-  s.head_dim = static_cast<int>(problem.head_dim);
-  s.heads = static_cast<int>(problem.heads);
-  s.all_heads = static_cast<int>(problem.all_heads());
-  s.down = static_cast<int>(ceil_div(problem.height, kHeight));
-  s.across = static_cast<int>(ceil_div(problem.width, kWidth));
-  const int64_t groups = problem.batch * problem.all_heads(),
-                floats = (problem.head_dim + 1) * problem.head_dim;
-  if (groups * s.tiles() > kMostBlocks) return false;
+  s.head_dim = static_cast<int>(params.head_dim);
+  s.heads = static_cast<int>(params.heads);
+  s.all_heads = static_cast<int>(params.all_heads());
+  s.down = static_cast<int>(ceil_div(params.height, kHeight));
+  s.across = static_cast<int>(ceil_div(params.width, kWidth));
+  const int64_t groups = params.batch * params.all_heads(), floats = (params.head_dim + 1) * params.head_dim;
+  if (groups * s.tiles() > kMaxBlocks) return false;
   const auto each_scale = [&](auto f) {
-    for (int i = 0; i < problem.scales; ++i) {
-      s.weights = problem.weights[i];
+    for (int i = 0; i < params.scales; ++i) {
+      s.weights = params.weights[i];
       s.own_heads = i == 0 ? s.heads : 0;
       s.first_head = (1 + i) * s.heads;
-      with_dtype(problem.dtype, [&](auto type) {
+      with_dtype(params.dtype, [&](auto type) {
         using T = decltype(type);
         if constexpr (kIsNarrow<T>) {
           const auto with_kernel = [&](auto padded) {
-            if (problem.kernels[i] == 3) return f(type, padded, std::integral_constant<int, 3>{});
+            if (params.kernels[i] == 3) return f(type, padded, std::integral_constant<int, 3>{});
             f(type, padded, std::integral_constant<int, 5>{});
           };
           if (s.head_dim <= 16) return with_kernel(std::integral_constant<int, 16>{});
-          with_kernel(std::integral_constant<int, kMostPadded>{});
+          with_kernel(std::integral_constant<int, kMaxPadded>{});
         }
       });
     }
   };
-  Sum sum{s, split_tiles(groups, s.tiles(), execution.card), nullptr};
+  Sum sum{s, split_tiles(groups, s.tiles(), execution.gpu), nullptr};
   const int64_t rows = sum.split.rows();
   sum.sums = rows == 1 && sums != nullptr ? sums : execution.workspace(groups * rows * floats);
   each_scale([&](auto type, auto padded, auto kernel) {
@@ -620,7 +605,7 @@ bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Pict
     constexpr int64_t reduced = int64_t{4} * (kWarps + 1) * (padded() + 1) * padded();
     static_assert(reduced <= Memory::kBytes);
     launch(sum_narrow_tiles<decltype(type), padded(), kernel()>,
-           {problem.batch * s.together() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
+           {params.batch * s.together() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
            execution, sum);
   });
   Attend a{s};
@@ -628,8 +613,8 @@ bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Pict
   a.rows = static_cast<int>(rows);
   a.keep = rows > 1 ? sums : nullptr;
   a.out = out;
-  a.eps = problem.eps;
-  if (rows > kMostRows) {
+  a.eps = params.eps;
+  if (rows > kMaxRows) {
     if (sums == nullptr) sums = execution.workspace(groups * floats);
     add_up(sum.sums, sums, groups, rows, floats, execution);
     a.sums = sums;
@@ -638,21 +623,21 @@ bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Pict
   }
   const Image& image = out.image;
   const bool channels_last = image.channel_stride == 1 && image.token_stride != 1;
-  const bool is_even = image.batch_stride % 2 == 0 && reinterpret_cast<uintptr_t>(image.data) % 4 == 0;
-  a.by_pairs = is_even && (channels_last ? problem.head_dim % 2 == 0 && image.token_stride % 2 == 0
-                                         : image.token_stride == 1 && image.channel_stride % 2 == 0 &&
-                                               out.width % 2 == 0);
+  const bool is_even =
+      channels_last ? params.head_dim % 2 == 0 : image.token_stride == 1 && out.width % 2 == 0;
+  const int64_t step = channels_last ? image.token_stride : image.channel_stride;
+  a.by_pairs = is_even && alignment(image.data, {image.batch_stride, step}, params.dtype) > 0;
   each_scale([&](auto type, auto padded, auto kernel) {
     using T = decltype(type);
     a.scale = s;
-    // Results do not depend on it, so that it may depend on the card.
-    const int64_t blocks = int64_t{kQueryBlocks<padded()>} * execution.card.multiprocessors;
+    // Results do not depend on it, so that it may depend on the gpu.
+    const int64_t blocks = int64_t{kQueryBlocks<padded()>} * execution.gpu.multiprocessors;
     a.pieces = static_cast<int>(ceil_div(s.tiles(), ceil_div(groups * s.tiles(), blocks)));
     a.tiles = static_cast<int>(ceil_div(s.tiles(), a.pieces));
-    const int64_t bytes = Memory<padded(), kernel(), 1>::kBytes + PartsTile::bytes(padded() + 16, padded());
+    const int64_t bytes = Memory<padded(), kernel(), 1>::kBytes + SplitTile::bytes(padded() + 16, padded());
     launch(channels_last ? attend_narrow_tiles<T, padded(), kernel(), true>
                          : attend_narrow_tiles<T, padded(), kernel(), false>,
-           {problem.batch * s.together() * a.pieces, kThreads, bytes, 1, true}, execution, a);
+           {params.batch * s.together() * a.pieces, kThreads, bytes, 1, true}, execution, a);
   });
   return true;
 }

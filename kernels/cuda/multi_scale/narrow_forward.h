@@ -1,4 +1,4 @@
-// The forward of narrow types on a card.
+// The forward of narrow types on a gpu.
 #pragma once
 
 #include "api.h"
@@ -6,8 +6,8 @@
 
 namespace effattn::cuda {
 
-// False, and nothing is done, for heads or scales that it does not take. `sums` as in attend().
-bool attend_narrow(const MultiScaleParams& problem, const Picture& x, const Picture& out, float* sums,
+// False, and nothing is done, for heads or scales that it does not take. `kv_state` as in attend().
+bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const ImageView& out, float* kv_state,
                    const Execution& execution);
 
 }  // namespace effattn::cuda

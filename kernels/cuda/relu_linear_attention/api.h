@@ -1,4 +1,4 @@
-// ReLU linear attention on a card: entry points, as those of the CPU.
+// ReLU linear attention on a GPU: the entry points, as those of the CPU.
 #pragma once
 
 #include "../../params/relu_linear_attention.h"
@@ -6,11 +6,10 @@
 
 namespace effattn::cuda {
 
-// `sums`: groups x (value_dim + 1, head_dim) floats to keep for the backward pass, or null.
-void forward(const LinearAttentionParams& problem, float* sums, const Execution& execution);
-// Fills `sums` with those of the forward pass, of keys and values alone.
-void sum_keys(const LinearAttentionParams& problem, float* sums, const Execution& execution);
-// `sums`: those of the forward pass.
-void backward(const LinearAttentionParams& problem, const float* sums, const Execution& execution);
+// `kv_state`: groups x (value_dim + 1, head_dim) floats to keep for the backward, or null.
+void forward(const LinearAttentionParams& params, float* kv_state, const Execution& execution);
+// Fills `kv_state` as the forward does, from keys and values alone.
+void make_kv_state(const LinearAttentionParams& params, float* kv_state, const Execution& execution);
+void backward(const LinearAttentionParams& params, const float* kv_state, const Execution& execution);
 
 }  // namespace effattn::cuda

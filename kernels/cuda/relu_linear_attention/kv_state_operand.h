@@ -1,4 +1,4 @@
-// The state of linear attention (S, and z below it) as the second operand of products, in shared memory.
+// The kv_state of linear attention (S, and z below it) as the second operand of products, in shared memory.
 //
 // It is split in two parts once, when it is placed, and lies in the order in which a warp's products take it:
 // a lane reads what it needs of a step as one vector.
@@ -6,13 +6,13 @@
 
 #include <type_traits>
 
-#include "../core/split_float.h"
+#include "../core/mma.h"
 
-namespace effattn::cuda {
+namespace effattn::cuda::linear_attention {
 
 // Number `lane` of a step: both registers of the operand, or both of each part.
 template <int kRegisters>
-using StateWords = Words<kRegisters>;
+using KvStateWords = Words<kRegisters>;
 
 // In place of a column of the state: z.
 constexpr int kZ = -1;
@@ -21,7 +21,7 @@ constexpr int kZ = -1;
 // both; x comes In::kAllCols channels at a time. kHasVector: beside m there is a vector, m(k), whose product
 // with x comes in every column of a tile of its own.
 template <class T, class Out, class In, int kDepth, bool kHasVector>
-class StateOperand {
+class KvStateOperand {
   // bfloat16 multiplies as it is. float16 does not, since a state may be larger than it holds: in TF32, it is
   // exact.
   static constexpr bool kPairs = std::is_same_v<T, BFloat16>;
@@ -38,7 +38,7 @@ class StateOperand {
  public:
   static constexpr int64_t kSharedBytes = 4 * kWords * kPlaces;
 
-  EFFATTN_DEVICE explicit StateOperand(char* shared) : shared_(shared) {}
+  EFFATTN_DEVICE explicit KvStateOperand(char* shared) : shared_(shared) {}
 
   // By all threads of a block, and there after a barrier. What stands at (k, n) is the sum of get(row, k, n)
   // over the rows, in their order, and put(k, n, sum) is told once; n is kZ for the vector.
@@ -102,7 +102,7 @@ class StateOperand {
       EFFATTN_UNROLL
       for (int j = 0; j < kAllTiles; ++j) {
         const int step = chunk * kStepsOfChunk + s;
-        const auto words = shared_words<StateWords<kWords>>(
+        const auto words = shared_words<KvStateWords<kWords>>(
             shared_ + int64_t{4} * kWords * ((step * kAllTiles + j) * kLanes + lane_index()));
         EFFATTN_UNROLL
         for (int i = 0; i < rows; ++i) {
@@ -132,15 +132,16 @@ class StateOperand {
   // A register of an operand.
   using Part = std::conditional_t<kPairs, uint32_t, float>;
 
-  EFFATTN_DEVICE static StateWords<kWords> words_of(const float (&x)[kStepRegisters]) {
+  EFFATTN_DEVICE static KvStateWords<kWords> words_of(const float (&x)[kStepRegisters]) {
     if constexpr (kPairs) {
-      const BFloat16Parts first = split(x[0], x[1]), second = split(x[2], x[3]);
+      const BFloat16Parts first = split_bf16(x[0], x[1]), second = split_bf16(x[2], x[3]);
       return {{first.high, second.high, first.low, second.low}};
     } else if constexpr (kSplit && kIsNarrow<T>) {
       const Tf32Parts first = split_tf32(x[0]), second = split_tf32(x[1]);
       return {{bits_of(first.high), bits_of(second.high), bits_of(first.low), bits_of(second.low)}};
     } else if constexpr (kSplit) {
-      return {{bits_of(high(x[0])), bits_of(high(x[1])), bits_of(low(x[0])), bits_of(low(x[1]))}};
+      return {{bits_of(tf32_high(x[0])), bits_of(tf32_high(x[1])), bits_of(tf32_low(x[0])),
+               bits_of(tf32_low(x[1]))}};
     } else {
       return {{bits_of(x[0]), bits_of(x[1])}};
     }
@@ -155,25 +156,25 @@ class StateOperand {
     }
   }
 
-  EFFATTN_DEVICE static void multiply(float (&c)[4], const Part (&a)[4], const StateWords<kWords>& words) {
+  EFFATTN_DEVICE static void multiply(float (&c)[4], const Part (&a)[4], const KvStateWords<kWords>& words) {
     if constexpr (kPairs) {
       mma_m16n8k16<BFloat16>(c, a, {words.words[2], words.words[3]});
       mma_m16n8k16<BFloat16>(c, a, {words.words[0], words.words[1]});
     } else {
       const float b[2] = {float_of(words.words[0]), float_of(words.words[1])};
       if constexpr (!kSplit) {
-        cuda::multiply<In::kExact, false>(c, a, b);
+        mma_m16n8k8_float<In::kExact>(c, a, b);
       } else {
         const float rest[2] = {float_of(words.words[2]), float_of(words.words[3])};
         if constexpr (In::kExact) {
-          multiply_tf32(c, a, rest);
-          multiply_tf32(c, a, b);
+          mma_m16n8k8_tf32(c, a, rest);
+          mma_m16n8k8_tf32(c, a, b);
         } else {
-          multiply_parts(c, a, b, rest);
+          mma_m16n8k8_3xtf32(c, a, b, rest);
         }
       }
     }
   }
 };
 
-}  // namespace effattn::cuda
+}  // namespace effattn::cuda::linear_attention

@@ -28,7 +28,7 @@ constexpr size_t kStackBytes = 96 * 1024;
 struct Meeting {
   int members = 0, come = 0;
   int64_t round = 0;
-  int kind = 0;  // of what the first one came for: threads that diverged would hang on a card
+  int kind = 0;  // of what the first one came for: threads that diverged would hang on a GPU
 };
 
 struct Warp {
@@ -178,7 +178,7 @@ void meet(Meeting& meeting, int kind, F last) {
 
 enum Kind { kBlock, kCluster, kWarp, kExchange, kMultiply, kMultiplyNarrow, kLoadMatrices };
 
-// As cards do it at worst: products exact, their sum with c rounded towards zero.
+// As GPUs do it at worst: products exact, their sum with c rounded towards zero.
 float towards_zero(double x) {
   float y = static_cast<float>(x);
   if (std::isfinite(x) && std::fabs(static_cast<double>(y)) > std::fabs(x)) y = std::nextafterf(y, 0.0f);
@@ -201,7 +201,7 @@ void multiply(Warp& w) {
 
 template <class T>
 float half_of(uint32_t pair, int k) {
-  return widened(T{static_cast<uint16_t>(pair >> k % 2 * 16)});
+  return to_float(T{static_cast<uint16_t>(pair >> k % 2 * 16)});
 }
 
 template <class T>
@@ -288,7 +288,7 @@ void sync_cluster() {
   meet(machine().cluster, kCluster, [] {});
 }
 
-float exchange(float x, int bits) {
+float shfl_xor(float x, int bits) {
   Warp& w = warp();
   w.in[lane()] = x;
   // Copied, since the first to go on may be back before the last has read.
@@ -296,7 +296,7 @@ float exchange(float x, int bits) {
   return w.exchanged[lane() ^ bits];
 }
 
-float of_cluster(const float* shared, int rank) {
+float load_dsmem(const float* shared, int rank) {
   const char* const begin = self().block->shared.get();
   const int64_t offset = reinterpret_cast<const char*>(shared) - begin;
   if (offset < 0 || offset + 4 > machine().launch.shared_bytes)
@@ -308,7 +308,7 @@ float of_cluster(const float* shared, int rank) {
   return x;
 }
 
-void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   for (const float x : a) check_tf32(x);
   for (const float x : b) check_tf32(x);
   Warp& w = warp();
@@ -377,24 +377,24 @@ void grid_dependency_wait() {
   self().has_waited = true;
 }
 
-float widened(Float16 x) {
+float to_float(Float16 x) {
   _Float16 h;
   std::memcpy(&h, &x, 2);
   return static_cast<float>(h);
 }
 template <>
-float narrowed<float>(float x) {
+float from_float<float>(float x) {
   return x;
 }
 template <>
-Float16 narrowed<Float16>(float x) {
+Float16 from_float<Float16>(float x) {
   const _Float16 h = static_cast<_Float16>(x);
   Float16 y;
   std::memcpy(&y, &h, 2);
   return y;
 }
 template <>
-BFloat16 narrowed<BFloat16>(float x) {
+BFloat16 from_float<BFloat16>(float x) {
   const uint32_t bits = bits_of(x);
   if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};

@@ -22,9 +22,9 @@ char* shared_memory();
 void sync_block();
 void sync_warp();
 void sync_cluster();
-float exchange(float x, int bits);
-float of_cluster(const float* shared, int rank);
-void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);
+float shfl_xor(float x, int bits);
+float load_dsmem(const float* shared, int rank);
+void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]);
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <bool kTransposed>
@@ -68,19 +68,19 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float exponential(float x) { return std::exp(x); }
-inline float approximate_exp2(float x) { return std::exp2(x); }
-inline float approximate_inverse(float x) { return 1 / x; }
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1 / x; }
 
-inline float widened(float x) { return x; }
-inline float widened(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
-float widened(Float16 x);
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+float to_float(Float16 x);
 template <class T>
-T narrowed(float x);
+T from_float(float x);
 
-inline float fused_multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
+inline float fma_rn(float x, float y, float z) { return std::fma(x, y, z); }
 template <class T>
 uint32_t pack(float first, float second) {
-  return narrowed<T>(first).bits | static_cast<uint32_t>(narrowed<T>(second).bits) << 16;
+  return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
 }
 inline uint32_t low_halves(uint32_t first, uint32_t second) { return (first & 0xffff) | second << 16; }
 inline uint32_t high_halves(uint32_t first, uint32_t second) { return first >> 16 | (second & 0xffff0000u); }
@@ -88,7 +88,7 @@ template <class T>
 uint32_t relu_pair(uint32_t x) {
   const auto half = [](uint32_t bits) {
     const T one{static_cast<uint16_t>(bits)};
-    return widened(one) <= 0 ? 0u : uint32_t{one.bits};
+    return to_float(one) <= 0 ? 0u : uint32_t{one.bits};
   };
   return half(x & 0xffff) | half(x >> 16) << 16;
 }
