@@ -271,7 +271,7 @@ def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrel
     digest = getattr(build, f"{device}_digest")
     first = digest("nvcc 13.0")
     assert digest("nvcc 12.8") != first
-    for path in (*unrelated, "kernels/triton/sums.py"):
+    for path in (*unrelated, "kernels/triton/reduction.py"):
         (tmp_path / path).write_text("changed")
     assert digest("nvcc 13.0") == first
     for source in (*sources, "kernels/params/image.h", "csrc/multi_scale.cpp", "csrc/build.py"):

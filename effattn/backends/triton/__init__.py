@@ -18,7 +18,7 @@ import torch
 
 from effattn import _library
 from effattn._triton import configs
-from effattn._triton.configs import MOST_CHANNELS, MOST_TALKING_HEADS
+from effattn._triton.configs import MAX_CHANNELS, MAX_TALKING_HEADS
 from effattn.backends._base import Backend, Fused
 from effattn.backends._sizes import beyond
 from effattn.backends.triton import (
@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
 LEAST_CAPABILITY = (8, 0)
 #: The most that the kernels take of a call's sizes, by name.
-LIMITS = {"channels": MOST_CHANNELS, "talking_heads": MOST_TALKING_HEADS}
+LIMITS = {"channels": MAX_CHANNELS, "talking_heads": MAX_TALKING_HEADS}
 
 
 def _unavailable() -> str | None:

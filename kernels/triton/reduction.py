@@ -1,7 +1,4 @@
-"""Sums that are split over programs and added up in order; and the sums over the keys of linear attention.
-
-What a query needs of the keys, sum v k^T and sum k, are Dv + 1 rows of D numbers in float32.
-"""
+"""Sums that are split over programs and added up in order."""
 
 from __future__ import annotations
 
@@ -57,36 +54,3 @@ def add_up_partial(partial: torch.Tensor | None, grad: torch.Tensor | None) -> N
     """Of what :func:`new_partial` made."""
     if partial is not None and grad is not None and partial is not grad:
         add_up(partial, grad)
-
-
-@triton.jit
-def matrix_pointers(sums, group, value, first, head_dim, value_dim, D: tl.constexpr, DV: tl.constexpr):
-    """Pointers to (DV, D) of sum v k^T from row ``value`` and column ``first`` on, and which of them there are."""
-    row, col = value + tl.arange(0, DV)[:, None], first + tl.arange(0, D)[None, :]
-    at = sums + group.to(tl.int64) * (value_dim + 1) * head_dim + row * head_dim + col
-    return at, (row < value_dim) & (col < head_dim)
-
-
-@triton.jit
-def load_matrix(sums, group, value, first, head_dim, value_dim, D: tl.constexpr, DV: tl.constexpr):
-    at, inside = matrix_pointers(sums, group, value, first, head_dim, value_dim, D, DV)
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def vector_pointers(sums, group, first, head_dim, value_dim, D: tl.constexpr):
-    """Pointers to sum k (D,) from ``first`` on, which stands behind the matrix, and which of them there are."""
-    col = first + tl.arange(0, D)
-    return sums + (group.to(tl.int64) * (value_dim + 1) + value_dim) * head_dim + col, col < head_dim
-
-
-@triton.jit
-def load_vector(sums, group, first, head_dim, value_dim, D: tl.constexpr):
-    at, inside = vector_pointers(sums, group, first, head_dim, value_dim, D)
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def divisible(denominator):
-    """Subnormal ones, whose inverse float32 may not hold, count as 2^-126: zero times infinity would be NaN."""
-    return tl.where(denominator > 0, tl.maximum(denominator, 1.1754943508222875e-38), denominator)
