@@ -57,8 +57,9 @@ def test_nothing_is_spilled(resources):
 
 @compiled
 def test_every_operator_has_kernels(resources):
-    names = ("sum_tokens", "attend_at_once", "query_gradients", "key_gradients", "sum_tiles", "aggregate_tile")
-    names += ("pointwise_backward", "depthwise_backward", "walk", "walk_back", "softmax_gradients", "multiply_heads")
+    names = ("accumulate_kv_state", "attend_in_cluster", "query_gradients", "key_gradients", "aggregate_tile")
+    names += ("accumulate_kv_state_tiles", "pointwise_backward", "depthwise_backward", "cga_forward", "cga_backward")
+    names += ("softmax_gradients", "multiply_heads")
     for kernels in resources.values():
         for name in names:
             assert any(f"{len(name)}{name}" in kernel for kernel in kernels), name
@@ -72,7 +73,7 @@ def test_products_run_on_tensor_cores():
     kernels = re.split(r"\n\s*Function : ", sass)[1:]
     without = [k.split("\n", 1)[0] for k in kernels if "HMMA" not in k]
     assert kernels
-    allowed = ("add_up", "copy_picture", "compact", "nothing", "tap_gradients", "depthwise_backward")
+    allowed = ("add_up", "copy_image", "compact", "nothing", "tap_gradients", "depthwise_backward")
     assert all(any(name in kernel for name in allowed) for kernel in without), without
 
 

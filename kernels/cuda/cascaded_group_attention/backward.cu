@@ -168,7 +168,7 @@ void cascaded_group_attention_backward(const CascadeParams& params, const Execut
   p.grad_qs = execution.workspace(of_heads * p.q_stride());
   p.grad_qkvs = execution.workspace(of_heads * p.qkv_stride());
   Cascade forward = p;
-  const int64_t shared = place(forward, true, execution);
+  const int64_t shared = plan_memory(forward, true, execution);
   launch(cga_forward<true>, {p.windows, kThreads, shared}, execution, forward);
   launch(cga_backward, {p.windows, kThreads}, execution, p);
 

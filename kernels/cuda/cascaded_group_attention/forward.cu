@@ -19,7 +19,7 @@ void cascaded_group_attention(const CascadeParams& params, const Execution& exec
   if (cascade_of_small_windows(p, execution)) return;
   const int64_t enough = ceil_div(p.windows, execution.gpu.multiprocessors);
   p.windows_per_block = static_cast<int>(max(1, min(enough, kTokens / p.tokens())));
-  const int64_t shared = place(p, false, execution);
+  const int64_t shared = plan_memory(p, false, execution);
   launch(cga_forward<false>, {ceil_div(p.windows, p.windows_per_block), kThreads, shared}, execution, p);
 }
 

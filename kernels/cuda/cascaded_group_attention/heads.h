@@ -52,11 +52,11 @@ EFFATTN_DEVICE float convolved(const Cascade& p, int head, const float* rows, in
   return total;
 }
 
-// Takes what fits from shared memory, one piece after the other.
+// Hands out shared memory.
 struct Arena {
   float* next = reinterpret_cast<float*>(shared_memory());
 
-  // `instead`: where it is if it does not fit.
+  // `instead`: the workspace of what does not fit.
   EFFATTN_DEVICE float* take(int64_t floats, float* instead) {
     if (instead != nullptr) return instead;
     float* const piece = next;
@@ -147,7 +147,7 @@ cga_forward(EFFATTN_PARAMETERS(Cascade) p) {
             const int token = first + row, channel = head * p.value_dim + c;
             if (!kKept) store(p, p.out, window, token, channel, x);
             if (head + 1 == p.heads) return;
-            // What a window has too much is no part of the image, but the next head reads it.
+            // Tokens of a window beyond the image are not written, but the next head reads them.
             next_feat[(w * tokens + token) * p.feat_stride() + c] =
                 x + load(p, p.x, window, token, channel + p.value_dim);
           });
@@ -158,8 +158,8 @@ cga_forward(EFFATTN_PARAMETERS(Cascade) p) {
 
 // --- launches ---------------------------------------------------------------------------------------
 
-// Where each piece of a block's memory goes: what does not fit is the workspace's. Returns the shared bytes.
-inline int64_t place(Cascade& p, bool all_kept, const Execution& execution) {
+// Workspace for what of a block does not fit into shared memory. Returns the shared bytes.
+inline int64_t plan_memory(Cascade& p, bool all_kept, const Execution& execution) {
   const auto logits = [&] { return int64_t{4} * p.windows_per_block * p.rows * p.logit_stride(); };
   if (logits() > kMaxSharedBytes / 2) p.rows = min(p.rows, kFewQueries);
   int64_t left = kMaxSharedBytes;

@@ -2,8 +2,8 @@
 //
 // A block has the tokens of one window, or of several small ones, in 64 rows, and a warp 16 of these: the
 // logits of its queries never leave its registers, where their softmax is the first operand of the product
-// with v. Everything else is in shared memory, float32 in two parts of bfloat16. A head's weights come in
-// pieces, each while the one before is multiplied.
+// with v. Everything else is in shared memory, float32 in two parts of bfloat16. A head's weights are
+// prefetched some rows at a time, while those before are multiplied.
 #include <type_traits>
 
 #include "../core/launch.h"
@@ -21,36 +21,37 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 struct SmallWindows {
   Cascade of;
-  int piece;     // outputs of a piece of the weights, 16 or 32
-  int max_taps;  // of a channel
+  int weight_rows;  // outputs whose weights are in shared memory at a time, 16 or 32
+  int max_taps;     // of a channel
   int query_stride;
   bool by_pairs;  // two neighbouring channels at once
 };
 
-// Shared memory: where rows are in x and out; parts; what the convolution reads; weights and taps as they
-// come.
+// Shared memory: offsets of rows in x and out; operands in two parts; what the convolution reads; weights and
+// taps as they are prefetched.
 struct Memory {
-  int64_t* places;
+  int64_t* offsets;
   SplitTile feats, keys, values, queries, weights;
-  float *convolved, *coming, *taps;
+  float *convolved, *prefetched, *taps;
 
   EFFATTN_DEVICE explicit Memory(const SmallWindows& p)
-      : places(reinterpret_cast<int64_t*>(shared_memory())),
+      : offsets(reinterpret_cast<int64_t*>(shared_memory())),
         feats(SplitTile::in(shared_memory() + 16 * kRows, kRows, p.of.value_dim)),
         keys(SplitTile::in(behind(feats, kRows), kRows, p.of.key_dim)),
         values(SplitTile::in(behind(keys, kRows), kRows, p.of.value_dim)),
         queries(SplitTile::in(behind(values, kRows), kRows, p.of.key_dim)),
-        weights(SplitTile::in(behind(queries, kRows), p.piece, p.of.value_dim)),
-        convolved(reinterpret_cast<float*>(behind(weights, p.piece))),
-        coming(convolved + floats(p.of.windows_per_block * p.of.key_dim * p.query_stride)),
-        taps(coming + floats(p.piece * p.of.value_dim)) {}
+        weights(SplitTile::in(behind(queries, kRows), p.weight_rows, p.of.value_dim)),
+        convolved(reinterpret_cast<float*>(behind(weights, p.weight_rows))),
+        prefetched(convolved + floats(p.of.windows_per_block * p.of.key_dim * p.query_stride)),
+        taps(prefetched + floats(p.weight_rows * p.of.value_dim)) {}
 
   EFFATTN_INLINE static constexpr int64_t bytes(const SmallWindows& p) {
     const Cascade& c = p.of;
     return 16 * kRows + 2 * SplitTile::bytes(kRows, c.value_dim) + 2 * SplitTile::bytes(kRows, c.key_dim) +
-           SplitTile::bytes(p.piece, c.value_dim) +
-           int64_t{4} * (floats(int64_t{c.windows_per_block} * c.key_dim * p.query_stride) +
-                         floats(int64_t{p.piece} * c.value_dim) + floats(int64_t{c.key_dim} * p.max_taps));
+           SplitTile::bytes(p.weight_rows, c.value_dim) +
+           int64_t{4} *
+               (floats(int64_t{c.windows_per_block} * c.key_dim * p.query_stride) +
+                floats(int64_t{p.weight_rows} * c.value_dim) + floats(int64_t{c.key_dim} * p.max_taps));
   }
 
  private:
@@ -62,7 +63,7 @@ struct Memory {
 };
 
 // Numbers that follow each other, from memory to shared memory; there after the wait and a barrier.
-EFFATTN_DEVICE void bring(float* to, const float* from, int count) {
+EFFATTN_DEVICE void prefetch(float* to, const float* from, int count) {
   const int whole = reinterpret_cast<uintptr_t>(from) % 16 == 0 ? count / 4 : 0;
   for_each<kThreads>(whole, [&](int i) { cp_async_16(to + 4 * i, from + 4 * i, true); });
   for_each<kThreads>(count - 4 * whole, [&](int i) { to[4 * whole + i] = from[4 * whole + i]; });
@@ -95,7 +96,7 @@ EFFATTN_DEVICE void store_pair(const SmallWindows& p, int64_t at, int channel, i
 
 // Where the token of each row is in x and in out, negative outside of the image.
 template <int kSlot>
-EFFATTN_DEVICE void find_places(const Cascade& p, int64_t window0, int windows, int64_t* places) {
+EFFATTN_DEVICE void find_offsets(const Cascade& p, int64_t window0, int windows, int64_t* offsets) {
   for_each<kThreads>(kRows, [&](int row) {
     const int token = row % kSlot;
     int64_t pixel = -1, batch = 0;
@@ -107,8 +108,8 @@ EFFATTN_DEVICE void find_places(const Cascade& p, int64_t window0, int windows, 
     const auto place = [&](const Image& image) {
       return pixel < 0 ? -1 : batch * image.batch_stride + pixel * image.token_stride;
     };
-    places[row] = place(p.x);
-    places[kRows + row] = place(p.out);
+    offsets[row] = place(p.x);
+    offsets[kRows + row] = place(p.out);
   });
 }
 
@@ -116,7 +117,7 @@ EFFATTN_DEVICE void find_places(const Cascade& p, int64_t window0, int windows, 
 template <class T>
 EFFATTN_DEVICE void load_feats(const SmallWindows& p, const Memory& memory) {
   const int row = warp_index() * 16 + lane_index() % 16, value_dim = p.of.value_dim;
-  const int64_t at = memory.places[row];
+  const int64_t at = memory.offsets[row];
   for (int c = lane_index() / 16 * 2; c < value_dim; c += 4) {
     Pair<T> x{};
     if (at >= 0) x = load_pair<T>(p, at, c, value_dim);
@@ -124,38 +125,38 @@ EFFATTN_DEVICE void load_feats(const SmallWindows& p, const Memory& memory) {
   }
 }
 
-// Asks for the weights of a piece of a head's outputs.
-EFFATTN_DEVICE void bring_piece(const SmallWindows& p, const Memory& memory, int head, int first) {
-  const int rows = min(p.piece, p.of.outputs() - first), value_dim = p.of.value_dim;
-  bring(memory.coming, p.of.weights[head].qkv + static_cast<int64_t>(first) * value_dim, rows * value_dim);
+// The weights of some of a head's outputs.
+EFFATTN_DEVICE void prefetch_weights(const SmallWindows& p, const Memory& memory, int head, int first) {
+  const int rows = min(p.weight_rows, p.of.outputs() - first), value_dim = p.of.value_dim;
+  prefetch(memory.prefetched, p.of.weights[head].qkv + static_cast<int64_t>(first) * value_dim,
+           rows * value_dim);
   cp_async_commit();
 }
-EFFATTN_DEVICE void bring_taps(const SmallWindows& p, const Memory& memory, int head) {
+EFFATTN_DEVICE void prefetch_taps(const SmallWindows& p, const Memory& memory, int head) {
   const int kernel = p.of.kernels[head];
-  bring(memory.taps, p.of.weights[head].depthwise, p.of.key_dim * kernel * kernel);
+  prefetch(memory.taps, p.of.weights[head].depthwise, p.of.key_dim * kernel * kernel);
   cp_async_commit();
 }
 
-// What has come, in two parts; zeros behind.
-EFFATTN_DEVICE void split_piece(const SmallWindows& p, const Memory& memory, int first) {
+// What was prefetched, in two parts; zeros behind.
+EFFATTN_DEVICE void split_weights(const SmallWindows& p, const Memory& memory, int first) {
   const int rows = p.of.outputs() - first, value_dim = p.of.value_dim;
   const int pairs = static_cast<int>(round_up(value_dim, 16)) / 2;
-  for_each<kThreads>(p.piece * pairs, [&](int i) {
+  for_each<kThreads>(p.weight_rows * pairs, [&](int i) {
     const int row = i / pairs, col = i % pairs * 2;
-    const float* const from = memory.coming + row * value_dim + col;
+    const float* const from = memory.prefetched + row * value_dim + col;
     const bool inside = row < rows;
     memory.weights.put(row, col, inside && col < value_dim ? from[0] : 0.0f,
                        inside && col + 1 < value_dim ? from[1] : 0.0f);
   });
 }
 
-// A warp's rows of a piece of q, k and v, to where each is needed.
+// A warp's rows of some outputs, to q, k or v.
 template <int kSlot>
-EFFATTN_DEVICE void project_piece(const SmallWindows& p, const Memory& memory, int head, int first,
-                                  int windows) {
+EFFATTN_DEVICE void project(const SmallWindows& p, const Memory& memory, int head, int first, int windows) {
   const Cascade& c = p.of;
   const int row0 = warp_index() * 16, depth = static_cast<int>(round_up(c.value_dim, 16));
-  for (int col0 = 0; col0 < p.piece && first + col0 < c.outputs(); col0 += 16) {
+  for (int col0 = 0; col0 < p.weight_rows && first + col0 < c.outputs(); col0 += 16) {
     float sum[2][4] = {};
     EFFATTN_NOT_UNROLLED
     for (int k = 0; k < depth; k += 16) {
@@ -343,11 +344,11 @@ EFFATTN_DEVICE void attend(const SmallWindows& p, const Memory& memory, int head
   const bool is_last = head + 1 == c.heads;
   EFFATTN_NOT_UNROLLED
   for (int col0 = 0; col0 < c.value_dim; col0 += 16) {
-    // Asked for before the product.
+    // Prefetched before the product.
     Pair<T> next[2][2] = {};
     EFFATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = memory.places[row0 + row_lane() + 8 * half];
+      const int64_t at = memory.offsets[row0 + row_lane() + 8 * half];
       EFFATTN_UNROLL
       for (int j = 0; j < 2; ++j) {
         const int channel = col0 + 8 * j + 2 * col_lane();
@@ -366,7 +367,7 @@ EFFATTN_DEVICE void attend(const SmallWindows& p, const Memory& memory, int head
     EFFATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + row_lane() + 8 * half;
-      const int64_t to = memory.places[kRows + row];
+      const int64_t to = memory.offsets[kRows + row];
       EFFATTN_UNROLL
       for (int j = 0; j < 2; ++j) {
         const int channel = col0 + 8 * j + 2 * col_lane();
@@ -376,7 +377,7 @@ EFFATTN_DEVICE void attend(const SmallWindows& p, const Memory& memory, int head
         if (to >= 0) {
           store_pair<T>(p, to, head * c.value_dim + channel, (head + 1) * c.value_dim, first, second);
         }
-        // What a window has too much is no part of the image, but the next head reads it.
+        // Tokens of a window beyond the image are not written, but the next head reads them.
         const bool is_token = row - window_row < c.tokens();
         if (!is_last) {
           memory.feats.put(row, channel, is_token ? first + next[half][j].first : 0.0f,
@@ -394,33 +395,33 @@ small_windows(EFFATTN_PARAMETERS(SmallWindows) p) {
   const Memory memory(p);
   const int64_t window0 = block_index() * c.windows_per_block;
   const int windows = static_cast<int>(min(c.windows_per_block, c.windows - window0));
-  bring_piece(p, memory, 0, 0);
-  bring_taps(p, memory, 0);
+  prefetch_weights(p, memory, 0, 0);
+  prefetch_taps(p, memory, 0);
   // Rows and columns that nobody writes are factors of sums all the same.
   const int64_t parts = SplitTile::bytes(kRows, c.value_dim) + SplitTile::bytes(kRows, c.key_dim);
   for_each<kThreads>(static_cast<int>(2 * parts / 16), [&](int i) {
     store_words(reinterpret_cast<char*>(memory.feats.data) + int64_t{16} * i, Words<4>{});
   });
-  find_places<kSlot>(c, window0, windows, memory.places);
+  find_offsets<kSlot>(c, window0, windows, memory.offsets);
   sync_block();
   load_feats<T>(p, memory);
   for (int head = 0; head < c.heads; ++head) {
-    for (int first = 0; first < c.outputs(); first += p.piece) {
+    for (int first = 0; first < c.outputs(); first += p.weight_rows) {
       cp_async_wait<0>();
       sync_block();
-      split_piece(p, memory, first);
+      split_weights(p, memory, first);
       sync_block();
-      if (first + p.piece < c.outputs()) {
-        bring_piece(p, memory, head, first + p.piece);
+      if (first + p.weight_rows < c.outputs()) {
+        prefetch_weights(p, memory, head, first + p.weight_rows);
       } else if (head + 1 < c.heads) {
-        bring_piece(p, memory, head + 1, 0);
+        prefetch_weights(p, memory, head + 1, 0);
       }
-      project_piece<kSlot>(p, memory, head, first, windows);
+      project<kSlot>(p, memory, head, first, windows);
     }
     sync_block();
     convolve_queries<kSlot>(p, memory, head, windows);
     sync_block();
-    if (head + 1 < c.heads) bring_taps(p, memory, head + 1);
+    if (head + 1 < c.heads) prefetch_taps(p, memory, head + 1);
     attend<T, kSlot>(p, memory, head);
     sync_warp();
   }
@@ -437,7 +438,7 @@ bool cascade_of_small_windows(Cascade& c, const Execution& execution) {
   SmallWindows p{c, 32, 1, 0, false};
   for (int h = 0; h < c.heads; ++h) p.max_taps = max(p.max_taps, c.kernels[h] * c.kernels[h]);
   p.query_stride = c.tokens() | 1;  // odd, or channels would meet in one bank
-  if (Memory::bytes(p) > kMaxSharedBytes) p.piece = 16;
+  if (Memory::bytes(p) > kMaxSharedBytes) p.weight_rows = 16;
   if (Memory::bytes(p) > kMaxSharedBytes) return false;
   const auto has_pairs = [&](const Image& image) {
     return image.channel_stride == 1 && c.value_dim % 2 == 0 &&

@@ -1,4 +1,4 @@
-// What a block does together with matrices that lie anywhere: products on tensor cores, softmax, sums.
+// What all threads of a block do: products of matrices that lie anywhere on tensor cores, softmax, sums.
 #pragma once
 
 #include "fragment.h"
@@ -101,11 +101,11 @@ EFFATTN_DEVICE void for_each(int count, F f) {
 // together.
 template <int kThreads, int kCount, class F>
 EFFATTN_DEVICE void for_each_of(F f) {
-  constexpr int kTogether = 3;
+  constexpr int kInFlight = 3;
   EFFATTN_NOT_UNROLLED
-  for (int begin = 0; begin < kCount; begin += kTogether * kThreads) {
+  for (int begin = 0; begin < kCount; begin += kInFlight * kThreads) {
     EFFATTN_UNROLL
-    for (int i = 0; i < kTogether; ++i) {
+    for (int i = 0; i < kInFlight; ++i) {
       const int at = begin + i * kThreads;
       if (at < kCount && (at + kThreads <= kCount || at + thread_index() < kCount)) f(at + thread_index());
     }

@@ -1,4 +1,4 @@
-// What a kernel has of a GPU, in two forms: that of the device, and with EFFATTN_EMULATED one for the host
+// All that kernels use of CUDA, in two forms: that of the device, and with EFFATTN_EMULATED one for the host
 // (emulator.h), where each thread of a block is a fiber and every barrier, exchange and product of matrices
 // is checked. Kernels use nothing of CUDA but what stands here.
 #pragma once

@@ -21,7 +21,7 @@ struct Scale {
   int down, across;
 
   constexpr int tiles() const { return down * across; }
-  constexpr int together() const { return own_heads + heads; }
+  constexpr int launch_heads() const { return own_heads + heads; }
 };
 
 template <class Tiles>
@@ -93,17 +93,17 @@ EFFATTN_DEVICE void aggregate_head(const Scale& s, const Memory<Tiles>& memory, 
 }
 
 // What a block works on: heads of the image itself come first.
-struct Place {
+struct TileCoord {
   int64_t batch, channel;
   int head, piece;
   bool is_own;
 
   // `pieces` of each head of each image; of a head the channels begin at q's, k's or v's.
-  EFFATTN_DEVICE Place(const Scale& s, int64_t pieces, int which) {
+  EFFATTN_DEVICE TileCoord(const Scale& s, int64_t pieces, int which) {
     const int64_t group = block_index() / pieces;
     piece = static_cast<int>(block_index() % pieces);
-    head = static_cast<int>(group % s.together());
-    batch = group / s.together();
+    head = static_cast<int>(group % s.launch_heads());
+    batch = group / s.launch_heads();
     is_own = head < s.own_heads;
     channel = (static_cast<int64_t>(is_own ? head : head - s.own_heads) * 3 + which) * s.head_dim;
   }

@@ -32,16 +32,16 @@ accumulate_kv_state_tiles(EFFATTN_PARAMETERS(AttentionArgs) p) {
   using Tiles = PixelTiles<kPadded>;
   const Scale& s = p.scale;
   const Memory<Tiles> memory(s);
-  const Place place(s, p.parts, 1);
+  const TileCoord coord(s, p.parts, 1);
   float* const keys = memory.mixed;
   float* const values = keys + Tiles::kPixels * Tiles::kByPixel;
   MatrixTotal<kPadded> matrix;
   VectorTotal<kPadded> vector;
-  const int end = min((place.piece + 1) * p.part_tiles, s.tiles());
-  for (int tile = place.piece * p.part_tiles; tile < end; ++tile) {
+  const int end = min((coord.piece + 1) * p.part_tiles, s.tiles());
+  for (int tile = coord.piece * p.part_tiles; tile < end; ++tile) {
     const Corner at = corner_of<Tiles>(s, tile);
-    aggregate_head<Tiles, kKernel>(s, memory, place.is_own, place.batch, place.channel, at, keys);
-    aggregate_head<Tiles, kKernel>(s, memory, place.is_own, place.batch, place.channel + s.head_dim, at,
+    aggregate_head<Tiles, kKernel>(s, memory, coord.is_own, coord.batch, coord.channel, at, keys);
+    aggregate_head<Tiles, kKernel>(s, memory, coord.is_own, coord.batch, coord.channel + s.head_dim, at,
                                    values);
     const auto key = [&](int pixel, int c) { return relu(keys[pixel * Tiles::kByPixel + c]); };
     matrix.add(
@@ -50,7 +50,7 @@ accumulate_kv_state_tiles(EFFATTN_PARAMETERS(AttentionArgs) p) {
     vector.add(s.head_dim, key);
     sync_block();
   }
-  const int64_t group = (place.batch * p.all_heads + p.first_head + place.head) * p.parts + place.piece;
+  const int64_t group = (coord.batch * p.all_heads + p.first_head + coord.head) * p.parts + coord.piece;
   float* const to = p.kv_state + group * (s.head_dim + 1) * s.head_dim;
   matrix.finish(memory.staged, s.head_dim, s.head_dim,
                 [&](int r, int c, float x) { to[r * s.head_dim + c] = x; });
@@ -63,13 +63,13 @@ attend_tile(EFFATTN_PARAMETERS(AttentionArgs) p) {
   using Tiles = PixelTiles<kPadded>;
   const Scale& s = p.scale;
   const Memory<Tiles> memory(s);
-  const Place place(s, s.tiles(), 0);
-  const Corner at = corner_of<Tiles>(s, place.piece);
-  const int64_t head = place.batch * p.all_heads + p.first_head + place.head;
+  const TileCoord coord(s, s.tiles(), 0);
+  const Corner at = corner_of<Tiles>(s, coord.piece);
+  const int64_t head = coord.batch * p.all_heads + p.first_head + coord.head;
   const float* const kv_state = p.kv_state + head * (s.head_dim + 1) * s.head_dim;
   float* const queries = memory.mixed;
   float* const outputs = queries + Tiles::kPixels * Tiles::kByPixel;
-  aggregate_head<Tiles, kKernel>(s, memory, place.is_own, place.batch, place.channel, at, queries);
+  aggregate_head<Tiles, kKernel>(s, memory, coord.is_own, coord.batch, coord.channel, at, queries);
   float* const inverse = memory.staged;
   for_each<kPixelThreads>(Tiles::kPixels, [&](int pixel) {
     float denominator = 0;
@@ -85,8 +85,8 @@ attend_tile(EFFATTN_PARAMETERS(AttentionArgs) p) {
       [&](int, int k, int c) { return kv_state[c * s.head_dim + k]; },
       [&](int, int pixel, int c, float x) { outputs[pixel * Tiles::kByPixel + c] = x * inverse[pixel]; });
   sync_block();
-  const int64_t channel = static_cast<int64_t>(p.first_head + place.head) * s.head_dim;
-  store_tile<Tiles>(p.out, place.batch, channel, s.head_dim, at,
+  const int64_t channel = static_cast<int64_t>(p.first_head + coord.head) * s.head_dim;
+  store_tile<Tiles>(p.out, coord.batch, channel, s.head_dim, at,
                     [&](int pixel, int c) { return outputs[pixel * Tiles::kByPixel + c]; });
 }
 
@@ -105,12 +105,12 @@ aggregate_tile(EFFATTN_PARAMETERS(AggregationArgs) p) {
   using Tiles = PixelTiles<kPadded>;
   const Scale& s = p.scale;
   const Memory<Tiles> memory(s);
-  const Place place(s, s.tiles(), 0);
-  const Corner at = corner_of<Tiles>(s, place.piece);
-  const int64_t from = place.channel / 3;
-  aggregate_head<Tiles, kKernel>(s, memory, place.is_own, place.batch, from, at, memory.mixed);
-  const int64_t to = p.first_channel + static_cast<int64_t>(place.head) * s.head_dim;
-  store_tile<Tiles>(p.out, place.batch, to, s.head_dim, at,
+  const TileCoord coord(s, s.tiles(), 0);
+  const Corner at = corner_of<Tiles>(s, coord.piece);
+  const int64_t from = coord.channel / 3;
+  aggregate_head<Tiles, kKernel>(s, memory, coord.is_own, coord.batch, from, at, memory.mixed);
+  const int64_t to = p.first_channel + static_cast<int64_t>(coord.head) * s.head_dim;
+  store_tile<Tiles>(p.out, coord.batch, to, s.head_dim, at,
                     [&](int pixel, int c) { return memory.mixed[pixel * Tiles::kByPixel + c]; });
 }
 
@@ -139,7 +139,7 @@ struct Forward : LaunchPlan {
       if (a.kv_state == nullptr)
         a.kv_state = parts.parts == 1 ? kv_state : execution.workspace(groups * parts.parts * floats);
       launch(accumulate_kv_state_tiles<padded(), kernel()>,
-             {params.batch * s.together() * a.parts, kPixelThreads, bytes<padded()>(s)}, execution, a);
+             {params.batch * s.launch_heads() * a.parts, kPixelThreads, bytes<padded()>(s)}, execution, a);
     });
     if (a.parts > 1) add_up(a.kv_state, kv_state, groups, a.parts, floats, execution);
     a.kv_state = kv_state;
@@ -147,7 +147,7 @@ struct Forward : LaunchPlan {
       a.scale = s;
       a.first_head = first_head(s, index, params.heads);
       launch(attend_tile<padded(), kernel()>,
-             {params.batch * s.together() * s.tiles(), kPixelThreads, bytes<padded()>(s)}, execution, a);
+             {params.batch * s.launch_heads() * s.tiles(), kPixelThreads, bytes<padded()>(s)}, execution, a);
     });
   }
 };
@@ -159,7 +159,7 @@ void aggregate(const LaunchPlan& plan, const ImageView& out) {
   plan.each_scale(heads, true, [&](auto padded, auto kernel, const Scale& s, int index) {
     const AggregationArgs a{s, plan.first_head(s, index, heads) * plan.params.head_dim, out};
     launch(aggregate_tile<padded(), kernel()>,
-           {plan.params.batch * s.together() * s.tiles(), kPixelThreads, plan.bytes<padded()>(s)},
+           {plan.params.batch * s.launch_heads() * s.tiles(), kPixelThreads, plan.bytes<padded()>(s)},
            plan.execution, a);
   });
 }

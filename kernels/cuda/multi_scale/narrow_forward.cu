@@ -43,19 +43,19 @@ struct Scale {
   int down, across;
 
   constexpr int tiles() const { return down * across; }
-  constexpr int together() const { return heads + own_heads; }
+  constexpr int launch_heads() const { return heads + own_heads; }
 };
 
-struct Sum {
+struct KvStateArgs {
   Scale scale;
-  Split split;  // of tiles
-  float* sums;  // (batch, all_heads, rows of the split, head_dim + 1, head_dim)
+  Split split;      // of tiles
+  float* kv_state;  // (batch, all_heads, rows of the split, head_dim + 1, head_dim)
 };
 
-struct Attend {
+struct AttendArgs {
   Scale scale;
-  int tiles, pieces;  // of a block, and of a head
-  const float* sums;  // as Sum's, to be added up over the rows
+  int tiles, pieces;      // of a block, and of a head
+  const float* kv_state;  // as KvStateArgs', to be added up over the rows
   int rows;
   float* keep;  // what they add up to, or null
   ImageView out;
@@ -64,16 +64,16 @@ struct Attend {
 };
 
 // A head of an image, and a piece of its tiles.
-struct Place {
+struct TileCoord {
   int64_t batch, channel;  // channel: the head's first one in x
   int piece, output;       // output: the head's number
   bool is_own;
 
-  EFFATTN_DEVICE Place(const Scale& s, int pieces) {
+  EFFATTN_DEVICE TileCoord(const Scale& s, int pieces) {
     const uint32_t index = static_cast<uint32_t>(block_index()), group = index / pieces;
     piece = static_cast<int>(index % pieces);
-    batch = group / s.together();
-    const int head = static_cast<int>(group % s.together());
+    batch = group / s.launch_heads();
+    const int head = static_cast<int>(group % s.launch_heads());
     is_own = head >= s.heads;
     const int of_kind = is_own ? head - s.heads : head;
     output = is_own ? of_kind : s.first_head + of_kind;
@@ -117,7 +117,7 @@ struct Memory {
 
 // The weights of a head's tensors, which begin at a channel.
 template <int kTensors, class Memory, int kPadded, int kKernel>
-EFFATTN_DEVICE void place_weights(const Scale& s, const Memory& memory, int64_t channel) {
+EFFATTN_DEVICE void load_weights(const Scale& s, const Memory& memory, int64_t channel) {
   const auto or_zero = [](const float* from, int64_t i, bool inside) {
     return from != nullptr && inside ? from[i] : 0.0f;
   };
@@ -254,7 +254,7 @@ EFFATTN_DEVICE void as_columns(SplitOperand& to, const float (&x)[2][4]) {
   for (int i = 0; i < 4; ++i) to.set(i, x[i % 2][i / 2 * 2], x[i % 2][i / 2 * 2 + 1]);
 }
 
-// --- sums -------------------------------------------------------------------------------------------
+// --- kv_state ---------------------------------------------------------------------------------------
 
 // 16 mixed channels of a warp's row of pixels, channels by pixels; 0 outside of the image.
 template <class Memory, int kPadded>
@@ -310,16 +310,16 @@ EFFATTN_DEVICE void each_sum(float* shared, int head_dim,
 
 template <class T, int kPadded, int kKernel>
 EFFATTN_KERNEL(kThreads, 2)
-sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
+accumulate_kv_state_narrow(EFFATTN_PARAMETERS(KvStateArgs) p) {
   using Memory = Memory<kPadded, kKernel, 2>;
   constexpr int tiles = kPadded / 16;
   const Scale& s = p.scale;
   const Memory memory;
-  const Place place(s, p.split.parts);
-  const int64_t keys = place.channel + s.head_dim;  // behind q
-  const int begin = place.piece * p.split.part_tokens, end = min(begin + p.split.part_tokens, s.tiles());
-  if (begin < end) stage<T, Memory, kKernel>(s, memory, place.batch, keys, corner_of(s, begin));
-  if (!place.is_own) place_weights<2, Memory, kPadded, kKernel>(s, memory, keys);
+  const TileCoord coord(s, p.split.parts);
+  const int64_t keys = coord.channel + s.head_dim;  // behind q
+  const int begin = coord.piece * p.split.part_tokens, end = min(begin + p.split.part_tokens, s.tiles());
+  if (begin < end) stage<T, Memory, kKernel>(s, memory, coord.batch, keys, corner_of(s, begin));
+  if (!coord.is_own) load_weights<2, Memory, kPadded, kKernel>(s, memory, keys);
   float matrix[tiles][tiles][2][4] = {}, vector[tiles][2][4] = {};
   const uint32_t one = pack<BFloat16>(1, 1), ones[4] = {one, one, one, one};
   EFFATTN_NOT_UNROLLED
@@ -328,13 +328,13 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
     const int pixel = warp_index() * kWidth;
     cp_async_wait<0>();
     sync_block();
-    convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
+    convolve<T, Memory, kPadded, kKernel>(s, memory, 0, coord.is_own, true);
     sync_block();
-    stage<T, Memory, kKernel>(s, memory, place.batch, keys + s.head_dim, at);
+    stage<T, Memory, kKernel>(s, memory, coord.batch, keys + s.head_dim, at);
     SplitOperand key[tiles];
     EFFATTN_UNROLL
     for (int n = 0; n < tiles; ++n) {
-      if (place.is_own) {
+      if (coord.is_own) {
         memory.convolved.template load_b<false>(key[n], 16 * n, pixel);
       } else {
         float x[2][4] = {};
@@ -346,13 +346,13 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
     }
     cp_async_wait<0>();
     sync_block();
-    convolve<T, Memory, kPadded, kKernel>(s, memory, 1, place.is_own, false);
+    convolve<T, Memory, kPadded, kKernel>(s, memory, 1, coord.is_own, false);
     sync_block();
-    if (tile + 1 < end) stage<T, Memory, kKernel>(s, memory, place.batch, keys, corner_of(s, tile + 1));
+    if (tile + 1 < end) stage<T, Memory, kKernel>(s, memory, coord.batch, keys, corner_of(s, tile + 1));
     EFFATTN_UNROLL
     for (int m = 0; m < tiles; ++m) {
       SplitOperand value;
-      if (place.is_own) {
+      if (coord.is_own) {
         memory.convolved.template load_a<false>(value, 16 * m, pixel);
       } else {
         float x[2][4] = {};
@@ -377,8 +377,8 @@ sum_narrow_tiles(EFFATTN_PARAMETERS(Sum) p) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const int floats = (s.head_dim + 1) * s.head_dim, cluster = p.split.cluster;
   float* const to =
-      p.sums +
-      ((place.batch * s.all_heads + place.output) * p.split.rows() + place.piece / cluster) * int64_t{floats};
+      p.kv_state +
+      ((coord.batch * s.all_heads + coord.output) * p.split.rows() + coord.piece / cluster) * int64_t{floats};
   if (cluster == 1) {
     each_sum<kPadded>(shared, s.head_dim, matrix, vector, [&](int i, float total) { to[i] = total; });
     return;
@@ -396,23 +396,23 @@ struct Attended {
   using OfQueries = Memory<kPadded, kKernel, 1>;
   static constexpr int kTiles = kPadded / 16;
 
-  const Attend& p;
+  const AttendArgs& p;
   const OfQueries memory;
-  const Place place;
+  const TileCoord coord;
   // Below S stands z in 16 rows, so that all lanes get the denominators of their pixels.
   const SplitTile state;
 
-  EFFATTN_DEVICE explicit Attended(const Attend& p)
+  EFFATTN_DEVICE explicit Attended(const AttendArgs& p)
       : p(p),
-        place(p.scale, p.pieces),
+        coord(p.scale, p.pieces),
         state(SplitTile::in(shared_memory() + OfQueries::kBytes, kPadded + 16, kPadded)) {}
 
-  EFFATTN_DEVICE void place_state() const {
+  EFFATTN_DEVICE void load_kv_state() const {
     const Scale& s = p.scale;
     const int floats = (s.head_dim + 1) * s.head_dim;
-    const int64_t head = place.batch * s.all_heads + place.output;
-    const float* const sums = p.sums + head * p.rows * floats;
-    float* const keep = p.keep != nullptr && place.piece == 0 ? p.keep + head * floats : nullptr;
+    const int64_t head = coord.batch * s.all_heads + coord.output;
+    const float* const kv_state = p.kv_state + head * p.rows * floats;
+    float* const keep = p.keep != nullptr && coord.piece == 0 ? p.keep + head * floats : nullptr;
     for_each_of<kThreads, (kPadded + 16) * kPadded / 2>([&](int i) {
       const int row = i / (kPadded / 2), col = i % (kPadded / 2) * 2, of = row < kPadded ? row : s.head_dim;
       float x[2] = {};
@@ -420,7 +420,7 @@ struct Attended {
       for (int e = 0; e < 2; ++e) {
         if ((row < kPadded && row >= s.head_dim) || col + e >= s.head_dim) continue;
         const int number = of * s.head_dim + col + e;
-        for (int r = 0; r < p.rows; ++r) x[e] += sums[r * floats + number];
+        for (int r = 0; r < p.rows; ++r) x[e] += kv_state[r * floats + number];
         if (keep != nullptr && row <= kPadded) keep[number] = x[e];
       }
       state.put(row, col, x[0], x[1]);
@@ -432,7 +432,7 @@ struct Attended {
     const int pixel = warp_index() * kWidth;
     EFFATTN_UNROLL
     for (int n = 0; n < kTiles; ++n) {
-      if (place.is_own) {
+      if (coord.is_own) {
         if (kChannelsLast) {
           memory.convolved.template load_a<true>(query[n], 16 * n, pixel);
         } else {
@@ -493,7 +493,7 @@ struct Attended {
     const int right = at.col + (kChannelsLast ? row_lane() : 2 * col_lane());
     const int64_t over_channels = p.out.image.channel_stride, over_columns = p.out.image.token_stride;
     T* const out = static_cast<T*>(p.out.image.data) +
-                   p.out.at(place.batch, int64_t{place.output} * head_dim + channel, image_row, right);
+                   p.out.at(coord.batch, int64_t{coord.output} * head_dim + channel, image_row, right);
     EFFATTN_UNROLL
     for (int m = 0; m < kTiles; ++m) {
       float x[2][4] = {};
@@ -522,29 +522,29 @@ struct Attended {
 
 template <class T, int kPadded, int kKernel, bool kChannelsLast>
 EFFATTN_KERNEL(kThreads, kQueryBlocks<kPadded>)
-attend_narrow_tiles(EFFATTN_PARAMETERS(Attend) p) {
+attend_narrow_tiles(EFFATTN_PARAMETERS(AttendArgs) p) {
   using Memory = Memory<kPadded, kKernel, 1>;
   const Scale& s = p.scale;
   const Attended<T, kPadded, kKernel, kChannelsLast> attended(p);
-  const Place& place = attended.place;
+  const TileCoord& coord = attended.coord;
   const Memory& memory = attended.memory;
-  const int begin = place.piece * p.tiles, end = min(begin + p.tiles, s.tiles());  // one at least
-  stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, corner_of(s, begin));
-  if (!place.is_own) place_weights<1, Memory, kPadded, kKernel>(s, memory, place.channel);
+  const int begin = coord.piece * p.tiles, end = min(begin + p.tiles, s.tiles());  // one at least
+  stage<T, Memory, kKernel>(s, memory, coord.batch, coord.channel, corner_of(s, begin));
+  if (!coord.is_own) load_weights<1, Memory, kPadded, kKernel>(s, memory, coord.channel);
   EFFATTN_NOT_UNROLLED
   for (int tile = begin; tile < end; ++tile) {
     cp_async_wait<0>();
     sync_block();
-    convolve<T, Memory, kPadded, kKernel>(s, memory, 0, place.is_own, true);
+    convolve<T, Memory, kPadded, kKernel>(s, memory, 0, coord.is_own, true);
     sync_block();
     if (tile + 1 < end) {
-      stage<T, Memory, kKernel>(s, memory, place.batch, place.channel, corner_of(s, tile + 1));
+      stage<T, Memory, kKernel>(s, memory, coord.batch, coord.channel, corner_of(s, tile + 1));
     }
     SplitOperand query[kPadded / 16];
     attended.load(query);
     if (tile == begin) {  // the first tile is convolved while the sums are still being added up
       grid_dependency_wait();
-      attended.place_state();
+      attended.load_kv_state();
       sync_block();
     }
     attended.store(query, corner_of(s, tile));
@@ -563,7 +563,7 @@ Split split_tiles(int64_t heads, int tiles, const Gpu& gpu) {
 
 }  // namespace
 
-bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const ImageView& out, float* sums,
+bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const ImageView& out, float* kv_state,
                    const Execution& execution) {
   if (params.dtype == DType::kFloat32 || params.head_dim > kMaxPadded || params.scales == 0) return false;
   for (int i = 0; i < params.scales; ++i) {
@@ -596,28 +596,28 @@ bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const Ima
       });
     }
   };
-  Sum sum{s, split_tiles(groups, s.tiles(), execution.gpu), nullptr};
+  KvStateArgs sum{s, split_tiles(groups, s.tiles(), execution.gpu), nullptr};
   const int64_t rows = sum.split.rows();
-  sum.sums = rows == 1 && sums != nullptr ? sums : execution.workspace(groups * rows * floats);
+  sum.kv_state = rows == 1 && kv_state != nullptr ? kv_state : execution.workspace(groups * rows * floats);
   each_scale([&](auto type, auto padded, auto kernel) {
     sum.scale = s;
     using Memory = Memory<padded(), kernel(), 2>;
     constexpr int64_t reduced = int64_t{4} * (kWarps + 1) * (padded() + 1) * padded();
     static_assert(reduced <= Memory::kBytes);
-    launch(sum_narrow_tiles<decltype(type), padded(), kernel()>,
-           {params.batch * s.together() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
+    launch(accumulate_kv_state_narrow<decltype(type), padded(), kernel()>,
+           {params.batch * s.launch_heads() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
            execution, sum);
   });
-  Attend a{s};
-  a.sums = sum.sums;
+  AttendArgs a{s};
+  a.kv_state = sum.kv_state;
   a.rows = static_cast<int>(rows);
-  a.keep = rows > 1 ? sums : nullptr;
+  a.keep = rows > 1 ? kv_state : nullptr;
   a.out = out;
   a.eps = params.eps;
   if (rows > kMaxRows) {
-    if (sums == nullptr) sums = execution.workspace(groups * floats);
-    add_up(sum.sums, sums, groups, rows, floats, execution);
-    a.sums = sums;
+    if (kv_state == nullptr) kv_state = execution.workspace(groups * floats);
+    add_up(sum.kv_state, kv_state, groups, rows, floats, execution);
+    a.kv_state = kv_state;
     a.rows = 1;
     a.keep = nullptr;
   }
@@ -637,7 +637,7 @@ bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const Ima
     const int64_t bytes = Memory<padded(), kernel(), 1>::kBytes + SplitTile::bytes(padded() + 16, padded());
     launch(channels_last ? attend_narrow_tiles<T, padded(), kernel(), true>
                          : attend_narrow_tiles<T, padded(), kernel(), false>,
-           {params.batch * s.together() * a.pieces, kThreads, bytes, 1, true}, execution, a);
+           {params.batch * s.launch_heads() * a.pieces, kThreads, bytes, 1, true}, execution, a);
   });
   return true;
 }

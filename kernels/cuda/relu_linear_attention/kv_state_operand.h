@@ -45,19 +45,19 @@ class KvStateOperand {
   template <int kThreads, class Get, class Put>
   EFFATTN_DEVICE void place(int rows, Get get, Put put) const {
     // So many at a time, all of whose loads are in flight together.
-    constexpr int kTogether = 3;
+    constexpr int kInFlight = 3;
     EFFATTN_NOT_UNROLLED
-    for (int begin = 0; begin < kPlaces; begin += kTogether * kThreads) {
-      float x[kTogether][kStepRegisters] = {};
+    for (int begin = 0; begin < kPlaces; begin += kInFlight * kThreads) {
+      float x[kInFlight][kStepRegisters] = {};
       const auto each = [&](auto f) {
         EFFATTN_UNROLL
-        for (int together = 0; together < kTogether; ++together) {
-          const int place = begin + together * kThreads + thread_index();
-          if (begin + together * kThreads >= kPlaces || place >= kPlaces) break;
+        for (int j = 0; j < kInFlight; ++j) {
+          const int place = begin + j * kThreads + thread_index();
+          if (begin + j * kThreads >= kPlaces || place >= kPlaces) break;
           const int lane = place % kLanes, tile = place / kLanes % kAllTiles,
                     step = place / (kLanes * kAllTiles);
           const int g = lane / 4, n = tile < kTiles ? Out::col_of(2 * tile + g % 2, g / 2) : kZ;
-          f(x[together], place, n, tile == kTiles && g > 0, [&](int i) {
+          f(x[j], place, n, tile == kTiles && g > 0, [&](int i) {
             return step / kStepsOfChunk * In::kAllCols +
                    In::col_of(step % kStepsOfChunk * kStepRegisters + i, lane % 4);
           });
