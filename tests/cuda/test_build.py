@@ -189,6 +189,17 @@ def test_an_older_compiler_has_code_for_newer_cards_too(found, monkeypatch):
     assert found().archs == ("80", "86", "89", "90a", "90+PTX")
 
 
+def test_a_source_that_is_added_is_compiled(found, monkeypatch, tmp_path):
+    build = sys.modules["effattn_build"]
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    both, device, host = "kernels/cuda/op/forward.cu", "csrc/cuda/device_only/a.cpp", "kernels/cuda/core/emulated/b.cpp"
+    for path in (both, device, host, "kernels/cuda/op/api.h"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert build.cuda_sources(build.EMULATED) == [device, both]
+    assert build.cuda_sources(build.DEVICE_ONLY) == [host, both]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 def test_the_compiler_here_is_the_one_in_the_path(monkeypatch):
     build = importlib.util.spec_from_file_location("effattn_build_here", ROOT / "csrc" / "build.py")
