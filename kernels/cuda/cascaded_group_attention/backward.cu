@@ -54,9 +54,11 @@ cga_backward(EFFATTN_PARAMETERS(Cascade) p) {
         [&](int, int row, int c) { return grad[row * p.feat_stride() + c]; },
         [&](int, int key, int c, float x) { grad_qkv[key * p.qkv_stride() + 2 * p.key_dim + c] = x; });
     sync_block();
+    const int kernel = p.kernels[head];
     for_each<kThreads>(tokens * p.key_dim, [&](int i) {
       const int c = i % p.key_dim, token = i / p.key_dim;
-      grad_qkv[token * p.qkv_stride() + c] = convolved<-1>(p, head, grad_q, p.q_stride(), token, c);
+      grad_qkv[token * p.qkv_stride() + c] = convolved<-1>(
+          p, kernel, p.weights[head].depthwise + c * kernel * kernel, grad_q + c, p.q_stride(), token);
     });
     sync_block();
     products(

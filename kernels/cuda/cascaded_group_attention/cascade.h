@@ -55,6 +55,24 @@ struct Window {
   }
 };
 
+// total + the convolution of a channel of a window at a token, of which `x` has one every `stride` floats;
+// its transpose if kSign is -1.
+template <int kSign>
+EFFATTN_DEVICE float convolved(const Cascade& p, int kernel, const float* taps, const float* x, int stride,
+                               int token, float total = 0) {
+  const int row = token / p.window_width, col = token % p.window_width;
+  for (int i = 0; i < kernel; ++i) {
+    const int at_row = row + kSign * (i - kernel / 2);
+    if (at_row < 0 || at_row >= p.window_height) continue;
+    for (int j = 0; j < kernel; ++j) {
+      const int at_col = col + kSign * (j - kernel / 2);
+      if (at_col < 0 || at_col >= p.window_width) continue;
+      total += taps[i * kernel + j] * x[(at_row * p.window_width + at_col) * stride];
+    }
+  }
+  return total;
+}
+
 // The forward of narrow types in small windows; false, and nothing is done, where it does not fit.
 bool cascade_of_small_windows(Cascade& p, const Execution& execution);
 

@@ -32,26 +32,6 @@ EFFATTN_DEVICE void store(const Cascade& p, const Image& image, const Window& wi
               x);
 }
 
-// Of the channels of rows of a window's tokens, the convolution with a head's taps; its transpose if kSign is
-// -1.
-template <int kSign>
-EFFATTN_DEVICE float convolved(const Cascade& p, int head, const float* rows, int stride, int token,
-                               int channel) {
-  const int kernel = p.kernels[head], row = token / p.window_width, col = token % p.window_width;
-  const float* const taps = p.weights[head].depthwise + channel * kernel * kernel;
-  float total = 0;
-  for (int i = 0; i < kernel; ++i) {
-    const int at_row = row + kSign * (i - kernel / 2);
-    if (at_row < 0 || at_row >= p.window_height) continue;
-    for (int j = 0; j < kernel; ++j) {
-      const int at_col = col + kSign * (j - kernel / 2);
-      if (at_col < 0 || at_col >= p.window_width) continue;
-      total += taps[i * kernel + j] * rows[(at_row * p.window_width + at_col) * stride + channel];
-    }
-  }
-  return total;
-}
-
 // Hands out shared memory.
 struct Arena {
   float* next = reinterpret_cast<float*>(shared_memory());
@@ -109,6 +89,7 @@ cga_forward(EFFATTN_PARAMETERS(Cascade) p) {
     float* const qkv = qkvs + slot * p.qkv_stride();
     float* const q = qs + slot * p.q_stride();
     const HeadWeights<const float>& weights = p.weights[head];
+    const int kernel = p.kernels[head];
     if (head == 0) {
       for_each<kThreads>(all * p.value_dim, [&](int i) {
         const int c = i / all, at = i % all;
@@ -128,7 +109,8 @@ cga_forward(EFFATTN_PARAMETERS(Cascade) p) {
     sync_block();
     for_each<kThreads>(all * p.key_dim, [&](int i) {
       const int c = i % p.key_dim, at = i / p.key_dim, begin = at / tokens * tokens;
-      const float x = convolved<1>(p, head, qkv + begin * p.qkv_stride(), p.qkv_stride(), at - begin, c);
+      const float x = convolved<1>(p, kernel, weights.depthwise + c * kernel * kernel,
+                                   qkv + begin * p.qkv_stride() + c, p.qkv_stride(), at - begin);
       q[at * p.q_stride() + c] = x + (weights.depthwise_bias != nullptr ? weights.depthwise_bias[c] : 0.0f);
     });
     sync_block();

@@ -243,17 +243,7 @@ EFFATTN_DEVICE void convolve_queries(const SmallWindows& p, const Memory& memory
       if (kernel == 5) return convolve_row<5>(c, image, taps, at, bias, memory.queries, to_row, channel);
       return convolve_row<7>(c, image, taps, at, bias, memory.queries, to_row, channel);
     }
-    const int row = at / c.window_width, col = at % c.window_width;
-    float total = bias;
-    for (int y = 0; y < kernel; ++y) {
-      const int at_row = row + y - kernel / 2;
-      if (at_row < 0 || at_row >= c.window_height) continue;
-      for (int x = 0; x < kernel; ++x) {
-        const int at_col = col + x - kernel / 2;
-        if (at_col < 0 || at_col >= c.window_width) continue;
-        total += taps[y * kernel + x] * image[at_row * c.window_width + at_col];
-      }
-    }
+    const float total = convolved<1>(c, kernel, taps, image, 1, at, bias);
     memory.queries.put(window * kSlot + at, channel, c.scale * total);
   });
 }

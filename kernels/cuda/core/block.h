@@ -53,11 +53,7 @@ EFFATTN_DEVICE void tile_product(float (&acc)[kTileCols / 8][4], int row, int ro
         mma_m16n8k8_float<false>(tile[j], fa, fb);
       }
     }
-    EFFATTN_UNROLL
-    for (int j = 0; j < kTileCols / 8; ++j) {
-      EFFATTN_UNROLL
-      for (int e = 0; e < 4; ++e) acc[j][e] += tile[j][e];
-    }
+    add_registers(acc, tile);
   }
 }
 

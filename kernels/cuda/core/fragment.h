@@ -25,6 +25,24 @@ EFFATTN_DEVICE int position(int reg, int lane) {
   return reg / kVector * (kVector * kLanes) + lane * kVector + reg % kVector;
 }
 
+// f(x) for each register of nested arrays.
+template <class F>
+EFFATTN_DEVICE void each_register(float& x, F f) {
+  f(x);
+}
+template <class Array, int kCount, class F>
+EFFATTN_DEVICE void each_register(Array (&arrays)[kCount], F f) {
+  EFFATTN_UNROLL
+  for (Array& x : arrays) each_register(x, f);
+}
+// to += from, register by register.
+EFFATTN_DEVICE void add_registers(float& to, const float& from) { to += from; }
+template <class Array, int kCount>
+EFFATTN_DEVICE void add_registers(Array (&to)[kCount], const Array (&from)[kCount]) {
+  EFFATTN_UNROLL
+  for (int i = 0; i < kCount; ++i) add_registers(to[i], from[i]);
+}
+
 EFFATTN_DEVICE int row_lane() { return lane_index() / 4; }
 EFFATTN_DEVICE int col_lane() { return lane_index() % 4; }
 
@@ -101,6 +119,18 @@ struct Matrix {
   int rows, cols;
   int access;
 };
+
+// f with the bytes of one access, 16, 4 or 0, as a type.
+template <class F>
+EFFATTN_DEVICE void with_access(int bytes, F f) {
+  if (bytes == 16) {
+    f(std::integral_constant<int, 16>{});
+  } else if (bytes == 4) {
+    f(std::integral_constant<int, 4>{});
+  } else {
+    f(std::integral_constant<int, 0>{});
+  }
+}
 
 // f(row register, column register, address, inside) for each vector of a fragment that lies in a matrix, from
 // a row and a column on. The stride along vectors is 1, and a vector is inside as a whole or not at all.
@@ -329,14 +359,7 @@ struct PackedFragment {
   template <bool kVectors = false>
   EFFATTN_DEVICE void load(const Matrix<const T>& from, int first_row, int first_col) {
     if constexpr (kVectors) return load_by<16>(from, first_row, first_col);
-    const int bytes = access(from);
-    if (bytes == 16) {
-      load_by<16>(from, first_row, first_col);
-    } else if (bytes == 4) {
-      load_by<4>(from, first_row, first_col);
-    } else {
-      load_by<0>(from, first_row, first_col);
-    }
+    with_access(access(from), [&](auto bytes) { load_by<bytes()>(from, first_row, first_col); });
   }
 
  private:

@@ -77,28 +77,15 @@ struct NarrowSums {
   float x[kGroups][2][4];
 
   EFFATTN_DEVICE void clear() {
-    EFFATTN_UNROLL
-    for (auto& group : x) {
-      EFFATTN_UNROLL
-      for (auto& tile : group) {
-        EFFATTN_UNROLL
-        for (float& sum : tile) sum = 0;
-      }
-    }
+    each_register(x, [](float& sum) { sum = 0; });
   }
   // Adds them to others, and begins anew; of those that the other one has not, it must have none.
   template <int kOthers>
   EFFATTN_DEVICE void add_to(NarrowSums<kOthers>& others) {
     EFFATTN_UNROLL
     for (int i = 0; i < min(kGroups, kOthers); ++i) {
-      EFFATTN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        EFFATTN_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          others.x[i][j][e] += x[i][j][e];
-          x[i][j][e] = 0;
-        }
-      }
+      add_registers(others.x[i], x[i]);
+      each_register(x[i], [](float& sum) { sum = 0; });
     }
   }
 

@@ -32,10 +32,11 @@ struct KvStateArgs {
   Split split;
 };
 
-template <class T, int kPadded, bool kTokenMajor>
-using ChannelFragment = Fragment<T, KvStateTiles<kPadded>::kChunk / 8, kVector<T>,
-                                 kTokenMajor ? min(kVector<T>, KvStateTiles<kPadded>::kChunk / 8) : 1,
-                                 kTokenMajor ? 1 : kVector<T>, kTokenMajor>;
+// Some channels by tokens. Of: Fragment or PackedFragment.
+template <template <class, int, int, int, int, bool> class Of, class T, int kPadded, bool kTokenMajor>
+using ChannelFragment = Of<T, KvStateTiles<kPadded>::kChunk / 8, kVector<T>,
+                           kTokenMajor ? min(kVector<T>, KvStateTiles<kPadded>::kChunk / 8) : 1,
+                           kTokenMajor ? 1 : kVector<T>, kTokenMajor>;
 
 // Steps of tokens after which narrow types' sums leave the registers: tensor cores round towards zero, and a
 // longer chain of sums would fall behind. Even, as the loop is.
@@ -49,8 +50,7 @@ EFFATTN_DEVICE void accumulate_chunk(const Matrix<const T>& k, const Matrix<cons
                                      float* vector) {
   using Tiles = KvStateTiles<kPadded>;
   constexpr int rows = Tiles::kChunk / 8;
-  using Piece = PackedFragment<T, rows, kVector<T>, kTokenMajor ? min(kVector<T>, rows) : 1,
-                               kTokenMajor ? 1 : kVector<T>, kTokenMajor>;
+  using Piece = ChannelFragment<PackedFragment, T, kPadded, kTokenMajor>;
   struct Tokens {
     Piece key, value;
 
@@ -84,14 +84,7 @@ EFFATTN_DEVICE void accumulate_chunk(const Matrix<const T>& k, const Matrix<cons
   if (kPrefetches && begin < end) even.load(k, v, first_k, first_v, begin);
   int token = begin;
   do {
-    EFFATTN_UNROLL
-    for (auto& of_key : total) {
-      EFFATTN_UNROLL
-      for (auto& tile : of_key) {
-        EFFATTN_UNROLL
-        for (float& x : tile) x = 0;
-      }
-    }
+    each_register(total, [](float& x) { x = 0; });
     const bool is_first = token == begin;
     const int chain_end = min(end, token + kStepsOfChain * step);
     EFFATTN_NOT_UNROLLED
@@ -138,12 +131,8 @@ EFFATTN_DEVICE void accumulate_part_narrow(const KvStateArgs& p, int64_t group, 
   float* const matrix = shared + slice * Tiles::kFloats;
   const int begin = part * p.split.part_tokens + slice * Tiles::kTokens,
             end = min((part + 1) * p.split.part_tokens, p.tokens);
-  // Whole vectors are inside or outside of both.
-  const auto whole = [](const Matrix<const T>& m) {
-    constexpr int along = kTokenMajor ? min(kVector<T>, Tiles::kChunk / 8) : kVector<T>;
-    return (kTokenMajor ? m.rows : m.cols) % along == 0 ? m.access : 0;
-  };
-  const int access = min(whole(k), whole(v));
+  using Piece = ChannelFragment<PackedFragment, T, kPadded, kTokenMajor>;
+  const int access = min(Piece::access(k), Piece::access(v));
   for (int chunk = warp_index() % Tiles::kAtOnce; chunk < Tiles::kChunks; chunk += Tiles::kAtOnce) {
     const int first_v = chunk / Tiles::kAcross * Tiles::kChunk,
               first_k = chunk % Tiles::kAcross * Tiles::kChunk;
@@ -152,13 +141,7 @@ EFFATTN_DEVICE void accumulate_part_narrow(const KvStateArgs& p, int64_t group, 
                                                                    Tiles::kSlices * Tiles::kTokens, matrix,
                                                                    matrix + kPadded * kPadded);
     };
-    if (kVectors || access == 16) {
-      sum(std::integral_constant<int, 16>{});
-    } else if (access == 4) {
-      sum(std::integral_constant<int, 4>{});
-    } else {
-      sum(std::integral_constant<int, 0>{});
-    }
+    with_access(kVectors ? 16 : access, sum);
   }
 }
 
@@ -166,7 +149,7 @@ EFFATTN_DEVICE void accumulate_part_narrow(const KvStateArgs& p, int64_t group, 
 template <class T, int kPadded, bool kTokenMajor, bool kScaled>
 EFFATTN_DEVICE void accumulate_part_float(const KvStateArgs& p, int64_t group, int part, float* shared) {
   using Tiles = KvStateTiles<kPadded>;
-  using Piece = ChannelFragment<T, kPadded, kTokenMajor>;
+  using Piece = ChannelFragment<Fragment, T, kPadded, kTokenMajor>;
   constexpr int rows = Tiles::kChunk / 8, cols = Piece::kColRegisters;
   const Matrix<const T> k = by_channel<const T>(p.k, p.groups, group, p.tokens, p.head_dim);
   const Matrix<const T> v = by_channel<const T>(p.v, p.groups, group, p.tokens, p.value_dim);
@@ -214,14 +197,7 @@ EFFATTN_DEVICE void accumulate_part_float(const KvStateArgs& p, int64_t group, i
           }
         }
       }
-      EFFATTN_UNROLL
-      for (int i = 0; i < rows / 2; ++i) {
-        EFFATTN_UNROLL
-        for (int j = 0; j < rows; ++j) {
-          EFFATTN_UNROLL
-          for (int e = 0; e < 4; ++e) total[i][j][e] += tile[i][j][e];
-        }
-      }
+      add_registers(total, tile);
     }
     constexpr int neighbours = kTokenMajor ? min(kVector<T>, rows) : 1;
     EFFATTN_UNROLL

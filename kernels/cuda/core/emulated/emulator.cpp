@@ -185,15 +185,14 @@ float towards_zero(double x) {
   return y;
 }
 
-void multiply(Warp& w) {
+// c += a b, of a(row, k) and b(k, col).
+template <int kDepth, class A, class B>
+void multiply(Warp& w, A a, B b) {
   for (int row = 0; row < 16; ++row) {
     for (int col = 0; col < 8; ++col) {
       float& c = w.c[row % 8 * 4 + col / 2][row / 8 * 2 + col % 2];
       double sum = c;
-      for (int k = 0; k < 8; ++k) {
-        const double a = w.a[row % 8 * 4 + k % 4][k / 4 * 2 + row / 8];
-        sum += a * static_cast<double>(w.b[col * 4 + k % 4][k / 4]);
-      }
+      for (int k = 0; k < kDepth; ++k) sum += static_cast<double>(a(row, k)) * static_cast<double>(b(k, col));
       c = towards_zero(sum);
     }
   }
@@ -202,22 +201,6 @@ void multiply(Warp& w) {
 template <class T>
 float half_of(uint32_t pair, int k) {
   return to_float(T{static_cast<uint16_t>(pair >> k % 2 * 16)});
-}
-
-template <class T>
-void multiply_narrow(Warp& w) {
-  for (int row = 0; row < 16; ++row) {
-    for (int col = 0; col < 8; ++col) {
-      float& c = w.c[row % 8 * 4 + col / 2][row / 8 * 2 + col % 2];
-      double sum = c;
-      for (int k = 0; k < 16; ++k) {
-        const int lane = k % 8 / 2, register_ = k / 8;
-        const double a = half_of<T>(w.narrow_a[row % 8 * 4 + lane][2 * register_ + row / 8], k);
-        sum += a * static_cast<double>(half_of<T>(w.narrow_b[col * 4 + lane][register_], k));
-      }
-      c = towards_zero(sum);
-    }
-  }
 }
 
 void run(const EmulatedLaunch& launch) {
@@ -316,7 +299,11 @@ void mma_m16n8k8_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   std::memcpy(w.a[l], a, sizeof a);
   std::memcpy(w.b[l], b, sizeof b);
   std::memcpy(w.c[l], c, sizeof c);
-  meet(w.meeting, kMultiply, [&] { multiply(w); });
+  meet(w.meeting, kMultiply, [&] {
+    multiply<8>(
+        w, [&](int row, int k) { return w.a[row % 8 * 4 + k % 4][k / 4 * 2 + row / 8]; },
+        [&](int k, int col) { return w.b[col * 4 + k % 4][k / 4]; });
+  });
   std::memcpy(c, w.c[l], sizeof c);
 }
 
@@ -327,7 +314,14 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   std::memcpy(w.narrow_a[l], a, sizeof a);
   std::memcpy(w.narrow_b[l], b, sizeof b);
   std::memcpy(w.c[l], c, sizeof c);
-  meet(w.meeting, kMultiplyNarrow, [&] { multiply_narrow<T>(w); });
+  meet(w.meeting, kMultiplyNarrow, [&] {
+    multiply<16>(
+        w,
+        [&](int row, int k) {
+          return half_of<T>(w.narrow_a[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8], k);
+        },
+        [&](int k, int col) { return half_of<T>(w.narrow_b[col * 4 + k % 8 / 2][k / 8], k); });
+  });
   std::memcpy(c, w.c[l], sizeof c);
 }
 template void mma_m16n8k16<BFloat16>(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]);
