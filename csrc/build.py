@@ -4,7 +4,7 @@ Shared objects come out, side by side in the package folder:
 
 - ``libeffattn.so``: schemas, glue and CPU kernels, against the LibTorch stable ABI; needs no Python.
 - ``libeffattn_cuda.so``: glue and CUDA kernels, where there is an nvcc. ``EFFATTN_CUDA=0`` leaves it out, ``1`` asks
-  for it; ``EFFATTN_CUDA_ARCHS`` says for which cards, "80 90a 100+PTX".
+  for it; ``EFFATTN_CUDA_ARCHS`` says for which GPUs, "80 90a 100+PTX".
 - ``_C.<tag>.so``: build facts, instruction sets and plans, with pybind11.
 
 ``setup.py`` uses this for wheels and editable installs. Run as a script it stages an importable copy
@@ -56,27 +56,12 @@ INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
 # What libeffattn is told of itself is compiled in here.
 IDENTITY = "csrc/core/digest.cpp"
 
-CUDA = (
-    "kernels/cuda/tensors.cu",
-    "kernels/cuda/sums.cu",
-    "kernels/cuda/relu_linear_attention.cu",
-    "kernels/cuda/biased_attention.cu",
-    "kernels/cuda/cascaded_group_attention.cu",
-    "kernels/cuda/cascade_small_windows.cu",
-    "kernels/cuda/multi_scale.cu",
-    "kernels/cuda/multi_scale_narrow.cu",
-)
-# Of the device; and of the host, where threads of a block are emulated.
-CUDA_DEVICE = ("kernels/cuda/card.cu", "csrc/cuda/library.cpp", "csrc/cuda/limits.cpp", "csrc/cuda/launched.cpp")
-CUDA_EMULATED = (
-    "kernels/cuda/emulator.cpp",
-    "csrc/cuda/emulated.cpp",
-    "csrc/cuda/limits.cpp",
-    "csrc/cuda/launched.cpp",
-)
+# Every source under these folders is part of the CUDA library; what is in a folder of the second name is for a GPU
+# alone, of the third for the host alone, where the threads of a block are emulated.
+CUDA, DEVICE_ONLY, EMULATED = ("kernels/cuda", "csrc/cuda"), "device_only", "emulated"
 # What the library is told of itself is compiled in here.
-CUDA_IDENTITY = ("csrc/cuda/library.cpp", "csrc/cuda/emulated.cpp")
-# Compute capabilities; of the last one also code that newer cards can translate.
+CUDA_IDENTITY = "csrc/cuda/library.cpp"
+# Compute capabilities; of the last one also code that newer GPUs can translate.
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 
 CUDA_LIBRARY = "libeffattn_cuda.so"
@@ -115,9 +100,9 @@ class Cuda:
         asked = os.environ.get("EFFATTN_CUDA_ARCHS", "").split()
         archs = asked or [arch for arch in CUDA_ARCHS if _capability(arch) in known]
         if not any(arch.endswith("+PTX") for arch in archs) and not asked:
-            archs.append(f"{_capability(archs[-1])}+PTX")  # an nvcc that does not know the newest cards
+            archs.append(f"{_capability(archs[-1])}+PTX")  # an nvcc that does not know the newest GPUs
         for arch in archs:
-            # What is for one card alone ("90a") cannot be translated for another.
+            # What is for one GPU alone ("90a") cannot be translated for another.
             if _capability(arch) not in known or re.search(r"[af]\+PTX$", arch):
                 raise SystemExit(
                     f"EFFATTN_CUDA_ARCHS: expected compute capabilities that {nvcc} knows, separated by spaces "
@@ -351,8 +336,8 @@ def _add_libraries(
         emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
         told = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
         parts = [
-            compile(source, [*emulated, told] if source in CUDA_IDENTITY else emulated, "emulated")
-            for source in (*CUDA, *CUDA_EMULATED, *shared_glue())
+            compile(source, [*emulated, told] if source == CUDA_IDENTITY else emulated, "emulated")
+            for source in (*cuda_sources(DEVICE_ONLY), *shared_glue())
         ]
         outputs.append(library.with_name(CUDA_LIBRARY))
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
@@ -360,6 +345,12 @@ def _add_libraries(
         outputs.append(library.with_name(CUDA_LIBRARY))
         _add_cuda(ninja, target, target.cuda, objects, outputs[-1], compile, torch_flags, link_torch)
     return outputs
+
+
+def cuda_sources(without: str) -> list[str]:
+    """Those of the CUDA library, without the ones in folders of a name."""
+    found = _sources(*(f"{folder}/**/*.c[pu]*" for folder in CUDA))
+    return [source for source in found if without not in source.split("/")]
 
 
 def _add_cuda(
@@ -376,7 +367,7 @@ def _add_cuda(
         "-std=c++20",
         "-O3",
         "--expt-relaxed-constexpr",
-        "--threads 4",  # several cards' code at once: the largest source would be waited for
+        "--threads 4",  # code for several GPUs at once: the largest source would be waited for
         f"-ccbin {target.compiler}",
         "-Xcompiler -fPIC,-fvisibility=hidden,-Wall",
         *cuda.flags(),
@@ -394,12 +385,12 @@ def _add_cuda(
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []
-    for source in (*CUDA, *CUDA_DEVICE, *shared_glue()):
+    for source in (*cuda_sources(EMULATED), *shared_glue()):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
             parts += ninja.build(path, "compile_cuda", source)
         else:
-            told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source in CUDA_IDENTITY else []
+            told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source == CUDA_IDENTITY else []
             parts.append(compile(source, [*glue_flags, *told], "cuda"))
     through_nvcc = " ".join(
         f"-Xlinker {flag.removeprefix('-Wl,')}" if flag.startswith("-Wl,") else flag for flag in link_torch.split()

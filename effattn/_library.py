@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -72,7 +73,11 @@ cuda_compiler, _archs, cuda_digest = (*_cuda_build.split("; "), "", "")[:3]
 #: ``cuda_digest``: of the sources of the CUDA kernels and their compiler (csrc/build.py).
 #: What the CUDA kernels are compiled for, as EFFATTN_CUDA_ARCHS has it.
 cuda_archs = tuple(_archs.split())
-#: The most that they take of the sizes of a call, by name.
-cuda_limits = {name: int(most) for name, most in (limit.split("=") for limit in _cuda_limits.split())}
+#: Their operators, and the largest sizes of a call that each takes, by name.
+cuda_limits: dict[str, dict[str, int]] = {name: {} for name in _cuda_limits.split() if "=" not in name}
+for _limit in _cuda_limits.split():
+    if "=" in _limit:
+        _op, _size, _max = re.split("[.=]", _limit)
+        cuda_limits[_op][_size] = int(_max)
 #: Whether they run on the host, for tests.
 cuda_is_emulated = cuda_compiler == "emulated"

@@ -3,8 +3,8 @@
     python tests/emulated.py [--full] [pytest arguments]
 
 Each thread of a block is a fiber, shared memory has the size that a launch says and is full of NaN
-(kernels/cuda/emulator.h). All tests run as on a GPU of 9.0, with clusters; with ``--full``, those marked numerics then
-run as on one of 8.0, without, where the last thread of a block goes first: a missing barrier would show.
+(kernels/cuda/core/emulated/emulator.h). All tests run as on a GPU of 9.0, with clusters; with ``--full``, those marked
+numerics then run as on one of 8.0, without, where the last thread of a block goes first: a missing barrier would show.
 """
 
 from __future__ import annotations

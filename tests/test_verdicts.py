@@ -242,8 +242,16 @@ def test_the_library_knows_what_it_is_made_of():
 @pytest.mark.parametrize(
     ("device", "sources", "unrelated"),
     [
-        ("cuda", ["kernels/cuda/sums.cu", "csrc/cuda/backend.h"], ["kernels/cpu/core/simd.h", "csrc/cpu/lite_mla.cpp"]),
-        ("cpu", ["kernels/cpu/core/simd.h", "csrc/cpu/lite_mla.cpp"], ["kernels/cuda/sums.cu", "csrc/cuda/backend.h"]),
+        (
+            "cuda",
+            ["kernels/cuda/core/reduction.cu", "csrc/cuda/backend.h"],
+            ["kernels/cpu/core/simd.h", "csrc/cpu/lite_mla.cpp"],
+        ),
+        (
+            "cpu",
+            ["kernels/cpu/core/simd.h", "csrc/cpu/lite_mla.cpp"],
+            ["kernels/cuda/core/reduction.cu", "csrc/cuda/backend.h"],
+        ),
     ],
 )
 def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrelated):
@@ -263,7 +271,7 @@ def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrel
     digest = getattr(build, f"{device}_digest")
     first = digest("nvcc 13.0")
     assert digest("nvcc 12.8") != first
-    for path in (*unrelated, "kernels/triton/sums.py"):
+    for path in (*unrelated, "kernels/triton/reduction.py"):
         (tmp_path / path).write_text("changed")
     assert digest("nvcc 13.0") == first
     for source in (*sources, "kernels/params/image.h", "csrc/multi_scale.cpp", "csrc/build.py"):

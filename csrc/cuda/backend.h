@@ -14,11 +14,11 @@
 #include <string>
 #include <vector>
 
-#include "../../kernels/cuda/biased_attention.h"
-#include "../../kernels/cuda/cascaded_group_attention.h"
-#include "../../kernels/cuda/launch_record.h"
-#include "../../kernels/cuda/multi_scale.h"
-#include "../../kernels/cuda/relu_linear_attention.h"
+#include "../../kernels/cuda/biased_attention/api.h"
+#include "../../kernels/cuda/cascaded_group_attention/api.h"
+#include "../../kernels/cuda/core/launch_record.h"
+#include "../../kernels/cuda/multi_scale/api.h"
+#include "../../kernels/cuda/relu_linear_attention/api.h"
 
 #ifdef EFFATTN_EMULATED
 #define EFFATTN_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m)
@@ -43,7 +43,7 @@ class OnDevice {
  public:
   explicit OnDevice(int32_t) {}
   void* stream() const { return nullptr; }
-  cuda::Card card() const;  // emulated.cpp, as are the others: as tests ask for it
+  cuda::Gpu gpu() const;  // emulated.cpp, as are the others: as tests ask for it
   // Of a call: workspace is full of NaN, and what was launched is done at its end.
   void poison(float* workspace, int64_t floats) const;
   void end() const;
@@ -78,7 +78,7 @@ class OnDevice {
     TORCH_ERROR_CODE_CHECK(current_stream()(index_, &stream));
     return stream;
   }
-  cuda::Card card() const { return cuda::card(index_); }
+  cuda::Gpu gpu() const { return cuda::gpu(index_); }
   void poison(float*, int64_t) const {}
   void end() const {}
 
@@ -107,7 +107,7 @@ inline cuda::CallRecord describe(const Called& called) {
                : type == ScalarType::Half     ? "float16"
                                               : "another type";
   call.rank = static_cast<int>(called.tensor.dim());
-  for (int i = 0; i < call.rank && i < cuda::CallRecord::kMostSizes; ++i)
+  for (int i = 0; i < call.rank && i < cuda::CallRecord::kMaxSizes; ++i)
     call.sizes[i] = called.tensor.size(i);
   return call;
 }
@@ -122,7 +122,7 @@ class Execution {
   ~Execution() { device_.end(); }
 
   operator cuda::Execution() {
-    return {device_.stream(), device_.card(), this, [](void* self, int64_t floats) {
+    return {device_.stream(), device_.gpu(), this, [](void* self, int64_t floats) {
               Execution& e = *static_cast<Execution*>(self);
               const int64_t stride = 1;
               AtenTensorHandle handle = nullptr;

@@ -11,15 +11,6 @@ from effattn import _library
 from effattn.backends._base import Backend, beyond, refused_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MULTI_SCALE = ("channels", "kernel", "scales")
-#: By operator, which of the library's limits count.
-_LIMITED = {
-    "relu_linear_attention": ("channels", "dimensions"),
-    "multi_scale_aggregation": _MULTI_SCALE,
-    "multi_scale_linear_attention": _MULTI_SCALE,
-    "cascaded_group_attention": ("heads",),
-}
-
 #: Capabilities of systems on a chip, which are no later minors of the cards' (CUDA's guide, binary compatibility).
 _INTEGRATED = ((8, 7), (10, 1))
 
@@ -47,11 +38,8 @@ def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] 
     return min(ratios) > 1 if ratios else None
 
 
-OPERATORS = (
-    frozenset()
-    if _library.cuda_error is not None
-    else _library.operators("CPU" if _library.cuda_is_emulated else "CUDA")
-)
+_KEY = "CPU" if _library.cuda_is_emulated else "CUDA"
+OPERATORS = _library.operators(_KEY) if _library.cuda_error is None else frozenset()
 
 
 def _unavailable() -> str | None:
@@ -63,8 +51,8 @@ def _unavailable() -> str | None:
 
 
 def limits(op: str) -> dict[str, int]:
-    """The most that the kernels of an operator take of a call's sizes, by name; empty without the library."""
-    return {name: most for name, most in _library.cuda_limits.items() if name in _LIMITED.get(op, ())}
+    """The largest sizes of a call that the kernels of an operator take, by name; empty without the library."""
+    return _library.cuda_limits.get(op, {})
 
 
 def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Looks for faster launches on the card at hand, for those who ask; see ``EFFATTN_TRITON_AUTOTUNE`` in the README.
+"""Looks for faster launches on the GPU at hand, for those who ask; see ``EFFATTN_TRITON_AUTOTUNE`` in the README.
 
 Off unless asked for: tiles decide in which order is summed, so that a choice made by the clock would change the last
 bits of results from one process to the next. What is found is kept in a file, with which results are the same again.
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from effattn._triton import configs
-from effattn._triton.configs import BY_CARD, Launch
+from effattn._triton.configs import BY_GPU, Launch
 
 Key = tuple[str, str, int]
 
 #: A candidate must be faster than the best by more than what is noise.
 NOISE = 0.97
 #: Elements of a tile that a thread may hold; more of them spill.
-MOST_ELEMENTS = 32
+MAX_ELEMENTS = 32
 WARPS, TOKENS, CHANNELS, STAGES = (2, 16), (16, 256), (16, 64), (1, 4)
 
 
@@ -38,16 +38,16 @@ def neighbours(launch: Launch) -> Iterator[Launch]:
         widest = max(candidate.channels, candidate.keys or 1)
         if not STAGES[0] <= candidate.num_stages <= STAGES[1]:
             continue
-        if (candidate.tokens or 1) * widest <= MOST_ELEMENTS * 32 * candidate.num_warps:
+        if (candidate.tokens or 1) * widest <= MAX_ELEMENTS * 32 * candidate.num_warps:
             yield candidate
 
 
-def tune(call: Callable[[], Any], card: str, seconds: Callable[[Callable[[], Any]], float]) -> dict[Key, Launch]:
-    """Descends from the launches that ``call`` uses on ``card``, one entry after the other; keeps and returns them.
+def tune(call: Callable[[], Any], gpu: str, seconds: Callable[[Callable[[], Any]], float]) -> dict[Key, Launch]:
+    """Descends from the launches that ``call`` uses on ``gpu``, one entry after the other; keeps and returns them.
 
     ``seconds`` times a call. Entries that were found before stay as they are. A launch that fails is none.
     """
-    chosen = BY_CARD.setdefault(card, {})
+    chosen = BY_GPU.setdefault(gpu, {})
     with configs.asked() as used:
         call()
     found: dict[Key, Launch] = {}
@@ -72,23 +72,23 @@ def read(file: Path) -> None:
         ValueError: for a file of something else.
     """
     try:
-        for card, entries in json.loads(file.read_text()).items():
+        for gpu, entries in json.loads(file.read_text()).items():
             for entry in entries:
                 key = (entry.pop("op"), entry.pop("kernel"), entry.pop("size"))
                 _ = configs.LAUNCHES[key[0]][key[1]][key[2]]
-                BY_CARD.setdefault(card, {})[key] = Launch(**entry)
+                BY_GPU.setdefault(gpu, {})[key] = Launch(**entry)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: expected launches that were written here, got {error!r}") from error
 
 
 def write(file: Path) -> None:
-    """Keeps all launches of all cards."""
+    """Keeps all launches of all gpus."""
     data = {
-        card: [
+        gpu: [
             {"op": op, "kernel": kernel, "size": size, **asdict(launch)}
             for (op, kernel, size), launch in sorted(entries.items())
         ]
-        for card, entries in BY_CARD.items()
+        for gpu, entries in BY_GPU.items()
     }
     # Never half a file, should two processes write at once.
     beside = file.with_name(f"{file.name}.{id(data)}.new")

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from effattn._triton.configs import find
 from effattn._triton.numerics import TargetOptions
+from effattn._triton.reduction import add_up
 from effattn._triton.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
-from effattn._triton.sums import add_up
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 
@@ -113,7 +113,7 @@ def _multiply(
     store_tile(total, begin, row, rows, o_token, first, CHUNK, channels, o_channel)
 
 
-class Call:
+class LaunchPlan:
     """What the launches of a call share: q (B, heads, N, D), k (B, heads, M, D), v (B, heads, M, Dv)."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, target: TargetOptions) -> None:
@@ -125,7 +125,7 @@ class Call:
         return like.new_empty((self.batch, self.heads, self.tokens, self.keys), dtype=torch.float32)
 
     def options(self, kernel: str, **chunked: int) -> dict[str, Any]:
-        launch = find("biased_attention", kernel, max(self.head_dim, self.value_dim), self.target.card)
+        launch = find("biased_attention", kernel, max(self.head_dim, self.value_dim), self.target.gpu)
         return {**self.target.launched(launch.options(**chunked)), "PRECISION": self.target.precision}
 
     def grid(self, tiles: int) -> tuple[int]:
@@ -177,11 +177,11 @@ def forward(
     target: TargetOptions,
 ) -> None:
     """Fills ``out`` (B, heads, N, Dv); ``bias`` (heads, N, M) is contiguous, in float32."""
-    call = Call(q, k, v, target)
-    options = call.options("attend", CHUNK=call.head_dim, DV=call.value_dim)
-    tiles = triton.cdiv(call.tokens, options["TOKENS"]) * triton.cdiv(call.value_dim, options["DV"])
-    _attend[call.grid(tiles)](
-        q, k, v, bias, out, call.heads, call.tokens, call.keys, call.head_dim, call.value_dim, scale,
+    plan = LaunchPlan(q, k, v, target)
+    options = plan.options("attend", CHUNK=plan.head_dim, DV=plan.value_dim)
+    tiles = triton.cdiv(plan.tokens, options["TOKENS"]) * triton.cdiv(plan.value_dim, options["DV"])
+    _attend[plan.grid(tiles)](
+        q, k, v, bias, out, plan.heads, plan.tokens, plan.keys, plan.head_dim, plan.value_dim, scale,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), **options,
     )  # fmt: skip
 
@@ -197,12 +197,12 @@ def backward(
     target: TargetOptions,
 ) -> None:
     """Fills the gradients of q, k, v and the bias."""
-    call = Call(q, k, v, target)
-    weights, grad_logits = call.new_pairs(q), call.new_pairs(q)
-    options = call.options("softmax_gradients", CHUNK=max(call.head_dim, call.value_dim))
-    _softmax_gradients[call.grid(triton.cdiv(call.tokens, options["TOKENS"]))](
+    plan = LaunchPlan(q, k, v, target)
+    weights, grad_logits = plan.new_pairs(q), plan.new_pairs(q)
+    options = plan.options("softmax_gradients", CHUNK=max(plan.head_dim, plan.value_dim))
+    _softmax_gradients[plan.grid(triton.cdiv(plan.tokens, options["TOKENS"]))](
         q, k, v, bias, grad_out, weights, grad_logits,
-        call.heads, call.tokens, call.keys, call.head_dim, call.value_dim, scale,
+        plan.heads, plan.tokens, plan.keys, plan.head_dim, plan.value_dim, scale,
         *q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), **options,
     )  # fmt: skip
-    call.multiply_gradients(weights, grad_logits, (q, k, grad_out), grads, scale)
+    plan.multiply_gradients(weights, grad_logits, (q, k, grad_out), grads, scale)

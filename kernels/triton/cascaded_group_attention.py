@@ -1,9 +1,9 @@
-"""Cascaded group attention, forward and backward: a program walks all heads of a window.
+"""Cascaded group attention, forward and backward: a program goes through all heads of a window.
 
-What a head makes goes from one step to the next through memory that the program has for itself, in float32, and that
-stays in the caches of its multiprocessor; between steps its threads wait for each other. The forward has as many
-programs as fill a card, which take one window after the other. The backward walks forward once more and keeps
-everything, walks back, and then sums the gradients of the weights over all windows.
+What a head makes goes from one step to the next through workspace of the program's own, in float32, which stays in the
+caches of its multiprocessor; between steps its threads wait for each other. The forward has as many programs as fill a
+GPU, which take one window after the other. The backward goes forward once more and keeps everything, then back, and
+then sums the gradients of the weights over all windows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import triton.language as tl
 from effattn._triton.configs import CASCADE_PROGRAMS, find, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.layout import image_strides
-from effattn._triton.numerics import TargetOptions, narrowed, product
+from effattn._triton.numerics import TargetOptions, product, round_to
+from effattn._triton.reduction import add_up
 from effattn._triton.softmax import attended_tile, product_tile, softmax_gradients_tile
-from effattn._triton.sums import add_up
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
@@ -65,15 +65,15 @@ def _load_image(image, pixel, inside, pixel_stride, channel_stride, first, chann
 @triton.jit
 def _store_image(x, image, pixel, inside, pixel_stride, channel_stride, first, channels, CHUNK: tl.constexpr):
     at, there = _image_tile(image, pixel, inside, pixel_stride, channel_stride, first, channels, CHUNK)
-    tl.store(at, narrowed(x, image.dtype.element_ty), mask=there)
+    tl.store(at, round_to(x, image.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _walk(
+def _cga_forward(
     x, weights, bias, out, feats, qkvs, qs,
     heads, key_dim, value_dim, height, width, window_height, window_width, windows, programs, scale,
     x_batch, x_channel, x_pixel, o_batch, o_channel, o_pixel,
-    KEPT: tl.constexpr, KERNELS: tl.constexpr, TAPS: tl.constexpr, MOST: tl.constexpr,
+    KEPT: tl.constexpr, KERNELS: tl.constexpr, TAPS: tl.constexpr, MAX_KERNEL: tl.constexpr,
     QKV_BIAS: tl.constexpr, DW_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _walk(
                 for channel in range(0, key_dim, CHUNK):
                     tile = convolved(
                         qkv, taps, token, tokens, window_height, window_width, outputs, channel, key_dim, 1,
-                        _of_head(head, KERNELS), MOST, 1, CHUNK, False,
+                        _of_head(head, KERNELS), MAX_KERNEL, 1, CHUNK, False,
                     )  # fmt: skip
                     if DW_BIAS:
                         at = channel + tl.arange(0, CHUNK)
@@ -154,11 +154,11 @@ def _walk(
 
 
 @triton.jit
-def _walk_back(
+def _cga_backward(
     grad_out, weights, bias, qkvs, qs, grads, weights_of_pairs, grad_logits, grad_qs, grad_qkvs, grad_x,
     heads, key_dim, value_dim, height, width, window_height, window_width, scale,
     g_batch, g_channel, g_pixel, d_batch, d_channel, d_pixel,
-    KERNELS: tl.constexpr, TAPS: tl.constexpr, MOST: tl.constexpr, QKV_BIAS: tl.constexpr,
+    KERNELS: tl.constexpr, TAPS: tl.constexpr, MAX_KERNEL: tl.constexpr, QKV_BIAS: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All heads of a window, from the last: program (window).
@@ -226,7 +226,7 @@ def _walk_back(
             for channel in range(0, key_dim, CHUNK):
                 tile = convolved(
                     grad_q, taps, token, tokens, window_height, window_width, key_dim, channel, key_dim, 1,
-                    _of_head(head, KERNELS), MOST, -1, CHUNK, False,
+                    _of_head(head, KERNELS), MAX_KERNEL, -1, CHUNK, False,
                 )  # fmt: skip
                 store_tile(tile, grad_qkv, token, tokens, outputs, channel, CHUNK, key_dim, 1)
         tl.debug_barrier()
@@ -287,7 +287,7 @@ class Weights:
     bias: torch.Tensor
 
 
-class _Call:
+class _LaunchPlan:
     """What the launches of a call share."""
 
     def __init__(self, x: torch.Tensor, weights: Weights, window: tuple[int, int], target: TargetOptions) -> None:
@@ -301,11 +301,11 @@ class _Call:
         every = (*weights.qkv, *weights.qkv_biases, *weights.dw, *weights.dw_biases)
         # One launch to join them, and none to know where each of them is.
         self.weights = torch.cat([t.reshape(-1) for t in every])
-        walk = find("cascaded_group_attention", "walk", self.tokens, target.card)
+        walk = find("cascaded_group_attention", "walk", self.tokens, target.gpu)
         self.options = {
             "KERNELS": self.kernels,
             "TAPS": (0, *accumulate(k * k for k in self.kernels)),
-            "MOST": max(self.kernels),
+            "MAX_KERNEL": max(self.kernels),
             "QKV_BIAS": int(len(weights.qkv_biases) > 0),
             "PRECISION": target.precision,
             **target.launched(walk.options(CHUNK=max(self.key_dim, self.value_dim))),
@@ -314,14 +314,14 @@ class _Call:
     def new(self, slots: int, *sizes: int) -> torch.Tensor:
         return self.weights.new_empty((slots, self.tokens, *sizes), dtype=torch.float32)
 
-    def walk(
+    def cga_forward(
         self, x: torch.Tensor, out: torch.Tensor, scale: float, has_dw_bias: bool, kept: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fills ``out``, and returns what every head of every window had, if it is kept."""
         programs = self.windows if kept else min(self.windows, CASCADE_PROGRAMS)
         slots = self.windows * self.heads if kept else programs
         of_heads = tuple(self.new(slots, size) for size in (self.value_dim, self.outputs, self.key_dim))
-        _walk[(programs,)](
+        _cga_forward[(programs,)](
             x, self.weights, self.bias, out, *of_heads,
             self.heads, self.key_dim, self.value_dim, self.height, self.width, *self.window,
             self.windows, programs, scale, *image_strides(x), *image_strides(out),
@@ -339,7 +339,7 @@ def forward(
     target: TargetOptions,
 ) -> None:
     """Fills ``out`` (B, C, H, W)."""
-    _Call(x, weights, window, target).walk(x, out, scale, len(weights.dw_biases) > 0, kept=False)
+    _LaunchPlan(x, weights, window, target).cga_forward(x, out, scale, len(weights.dw_biases) > 0, kept=False)
 
 
 def backward(
@@ -353,39 +353,39 @@ def backward(
     target: TargetOptions,
 ) -> None:
     """Fills the gradients of x and of the weights."""
-    call = _Call(x, weights, window, target)
+    plan = _LaunchPlan(x, weights, window, target)
     has_dw_bias, has_qkv_bias = len(weights.dw_biases) > 0, len(weights.qkv_biases) > 0
     # The output is made once more where the gradient of x will be.
-    feats, qkvs, qs = call.walk(x, grad_x, scale, has_dw_bias, kept=True)
-    slots = call.windows * call.heads
-    grad_logits = call.new(slots, call.tokens)
+    feats, qkvs, qs = plan.cga_forward(x, grad_x, scale, has_dw_bias, kept=True)
+    slots = plan.windows * plan.heads
+    grad_logits = plan.new(slots, plan.tokens)
     grad_qs, grad_qkvs = torch.empty_like(qs), torch.empty_like(qkvs)
-    _walk_back[(call.windows,)](
-        grad_out, call.weights, call.bias, qkvs, qs, call.new(call.windows, call.value_dim),
-        call.new(call.windows, call.tokens), grad_logits, grad_qs, grad_qkvs, grad_x,
-        call.heads, call.key_dim, call.value_dim, call.height, call.width, *window, scale,
-        *image_strides(grad_out), *image_strides(grad_x), **call.options,
+    _cga_backward[(plan.windows,)](
+        grad_out, plan.weights, plan.bias, qkvs, qs, plan.new(plan.windows, plan.value_dim),
+        plan.new(plan.windows, plan.tokens), grad_logits, grad_qs, grad_qkvs, grad_x,
+        plan.heads, plan.key_dim, plan.value_dim, plan.height, plan.width, *window, scale,
+        *image_strides(grad_out), *image_strides(grad_x), **plan.options,
     )  # fmt: skip
-    by_window = grad_logits.view(1, call.windows, -1)
+    by_window = grad_logits.view(1, plan.windows, -1)
     add_up(by_window, grads.bias)
     del grad_logits, by_window
 
-    launch = find("cascaded_group_attention", "weight_gradients", call.value_dim, target.card)
-    options = target.launched(launch.options(CHUNK=max(call.value_dim, call.outputs)))
-    pieces = triton.cdiv(call.value_dim, options["CHUNK"]) * triton.cdiv(call.outputs, options["CHUNK"])
-    part_tiles, count = split_tiles(pieces * call.heads, call.windows, call.tokens, options["TOKENS"])
-    partial = feats.new_empty(call.heads, count, call.outputs, call.value_dim)
-    partial_bias = feats.new_empty(call.heads, count, call.outputs)
-    _weight_gradients[(pieces * count * call.heads,)](
+    launch = find("cascaded_group_attention", "weight_gradients", plan.value_dim, target.gpu)
+    options = target.launched(launch.options(CHUNK=max(plan.value_dim, plan.outputs)))
+    pieces = triton.cdiv(plan.value_dim, options["CHUNK"]) * triton.cdiv(plan.outputs, options["CHUNK"])
+    part_tiles, count = split_tiles(pieces * plan.heads, plan.windows, plan.tokens, options["TOKENS"])
+    partial = feats.new_empty(plan.heads, count, plan.outputs, plan.value_dim)
+    partial_bias = feats.new_empty(plan.heads, count, plan.outputs)
+    _weight_gradients[(pieces * count * plan.heads,)](
         grad_qkvs, feats, partial, partial_bias,
-        call.heads, call.value_dim, call.outputs, call.tokens, call.windows, part_tiles, count,
+        plan.heads, plan.value_dim, plan.outputs, plan.tokens, plan.windows, part_tiles, count,
         QKV_BIAS=has_qkv_bias, PRECISION=target.precision, **options,
     )  # fmt: skip
     _distribute(partial, grads.qkv)
     _distribute(partial_bias, grads.qkv_biases)
 
-    sizes = (call.windows, call.key_dim, *window)
-    strides = [(call.heads * call.tokens * channels, 1, channels) for channels in (call.key_dim, call.outputs)]
+    sizes = (plan.windows, plan.key_dim, *window)
+    strides = [(plan.heads * plan.tokens * channels, 1, channels) for channels in (plan.key_dim, plan.outputs)]
     for head, grad in enumerate(grads.dw):
         weight_gradients(
             grad_qs[head:], qkvs[head:], sizes, (strides[0], strides[1]), grad,

@@ -1,7 +1,7 @@
 """How every kernel is launched: tiles, warps and pipeline stages as data, chosen by sizes.
 
 The numbers of tokens are those at which the compiler spills no register on any of the targets that the tests compile
-for; which of them is fastest has to be measured on a card. How a sum is split is a function of the sizes alone.
+for; which of them is fastest has to be measured on a GPU. How a sum is split is a function of the sizes alone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 #: Products of fewer channels are made with zeros behind them.
-LEAST_CHANNELS = 16
+MIN_CHANNELS = 16
 #: The largest head_dim and value_dim.
-MOST_CHANNELS = 128
+MAX_CHANNELS = 128
 #: A program of talking heads has two matrices of them by them in registers.
-MOST_TALKING_HEADS = 64
+MAX_TALKING_HEADS = 64
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,21 @@ LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
     },
     # All taps are taken at once, of the channels of a program; by the memory order of images.
     "depthwise": {
-        "nchw": {MOST_CHANNELS: Launch(32, 1)},
-        "channels_last": {MOST_CHANNELS: Launch(4, 8)},
+        "nchw": {MAX_CHANNELS: Launch(32, 1)},
+        "channels_last": {MAX_CHANNELS: Launch(4, 8)},
     },
     "biased_attention": {
-        "attend": {MOST_CHANNELS: Launch(32, 32, keys=32)},
-        "softmax_gradients": {MOST_CHANNELS: Launch(32, 32, keys=32)},
-        "pairs": {MOST_CHANNELS: Launch(32, 32, keys=64)},
-        "multiply": {MOST_CHANNELS: Launch(32, 32, keys=32)},
+        "attend": {MAX_CHANNELS: Launch(32, 32, keys=32)},
+        "softmax_gradients": {MAX_CHANNELS: Launch(32, 32, keys=32)},
+        "pairs": {MAX_CHANNELS: Launch(32, 32, keys=64)},
+        "multiply": {MAX_CHANNELS: Launch(32, 32, keys=32)},
     },
     "talking_heads": {
         "talk": {
             8: Launch(keys=64),
             16: Launch(keys=64),
             32: Launch(keys=32),
-            MOST_TALKING_HEADS: Launch(keys=16, num_warps=8),
+            MAX_TALKING_HEADS: Launch(keys=16, num_warps=8),
         }
     },
     "cascaded_group_attention": {
@@ -92,23 +92,23 @@ LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
             32: Launch(16, 32, num_warps=8, keys=32),
             64: Launch(64, 16, num_warps=8, keys=16),
         },
-        "weight_gradients": {MOST_CHANNELS: Launch(64, 32)},
+        "weight_gradients": {MAX_CHANNELS: Launch(64, 32)},
     },
 }
 
-#: What was found to be faster on a card, by its name; then by operator, kernel and the size of the entry above. None
-#: yet: no card has been measured.
-BY_CARD: dict[str, dict[tuple[str, str, int], Launch]] = {}
+#: What was found to be faster on a gpu, by its name; then by operator, kernel and the size of the entry above. None
+#: yet: no GPU has been measured.
+BY_GPU: dict[str, dict[tuple[str, str, int], Launch]] = {}
 
 
-def find(op: str, kernel: str, size: int, card: str = "") -> Launch:
-    """How a kernel is launched on a card."""
+def find(op: str, kernel: str, size: int, gpu: str = "") -> Launch:
+    """How a kernel is launched on a GPU."""
     table = LAUNCHES[op][kernel]
     entry = next((most for most in table if size <= most), max(table))
     key = (op, kernel, entry)
     if _asked is not None:
         _asked.add(key)
-    return BY_CARD.get(card, {}).get(key, table[entry])
+    return BY_GPU.get(gpu, {}).get(key, table[entry])
 
 
 _asked: set[tuple[str, str, int]] | None = None
@@ -126,14 +126,14 @@ def asked() -> Iterator[set[tuple[str, str, int]]]:
 
 
 #: Taps times tokens and channels of a program that sums gradients of depthwise weights: more taps, fewer tokens.
-MOST_TAPS = 4096
-#: Programs of a cascade's forward walk, at most: each has memory of its own, which should stay in the card's cache.
+MAX_TAPS = 4096
+#: Programs of a cascade's forward walk, at most: each has memory of its own, which should stay in the GPU's cache.
 CASCADE_PROGRAMS = 1024
 
 #: Programs that the sums over tokens are split into, over all groups, at least: a few for every multiprocessor of the
-#: largest cards. Parts of fewer tokens than this are not worth a pass over the partial sums.
+#: largest GPUs. Parts of fewer tokens than this are not worth a pass over the partial sums.
 PROGRAMS = 1024
-LEAST_TOKENS = 256
+MIN_TOKENS = 256
 
 #: Numbers of a program that adds up rows of them; of more rows than these, each part is added up by itself.
 ADDED_UP = 512
@@ -142,13 +142,13 @@ ROWS_ADDED_UP = 64
 
 def padded(channels: int) -> int:
     """The power of two in which a tile holds so many channels."""
-    return max(LEAST_CHANNELS, 1 << (channels - 1).bit_length())
+    return max(MIN_CHANNELS, 1 << (channels - 1).bit_length())
 
 
 def split(groups: int, tokens: int, tile: int) -> tuple[int, int]:
     """How the tokens of each group are split for sums over them: tokens of a part, whole tiles; number of parts."""
     wanted = -(-PROGRAMS // max(groups, 1))
-    parts = max(1, min(wanted, tokens // LEAST_TOKENS))
+    parts = max(1, min(wanted, tokens // MIN_TOKENS))
     part_tokens = max(1, -(-tokens // (parts * tile))) * tile
     return part_tokens, max(1, -(-tokens // part_tokens))
 

@@ -6,22 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MOST_TAPS, find, split_tiles
+from effattn._triton.configs import MAX_TAPS, find, split_tiles
 from effattn._triton.numerics import TargetOptions
-from effattn._triton.sums import add_up_partial, new_partial
+from effattn._triton.reduction import add_up_partial, new_partial
 from effattn._triton.tiles import load_tile, tile_and_group
 
 
 @triton.jit
 def convolved(
     image, taps, token, tokens, height, width, token_stride, first, channels, channel_stride,
-    kernel, MOST: tl.constexpr, SIGN: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr,
+    kernel, MAX_KERNEL: tl.constexpr, SIGN: tl.constexpr, CHANNELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Depthwise convolution of (tokens, CHANNELS) from channel ``first`` on; its transpose where SIGN is -1.
 
-    ``image`` and ``taps`` (channels, kernel * kernel) begin at the same channel; ``kernel`` is at most MOST. Tokens
-    behind ``tokens`` are 0. WHOLE says that CHANNELS divides ``channels``: masks are then the same for all of them, and
-    take a register less each.
+    ``image`` and ``taps`` (channels, kernel * kernel) begin at the same channel. Tokens behind ``tokens`` are 0. WHOLE
+    says that CHANNELS divides ``channels``: masks are then the same for all of them, and take a register less each.
     """
     channel = first + tl.arange(0, CHANNELS)
     there = channel < channels
@@ -32,7 +31,7 @@ def convolved(
         down = SIGN * (i - kernel // 2)
         row_inside = (row + down >= 0) & (row + down < height) & (token < tokens)
         # The taps of a row at once: what they load does not wait for each other.
-        for j in tl.static_range(MOST):
+        for j in tl.static_range(MAX_KERNEL):
             right = SIGN * (j - kernel // 2)
             is_tap = j < kernel
             inside = row_inside & (col + right >= 0) & (col + right < tl.where(is_tap, width, 0))
@@ -98,9 +97,9 @@ def weight_gradients(
     """
     (batch, channels, height, width), kernel = sizes, grad_weight.shape[-1]
     order = "channels_last" if strides[1][1] == 1 and channels > 1 else "nchw"
-    launch = find("depthwise", order, channels, target.card)
+    launch = find("depthwise", order, channels, target.gpu)
     options, taps = target.launched(launch.options(CHUNK=channels)), triton.next_power_of_2(kernel**2)
-    options["TOKENS"] = max(1, min(options["TOKENS"], MOST_TAPS // (taps * options["CHUNK"])))
+    options["TOKENS"] = max(1, min(options["TOKENS"], MAX_TAPS // (taps * options["CHUNK"])))
     chunks = triton.cdiv(channels, options["CHUNK"])
     part_tiles, count = split_tiles(chunks, batch, height * width, options["TOKENS"])
     partial, partial_bias = (new_partial(g, count) for g in (grad_weight, grad_bias))

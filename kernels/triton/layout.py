@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 #: Leading dimensions that kernels address each by a stride of its own.
-MOST_DIMENSIONS = 3
+MAX_DIMENSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Groups:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Of the last two of MOST_DIMENSIONS dimensions."""
-        _, middle, last = (*(1,) * (MOST_DIMENSIONS - len(self.merged)), *self.merged)
+        """Of the last two of MAX_DIMENSIONS dimensions."""
+        _, middle, last = (*(1,) * (MAX_DIMENSIONS - len(self.merged)), *self.merged)
         return middle, last
 
     def strides(self, t: torch.Tensor) -> tuple[int, ...]:
-        """Of MOST_DIMENSIONS dimensions, then of tokens and channels."""
+        """Of MAX_DIMENSIONS dimensions, then of tokens and channels."""
         lead = [t.stride(dims[-1]) for dims in self.members]
-        return (*(0,) * (MOST_DIMENSIONS - len(lead)), *lead, t.stride(-2), t.stride(-1))
+        return (*(0,) * (MAX_DIMENSIONS - len(lead)), *lead, t.stride(-2), t.stride(-1))
 
 
 def with_mergeable_rows(image: torch.Tensor) -> torch.Tensor:

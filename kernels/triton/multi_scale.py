@@ -17,18 +17,10 @@ import triton.language as tl
 from effattn._triton import relu_linear_attention
 from effattn._triton.configs import Launch, find, padded, split, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
+from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
 from effattn._triton.layout import image_strides
-from effattn._triton.numerics import TargetOptions, product, relu
-from effattn._triton.sums import (
-    add_up,
-    add_up_partial,
-    divisible,
-    load_matrix,
-    load_vector,
-    matrix_pointers,
-    new_partial,
-    vector_pointers,
-)
+from effattn._triton.numerics import TargetOptions, clamp_subnormal, product, relu
+from effattn._triton.reduction import add_up, add_up_partial, new_partial
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
@@ -111,8 +103,8 @@ def _aggregate(
 
 
 @triton.jit
-def _sum_tokens(
-    image, dw, pw, dw_bias, pw_bias, sums,
+def _accumulate_kv_state(
+    image, dw, pw, dw_bias, pw_bias, kv_state,
     head_dim: tl.constexpr, heads, first_head, all_heads, height, width, count, part_tokens,
     x_batch, x_channel, x_token,
     IDENTITY: tl.constexpr, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
@@ -145,16 +137,16 @@ def _sum_tokens(
         )  # fmt: skip
         matrix += product(tl.trans(value), key, PRECISION)
     group = (batch * all_heads + first_head + head) * count + part
-    at, inside = matrix_pointers(sums, group, row, col, head_dim, head_dim, CHUNK, CHUNK)
+    at, inside = matrix_pointers(kv_state, group, row, col, head_dim, head_dim, CHUNK, CHUNK)
     tl.store(at, matrix, mask=inside)
-    at, inside = vector_pointers(sums, group, col, head_dim, head_dim, CHUNK)
+    at, inside = vector_pointers(kv_state, group, col, head_dim, head_dim, CHUNK)
     first_only = tl.arange(0, CHUNK) < tl.where(row == 0, CHUNK, 0)
     tl.store(at, keys, mask=inside & first_only)
 
 
 @triton.jit
 def _attend(
-    image, dw, pw, dw_bias, pw_bias, sums, out,
+    image, dw, pw, dw_bias, pw_bias, kv_state, out,
     head_dim: tl.constexpr, heads, first_head, all_heads, height, width, eps,
     x_batch, x_channel, x_token, o_batch, o_channel, o_token,
     IDENTITY: tl.constexpr, KERNEL: tl.constexpr, DW_BIAS: tl.constexpr, PW_BIAS: tl.constexpr,
@@ -176,11 +168,11 @@ def _attend(
             channel, first, head_dim, x_channel, KERNEL, DW_BIAS, PW_BIAS, D, CHUNK, PRECISION,
         )  # fmt: skip
         query = relu(query)
-        matrix = load_matrix(sums, group, value, first, head_dim, head_dim, CHUNK, CHUNK)
+        matrix = load_matrix(kv_state, group, value, first, head_dim, head_dim, CHUNK, CHUNK)
         numerator += product(query, tl.trans(matrix), PRECISION)
-        denominator += tl.sum(query * load_vector(sums, group, first, head_dim, head_dim, CHUNK)[None, :], 1)
+        denominator += tl.sum(query * load_vector(kv_state, group, first, head_dim, head_dim, CHUNK)[None, :], 1)
     # Behind the last token eps alone, which may be 0, would be divided by.
-    denominator = divisible(tl.where(token < tokens, denominator + eps, 1.0))
+    denominator = clamp_subnormal(tl.where(token < tokens, denominator + eps, 1.0))
     begin = out + batch.to(tl.int64) * o_batch + ((first_head + head) * head_dim).to(tl.int64) * o_channel
     store_tile(numerator / denominator[:, None], begin, token, tokens, o_token, value, CHUNK, head_dim, o_channel)
 
@@ -278,7 +270,7 @@ class _Weights:
         return {name: every[name] for name in names}
 
 
-class _Call:
+class _LaunchPlan:
     """What the launches of a call share."""
 
     def __init__(self, image: torch.Tensor, head_dim: int, target: TargetOptions) -> None:
@@ -287,7 +279,7 @@ class _Call:
         self.target = target
 
     def launch(self, kernel: str) -> Launch:
-        return find("multi_scale", kernel, self.head_dim, self.target.card)
+        return find("multi_scale", kernel, self.head_dim, self.target.gpu)
 
     def options(self, launch: Launch, *, whole_heads: bool = True) -> dict[str, Any]:
         whole = {"D": padded(self.head_dim)} if whole_heads else {}
@@ -305,18 +297,18 @@ def aggregate(
 
     ``weights`` are lists of a tensor a scale: depthwise, 1x1, their biases; of the last two none, or all.
     """
-    call = _Call(image, head_dim, target)
-    launch = call.launch("aggregate")
-    options = call.options(launch)
-    identity, *scales = out.split(call.channels, dim=1)
+    plan = _LaunchPlan(image, head_dim, target)
+    launch = plan.launch("aggregate")
+    options = plan.options(launch)
+    identity, *scales = out.split(plan.channels, dim=1)
     identity.copy_(image)
     grid = (
-        triton.cdiv(call.tokens, launch.tokens) * triton.cdiv(head_dim, options["CHUNK"]) * call.batch * call.groups,
+        triton.cdiv(plan.tokens, launch.tokens) * triton.cdiv(head_dim, options["CHUNK"]) * plan.batch * plan.groups,
     )
     for i, of_scale in enumerate(scales):
         scale = _Weights(image, weights, i)
         _aggregate[grid](
-            image, *scale.pointers, of_scale, head_dim, call.groups, call.height, call.width,
+            image, *scale.pointers, of_scale, head_dim, plan.groups, plan.height, plan.width,
             *image_strides(image), *image_strides(of_scale), **scale.options(*_ALL), **options,
         )  # fmt: skip
 
@@ -324,42 +316,42 @@ def aggregate(
 def attend(
     image: torch.Tensor,
     weights: Sequence[Tensors],
-    sums: torch.Tensor,
+    kv_state: torch.Tensor,
     out: torch.Tensor,
     head_dim: int,
     eps: float,
     target: TargetOptions,
 ) -> None:
-    """Fills ``sums`` (B, heads of all scales, D + 1, D) and ``out`` (B, (1 + scales) * C / 3, H, W)."""
-    call = _Call(image, head_dim, target)
-    heads, scales = call.groups // 3, len(weights[0])
+    """Fills ``kv_state`` (B, heads of all scales, D + 1, D) and ``out`` (B, (1 + scales) * C / 3, H, W)."""
+    plan = _LaunchPlan(image, head_dim, target)
+    heads, scales = plan.groups // 3, len(weights[0])
     if scales == 0:
-        relu_linear_attention.forward(*heads_of(image, head_dim), sums, outputs_of(out, head_dim), eps, target)
+        relu_linear_attention.forward(*heads_of(image, head_dim), kv_state, outputs_of(out, head_dim), eps, target)
         return
     all_heads = heads * (1 + scales)
     every = [_Weights(image, weights, i) for i in range(scales)]
 
-    launch = call.launch("sum_tokens")
-    options = call.options(launch)
-    part_tokens, count = split(call.batch * all_heads, call.tokens, launch.tokens)
-    partial = sums if count == 1 else sums.new_empty(call.batch * all_heads, count, *sums.shape[2:])
-    programs = triton.cdiv(head_dim, options["CHUNK"]) ** 2 * count * call.batch
+    launch = plan.launch("sum_tokens")
+    options = plan.options(launch)
+    part_tokens, count = split(plan.batch * all_heads, plan.tokens, launch.tokens)
+    partial = kv_state if count == 1 else kv_state.new_empty(plan.batch * all_heads, count, *kv_state.shape[2:])
+    programs = triton.cdiv(head_dim, options["CHUNK"]) ** 2 * count * plan.batch
     for i, scale in enumerate(every):
-        _sum_tokens[(programs * heads * (1 + (i == 0)),)](
+        _accumulate_kv_state[(programs * heads * (1 + (i == 0)),)](
             image, *scale.pointers, partial, head_dim, heads, heads * (i + (i > 0)), all_heads,
-            call.height, call.width, count, part_tokens, *image_strides(image),
+            plan.height, plan.width, count, part_tokens, *image_strides(image),
             IDENTITY=int(i == 0), **scale.options(*_ALL), **options,
         )  # fmt: skip
     if count > 1:
-        add_up(partial, sums)
+        add_up(partial, kv_state)
 
-    launch = call.launch("attend")
-    options = call.options(launch)
-    programs = triton.cdiv(head_dim, options["CHUNK"]) * triton.cdiv(call.tokens, launch.tokens) * call.batch
+    launch = plan.launch("attend")
+    options = plan.options(launch)
+    programs = triton.cdiv(head_dim, options["CHUNK"]) * triton.cdiv(plan.tokens, launch.tokens) * plan.batch
     for i, scale in enumerate(every):
         _attend[(programs * heads * (1 + (i == 0)),)](
-            image, *scale.pointers, sums, out, head_dim, heads, heads * (i + (i > 0)), all_heads,
-            call.height, call.width, eps, *image_strides(image), *image_strides(out),
+            image, *scale.pointers, kv_state, out, head_dim, heads, heads * (i + (i > 0)), all_heads,
+            plan.height, plan.width, eps, *image_strides(image), *image_strides(out),
             IDENTITY=int(i == 0), **scale.options(*_ALL), **options,
         )  # fmt: skip
 
@@ -390,8 +382,8 @@ def aggregate_backward(
     target: TargetOptions,
 ) -> None:
     """Fills the gradients of the image and of the weights, whose biases may be none."""
-    call = _Call(image, head_dim, target)
-    before, *grad_scales = grad_out.split(call.channels, dim=1)
+    plan = _LaunchPlan(image, head_dim, target)
+    before, *grad_scales = grad_out.split(plan.channels, dim=1)
     if not grad_scales:
         grad_image.copy_(before)
         return
@@ -400,21 +392,21 @@ def aggregate_backward(
     for i, grad in enumerate(grad_scales):
         scale = _Weights(image, weights, i)
         grads = [ts[i] if ts else None for ts in grad_weights]
-        _scale_backward(call, grad, image, scale, grads, grad_mixed)
+        _scale_backward(plan, grad, image, scale, grads, grad_mixed)
         into = grad_image if i == len(grad_scales) - 1 else total
-        launch = call.launch("input_gradients")
-        programs = triton.cdiv(call.channels, launch.channels) * triton.cdiv(call.tokens, launch.tokens)
-        _input_gradients[(programs * call.batch,)](
-            grad_mixed, scale.dw, before, into, call.channels, call.height, call.width,
+        launch = plan.launch("input_gradients")
+        programs = triton.cdiv(plan.channels, launch.channels) * triton.cdiv(plan.tokens, launch.tokens)
+        _input_gradients[(programs * plan.batch,)](
+            grad_mixed, scale.dw, before, into, plan.channels, plan.height, plan.width,
             *image_strides(grad_mixed), *image_strides(before), *image_strides(into),
-            WHOLE=call.channels % launch.channels == 0, **scale.options("KERNEL"),
-            **target.launched(launch.options(CHUNK=call.channels)),
+            WHOLE=plan.channels % launch.channels == 0, **scale.options("KERNEL"),
+            **target.launched(launch.options(CHUNK=plan.channels)),
         )  # fmt: skip
         before = into
 
 
 def _scale_backward(
-    call: _Call,
+    plan: _LaunchPlan,
     grad: torch.Tensor,
     image: torch.Tensor,
     scale: _Weights,
@@ -423,36 +415,36 @@ def _scale_backward(
 ) -> None:
     """Fills the gradients of a scale's weights, and ``grad_mixed`` with those between its convolutions."""
     grad_dw, grad_pw, grad_dw_bias, grad_pw_bias = grads
-    launch = call.launch("through_pointwise")
-    options = call.options(launch, whole_heads=False)
-    chunks = triton.cdiv(call.head_dim, options["CHUNK"])
-    _through_pointwise[(chunks * triton.cdiv(call.tokens, launch.tokens) * call.batch * call.groups,)](
-        grad, scale.pw, grad_mixed, call.head_dim, call.groups, call.tokens,
+    launch = plan.launch("through_pointwise")
+    options = plan.options(launch, whole_heads=False)
+    chunks = triton.cdiv(plan.head_dim, options["CHUNK"])
+    _through_pointwise[(chunks * triton.cdiv(plan.tokens, launch.tokens) * plan.batch * plan.groups,)](
+        grad, scale.pw, grad_mixed, plan.head_dim, plan.groups, plan.tokens,
         *image_strides(grad), *image_strides(grad_mixed), **options,
     )  # fmt: skip
 
-    launch = call.launch("pointwise_gradients")
-    options = call.options(launch)
-    chunks = triton.cdiv(call.head_dim, options["CHUNK"])
-    part_tiles, count = split_tiles(chunks * call.groups, call.batch, call.tokens, launch.tokens)
+    launch = plan.launch("pointwise_gradients")
+    options = plan.options(launch)
+    chunks = triton.cdiv(plan.head_dim, options["CHUNK"])
+    part_tiles, count = split_tiles(chunks * plan.groups, plan.batch, plan.tokens, launch.tokens)
     partial, partial_bias = (new_partial(g, count) for g in (grad_pw, grad_pw_bias))
-    _pointwise_gradients[(chunks * call.groups * count,)](
+    _pointwise_gradients[(chunks * plan.groups * count,)](
         grad, image, scale.dw, scale.dw_bias, partial, image if partial_bias is None else partial_bias,
-        call.head_dim, call.groups, call.batch, call.height, call.width, part_tiles,
+        plan.head_dim, plan.groups, plan.batch, plan.height, plan.width, part_tiles,
         *image_strides(grad), *image_strides(image), **scale.options(*_ALL), **options,
     )  # fmt: skip
     add_up_partial(partial, grad_pw)
     add_up_partial(partial_bias, grad_pw_bias)
 
     sizes, strides = tuple(image.shape), (image_strides(grad_mixed), image_strides(image))
-    weight_gradients(grad_mixed, image, sizes, strides, grad_dw, grad_dw_bias, call.target)
+    weight_gradients(grad_mixed, image, sizes, strides, grad_dw, grad_dw_bias, plan.target)
 
 
 def attend_backward(
     grad_out: torch.Tensor,
     image: torch.Tensor,
     weights: Sequence[Tensors],
-    sums: torch.Tensor,
+    kv_state: torch.Tensor,
     grad_image: torch.Tensor,
     grad_weights: Sequence[Tensors],
     head_dim: int,
@@ -467,7 +459,12 @@ def attend_backward(
     )
     aggregate(image, weights, everything, head_dim, target)
     relu_linear_attention.backward(
-        outputs_of(grad_out, head_dim), *heads_of(everything, head_dim), sums, heads_of(grads, head_dim), eps, target
+        outputs_of(grad_out, head_dim),
+        *heads_of(everything, head_dim),
+        kv_state,
+        heads_of(grads, head_dim),
+        eps,
+        target,
     )
     del everything
     aggregate_backward(grads, image, weights, grad_image, grad_weights, head_dim, target)

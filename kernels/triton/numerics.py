@@ -1,4 +1,4 @@
-"""Products and roundings that all kernels share, and what differs from one kind of card to another."""
+"""Products and roundings that all kernels share, and what differs from one kind of GPU to another."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 #: Of a thread, and of a multiprocessor of NVIDIA's.
-MOST_REGISTERS, REGISTERS = 255, 65536
+MAX_REGISTERS, REGISTERS = 255, 65536
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Of the card that a call runs on: ``precision`` of products in float32, whether registers are named, its name."""
+    """Of the GPU that a call runs on: ``precision`` of products in float32, whether registers are named, its name."""
 
     precision: str
     names_registers: bool = False
-    card: str = ""
+    gpu: str = ""
 
     def launched(self, options: dict[str, Any]) -> dict[str, Any]:
         """The options of a launch, and how many registers a thread may have.
@@ -33,14 +33,14 @@ class TargetOptions:
         """
         if not self.names_registers:
             return options
-        return {**options, "maxnreg": min(MOST_REGISTERS, REGISTERS // (32 * options["num_warps"]) // 8 * 8)}
+        return {**options, "maxnreg": min(MAX_REGISTERS, REGISTERS // (32 * options["num_warps"]) // 8 * 8)}
 
     @staticmethod
-    def of(backend: str, *, relaxed: bool = False, card: str = "") -> TargetOptions:
+    def of(backend: str, *, relaxed: bool = False, gpu: str = "") -> TargetOptions:
         """Of ``"cuda"`` or ``"hip"``; ``relaxed``: one product of TF32 will do, where three are as exact as float32."""
         if backend == "hip":
-            return TargetOptions("ieee", card=card)
-        return TargetOptions("tf32" if relaxed else "tf32x3", not INTERPRETED.value, card)
+            return TargetOptions("ieee", gpu=gpu)
+        return TargetOptions("tf32" if relaxed else "tf32x3", not INTERPRETED.value, gpu)
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrowed(x, dtype: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """float32 to ``dtype``, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -70,3 +70,9 @@ def relu(x):
     """Of NaN, NaN. In float32, since the interpreter compares the bits of bfloat16."""
     wide = x.to(tl.float32)
     return tl.where(wide <= 0, 0.0, wide).to(x.dtype)
+
+
+@triton.jit
+def clamp_subnormal(denominator):
+    """Subnormal ones, whose inverse float32 may not hold, count as 2^-126: zero times infinity would be NaN."""
+    return tl.where(denominator > 0, tl.maximum(denominator, 1.1754943508222875e-38), denominator)

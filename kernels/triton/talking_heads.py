@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.biased_attention import Call
+from effattn._triton.biased_attention import LaunchPlan
 from effattn._triton.configs import PROGRAMS, find
 from effattn._triton.numerics import TargetOptions
+from effattn._triton.reduction import add_up
 from effattn._triton.softmax import finite_or_zero
-from effattn._triton.sums import add_up
 
 Mixtures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -42,7 +42,7 @@ def _mixed_logits(logits, before, before_bias, head_stride, key, keys, heads, HE
 
 
 @triton.jit
-def _talk(
+def _talking_heads(
     logits, before, before_bias, after, after_bias, weights,
     heads, tokens, keys,
     HEADS: tl.constexpr, KEYS: tl.constexpr,
@@ -71,7 +71,7 @@ def _talk(
 
 
 @triton.jit
-def _talk_backward(
+def _talking_heads_backward(
     logits, grad_weights, before, before_bias, after, after_bias, weights, grad_logits,
     grad_before, grad_before_bias, grad_after, grad_after_bias,
     heads, tokens, keys, queries, part_queries,
@@ -131,7 +131,7 @@ def _talk_backward(
 
 
 def _options(heads: int, target: TargetOptions) -> dict[str, Any]:
-    launch = find("talking_heads", "talk", heads, target.card)
+    launch = find("talking_heads", "talk", heads, target.gpu)
     return {"HEADS": triton.next_power_of_2(heads), **target.launched(launch.options())}
 
 
@@ -146,13 +146,13 @@ def forward(
     target: TargetOptions,
 ) -> None:
     """Fills ``out``; ``mixtures`` are weights (heads, heads) and biases (heads,), twice, contiguous in float32."""
-    call = Call(q, k, v, target)
-    logits = call.pairs(q, k, bias, scale)
+    plan = LaunchPlan(q, k, v, target)
+    logits = plan.pairs(q, k, bias, scale)
     weights = torch.empty_like(logits)
-    _talk[(call.batch * call.tokens,)](
-        logits, *mixtures, weights, call.heads, call.tokens, call.keys, **_options(call.heads, target)
+    _talking_heads[(plan.batch * plan.tokens,)](
+        logits, *mixtures, weights, plan.heads, plan.tokens, plan.keys, **_options(plan.heads, target)
     )
-    call.multiply(weights, v, out)
+    plan.multiply(weights, v, out)
 
 
 def backward(
@@ -168,17 +168,17 @@ def backward(
     target: TargetOptions,
 ) -> None:
     """Fills the gradients of q, k, v, the bias and the mixtures."""
-    call = Call(q, k, v, target)
-    logits, grad_weights = call.pairs(q, k, bias, scale), call.pairs(grad_out, v, None, 1.0)
+    plan = LaunchPlan(q, k, v, target)
+    logits, grad_weights = plan.pairs(q, k, bias, scale), plan.pairs(grad_out, v, None, 1.0)
     weights, grad_logits = torch.empty_like(logits), torch.empty_like(logits)
-    queries = call.batch * call.tokens
+    queries = plan.batch * plan.tokens
     part_queries = triton.cdiv(queries, PROGRAMS)
     count = triton.cdiv(queries, part_queries)
     partial = [grad.new_empty(1, count, *grad.shape) for grad in grad_mixtures]
-    _talk_backward[(count,)](
+    _talking_heads_backward[(count,)](
         logits, grad_weights, *mixtures, weights, grad_logits, *partial,
-        call.heads, call.tokens, call.keys, queries, part_queries, **_options(call.heads, target),
+        plan.heads, plan.tokens, plan.keys, queries, part_queries, **_options(plan.heads, target),
     )  # fmt: skip
     for parts, grad in zip(partial, grad_mixtures, strict=True):
         add_up(parts, grad)
-    call.multiply_gradients(weights, grad_logits, (q, k, grad_out), grads, scale)
+    plan.multiply_gradients(weights, grad_logits, (q, k, grad_out), grads, scale)

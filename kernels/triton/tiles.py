@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from effattn._triton.numerics import narrowed
+from effattn._triton.numerics import round_to
 
 
 @triton.jit
@@ -44,4 +44,4 @@ def load_tile(begin, token, tokens, token_stride, first, CHANNELS: tl.constexpr,
 @triton.jit
 def store_tile(x, begin, token, tokens, token_stride, first, CHANNELS: tl.constexpr, channels, channel_stride):
     at, inside = _tile(begin, token, tokens, token_stride, first, CHANNELS, channels, channel_stride)
-    tl.store(at, narrowed(x, begin.dtype.element_ty), mask=inside)
+    tl.store(at, round_to(x, begin.dtype.element_ty), mask=inside)

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../../kernels/cuda/launch.h"
+#include "../../kernels/cuda/core/launch.h"
 
 namespace effattn::cuda {
 namespace {
@@ -30,7 +30,7 @@ faulty(EFFATTN_PARAMETERS(Fault) p) {
   }
   float c[4] = {};
   const float a[4] = {shared[kThreads - 1 - i], 0, 0, 0}, b[2] = {p.not_tf32 ? 1.0001f : 1.0f, 0};
-  if (i < kLanes) multiply_tf32(c, a, b);
+  if (i < kLanes) mma_m16n8k8_tf32(c, a, b);
   p.out[i + (p.beyond_global ? kThreads : 0)] = shared[kThreads - 1 - i] + 0 * c[0];
 }
 

@@ -93,7 +93,7 @@ def test_attend_64_tokens(named, dtype, channels, instructions, products, regist
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bfloat16", "float16"])
 def test_sums_ask_for_the_next_keys_and_values_before_they_use_these(named, dtype, token_major):
     """32 tokens of 32 channels: 16 bytes a load where memory has them side by side, all of k and v in flight."""
-    kernel, used = named("sum_tokens", dtype, number(32), flag(token_major), "LNS1_3SumE1E")
+    kernel, used = named("accumulate_kv_state", dtype, number(32), flag(token_major), "LNS1_7VariantE1E")
     loads = 8 if token_major else 4
     width = "LDG.E.64" if token_major else "LDG.E.128"
     load = lambda block: block.count(width) >= loads  # noqa: E731
@@ -128,7 +128,7 @@ def test_a_product_of_the_cascade(named, slot):
 @pytest.mark.parametrize(("kernel_size", "instructions"), [(5, 700), (3, 560)])
 def test_a_tile_of_multi_scale(named, kernel_size, instructions):
     """16 x 8 pixels of k and of v: staged, convolved, mixed, multiplied; 1665 before for each."""
-    kernel, used = named("sum_narrow_tiles", BF16, number(16), number(kernel_size))
+    kernel, used = named("accumulate_kv_state_narrow", BF16, number(16), number(kernel_size))
     taps = 8 * kernel_size**2
     tile = kernel.cycle(
         *[has(FFMA=taps), has(LDGSTS=1), has(LDSM=4, HMMA=8)],

@@ -64,8 +64,9 @@ def test_nothing_is_spilled(resources, archs):
 
 @compiled
 def test_every_operator_has_kernels(resources):
-    names = ("sum_tokens", "attend_at_once", "query_gradients", "key_gradients", "sum_tiles", "aggregate_tile")
-    names += ("pointwise_backward", "depthwise_backward", "walk", "walk_back", "softmax_gradients", "multiply_heads")
+    names = ("accumulate_kv_state", "attend_in_cluster", "query_gradients", "key_gradients", "aggregate_tile")
+    names += ("accumulate_kv_state_tiles", "pointwise_backward", "depthwise_backward", "cga_forward", "cga_backward")
+    names += ("softmax_gradients", "multiply_heads")
     for kernels in resources.values():
         for name in names:
             assert any(f"{len(name)}{name}" in kernel for kernel in kernels), name
@@ -80,7 +81,7 @@ def test_products_run_on_tensor_cores(arch):
     kernels = re.split(r"\n\s*Function : ", sass)[1:]
     without = [k.split("\n", 1)[0] for k in kernels if "HMMA" not in k]
     assert kernels
-    allowed = ("add_up", "copy_picture", "compact", "nothing", "tap_gradients", "depthwise_backward")
+    allowed = ("add_up", "copy_image", "compact", "nothing", "tap_gradients", "depthwise_backward")
     assert all(any(name in kernel for name in allowed) for kernel in without), without
 
 
@@ -181,6 +182,17 @@ def test_an_older_compiler_has_code_for_newer_cards_too(found, monkeypatch):
     says = {"--list-gpu-code": "sm_80\nsm_86\nsm_89\nsm_90\n", "--version": "Cuda tools, release 12.4, V12.4.1\n"}
     monkeypatch.setattr(build, "_output", lambda nvcc, option: says[option])
     assert found().archs == ("80", "86", "89", "90a", "90+PTX")
+
+
+def test_a_source_that_is_added_is_compiled(found, monkeypatch, tmp_path):
+    build = sys.modules["effattn_build"]
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    both, device, host = "kernels/cuda/op/forward.cu", "csrc/cuda/device_only/a.cpp", "kernels/cuda/core/emulated/b.cpp"
+    for path in (both, device, host, "kernels/cuda/op/api.h"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert build.cuda_sources(build.EMULATED) == [device, both]
+    assert build.cuda_sources(build.DEVICE_ONLY) == [host, both]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")

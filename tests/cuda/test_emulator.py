@@ -15,7 +15,7 @@ KERNELS = HERE.parents[1] / "kernels"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     program = tmp_path_factory.mktemp("emulator") / "faulty"
-    sources = [KERNELS / "cuda" / "emulator.cpp", HERE / "faulty_kernels.cu"]
+    sources = [KERNELS / "cuda" / "core" / "emulated" / "emulator.cpp", HERE / "faulty_kernels.cu"]
     flags = ["-std=gnu++20", "-O1", "-g1", "-fsanitize=address", "-DEFFATTN_EMULATED", "-x", "c++"]
     command = [os.environ.get("CXX", "g++"), *flags, *map(str, sources), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "launch_record.h"
+HEADER = Path(__file__).resolve().parents[2] / "kernels" / "cuda" / "core" / "launch_record.h"
 PROGRAM = """
 #include <cstdio>
 #include <thread>

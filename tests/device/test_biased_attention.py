@@ -95,7 +95,7 @@ def test_numbers_of_talking_heads(device, backend, heads):
 
 @talking_or_not
 def test_bias_over_more_images_than_are_added_up_at_once(device, backend, talking, monkeypatch):
-    monkeypatch.setattr("effattn._triton.sums.ROWS_ADDED_UP", 4)
+    monkeypatch.setattr("effattn._triton.reduction.ROWS_ADDED_UP", 4)
     check_softmax(biased_attention, backend, BiasedCase(23, 1, 3, 4, 4, 4, talking), device=device)
 
 

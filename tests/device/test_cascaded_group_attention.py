@@ -64,7 +64,7 @@ def test_sizes_beyond_a_tile(device, backend, case):
 def test_programs_that_take_several_windows(device, backend, monkeypatch):
     """And sums over more windows than are added up at once."""
     monkeypatch.setattr("effattn._triton.cascaded_group_attention.CASCADE_PROGRAMS", 3)
-    monkeypatch.setattr("effattn._triton.sums.ROWS_ADDED_UP", 4)
+    monkeypatch.setattr("effattn._triton.reduction.ROWS_ADDED_UP", 4)
     monkeypatch.setenv("EFFATTN_EMULATED_MULTIPROCESSORS", "3")
     check_softmax(cascaded_group_attention, backend, CascadeCase(2, 8, 4, 4, 6, 2, (3, 3)), device=device)
 

@@ -214,8 +214,8 @@ def test_faster_launches_are_looked_for_and_kept(tmp_path, monkeypatch):
     from effattn.backends.triton import _tuning
 
     file = tmp_path / "launches.json"
-    monkeypatch.setattr(configs, "BY_CARD", {})
-    monkeypatch.setattr("effattn._triton.autotune.BY_CARD", configs.BY_CARD)
+    monkeypatch.setattr(configs, "BY_GPU", {})
+    monkeypatch.setattr("effattn._triton.autotune.BY_GPU", configs.BY_GPU)
     monkeypatch.setattr(_tuning, "_file", None)
     function, arguments, leaves = prepared("biased_attention", torch.float32)
     with use_backend("triton"):

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 
 from effattn import relu_linear_attention, use_backend
 from effattn._triton import configs
-from effattn._triton.configs import LEAST_TOKENS
+from effattn._triton.configs import MIN_TOKENS
 from effattn.testing import (
     FLOAT32_FORWARD_TOLERANCE,
     FLOAT32_GRADIENT_TOLERANCE,
@@ -87,7 +87,7 @@ def test_narrow_types_against_float64(device, dtype, size):
 @pytest.mark.numerics
 def test_sums_in_several_parts(device, dtype):
     """Few groups and many tokens: parts of their own, the last of them short."""
-    tokens = 4 * LEAST_TOKENS + 37
+    tokens = 4 * MIN_TOKENS + 37
     check(*problem(device, (), tokens, tokens - 5, 16, 24, dtype, "channel_major"))
 
 

@@ -62,7 +62,7 @@ def test_linear_attention(compiled, layout, sums, attend):
 
     q, k, v, out = (tensor() for _ in range(4))
     relu_linear_attention.forward(q, k, v, torch.empty(16, 36, 33, 32), out, 1e-15, options_for(TARGET))
-    for name, instructions, registers in (("_sum_tokens", sums, 96), ("_attend", attend, 112)):
+    for name, instructions, registers in (("_accumulate_kv_state", sums, 96), ("_attend", attend, 112)):
         code, used = kernel_of(compiled, name)
         assert loop(code) <= instructions, name
         assert used <= registers, name
@@ -84,7 +84,7 @@ def test_multi_scale(compiled, memory_format, sums):
     kept = torch.empty(1, 2 * heads, head_dim + 1, head_dim)
     out = image(2 * heads * head_dim)
     multi_scale.attend(image(channels), weights, kept, out, head_dim, 1e-15, options_for(TARGET))
-    code, used = kernel_of(compiled, "_sum_tokens")
+    code, used = kernel_of(compiled, "_accumulate_kv_state")
     assert loop(code) <= sums
     assert used <= 255
     assert kernel_of(compiled, "_attend")[1] <= 128
@@ -104,6 +104,6 @@ def test_cascade(compiled):
         torch.empty(4, 49, 49),
     )
     cascaded_group_attention.forward(x, weights, torch.empty_like(x), 0.25, (7, 7), options_for(TARGET))
-    code, used = kernel_of(compiled, "_walk")
+    code, used = kernel_of(compiled, "_cga_forward")
     assert loop(code) <= 2380
     assert used <= 255

@@ -98,8 +98,8 @@ def test_relu_linear_attention_spills_nothing(compiled, target, channels, dtype,
     relu_linear_attention.forward(q, k, v, sums, out, 1e-15, options)
     relu_linear_attention.backward(grad_out, q, k, v, sums, (grad_q, grad_k, grad_v), 1e-15, options)
     assert names_of(compiled) == [
-        *("_sum_tokens", "_add_up", "_attend"),
-        *("_query_gradients", "_sum_tokens", "_add_up", "_key_gradients"),
+        *("_accumulate_kv_state", "_add_up", "_attend"),
+        *("_query_gradients", "_accumulate_kv_state", "_add_up", "_key_gradients"),
     ]
 
 
@@ -135,7 +135,7 @@ def test_multi_scale_spills_nothing(compiled, target, memory_format, dtype, head
     )
     names = [name for name in names_of(compiled) if name != "_add_up"]
     assert names == [
-        *("_aggregate", "_sum_tokens", "_attend"),
+        *("_aggregate", "_accumulate_kv_state", "_attend"),
         *("_through_pointwise", "_pointwise_gradients", "_depthwise_gradients", "_input_gradients"),
     ]
 
@@ -170,7 +170,7 @@ def test_biased_attention_spills_nothing(compiled, target, dtype, heads, head_di
     talking_heads.forward(q, k, v, bias, mixtures, out, 0.1, options)
     talking_heads.backward(out, q, k, v, bias, mixtures, grads, mixtures, 0.1, options)
     assert [name for name in names_of(compiled) if name != "_add_up"] == [
-        *("_pairs", "_talk", "_multiply"),
+        *("_pairs", "_talking_heads", "_multiply"),
         *("_pairs", "_pairs", "_talk_backward", *multiplied),
     ]
 
@@ -206,7 +206,13 @@ def test_cascaded_group_attention_spills_nothing(
     cascaded_group_attention.forward(x, weights, out, 0.25, (window, window), options)
     cascaded_group_attention.backward(x, x, weights, out, weights, 0.25, (window, window), options)
     names = [name for name in names_of(compiled) if name != "_add_up"]
-    assert names == ["_walk", "_walk", "_walk_back", "_weight_gradients", *["_depthwise_gradients"] * heads]
+    assert names == [
+        "_cga_forward",
+        "_cga_forward",
+        "_cga_backward",
+        "_weight_gradients",
+        *["_depthwise_gradients"] * heads,
+    ]
 
 
 @on_every_target

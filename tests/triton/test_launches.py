@@ -15,8 +15,8 @@ CARD = "a card"
 @pytest.fixture(autouse=True)
 def nothing_found_before(monkeypatch):
     by_card: dict = {}
-    monkeypatch.setattr(configs, "BY_CARD", by_card)
-    monkeypatch.setattr(autotune, "BY_CARD", by_card)
+    monkeypatch.setattr(configs, "BY_GPU", by_card)
+    monkeypatch.setattr(autotune, "BY_GPU", by_card)
 
 
 def test_a_size_takes_the_first_entry_that_is_large_enough(monkeypatch):
@@ -50,7 +50,7 @@ def test_neighbours_differ_in_one_thing_and_fit():
     for other in found:
         different = [name for name in vars(launch) if getattr(launch, name) != getattr(other, name)]
         assert len(different) == 1
-        assert other.tokens * max(other.channels, other.keys) <= autotune.MOST_ELEMENTS * 32 * other.num_warps
+        assert other.tokens * max(other.channels, other.keys) <= autotune.MAX_ELEMENTS * 32 * other.num_warps
     assert Launch(64, 32, 8, 1, 32) in found and Launch(32, 32, 4, 1, 32) in found and Launch(64, 32, 4, 2, 32) in found
     assert all(other.num_stages > 0 for other in found)
     assert Launch(256, 64, num_warps=2) not in set(autotune.neighbours(Launch(128, 64, num_warps=2)))
@@ -71,7 +71,7 @@ def test_tuning_descends_and_remembers():
 
     found = autotune.tune(call, CARD, seconds)
     ((key, launch),) = found.items()
-    assert key == ("biased_attention", "attend", configs.MOST_CHANNELS)
+    assert key == ("biased_attention", "attend", configs.MAX_CHANNELS)
     assert launch.num_warps == 8 and configs.find("biased_attention", "attend", 64, CARD) == launch
     assert configs.find("biased_attention", "attend", 64) != launch, "found for another GPU"
     assert configs.find("biased_attention", "multiply", 64, CARD) != launch, "found for another kernel"
@@ -87,11 +87,11 @@ def test_noise_changes_nothing():
 def test_launches_are_kept_in_a_file(tmp_path):
     file = tmp_path / "launches.json"
     mine = {("multi_scale", "attend", 16): Launch(128, 16), ("talking_heads", "talk", 8): Launch(keys=16)}
-    configs.BY_CARD[CARD] = dict(mine)
+    configs.BY_GPU[CARD] = dict(mine)
     autotune.write(file)
-    configs.BY_CARD.clear()
+    configs.BY_GPU.clear()
     autotune.read(file)
-    assert {CARD: mine} == configs.BY_CARD
+    assert {CARD: mine} == configs.BY_GPU
     assert [path.name for path in tmp_path.iterdir()] == ["launches.json"]
 
 

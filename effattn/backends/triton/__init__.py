@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from effattn._triton import configs
-from effattn._triton.configs import MOST_CHANNELS, MOST_TALKING_HEADS
+from effattn._triton.configs import MAX_CHANNELS, MAX_TALKING_HEADS
 from effattn.backends._base import Backend, beyond, refused_dtype
 from effattn.backends.triton import _tuning
 from effattn.backends.triton._launch import Launchers, is_interpreted
@@ -27,9 +27,9 @@ from effattn.backends.triton._launch import Launchers, is_interpreted
 NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 #: The most that the kernels take of a call's sizes, by name.
-LIMITS = {"channels": MOST_CHANNELS, "talking_heads": MOST_TALKING_HEADS}
+LIMITS = {"channels": MAX_CHANNELS, "talking_heads": MAX_TALKING_HEADS}
 #: By operator.
 LAUNCHERS: dict[str, Launchers] = {
     name: launchers
@@ -74,8 +74,8 @@ def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[
         reasons.append(f"takes {mine.upper()} tensors, not {device.type}")
     elif device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = _capability(device)
-        if capability < LEAST_CAPABILITY:
-            needed, found = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
+        if capability < MIN_CAPABILITY:
+            needed, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
             reasons.append(f"needs a GPU of compute capability {needed}, this one has {found}")
     return reasons + refused_dtype(dtype, DTYPES) + beyond(sizes, LIMITS)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from effattn._triton.layout import MOST_DIMENSIONS, Groups
+from effattn._triton.layout import MAX_DIMENSIONS, Groups
 
 
 class Launchers(NamedTuple):
@@ -29,7 +29,7 @@ def is_interpreted() -> bool:
 def addressable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors (..., tokens, channels) whose leading dimensions the kernels can address: mostly as they are."""
     groups = Groups.of(*tensors)
-    return tensors if len(groups.merged) <= MOST_DIMENSIONS else tuple(t.contiguous() for t in tensors)
+    return tensors if len(groups.merged) <= MAX_DIMENSIONS else tuple(t.contiguous() for t in tensors)
 
 
 def copied(result: torch.Tensor, from_: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ def target(t: torch.Tensor) -> Any:
 
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     backend = "cuda" if torch.version.hip is None else "hip"
-    return TargetOptions.of(backend, relaxed=is_relaxed, card=card(t.device))
+    return TargetOptions.of(backend, relaxed=is_relaxed, gpu=card(t.device))
 
 
 @cache
