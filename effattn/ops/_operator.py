@@ -153,7 +153,7 @@ class Operator:
         arguments = self.signature.without_none(arguments)
         self._refuse(self.signature.error(arguments, weights="float32"))
         reasons = beyond(self.limited(*arguments), triton.LIMITS)
-        self._refuse(RuntimeError(f"the backend {'; '.join(reasons)}") if reasons else None)
+        self._refuse(RuntimeError(f"the kernels take {reasons[0].removeprefix('takes ')}") if reasons else None)
 
     def _check_backward_for_triton(self, *arguments: Any) -> None:
         self._check_for_triton(*self._checked_backward(*arguments))

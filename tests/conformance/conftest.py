@@ -8,4 +8,4 @@ import pytest
 @pytest.fixture
 def examples(request: pytest.FixtureRequest) -> int:
     """How many random arguments are tried."""
-    return 300
+    return 10_000 if request.config.getoption("--full") else 100

@@ -171,20 +171,6 @@ def test_opcheck(device, ops):
             torch.library.opcheck(getattr(ops, f"{name}_forward").default, call)
 
 
-def test_wrong_arguments_of_the_operators(device, ops):
-    """What Python's functions check too, but an operator may be called by itself."""
-    qkv, *weights = arguments(device, MultiScaleCase(1, 1, 4, 5, 6))
-    with pytest.raises(RuntimeError, match="multiple of 3"):
-        ops.multi_scale_aggregation(qkv[:, :11], *weights, 4)
-    with pytest.raises(RuntimeError, match=r"must be float32"):
-        ops.multi_scale_aggregation(qkv.half(), [weights[0][0].half()], *weights[1:], 4)
-    out, sums = ops.multi_scale_linear_attention_forward(qkv, *weights, 4, 1e-6)
-    with pytest.raises(RuntimeError, match=r"grad_out must have (the )?shape"):
-        ops.multi_scale_linear_attention_backward(out[:, 1:], qkv, *weights, sums, 4, 1e-6)
-    with pytest.raises(RuntimeError, match=r"sums must have (the )?shape"):
-        ops.multi_scale_linear_attention_backward(out, qkv, *weights, sums[:, 1:], 4, 1e-6)
-
-
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 def test_compile_without_graph_breaks(device, grad):
     """Sizes that change, in one graph; and its gradients."""
