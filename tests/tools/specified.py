@@ -3,7 +3,7 @@ each.
 
 The error that a result may have, as a norm, is
 
-    |rounded(truth) - truth| + 4 sqrt(1 + log2 n) noise
+    |rounded(truth) - truth| + 4 sqrt(r (1 + log2 n)) noise
 
 The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
 formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic:
@@ -13,8 +13,10 @@ every formulation.
 
 But a sum of n numbers rounds each of them not once but log2 n times if it is made pairwise. Kernels add up in blocks,
 which comes near to that; one long chain of sums does not, and is found out. Errors of independent roundings grow with
-the root of their number, hence the root, with ``n`` the terms of the operator's longest sum (``Operator.longest_sum``).
-Four standard deviations, because a single number is beyond three in one of 370 cases, and beyond four in one of 16,000.
+the root of their number, hence the root, with ``n`` the terms of the operator's longest sum
+(``Operator.longest_sum``). ``r`` is how often a product is rounded: once, or four times where tensor cores make it of
+three products of narrower parts (``GPU_ROUNDINGS``: of two splits and two additions). Four standard deviations,
+because a single number is beyond three in one of 370 cases, and beyond four in one of 16,000.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from effattn.testing import error, make_arguments, make_tensor, moved
 
 ROUNDING = 2.0**-24 / math.sqrt(3)  # root mean square of float32's, relative to the largest number of a binade
 DRAWS = 4
+CPU_ROUNDINGS, GPU_ROUNDINGS = 1, 4
 #: Of a relu's argument, relative to the largest: below it, a rounding decides about a gradient.
 NEAR_ZERO = 1e-6
 
@@ -89,18 +92,20 @@ def with_gradients(
 
 
 def mapped(function: Callable[[torch.Tensor], torch.Tensor], arguments: Sequence[Any]) -> list[Any]:
-    """Arguments with their tensors changed."""
+    """Arguments with their tensors changed, those in lists too."""
     return [
-        function(a)
-        if isinstance(a, torch.Tensor)
-        else [function(t) for t in a]
-        if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)
-        else a
+        mapped(function, a) if isinstance(a, list) else function(a) if isinstance(a, torch.Tensor) else a
         for a in arguments
     ]
 
 
-def expected(operator: Operator, case: Mapping[str, Any], dtype: torch.dtype, order: str = "first") -> Expected:
+def expected(
+    operator: Operator,
+    case: Mapping[str, Any],
+    dtype: torch.dtype,
+    order: str = "first",
+    roundings: int = CPU_ROUNDINGS,
+) -> Expected:
     """Arguments of which no rounding decides about a gradient, with the truth and the tolerance of each result."""
     for seed in range(100):
         arguments = make_arguments(operator, case, dtype, order, seed)
@@ -120,8 +125,8 @@ def expected(operator: Operator, case: Mapping[str, Any], dtype: torch.dtype, or
     for name, t in truth.items():
         noise = math.sqrt(sum(error(draw[name], t) ** 2 for draw in draws) / DRAWS)
         rounded = t.to(dtype if name in own_dtype else torch.float32)
-        roundings = 1 + math.log2(max(operator.longest_sum(case), 1))
-        allowed[name] = error(rounded, t) + 4 * math.sqrt(roundings) * noise + math.ulp(0.0)
+        of_a_term = roundings * (1 + math.log2(max(operator.longest_sum(case), 1)))
+        allowed[name] = error(rounded, t) + 4 * math.sqrt(of_a_term) * noise + math.ulp(0.0)
     return Expected(arguments, truth, allowed)
 
 
@@ -138,7 +143,8 @@ def check_against_float64(
     Returns:
         By name, the error in units of what is allowed.
     """
-    arguments, truth, allowed = expected(operator, case, dtype, order)
+    roundings = CPU_ROUNDINGS if backend == "cpu" else GPU_ROUNDINGS
+    arguments, truth, allowed = expected(operator, case, dtype, order, roundings)
     there = mapped(lambda t: moved(t, device), arguments)
     with use_backend(backend):
         results = with_gradients(operator, operator, there, dtype)
