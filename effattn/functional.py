@@ -227,8 +227,8 @@ def cascaded_group_attention(
         height, width = (max(size, 1) for size in static_shape(x)[2:]) if _has_dims(x, 4) else (1, 1)
     else:
         window = window_size if isinstance(window_size, tuple) else (window_size, window_size)
-        if len(window) != 2 or any(not isinstance(size, int) or isinstance(size, bool) for size in window):
-            raise TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
+        if len(window) != 2:
+            raise ValueError(f"window_size: expected an int, two of them or None, got {window_size!r}")
         height, width = window
     if scale is None:
         scale = _default_scale(q_dw_weights[0], 0) if isinstance(q_dw_weights, Sequence) and q_dw_weights else 1.0

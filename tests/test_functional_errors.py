@@ -144,9 +144,13 @@ WRONG = {
     "window float": (
         cascade(window_size=3.0),
         TypeError,
-        "window_size: expected an int, two of them or None, got 3.0",
+        "window_height: expected an int, got float",
     ),
-    "window of three": (cascade(window_size=(3, 3, 3)), TypeError, "window_size: expected an int, two of them or None"),
+    "window of three": (
+        cascade(window_size=(3, 3, 3)),
+        ValueError,
+        "window_size: expected an int, two of them or None",
+    ),
     "scale": (cascade(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
     "scale text": (biased(scale="1"), TypeError, "scale: expected a number, got str"),
 }

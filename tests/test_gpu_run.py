@@ -295,7 +295,7 @@ def test_what_memory_is_checked_of(tmp_path, monkeypatch):
     (job,) = ran
     at = job.command.index("--kernel-regex")
     assert job.command[0] == "compute-sanitizer" and job.command[at + 1] == "kns=effattn"
-    source = (ROOT / "kernels" / "cuda" / "sums.cu").read_text()
+    source = (ROOT / "kernels" / "cuda" / "core" / "reduction.cu").read_text()
     assert "namespace effattn::cuda" in source, "so mangled names have it"
     assert plan.BUDGETS["memcheck"].seconds >= 40
 
@@ -747,5 +747,5 @@ def test_what_becomes_of_libraries(checkout, monkeypatch, given):
     objects = {path.name for path in (checkout / "stage" / "objects").glob("*.o")}
     has_cuda = (checkout / "stage" / "effattn" / "libeffattn_cuda.so").exists()
     assert has_cuda is (built != "everything but CUDA")
-    assert ("csrc_python.cpp.o" in objects) and ("kernels_cpu_isa.cpp.o" in objects) is (built != "_C")
+    assert ("csrc_python_python.cpp.o" in objects) and ("kernels_cpu_core_isa.cpp.o" in objects) is (built != "_C")
     assert ((checkout / "stage" / "effattn" / REAL.name).stat().st_size == REAL.stat().st_size) is (built == "_C")

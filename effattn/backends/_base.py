@@ -25,9 +25,10 @@ class Backend(NamedTuple):
 
 def refused_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> list[str]:
     """That a backend takes others, if it does."""
-    *others, last = (str(d).removeprefix("torch.") for d in dtypes)
-    got = str(dtype).removeprefix("torch.")
-    return [] if dtype in dtypes else [f"takes {', '.join(others)} and {last}, not {got}"]
+    if dtype in dtypes:
+        return []
+    got, *names = (str(d).removeprefix("torch.") for d in (dtype, *dtypes))
+    return [f"takes {', '.join([*names[:-2], ' and '.join(names[-2:])])}, not {got}"]
 
 
 #: What each size is called, in the words of a refusal.
@@ -55,6 +56,6 @@ def beyond(sizes: Sequence[int], limits: Mapping[str, int]) -> list[str]:
     """
     return [
         f"takes {_PHRASES[name].format(limits[name])}, not {size}"
-        for name, size in zip(getattr(sizes, "_fields", ()), sizes, strict=True)
+        for name, size in zip(getattr(sizes, "_fields", ()), sizes, strict=False)
         if name in limits and size > limits[name]
     ]

@@ -21,7 +21,7 @@ from effattn.testing import BiasedCase, CascadeCase, MultiScaleCase, make_tensor
 REASON = next(backend.reason for backend in registry.backends() if backend.name == "cuda")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the cuda backend: {REASON}")
 DEVICE = torch.device("cpu" if _library.cuda_is_emulated else "cuda")
-#: Parts whose sums over tokens are added up, at most: tokens are split into no more (kMostParts of sums.cu).
+#: Parts whose sums over tokens are added up, at most: tokens are split into no more (kMaxParts of reduction.cu).
 PARTS = 64
 
 
