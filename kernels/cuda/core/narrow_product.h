@@ -84,8 +84,14 @@ struct NarrowSums {
   EFFATTN_DEVICE void add_to(NarrowSums<kOthers>& others) {
     EFFATTN_UNROLL
     for (int i = 0; i < min(kGroups, kOthers); ++i) {
-      add_registers(others.x[i], x[i]);
-      each_register(x[i], [](float& sum) { sum = 0; });
+      EFFATTN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        EFFATTN_UNROLL
+        for (int e = 0; e < 4; ++e) {  // one register after the other: cleared as a whole, one spills on 8.0
+          others.x[i][j][e] += x[i][j][e];
+          x[i][j][e] = 0;
+        }
+      }
     }
   }
 
