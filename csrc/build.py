@@ -350,7 +350,7 @@ def _add_libraries(
 def cuda_sources(without: str) -> list[str]:
     """Those of the CUDA library, without the ones in folders of a name."""
     found = _sources(*(f"{folder}/**/*.c[pu]*" for folder in CUDA))
-    return [source for source in found if without not in source.split("/")]
+    return sorted(source for source in found if without not in source.split("/"))
 
 
 def _add_cuda(

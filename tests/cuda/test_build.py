@@ -89,7 +89,7 @@ def test_products_run_on_tensor_cores(arch):
 def test_the_library_loads_without_a_card(archs):
     assert _library.cuda_error is None
     assert {arch.removesuffix("+PTX") for arch in _library.cuda_archs} >= archs
-    for name in cuda.BACKEND.functions:
+    for name in cuda.OPERATORS:
         for suffix in ("", "_forward", "_backward"):
             op = f"effattn::{name}{suffix}"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA"), op

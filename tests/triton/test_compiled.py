@@ -171,7 +171,7 @@ def test_biased_attention_spills_nothing(compiled, target, dtype, heads, head_di
     talking_heads.backward(out, q, k, v, bias, mixtures, grads, mixtures, 0.1, options)
     assert [name for name in names_of(compiled) if name != "_add_up"] == [
         *("_pairs", "_talking_heads", "_multiply"),
-        *("_pairs", "_pairs", "_talk_backward", *multiplied),
+        *("_pairs", "_pairs", "_talking_heads_backward", *multiplied),
     ]
 
 
