@@ -211,7 +211,7 @@ def test_results_lie_as_the_other_backends_lay_them(device, backend):
     [
         (BiasedCase(1, 1, 2, 2, 129, 2), "heads of up to 128 channels, not 129"),
         (BiasedCase(1, 2, 5, 40, 8, 140), "heads of up to 128 channels, not 140"),
-        (BiasedCase(1, 65, 2, 2, 1, 1, talking=True), "up to 64 heads that talk, not 65"),
+        (BiasedCase(1, 65, 2, 2, 1, 1, talking=True), "up to 64 talking heads, not 65"),
     ],
     ids=["head_dim", "value_dim", "heads"],
 )
