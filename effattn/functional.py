@@ -279,8 +279,12 @@ def _promoted_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _are_of_one_dtype(*tensors: Any) -> bool:
-    return len({getattr(t, "dtype", None) for t in tensors}) == 1
+def _are_of_one_dtype(q: Any, k: Any, v: Any) -> bool:
+    """Of tensors; others are left to the operator, which refuses them by name."""
+    try:
+        return bool(q.dtype == k.dtype == v.dtype)
+    except AttributeError:
+        return True
 
 
 def _has_dims(t: Any, dims: int) -> bool:

@@ -42,11 +42,6 @@ _PHRASES = {
 }
 
 
-def described(limits: Mapping[str, int]) -> list[str]:
-    """The limits of a backend for an operator, each as "heads of up to 128 channels"."""
-    return [_PHRASES[name].format(limit) for name, limit in limits.items()]
-
-
 def beyond(sizes: Sequence[int], limits: Mapping[str, int]) -> list[str]:
     """What of a call is more than a backend takes, each as "takes heads of up to 128 channels, not 129".
 
