@@ -105,10 +105,16 @@ def expected(
     dtype: torch.dtype,
     order: str = "first",
     roundings: int = CPU_ROUNDINGS,
+    change: Callable[[list[Any]], None] | None = None,
 ) -> Expected:
-    """Arguments of which no rounding decides about a gradient, with the truth and the tolerance of each result."""
+    """Arguments of which no rounding decides about a gradient, with the truth and the tolerance of each result.
+
+    ``change`` replaces arguments in the list that it is given, or writes into them.
+    """
     for seed in range(100):
         arguments = make_arguments(operator, case, dtype, order, seed)
+        if change is not None:
+            change(arguments)
         wide = mapped(torch.Tensor.double, arguments)
         modes = [RoundedToFloat32(draw) for draw in range(DRAWS)]
         draws = []
@@ -137,14 +143,17 @@ def check_against_float64(
     order: str,
     backend: str,
     device: torch.device | str = "cpu",
+    change: Callable[[list[Any]], None] | None = None,
 ) -> dict[str, float]:
     """Compares all results of a backend with the truth, and inference with the forward of training, bit by bit.
+
+    ``change`` as in :func:`expected`.
 
     Returns:
         By name, the error in units of what is allowed.
     """
     roundings = CPU_ROUNDINGS if backend == "cpu" else GPU_ROUNDINGS
-    arguments, truth, allowed = expected(operator, case, dtype, order, roundings)
+    arguments, truth, allowed = expected(operator, case, dtype, order, roundings, change)
     there = mapped(lambda t: moved(t, device), arguments)
     with use_backend(backend):
         results = with_gradients(operator, operator, there, dtype)
