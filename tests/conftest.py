@@ -26,7 +26,7 @@ if _library._C is None:
 
 _C = _library._C
 
-UNSUPPORTED = [row["name"] for row in _C.isas() if not row["supported"]]
+UNSUPPORTED = {row["name"] for row in _C.isas() if not row["supported"]}
 
 # pytest -n puts a process on every core: threads of several would wait for each other, spinning. Tests of
 # threads ask for theirs.
@@ -57,8 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             by_function.setdefault((item.nodeid.split("[")[0], strength), []).append(item)
     for (_, strength), group in by_function.items():
         # What this processor would skip covers nothing; one of them stays, to say so.
-        runs = [item for item in group if item.callspec.params.get("isa") not in UNSUPPORTED]
-        skipped = [item for item in group if item.callspec.params.get("isa") in UNSUPPORTED][:1]
+        skipped = [item for item in group if UNSUPPORTED & set(map(item.callspec.params.get, ("isa", "target")))]
+        runs, skipped = [item for item in group if item not in skipped], skipped[:1]
         # A value is the same object in all combinations, and need not be hashable.
         chosen = tiers.cover([tuple(map(id, item.callspec.params.values())) for item in runs], strength)
         taken -= {id(item) for item in group} - {id(item) for item in (*skipped, *(runs[i] for i in chosen))}

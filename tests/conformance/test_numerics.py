@@ -1,35 +1,85 @@
-"""What any operator computes on the CPU: results and gradients against float64 in every dtype, memory order and
-instruction set, sizes of zero, NaN and infinity, the same bits for every number of threads."""
+"""What any operator computes on any backend: results and gradients against float64 in every dtype and memory order,
+second derivatives, sizes of zero, NaN and infinity, the same bits from call to call and for every number of threads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from specified import check_against_float64, mapped, with_gradients
+from specified import (
+    CPU_ROUNDINGS,
+    GPU_ROUNDINGS,
+    bounds,
+    check,
+    check_against_float64,
+    mapped,
+    second_derivatives,
+    with_gradients,
+)
 
 from effattn import use_backend
 from effattn.functional import _called
 from effattn.ops import OPERATORS
-from effattn.testing import ORDERS, make_arguments
+from effattn.testing import ORDERS, make_arguments, moved
 
-pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("poisoned_allocations")]
 
 CALLS = [pytest.param(op, case, id=f"{op.name}-{i}") for op in OPERATORS.values() for i, case in enumerate(op.cases)]
-IN_DTYPES = [
-    pytest.param(op, case, dtype, id=f"{op.name}-{i}-{dtype}")
-    for op in OPERATORS.values()
-    for i, case in enumerate(op.cases)
-    for dtype in op.dtypes
-]
 FIRST = [pytest.param(op, op.cases[0], id=op.name) for op in OPERATORS.values()]
+DTYPES = list(dict.fromkeys(dtype for op in OPERATORS.values() for dtype in op.dtypes))
 
 
+def there(target, arguments):
+    return mapped(lambda t: moved(t, target.device), arguments)
+
+
+@pytest.mark.pairwise
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("operator", "case", "dtype"), IN_DTYPES)
-def test_against_float64(isa, operator, case, dtype, order):
-    check_against_float64(operator, case, dtype, order, "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "case"), CALLS)
+def test_against_float64(target, operator, case, dtype, order):
+    check_against_float64(operator, case, dtype, order, target.backend, target.device)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "case"), CALLS)
+def test_other_numbers(target, operator, case, dtype, seed):
+    """The tolerance is no luck of the numbers that the other tests take."""
+
+    def change(arguments):
+        arguments[:] = make_arguments(operator, case, dtype, "first", seed + 100)
+
+    check_against_float64(operator, case, dtype, "first", target.backend, target.device, change)
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST)
+def test_second_derivatives(target, operator, case):
+    """Of what kernels made the first of, under create_graph=True."""
+    arguments = make_arguments(operator, case)
+    wide = mapped(torch.Tensor.double, arguments)
+    roundings = CPU_ROUNDINGS if target.backend == "cpu" else GPU_ROUNDINGS
+    truth, allowed, _ = bounds(
+        lambda: second_derivatives(operator, operator.plain, wide), operator.longest_sum(case), roundings
+    )
+    check(second_derivatives(operator, operator, there(target, arguments)), truth, allowed)
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("operator", "case"), CALLS)
+def test_the_same_bits_in_the_same_places(target, operator, case, order):
+    """From call to call; and results lie in memory as the CPU lays them."""
+    arguments = make_arguments(operator, case, order=order)
+    first, second = (with_gradients(operator, operator, there(target, arguments), torch.float32) for _ in range(2))
+    with use_backend("cpu"):
+        expected = with_gradients(operator, operator, arguments, torch.float32)
+    for name, result in first.items():
+        assert torch.equal(result, second[name]), name
+        assert result.stride() == expected[name].stride(), name
+
+
+@pytest.mark.schedule
 @pytest.mark.parametrize(("operator", "case"), CALLS)
 def test_the_same_bits_for_every_number_of_threads(threads, operator, case):
     arguments, results = make_arguments(operator, case), []
@@ -40,20 +90,23 @@ def test_the_same_bits_for_every_number_of_threads(threads, operator, case):
         assert all(torch.equal(result, other[name]) for name, result in results[0].items())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("operator", "case"), FIRST)
-def test_nan_and_infinity_come_out_as_in_the_plain_formulation(isa, operator, case, value):
-    """Of each image, one element; of weights it depends on how a convolution pads."""
+def test_nan_and_infinity_come_out_as_in_the_plain_formulation(target, operator, case, dtype, value):
+    """Of each image, one element; of weights it depends on how a convolution pads. Gradients are finite where those
+    of the plain formulation are; whether one is NaN or infinite depends on the order of operations."""
     names = [a.name for a in operator.signature.arguments if a.is_image]
     for i, name in enumerate(names):
-        arguments = make_arguments(operator, case)
+        arguments = make_arguments(operator, case, dtype)
         t = arguments[i][0] if isinstance(arguments[i], list) else arguments[i]
         t.view(-1)[t.numel() // 2] = value
-        with torch.no_grad():
-            out, plain = (call(*arguments) for call in (operator, operator.plain))
-        out, plain = (t[0] if isinstance(t, tuple) else t for t in (out, plain))
-        assert torch.equal(out.isnan(), plain.isnan()), name
-        assert torch.equal(out.isfinite(), plain.isfinite()), name
+        expected = with_gradients(operator, operator.plain, arguments, dtype)
+        results = with_gradients(operator, operator, there(target, arguments), dtype)
+        assert torch.equal(results["out"].cpu().isnan(), expected["out"].isnan()), name
+        for key, t in expected.items():
+            assert torch.equal(results[key].cpu().isfinite(), t.isfinite()), (name, key)
 
 
 def sizes_of_zero():
@@ -67,28 +120,32 @@ def sizes_of_zero():
     ]
 
 
+@pytest.mark.each_value
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("operator", "case"), sizes_of_zero())
-def test_sizes_of_zero(operator, case):
+def test_sizes_of_zero(target, operator, case, dtype):
     """As the plain formulation has them: an error of both, or the same results."""
-    arguments = make_arguments(operator, case)
+    arguments = make_arguments(operator, case, dtype)
     error = operator.signature.error(arguments)
     if error is None:
-        check_against_float64(operator, case, torch.float32, "first", "cpu")
+        check_against_float64(operator, case, dtype, "first", target.backend, target.device)
         return
-    for backend in ("cpu", "reference"):
+    for backend in (target.backend, "reference"):
         with use_backend(backend), pytest.raises(ValueError) as raised:
-            _called(operator, *arguments)
+            _called(operator, *there(target, arguments))
         assert str(raised.value) == str(error)
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("scale", [300.0, 1e4])
-@pytest.mark.parametrize(("operator", "case"), [call for call in FIRST if torch.float16 in call.values[0].dtypes])
-def test_large_float16(operator, case, scale):
+@pytest.mark.parametrize("dtype", [torch.float16], ids=str)
+@pytest.mark.parametrize(("operator", "case"), CALLS)
+def test_large_float16(target, operator, case, dtype, scale):
     """Finite wherever the truth is something that float16 holds."""
-    arguments = make_arguments(operator, case, torch.float16)
+    arguments = make_arguments(operator, case, dtype)
     for i in range(operator.signature.images):
         arguments[i] = (arguments[i].float() * scale).clamp(-65504, 65504).half()
-    truth = with_gradients(operator, operator.plain, mapped(torch.Tensor.double, arguments), torch.float16)
-    results = with_gradients(operator, operator, arguments, torch.float16)
+    truth = with_gradients(operator, operator.plain, mapped(torch.Tensor.double, arguments), dtype)
+    results = with_gradients(operator, operator, there(target, arguments), dtype)
     for name, result in results.items():
-        assert result[truth[name].abs() < 65000].isfinite().all(), name
+        assert result[truth[name].abs().to(result.device) < 65000].isfinite().all(), name

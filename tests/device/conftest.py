@@ -1,5 +1,4 @@
-"""Kernels of cards run here in one of three ways: on a GPU; Triton's under TRITON_INTERPRET=1, and CUDA's emulated
-(tests/emulated.py), both on tensors of the CPU."""
+"""Kernels for GPUs, on a GPU, interpreted or emulated (tests/tools/gpu_backends.py)."""
 
 from __future__ import annotations
 
@@ -9,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_backends import HERE, REASONS, device_of
 
-from effattn import _library, registry, use_backend
-from effattn.backends.triton import NAMESPACE, is_interpreted
+from effattn import use_backend
+from effattn.backends.triton import NAMESPACE
 
 # Asked for by torch, before anything runs, where tests want uninitialised memory to be poisoned.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -19,10 +19,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.emulated)
-
-
-REASONS = {b.name: b.reason for b in registry.backends() if b.name in ("triton", "cuda")}
-HERE = [name for name, reason in REASONS.items() if reason is None]
 
 
 @pytest.fixture(params=HERE or ["none"])
@@ -40,8 +36,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """Where it runs."""
-    on_host = is_interpreted() if backend == "triton" else _library.cuda_is_emulated
-    return torch.device("cpu" if on_host else "cuda")
+    return device_of(backend)
 
 
 @pytest.fixture

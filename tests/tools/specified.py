@@ -21,6 +21,7 @@ because a single number is beyond three in one of 370 cases, and beyond four in 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,12 +63,54 @@ class RoundedToFloat32(TorchDispatchMode):
         return t * (1 + ROUNDING * torch.randn(t.shape, generator=self._generator, dtype=t.dtype))
 
 
+Results = dict[str, torch.Tensor]
+
+
 class Expected(NamedTuple):
     """By name, "out" and the gradient of each tensor as "grad_<name>"."""
 
     arguments: list[Any]
-    truth: dict[str, torch.Tensor]
+    truth: Results
     allowed: dict[str, float]
+
+
+def bounds(
+    compute: Callable[[], Results],
+    longest_sum: int,
+    roundings: int = CPU_ROUNDINGS,
+    rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, t: t.float(),
+) -> tuple[Results, dict[str, float], bool]:
+    """The truth, the tolerance of each result, and whether a rounding decides about a gradient.
+
+    Args:
+        compute: the plain formulation in float64.
+        longest_sum: how many terms are added up at most for one number.
+        roundings: of a product.
+        rounded: of a result's name and truth, that in the dtype which is expected.
+    """
+    truth = compute()
+    modes = [RoundedToFloat32(draw) for draw in range(DRAWS)]
+    draws = []
+    for mode in modes:
+        with mode:
+            draws.append(compute())
+    allowed = {}
+    for name, t in truth.items():
+        noise = math.sqrt(sum(error(draw[name], t) ** 2 for draw in draws) / DRAWS)
+        of_a_term = roundings * (1 + math.log2(max(longest_sum, 1)))
+        allowed[name] = error(rounded(name, t), t) + 4 * math.sqrt(of_a_term) * noise + math.ulp(0.0)
+    return truth, allowed, any(mode.is_decided_by_rounding for mode in modes)
+
+
+def check(results: Results, truth: Results, allowed: Mapping[str, float]) -> dict[str, float]:
+    """By name, the error in units of what is allowed, none of which may be larger than 1."""
+    ratios = {}
+    for name, t in truth.items():
+        assert results[name].shape == t.shape, name
+        ratios[name] = error(results[name].cpu(), t) / allowed[name]
+    too_large = {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
+    assert not too_large, too_large
+    return ratios
 
 
 def with_gradients(
@@ -111,29 +154,21 @@ def expected(
 
     ``change`` replaces arguments in the list that it is given, or writes into them.
     """
+    own_dtype = {f"grad_{a.name}" for a in operator.signature.arguments if a.is_image} | {"out"}
     for seed in range(100):
         arguments = make_arguments(operator, case, dtype, order, seed)
         if change is not None:
             change(arguments)
         wide = mapped(torch.Tensor.double, arguments)
-        modes = [RoundedToFloat32(draw) for draw in range(DRAWS)]
-        draws = []
-        for mode in modes:
-            with mode:
-                draws.append(with_gradients(operator, operator.plain, wide, dtype))
-        if not any(mode.is_decided_by_rounding for mode in modes):
-            break
-    else:
-        raise RuntimeError(f"{operator.name}: no arguments of {case} are away from zero")
-    truth = with_gradients(operator, operator.plain, wide, dtype)
-    own_dtype = {f"grad_{a.name}" for a in operator.signature.arguments if a.is_image} | {"out"}
-    allowed = {}
-    for name, t in truth.items():
-        noise = math.sqrt(sum(error(draw[name], t) ** 2 for draw in draws) / DRAWS)
-        rounded = t.to(dtype if name in own_dtype else torch.float32)
-        of_a_term = roundings * (1 + math.log2(max(operator.longest_sum(case), 1)))
-        allowed[name] = error(rounded, t) + 4 * math.sqrt(of_a_term) * noise + math.ulp(0.0)
-    return Expected(arguments, truth, allowed)
+        truth, allowed, is_decided_by_rounding = bounds(
+            lambda wide=wide: with_gradients(operator, operator.plain, wide, dtype),
+            operator.longest_sum(case),
+            roundings,
+            lambda name, t: t.to(dtype if name in own_dtype else torch.float32),
+        )
+        if not is_decided_by_rounding:
+            return Expected(arguments, truth, allowed)
+    raise RuntimeError(f"{operator.name}: no arguments of {case} are away from zero")
 
 
 def check_against_float64(
@@ -162,10 +197,42 @@ def check_against_float64(
     inference = inference[0] if isinstance(inference, tuple) else inference
     assert torch.equal(inference, results["out"]), "inference differs from training"
     assert results["out"].dtype == dtype
-    ratios = {}
-    for name, t in truth.items():
-        assert results[name].shape == t.shape, name
-        ratios[name] = error(results[name].cpu(), t) / allowed[name]
-    too_large = {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
-    assert not too_large, too_large
-    return ratios
+    return check(results, truth, allowed)
+
+
+def second_derivatives(operator: Operator, call: Callable[..., Any], arguments: Sequence[Any]) -> Results:
+    """The gradient of all first gradients' sizes with respect to every tensor, flat and in one: some of them vanish."""
+    leaves = mapped(lambda t: t.detach().requires_grad_(), arguments)
+    flat = flattened(leaves)
+    out = call(*leaves)
+    out = out[0] if isinstance(out, tuple) else out
+    grads = torch.autograd.grad(out.square().sum(), flat, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), flat)
+    return {"second derivatives": torch.cat([t.flatten() for t in second])}
+
+
+def flattened(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among arguments, those in lists too."""
+    return [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+
+
+def check_module(
+    results: torch.Tensor, stock: torch.nn.Module, *inputs: torch.Tensor, grads: Results | None = None
+) -> None:
+    """Compares what stands for a module with it in float64; ``grads`` are those of the sum of squares, by parameter."""
+    module = copy.deepcopy(stock).double()
+    parameters = {} if grads is None else {name: p for name, p in module.named_parameters() if name in grads}
+    wide = [t.double() for t in inputs]
+    fan_in = [p.numel() // p.shape[0] for p in module.parameters() if p.dim() > 1]
+    tokens = max(math.prod(t.shape[2:]) if t.dim() == 4 else t.shape[-2] for t in inputs)
+
+    def compute() -> Results:
+        if grads is None:
+            with torch.no_grad():
+                return {"out": module(*wide)}
+        out = module(*wide)
+        found = torch.autograd.grad(out.square().sum(), list(parameters.values()))
+        return {"out": out.detach(), **dict(zip(parameters, found, strict=True))}
+
+    truth, allowed, _ = bounds(compute, max(tokens, *fan_in))
+    check({"out": results, **(grads or {})}, truth, allowed)

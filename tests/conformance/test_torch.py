@@ -1,0 +1,278 @@
+"""Any operator on any backend as a citizen of torch: opcheck, autograd, autocast, transforms, compile, export, trace."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from specified import flattened, mapped, with_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from effattn import use_backend
+from effattn.functional import _called
+from effattn.ops import OPERATORS
+from effattn.testing import ORDERS, make_arguments, moved
+
+CALLS = [pytest.param(op, case, id=f"{op.name}-{i}") for op in OPERATORS.values() for i, case in enumerate(op.cases)]
+FIRST = [pytest.param(op, op.cases[0], id=op.name) for op in OPERATORS.values()]
+NARROW = (torch.bfloat16, torch.float16)
+
+pytestmark = pytest.mark.each_value  # nothing here hangs on an instruction set
+
+by_operator = pytest.mark.parametrize(("operator", "case"), FIRST)
+
+
+def made(target, operator, case, dtype=torch.float32, order="first", requires_grad=False):
+    arguments = make_arguments(operator, case, dtype, order)
+    return mapped(lambda t: moved(t, target.device).detach().requires_grad_(requires_grad), arguments)
+
+
+def first_of(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def of_other_sizes(operator, case, count):
+    """The case with other sizes wherever images may have another and weights may not."""
+    arguments = operator.signature.arguments
+    of_weights = {name for a in arguments if not a.is_image for shape in a.shapes for name in shape.names}
+    of_images = dict.fromkeys(name for a in arguments if a.is_image for shape in a.shapes for name in shape.names)
+    free = [name for name in of_images if name not in of_weights and isinstance(case[name], int)]
+    unused = itertools.count(5)
+    return [case | {name: next(unused) for name in free} for _ in range(count)]
+
+
+# --- opcheck ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("operator", "case"), CALLS)
+def test_opcheck(target, operator, case, order):
+    arguments = made(target, operator, case, order=order)
+    if operator.signature.out.kind != "kept":
+        torch.library.opcheck(getattr(target.ops, operator.name).default, arguments)
+    forward = getattr(target.ops, f"{operator.name}_forward").default
+    out, *kept = torch.utils._pytree.tree_leaves(forward(*arguments))
+    tensors, options = arguments[: operator.signature.tensors], arguments[operator.signature.tensors :]
+    kept = [out, *kept] if operator.signature.out.kind == "kept" else kept
+    torch.library.opcheck(getattr(target.ops, f"{operator.name}_backward").default, (out, *tensors, *kept, *options))
+    torch.library.opcheck(forward, made(target, operator, case, order=order, requires_grad=True))
+
+
+@by_operator
+def test_fake_outputs_have_the_strides_of_real_ones(target, operator, case):
+    """However the images lie: dimensions in any order, or one that is expanded."""
+    first = made(target, operator, case)[0]
+    dims = range(first.dim())
+    orders = [(*dims,), (*reversed(dims),), (*dims[1:], 0), (*dims[:-2], *reversed(dims[-2:]))]
+    laid = [first.permute([order.index(d) for d in dims]).contiguous().permute(order) for order in orders]
+    laid += [first.narrow(d, 0, 1).expand_as(first) for d in dims]
+    for t in laid:
+        arguments = [t, *made(target, operator, case)[1:]]
+        out = first_of(operator(*arguments))
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = first_of(operator(*mapped(mode.from_tensor, arguments)))
+        assert (out.shape, out.stride()) == (fake.shape, fake.stride())
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------
+
+
+@by_operator
+def test_gradcheck_of_the_plain_formulation(operator, case):
+    """What all others are compared with; in float64, and its second derivatives as well."""
+    arguments = mapped(lambda t: t.double().requires_grad_(), make_arguments(operator, case))
+    lengths = [len(a) if isinstance(a, list) else None for a in arguments[: operator.signature.tensors]]
+
+    def call(*tensors):
+        rest, grouped = list(tensors), []
+        for length in lengths:
+            grouped.append(rest.pop(0) if length is None else [rest.pop(0) for _ in range(length)])
+        return first_of(operator(*grouped, *arguments[operator.signature.tensors :]))
+
+    tensors = flattened(arguments)
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@by_operator
+def test_only_the_gradients_that_are_asked_for(target, operator, case):
+    for asked in range(len(flattened(made(target, operator, case)))):
+        arguments = made(target, operator, case)
+        tensors = flattened(arguments)
+        tensors[asked].requires_grad_()
+        first_of(operator(*arguments)).sum().backward()
+        assert [i for i, t in enumerate(tensors) if t.grad is not None] == [asked]
+
+
+@by_operator
+def test_arguments_are_left_alone(target, operator, case):
+    arguments = made(target, operator, case, requires_grad=True)
+    before = copy.deepcopy(flattened(arguments))
+    first_of(operator(*arguments)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(flattened(arguments), before, strict=True))
+
+
+@by_operator
+def test_nothing_is_kept_but_arguments_and_what_the_signature_says(target, operator, case):
+    arguments, saved = made(target, operator, case, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        operator(*arguments)
+    own = {t.data_ptr() for t in flattened(arguments)}
+    kept = [tuple(t.shape) for t in saved if t.data_ptr() not in own]
+    sizes = operator.signature.sizes(arguments)
+    assert kept == [r.shape.sizes(sizes) for r in operator.signature.backward_takes]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@by_operator
+def test_autocast_takes_weights_as_they_are(target, operator, case, dtype):
+    """Images in the narrow type, weights and their gradients in float32; the same bits as without autocast."""
+    arguments = made(target, operator, case, dtype, requires_grad=True)
+    with torch.autocast(target.device.type, dtype=dtype):
+        out = _called(operator, *arguments)
+    assert out.dtype == dtype and torch.equal(out, _called(operator, *arguments))
+    out.float().sum().backward()
+    images = len(flattened(arguments[: operator.signature.images]))
+    assert [t.grad.dtype for t in flattened(arguments)] == [t.dtype for t in flattened(arguments)]
+    assert all(t.dtype == torch.float32 for t in flattened(arguments)[images:])
+
+
+@by_operator
+def test_the_plain_formulation_knows_no_autocast(operator, case):
+    arguments = make_arguments(operator, case)
+    with torch.autocast("cpu", dtype=torch.bfloat16), use_backend("reference"):
+        out = operator(*arguments)
+    assert torch.equal(first_of(out), first_of(operator.plain(*arguments)))
+
+
+@by_operator
+def test_float64_goes_to_the_plain_formulation(operator, case):
+    arguments = mapped(torch.Tensor.double, make_arguments(operator, case))
+    assert torch.equal(first_of(operator(*arguments)), first_of(operator.plain(*arguments)))
+
+
+@by_operator
+def test_transforms_run_through_the_plain_formulation(target, operator, case):
+    """torch.func and forward mode, eager and compiled; to the bit, for they are the same operations."""
+    image, *rest = made(target, operator, case)
+    tangent = torch.ones_like(image)
+
+    def loss(f):
+        return lambda x: first_of(f(x, *rest)).square().sum()
+
+    def forward_mode(f):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(image, tangent)
+            return torch.autograd.forward_ad.unpack_dual(first_of(f(dual, *rest))).tangent
+
+    transforms = (
+        lambda f: torch.func.grad(loss(f))(image),
+        lambda f: torch.func.jvp(lambda x: first_of(f(x, *rest)), (image,), (tangent,))[1],
+        lambda f: torch.func.vmap(lambda x: first_of(f(x, *rest)))(torch.stack([image, 2 * image])),
+        lambda f: torch.func.vmap(torch.func.grad(loss(f)))(torch.stack([image, 2 * image])),
+        forward_mode,
+    )
+    for transform in transforms:
+        assert torch.equal(transform(operator), transform(operator.plain))
+    for transform in (transforms[0], forward_mode):
+        compiled = torch.compile(transform, backend="aot_eager")(operator)
+        torch.testing.assert_close(compiled, transform(operator.plain))
+
+
+@by_operator
+def test_torch_counts_the_flops_of_the_plain_formulation(target, operator, case):
+    """Forward and backward."""
+    counts = []
+    for backend in (target.backend, "reference"):
+        for requires_grad in (False, True):
+            arguments = made(target, operator, case, requires_grad=requires_grad)
+            with use_backend(backend), FlopCounterMode(display=False) as counter:
+                out = first_of(operator(*arguments))
+                if requires_grad:
+                    out.sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[:2] == counts[2:] and 0 < counts[0] < counts[1]
+
+
+# --- compile, export, trace -------------------------------------------------------------------------------------
+
+
+@by_operator
+# Or sizes of two tensors that happen to be equal in the first call are one size for good.
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+def test_compile_without_graph_breaks(target, operator, case):
+    """Sizes that change, in one graph, which holds the kernels; their gradients too."""
+    tensors, options = operator.signature.tensors, make_arguments(operator, case)[operator.signature.tensors :]
+    cases = of_other_sizes(operator, case, 3)
+    for requires_grad in (False, True):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(
+            lambda *a: first_of(operator(*a, *options)), fullgraph=True, dynamic=True, backend=counter
+        )
+        graphs = 0  # torch may call the backend twice for one graph, when it meets a float argument
+        for sizes in cases:
+            arguments = made(target, operator, sizes, requires_grad=requires_grad)
+            results = []
+            for call in (lambda *a, compiled=compiled: compiled(*a[:tensors]), operator):
+                if requires_grad:
+                    results.append(with_gradients(operator, call, arguments, torch.float32))
+                else:
+                    results.append({"out": first_of(call(*arguments))})
+            for name, result in results[0].items():
+                assert torch.equal(result, results[1][name]), name
+                assert result.stride() == results[1][name].stride(), name
+            graphs = graphs or counter.frame_count
+        assert counter.frame_count == graphs, "recompiled for another size"
+        kind = "_forward" if requires_grad or operator.signature.out.kind == "kept" else ""
+        called = {node.target for graph in counter.graphs for node in graph.graph.nodes}
+        assert getattr(target.ops, operator.name + kind).default in called
+
+
+class Module(torch.nn.Module):
+    """A call whose options, and images but for the first, are constants; weights are parameters."""
+
+    def __init__(self, operator, rest):
+        super().__init__()
+        self.operator = operator
+        self.weights = torch.nn.ParameterList(flattened(rest))
+        self.lengths = [len(a) if isinstance(a, list) else None for a in rest if isinstance(a, (list, torch.Tensor))]
+        self.options = [a for a in rest if not isinstance(a, (list, torch.Tensor))]
+
+    def forward(self, x):
+        rest, grouped = list(self.weights), []
+        for length in self.lengths:
+            grouped.append(rest.pop(0) if length is None else [rest.pop(0) for _ in range(length)])
+        return first_of(self.operator(x, *grouped, *self.options))
+
+
+@by_operator
+def test_export(target, operator, case):
+    image, *rest = made(target, operator, case)
+    module = Module(operator, rest)
+    program = torch.export.export(module, (image,))
+    assert torch.equal(program.module()(image), module(image))
+
+
+@by_operator
+def test_trace(target, operator, case):
+    """torch.jit.trace, with gradients; the graph holds the kernels."""
+    image, *rest = made(target, operator, case)
+    module = Module(operator, rest)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (image,))
+    assert f"{operator.name}_forward" in str(traced.graph)
+    grads = []
+    for call in (traced, module):
+        leaf = image.detach().requires_grad_()
+        grads.append(torch.autograd.grad(call(leaf).square().sum(), leaf)[0])
+    assert torch.equal(*grads)
+
+
+@by_operator
+def test_wrong_arguments_in_a_trace(operator, case):
+    image, *rest = make_arguments(operator, case)
+    with pytest.raises(ValueError, match=r"^\w+: expected .* got "):
+        torch.jit.trace(Module(lambda *a: _called(operator, *a), rest), (image[0],))
