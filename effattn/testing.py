@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -76,6 +76,17 @@ def make_image(
 ORDERS = {"first": ("token_major", "nchw"), "second": ("channel_major", "channels_last"), "gaps": ("strided", "crop")}
 
 
+def laid_out(
+    shape: Sequence[int], order: str, is_image: bool, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> torch.Tensor:
+    """A reproducible normal tensor, or an image (B, C, H, W), in a memory order of ``ORDERS``."""
+    layout, memory_format = ORDERS[order]
+    if is_image:
+        batch, channels, height, width = shape
+        return make_image(batch, channels, height, width, memory_format, seed=seed).to(dtype)
+    return make_tensor(*shape, layout=layout, dtype=dtype, seed=seed)
+
+
 def make_arguments(
     operator: Operator,
     case: Mapping[str, Any],
@@ -106,12 +117,8 @@ def make_arguments(
             declared = argument.shapes[element % len(argument.shapes)]
             own = {name: case[name][element] for name in declared.names if name in operator.signature.local}
             shape, number = declared.sizes({**case, **own}), 1000 * seed + 10 * i + element
-            if argument.kind == "image":
-                batch, channels, height, width = shape
-                image = make_image(batch, channels, height, width, ORDERS[order][1], seed=number)
-                tensors.append(image.to(dtype))
-            elif argument.kind == "tensor":
-                tensors.append(make_tensor(*shape, layout=ORDERS[order][0], dtype=dtype, seed=number))
+            if argument.is_image:
+                tensors.append(laid_out(shape, order, argument.kind == "image", dtype, number))
             else:
                 t = make_tensor(*((1, *shape) if len(shape) < 2 else shape), seed=number).reshape(shape)
                 tensors.append(t / max(math.prod(shape[1:]), 1) ** 0.5)

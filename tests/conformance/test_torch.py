@@ -1,4 +1,4 @@
-"""Any operator on any backend as a citizen of torch: opcheck, autograd, autocast, transforms, compile, export, trace."""
+"""What torch asks of any operator on any backend: opcheck, autograd, autocast, transforms, compile, export, trace."""
 
 from __future__ import annotations
 

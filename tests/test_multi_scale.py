@@ -1,0 +1,159 @@
+"""multi_scale_aggregation and multi_scale_linear_attention where tests/conformance does not reach: sizes around their
+strips and micro-kernels, images smaller than a kernel, and the official formulation.
+
+Also run under sanitizers and, cross-compiled, under emulation; so nothing here compiles or needs a model.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specified import check_against_float64, mapped
+from torch.nn import functional
+
+from effattn import _library, relu_linear_attention
+from effattn.ops import OPERATORS
+from effattn.testing import ORDERS, make_arguments
+
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
+
+AGGREGATION, ATTENTION = OPERATORS["multi_scale_aggregation"], OPERATORS["multi_scale_linear_attention"]
+DTYPES = ATTENTION.dtypes
+
+both = pytest.mark.parametrize("operator", [AGGREGATION, ATTENTION], ids=["aggregation", "linear_attention"])
+
+
+def sizes(batch, heads, head_dim, height, width, kernels=(5,), biases=False):
+    case = {"B": batch, "heads": heads, "head_dim": head_dim, "H": height, "W": width, "S": len(kernels)}
+    return case | {"k": kernels, "eps": 1e-15} | ({} if biases else {"without": ("dw_biases", "pw_biases")})
+
+
+CASES = [
+    sizes(2, 2, 16, 14, 14),
+    sizes(1, 3, 16, 7, 7, biases=True),
+    sizes(1, 1, 8, 33, 37, kernels=(3, 5, 7), biases=True),
+    sizes(2, 1, 13, 20, 19, kernels=(7,)),
+    sizes(1, 2, 33, 10, 24, kernels=(3,), biases=True),
+    sizes(1, 1, 4, 5, 600),  # strips of the fewest rows
+    sizes(1, 1, 8, 70, 16, kernels=(9, 1)),  # other sizes of kernels; several strips
+]
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_sizes(isa, operator, case, order, dtype):
+    check_against_float64(operator, case, dtype, order)
+
+
+def test_the_cases_meet_what_a_plan_can_hold(isa):
+    """One strip and several, rows that fill a block of the convolution and rows that do not."""
+    rows = []
+    for case in CASES:
+        names = {"batch": "B", "heads": "heads", "head_dim": "head_dim", "height": "H", "width": "W", "kernels": "k"}
+        plan = _library._C.multi_scale_plan(**{name: case[of] for name, of in names.items()})
+        assert plan["isa"] == isa
+        assert 0 < plan["scratch_floats"] < plan["scratch_floats_backward"]
+        channels = 3 * case["heads"] * case["head_dim"]
+        assert plan["flops_aggregation"] == 2 * case["B"] * channels * case["H"] * case["W"] * sum(
+            k * k + case["head_dim"] for k in case["k"]
+        )
+        rows.append((plan["rows"], case["H"]))
+    assert any(count < height for count, height in rows) and any(count == height for count, height in rows)
+    assert any(count % 8 == 0 for count, _ in rows) and any(count % 8 for count, _ in rows)
+
+
+@both
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.remainders
+def test_every_width_and_height(isa, operator, kernel):
+    """Around a vector, a block of rows and the kernel itself."""
+    for width in range(1, 36):
+        check_against_float64(operator, sizes(1, 1, 3, 3, width, (kernel,)))
+    for height in range(1, 20):
+        check_against_float64(operator, sizes(1, 1, 3, height, 5, (kernel,)))
+
+
+@both
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.remainders
+def test_every_head_dim(isa, operator, order):
+    for head_dim in (*range(1, 18), 24, 31, 32, 33):
+        check_against_float64(operator, sizes(1, 1, head_dim, 4, 5, (3,)), order=order)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("height", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.remainders
+def test_images_smaller_than_the_kernel(isa, operator, height, width, dtype):
+    check_against_float64(operator, sizes(2, 1, 8, height, width, biases=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_qkv_itself_comes_first(isa, order, dtype):
+    qkv, *rest = make_arguments(AGGREGATION, sizes(2, 2, 8, 9, 11), dtype, order)
+    assert torch.equal(AGGREGATION(qkv, *rest)[:, : qkv.shape[1]], qkv)
+
+
+def test_without_scales_it_is_relu_linear_attention(isa):
+    arguments = make_arguments(ATTENTION, sizes(2, 3, 16, 14, 14, ()))
+    heads = arguments[0].reshape(2, 3, 48, 196).mT
+    expected = relu_linear_attention(*heads.chunk(3, dim=-1)).mT.reshape(2, 48, 14, 14)
+    assert torch.equal(ATTENTION(*arguments), expected)
+    assert torch.equal(AGGREGATION(*arguments[:-1]), arguments[0])
+
+
+def official(qkv, dw_weights, pw_weights, dw_biases, pw_biases, dim, eps):
+    """As in the authors' repository: convolutions, concatenation, and the quadratic form where tokens are few."""
+    batch, channels, height, width = qkv.shape
+    scales = [qkv]
+    for dw, pw in zip(dw_weights, pw_weights, strict=True):
+        mixed = functional.conv2d(qkv, dw.to(qkv.dtype), padding=dw.shape[-1] // 2, groups=channels)
+        scales.append(functional.conv2d(mixed, pw.to(qkv.dtype), groups=channels // dim))
+    q, k, v = torch.cat(scales, dim=1).reshape(batch, -1, 3 * dim, height * width).chunk(3, dim=2)
+    q, k = q.relu(), k.relu()
+    if height * width > dim:
+        out = (functional.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
+        out = out[:, :, :-1] / (out[:, :, -1:] + eps)
+    else:
+        weights = k.mT @ q
+        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + eps))
+    return out.reshape(batch, -1, height, width)
+
+
+@pytest.mark.parametrize("case", [sizes(2, 2, 8, 9, 11), sizes(1, 2, 16, 3, 4)], ids=["linear", "quadratic"])
+def test_the_plain_formulation_is_the_official_one(case):
+    """In float64; the second has fewer tokens than channels, where the official code takes its quadratic path."""
+    arguments = mapped(torch.Tensor.double, make_arguments(ATTENTION, case))
+    torch.testing.assert_close(ATTENTION.plain(*arguments), official(*arguments), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_float16_activations_of_1e4(isa, order):
+    """The official formulation overflows in float16: its sums reach 1e10."""
+    case = sizes(1, 1, 16, 48, 50)
+
+    def change(arguments):
+        arguments[0] = (arguments[0].float() * 1e4).half()
+
+    results = check_against_float64(ATTENTION, case, torch.float16, order, change=change)
+    assert all(result.isfinite().all() for result in results.values())
+    arguments = make_arguments(ATTENTION, case, torch.float16, order)
+    change(arguments)
+    assert arguments[0].abs().max() > 3e4 and not official(*arguments).isfinite().all()
+
+
+def test_weights_of_the_narrow_type(isa):
+    """Their gradients come back in their own dtype, rounded once from those of weights in float32."""
+    wide = make_arguments(ATTENTION, sizes(1, 2, 8, 9, 11, biases=True), torch.bfloat16)
+    wide[1:5] = [[w.bfloat16().float().requires_grad_() for w in weights] for weights in wide[1:5]]
+    narrow = [wide[0], *([w.detach().bfloat16().requires_grad_() for w in weights] for weights in wide[1:5]), *wide[5:]]
+    for arguments in (wide, narrow):
+        ATTENTION(*arguments).float().sum().backward()
+    for mine, expected in zip(narrow[1:5], wide[1:5], strict=True):
+        for a, b in zip(mine, expected, strict=True):
+            assert torch.equal(a.grad, b.grad.bfloat16())

@@ -1,0 +1,369 @@
+"""relu_linear_attention where tests/conformance does not reach: sizes around its tiles, mixed layouts, eps, extremes.
+
+Also run under sanitizers and, cross-compiled, under emulation; so nothing here compiles or needs a model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+
+import psutil
+import pytest
+import torch
+from specified import check_against_float64, with_gradients
+
+from effattn import _library, relu_linear_attention
+from effattn.ops import OPERATORS
+from effattn.testing import LAYOUTS, ORDERS, make_tensor
+
+pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
+
+OPERATOR = OPERATORS["relu_linear_attention"]
+DTYPES = OPERATOR.dtypes
+EPS = 1e-15
+NAMES = ("out", "grad_q", "grad_k", "grad_v")
+
+
+def sizes(queries, keys, head_dim, value_dim, lead=(2, 3), eps=EPS):
+    return {"...": lead, "N": queries, "M": keys, "D": head_dim, "Dv": value_dim, "eps": eps}
+
+
+def check(case, dtype=torch.float32, order="first", change=None, grad_out=None):
+    return check_against_float64(OPERATOR, case, dtype, order, change=change, grad_out=grad_out)
+
+
+def fused(*arguments, grad_out=None):
+    """Output and gradients of the operator under test."""
+    return with_gradients(OPERATOR, OPERATOR, arguments, arguments[0].dtype, "first", grad_out).values()
+
+
+def problem(lead, queries, keys, head_dim, value_dim, dtype, layout):
+    shapes = ((queries, head_dim), (keys, head_dim), (keys, value_dim))
+    qkv = (make_tensor(*lead, *shape, layout=layout, dtype=dtype, seed=i) for i, shape in enumerate(shapes, start=1))
+    return *qkv, EPS
+
+
+SIZES = [  # (queries, keys, head_dim, value_dim)
+    (196, 196, 16, 16),
+    (49, 49, 32, 32),
+    (5, 300, 7, 9),
+    (300, 17, 33, 20),
+    (64, 64, 128, 128),
+    (2, 2, 130, 3),
+    (2100, 2100, 8, 8),  # two chunks
+    (2050, 2050, 8, 8),  # the second shorter than a vector
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_sizes(isa, dtype, size, order):
+    check(sizes(*size), dtype, order)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"), [(torch.float32, 16, 24), (torch.float32, 13, 17), (torch.bfloat16, 33, 7)]
+)
+@pytest.mark.parametrize("tokens", [(37, 41), (600, 530)], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS[:2], repeat=4)), ids="-".join)
+def test_every_mix_of_layouts(isa, layouts, tokens, dtype, head_dim, value_dim):
+    *of_qkv, of_grad = layouts
+
+    def change(arguments):
+        arguments[:3] = [
+            make_tensor(*t.shape, layout=layout, dtype=dtype, seed=i)
+            for i, (t, layout) in enumerate(zip(arguments[:3], of_qkv, strict=True))
+        ]
+
+    case = sizes(*tokens, head_dim, value_dim, (2,))
+    check(case, dtype, "first" if of_grad == LAYOUTS[0] else "second", change)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # the narrow types differ in single elements only
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.remainders
+def test_every_remainder_of_tokens(isa, order, dtype):
+    """Each number of tokens around a vector, a register block and a tile; of keys another than of queries."""
+    tile = _library._C.relu_linear_attention_plan(
+        groups=1, queries=4096, keys=4096, head_dim=16, value_dim=16, dtype="float32"
+    )["tile"]
+    swept = [*range(1, 50), *range(tile - 2, tile + 18)]
+    for queries, keys in zip(swept, reversed(swept), strict=True):
+        check(sizes(queries, keys, 16, 16, ()), dtype, order)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.remainders
+def test_every_remainder_of_channels(isa, order, dtype):
+    for channels in range(1, 50):
+        check(sizes(20, 23, channels, 50 - channels, ()), dtype, order)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_leading_strides_that_cannot_be_merged(isa, layout):
+    """Permuted, with a dimension of one inside, and expanded over the first, the last or all of them."""
+
+    def permuted(t):
+        return t.transpose(0, 2).contiguous().transpose(0, 2)
+
+    changes = (
+        (permuted, None, None),
+        (None, lambda k: k[:1].expand_as(k), None),
+        (None, None, lambda v: v[:, :, :1].expand_as(v)),
+        (lambda q: q[:1, :, :1].expand_as(q), lambda k: k[:1].expand_as(k), None),
+    )
+    for functions in changes:
+
+        def change(arguments, functions=functions):
+            for i, function in enumerate(functions):
+                t = make_tensor(*arguments[i].shape, layout=layout, seed=i)
+                arguments[i] = t if function is None else function(t)
+
+        check(sizes(20, 24, 13, 8, (2, 1, 3)), order="second", change=change)
+
+
+def test_expanded_gradients_and_tokens(isa):
+    """What sum().backward() passes back, and one token or one channel for all."""
+    for tokens in (37, 2100):
+        case = sizes(tokens, tokens, 13, 16, (2,))
+        check(case, order="second", grad_out=torch.ones(()).expand(2, tokens, 16))
+        for narrow in (lambda v: v[:, :1], lambda v: v[..., :1]):
+
+            def change(arguments, narrow=narrow):
+                arguments[2] = narrow(arguments[2]).expand_as(arguments[2])
+
+            check(case, order="second", change=change)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 1, 3), (0,), (3, 0)], ids=str)
+def test_leading_dimensions(isa, lead):
+    check(sizes(20, 24, 16, 8, lead), order="second")
+    check(sizes(0, 0, 0, 0, lead))
+
+
+def test_strides_of_real_callers(isa):
+    """Slices of a fused qkv tensor, heads inside of tokens, and expanded heads: nothing is copied."""
+
+    def sliced(arguments):
+        qkv = make_tensor(2, 50, 3 * 4 * 16)
+        arguments[:3] = qkv.unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4).unbind(0)  # of (3, B, heads, N, D)
+
+    case = sizes(50, 50, 16, 16, (2, 4))
+    results = check(case, change=sliced)
+    assert results["out"].transpose(1, 2).is_contiguous(), "the reshape to (B, N, C) must be free"
+    assert results["grad_q"].transpose(1, 2).is_contiguous()
+
+    def channel_major(arguments):
+        arguments[:3] = make_tensor(2, 4, 48, 50).transpose(-1, -2).chunk(3, dim=-1)
+
+    out = check(case, change=channel_major)["out"]
+    assert out.transpose(-1, -2).is_contiguous(), "the reshape to (B, C, H, W) must be free"
+
+    def shared(arguments):
+        arguments[1:3] = [make_tensor(1, 30, 16).expand(4, 30, 16)] * 2
+
+    check(sizes(20, 30, 16, 16, (4,)), change=shared)
+
+
+FLOAT16_TOKENS = pytest.mark.parametrize("tokens", [pytest.param(16384, marks=pytest.mark.slow), 2100])
+
+
+@FLOAT16_TOKENS
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("size", [1e4, 3e4], ids=str)
+def test_float16_in_its_whole_range(isa, order, tokens, size):
+    """Sums reach 1e14 with the most tokens; the official formulation overflows in float16."""
+
+    def change(arguments):
+        arguments[:3] = [(t.float() * size).clamp(-65504, 65504).half() for t in arguments[:3]]
+        assert size == 1e4 or arguments[0].abs().max() == 65504
+
+    results = check(sizes(tokens, tokens, 16, 16, (1,)), torch.float16, order, change)
+    assert all(result.isfinite().all() for result in results.values())
+    assert results["out"].abs().max() > 0
+
+
+@pytest.mark.parametrize("eps", [EPS, 1e-40], ids=["1e-15", "subnormal"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_queries_whose_relu_is_zero(isa, layout, eps):
+    """0 / (0 + eps) is 0, and so are its gradients; not NaN, even if 1 / eps is beyond float32."""
+    q, k, v, _ = problem((2,), 70, 70, 16, 16, torch.float32, layout)
+    for name, result in zip(NAMES, fused(-q.abs(), k, v, eps), strict=True):
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
+def test_eps_zero_is_the_plain_quotient(isa):
+    def change(arguments):
+        arguments[:2] = [t.abs() + 0.1 for t in arguments[:2]]
+
+    check(sizes(45, 45, 16, 16, (2,), 0.0), order="second", change=change)
+    q, k, v, _ = problem((2,), 45, 45, 16, 16, torch.float32, "channel_major")
+    assert relu_linear_attention(-q.abs(), k, v, eps=0.0).isnan().all(), "0 / 0, as in the plain formulation"
+
+
+def test_eps_matters(isa):
+    check(sizes(45, 45, 16, 16, eps=1.0))
+    q, k, v, _ = problem((2,), 45, 45, 16, 16, torch.float32, "token_major")
+    assert not torch.allclose(relu_linear_attention(q, k, v, eps=100.0), relu_linear_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("argument", range(4), ids=["q", "k", "v", "grad_out"].__getitem__)
+@pytest.mark.parametrize("dim", [16, 13])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_nan_and_infinity_stay_in_their_group(isa, dtype, value, argument, dim, layout):
+    *qkv, _ = problem((2,), 40, 40, dim, dim, dtype, layout)
+    tensors = [*(t.clone() for t in qkv), make_tensor(2, 40, dim, layout=layout, dtype=dtype, seed=4)]
+    tensors[argument][0, 7, 5] = value
+    *qkv, grad_out = tensors
+    expected = with_gradients(OPERATOR, OPERATOR.plain, (*qkv, EPS), dtype, "first", grad_out)
+    results = with_gradients(OPERATOR, OPERATOR, (*qkv, EPS), dtype, "first", grad_out)
+    assert torch.equal(results["out"].isnan(), expected["out"].isnan())
+    assert torch.equal(results["out"].isinf(), expected["out"].isinf())
+    # Whether a gradient is NaN or infinite depends on the order of the operations; that it is neither does not.
+    for name, result in results.items():
+        assert torch.equal(result.isfinite(), expected[name].isfinite()), name
+        assert result[1].isfinite().all(), f"{name} of the other group"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.remainders
+def test_storage_conversions_are_exact(isa, dtype, layout):
+    """With one key of 1, the output is v rounded once: every bit pattern must survive the way through."""
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype) if dtype != torch.float32 else bits.to(torch.int32).bitwise_left_shift(16).view(dtype)
+    v = values[values.isfinite()].reshape(1, 1, -1)
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    if layout == "channel_major":
+        v = v.transpose(-1, -2).contiguous().transpose(-1, -2)
+    out = relu_linear_attention(one, one, v, eps=0.0)
+    assert torch.equal(out.float(), v.float())
+
+
+def bits(tensors):
+    return [t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "value_dim", "layout"), [(16, 16, "channel_major"), (35, 20, "token_major")])
+def test_same_bits_with_every_instruction_set(isa, dtype, head_dim, value_dim, layout, threads):
+    check_same_bits(2, (((3,), 2050), ((9,), 30)), dtype, head_dim, value_dim, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "value_dim", "layout"), [(16, 16, "channel_major"), (35, 20, "token_major")])
+def test_same_bits_every_run_and_every_thread_count(dtype, head_dim, value_dim, layout, threads):
+    """With the instruction set that users get: which thread does what is the same for all."""
+    check_same_bits(20, (((3,), 9000), ((3,), 2050), ((40,), 300)), dtype, head_dim, value_dim, layout)
+
+
+def check_same_bits(runs, shapes, dtype, head_dim, value_dim, layout):
+    """Many chunks of few groups, so that groups are split over threads; and many groups."""
+    for lead, tokens in shapes:
+        arguments = problem(lead, tokens, tokens, head_dim, value_dim, dtype, layout)
+
+        def everything(arguments=arguments):
+            kv_state = torch.ops.effattn.relu_linear_attention_forward(*arguments)[1]
+            return bits([*fused(*arguments), kv_state])
+
+        expected = everything()
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for _ in range(runs if count == 2 else 2):
+                for name, result, first in zip((*NAMES, "kv_state"), everything(), expected, strict=True):
+                    assert torch.equal(result, first), f"{name} with {count} threads"
+
+
+@pytest.mark.schedule
+def test_four_python_threads_at_once(isa):
+    arguments = [problem((8,), 700 + i, 700, 16, 16, torch.float32, "channel_major") for i in range(4)]
+    expected = [list(fused(*each)) for each in arguments]
+    failures = []
+
+    def work(i):
+        for _ in range(20):
+            if not all(torch.equal(a, b) for a, b in zip(fused(*arguments[i]), expected[i], strict=True)):
+                failures.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_the_plain_formulation_is_the_equation():
+    """Against the quadratic form written out."""
+    q, k, v = (t.double() for t in problem((2,), 9, 11, 4, 5, torch.float32, "token_major")[:3])
+    weights = torch.einsum("bnd,bmd->bnm", q.clamp_min(0), k.clamp_min(0))
+    truth = torch.einsum("bnm,bme->bne", weights, v) / (weights.sum(-1, keepdim=True) + EPS)
+    torch.testing.assert_close(OPERATOR.plain(q, k, v, EPS), truth, rtol=1e-12, atol=0)
+
+
+LARGE = 2**27 + 3  # tokens of 16 channels: offsets pass 2^31
+
+
+def needs_memory(gigabytes):
+    if os.environ.get("EFFATTN_TEST_LARGE") != "1":
+        pytest.skip(f"takes half a minute and {gigabytes} GiB: set EFFATTN_TEST_LARGE=1 to run it")
+    available = psutil.virtual_memory().available / 2**30
+    if available < gigabytes + 2:
+        pytest.skip(f"needs {gigabytes} GiB and 2 to spare; {available:.0f} are available")
+
+
+def large(layout, value):
+    sizes = (LARGE, 16) if layout == "token_major" else (16, LARGE)
+    t = torch.full((1, *sizes), value, dtype=torch.bfloat16)
+    return t if layout == "token_major" else t.mT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_more_than_2_to_the_31_elements_of_queries(layout):
+    """q, the output and both their gradients; the last token differs, and is where an overflow would show."""
+    needs_memory(12)
+    q = large(layout, 0.5)
+    q[:, -1] = 0
+    k = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    v = torch.tensor([1.0, 3.0], dtype=torch.bfloat16).reshape(1, 2, 1).expand(1, 2, 16)
+    grad_out = torch.ones((), dtype=torch.bfloat16).expand(q.shape)
+    with torch.no_grad():
+        out, kv_state = torch.ops.effattn.relu_linear_attention_forward(q, k, v, EPS)
+    assert out.numel() > 2**31
+    assert (out[:, :-1] == 2).all()
+    assert (out[:, -1] == 0).all()
+    del out
+    grad_q, grad_k, grad_v = torch.ops.effattn.relu_linear_attention_backward(grad_out, q, k, v, kv_state, EPS)
+    # Every query weighs both keys alike: nothing moves q, a key gains by the difference of v to the mean.
+    assert (grad_q == 0).all()
+    scale = 0.5 * 16 * (LARGE - 1) / (0.5 * 16 * 2)
+    assert torch.allclose(grad_k[0].float(), torch.tensor([[-scale], [scale]]).expand(2, 16), rtol=1e-2)
+    assert torch.allclose(grad_v.float(), torch.full((1, 2, 16), (LARGE - 1) / 2), rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_more_than_2_to_the_31_elements_of_keys(layout):
+    """k and v and their gradients; only the last key has a weight."""
+    needs_memory(18)
+    k = large(layout, 0.0)
+    k[:, -1] = 1
+    v = large(layout, 5.0)
+    v[:, -1] = 3
+    q = torch.ones(1, 2, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        out, kv_state = torch.ops.effattn.relu_linear_attention_forward(q, k, v, EPS)
+    assert (out == 3).all()
+    _, grad_k, grad_v = torch.ops.effattn.relu_linear_attention_backward(torch.ones_like(q), q, k, v, kv_state, EPS)
+    assert grad_v.numel() > 2**31
+    assert (grad_k == 0).all(), "relu'(0) is 0, and the last key's weight is whatever its size"
+    assert (grad_v[:, :-1] == 0).all()
+    assert (grad_v[:, -1] == 2).all()
