@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
 
-import onnx
-import onnxruntime
 import pytest
 import torch
+from exported_to_onnx import count, export, run
+from specified import AsModule, bounds, free_sizes, publicly
+from specified import check as compare
 from tiers import full
 from torch import nn
 
 import effattn
 from effattn import nn as ours
+from effattn.ops import OPERATORS
 from effattn.testing import (
-    FLOAT32_FORWARD_TOLERANCE,
-    BiasedCase,
-    CascadeCase,
-    MultiScaleCase,
-    allowed_error,
-    error,
     import_diffusers,
     import_timm,
+    make_arguments,
     make_image,
     make_tensor,
     randomise_batch_norm,
@@ -37,158 +31,73 @@ EXPORTERS = ("traced", "dynamo")
 by_exporter = pytest.mark.parametrize("exporter", EXPORTERS)
 
 
-def export(model, args, exporter, dynamic=None, opset=None, **options):
-    """The model as ONNX has it, checked; ``dynamic``: by input, names of its dynamic dimensions by number."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        if exporter == "traced":
-            names = [f"input_{i}" for i in range(len(args))]
-            axes = {f"input_{i}": sizes for i, sizes in enumerate(dynamic or ())}
-            file = io.BytesIO()
-            torch.onnx.export(
-                model,
-                args,
-                file,
-                dynamo=False,
-                opset_version=opset or 17,
-                input_names=names,
-                dynamic_axes=axes,
-                **options,
-            )
-            exported = onnx.load_model_from_string(file.getvalue())
-        else:
-            shapes = dynamic and tuple({dim: torch.export.Dim.DYNAMIC for dim in sizes} for sizes in dynamic)
-            shapes = (shapes,) if shapes and isinstance(model, Calls) else shapes
-            program = torch.onnx.export(model, args, dynamo=True, opset_version=opset, dynamic_shapes=shapes, **options)
-            exported = program.model_proto
-    onnx.checker.check_model(exported, full_check=True)
-    assert {node.domain for node in exported.graph.node} <= {"", "ai.onnx"}
-    assert not exported.functions
-    return exported
+def check(result, module, images, longest_sum=None):
+    """Against the module in float64; the longest sum of one with parameters is found among them."""
+    wide, given = copy.deepcopy(module).double(), [t.double() for t in images]
+    fan_in = [p.numel() // p.shape[0] for p in module.parameters() if p.dim() > 1]
+    longest_sum = longest_sum or max(*fan_in, *(t.shape[2:].numel() for t in images))
+
+    def compute():
+        with torch.no_grad():
+            return {"out": wide(*given)}
+
+    truth, allowed, _ = bounds(compute, longest_sum, rounded=lambda _, t: t.to(result.dtype))
+    compare({"out": result}, truth, allowed)
 
 
-def run(exported, *args):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(exported.SerializeToString(), options)
-    feed = {given.name: t.numpy() for given, t in zip(session.get_inputs(), args, strict=True)}
-    return torch.from_numpy(session.run(None, feed)[0])
+def of_operator(operator, case, dtype=torch.float32):
+    """A call as a module, its images, and the dimensions of those that may have any size, by number."""
+    arguments = make_arguments(operator, case, dtype)
+    free = set(free_sizes(operator, case))
+    images = tuple(arguments[: operator.signature.images])
+    dims = (argument.shapes[0].dims for argument in operator.signature.arguments)
+    dynamic = [
+        {i: dim.text for i, dim in enumerate(of_one, start=image.dim() - len(of_one)) if dim.text in free}
+        for image, of_one in zip(images, dims, strict=False)
+    ]
+    return AsModule(operator, arguments, publicly(operator)), images, dynamic
 
 
-def count(exported, operator):
-    return sum(node.op_type == operator for node in exported.graph.node)
-
-
-class Calls(nn.Module):
-    """A function with its weights as buffers; images are inputs."""
-
-    def __init__(self, function, images, weights, **options):
-        super().__init__()
-        self.function, self.options, self.images = function, options, images
-        self.lists = {}
-        for name, value in weights.items():
-            self.lists[name] = None if isinstance(value, torch.Tensor) else len(value)
-            for i, t in enumerate([value] if isinstance(value, torch.Tensor) else value):
-                self.register_buffer(f"{name}_{i}", t)
-
-    def forward(self, *images):
-        weights = {
-            name: getattr(self, f"{name}_0") if n is None else [getattr(self, f"{name}_{i}") for i in range(n)] or None
-            for name, n in self.lists.items()
-        }
-        return self.function(**dict(zip(self.images, images, strict=True)), **weights, **self.options)
-
-
-def of_case(function, case, dtype=torch.float32, **options):
-    inputs = case.inputs(dtype)
-    images = tuple(inputs.pop(name) for name in case.images)
-    return Calls(function, case.images, inputs, **options), images
-
-
-def attention_call(dtype=torch.float32):
-    images = tuple(make_tensor(2, 3, n, c, seed=c, dtype=dtype) for n, c in ((9, 8), (7, 8), (7, 5)))
-    return Calls(effattn.relu_linear_attention, ("q", "k", "v"), {}, eps=1e-5), images
-
-
-MULTI_SCALE = MultiScaleCase(2, 2, 8, 5, 6, (3, 5), biases=True)
-CASCADE = CascadeCase(2, 32, 4, 9, 8, (4, 3), (3, 5))
-#: By name: what makes module and images of a dtype, and sizes that the function takes any of.
-FUNCTIONS = {
-    "relu_linear_attention": (attention_call, [{0: "b", 2: "n"}, {0: "b", 2: "m"}, {0: "b", 2: "m"}]),
-    "multi_scale_aggregation": (
-        lambda dtype=torch.float32: of_case(effattn.multi_scale_aggregation, MULTI_SCALE, dtype, head_dim=8),
-        [{0: "b", 2: "h", 3: "w"}],
-    ),
-    "multi_scale_linear_attention": (
-        lambda dtype=torch.float32: of_case(effattn.multi_scale_linear_attention, MULTI_SCALE, dtype, head_dim=8),
-        [{0: "b", 2: "h", 3: "w"}],
-    ),
-    "biased_attention": (
-        lambda dtype=torch.float32: of_case(effattn.biased_attention, BiasedCase(2, 4, 9, 7, 8, 5), dtype),
-        [{0: "b"}] * 3,
-    ),
-    "biased_attention, talking heads": (
-        lambda dtype=torch.float32: of_case(effattn.biased_attention, BiasedCase(2, 4, 9, 7, 8, 5, True), dtype),
-        [{0: "b"}] * 3,
-    ),
-    "cascaded_group_attention": (
-        lambda dtype=torch.float32: of_case(effattn.cascaded_group_attention, CASCADE, dtype, window_size=(4, 3)),
-        [{0: "b", 2: "h", 3: "w"}],
-    ),
-}
+PUBLIC = [
+    pytest.param(op, case, id=f"{op.name}-{i}")
+    for op in OPERATORS.values()
+    if op.name in effattn.__all__
+    for i, case in enumerate(op.cases[:2])
+]
 
 
 def larger(images, dynamic):
     """Images of other sizes, the same size for the same name."""
-    more = {"b": 1, "n": 3, "m": 2, "h": 2, "w": 5}
     sizes = [
-        [size + more.get(dims.get(i), 0) for i, size in enumerate(t.shape)]
+        [size + ord(dims[i][0]) % 5 + 1 if i in dims else size for i, size in enumerate(t.shape)]
         for t, dims in zip(images, dynamic, strict=True)
     ]
     return tuple(make_tensor(*size, seed=5 + i).to(images[0].dtype) for i, size in enumerate(sizes))
 
 
 @by_exporter
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("operator", "case"), PUBLIC)
 @pytest.mark.each_value
-def test_functions(name, exporter):
-    """At the sizes of the export, and of a graph with dynamic sizes at others."""
-    make, dynamic = FUNCTIONS[name]
-    module, images = make()
-    for exported, given in (
-        (export(module, images, exporter), images),
-        (export(module, images, exporter, dynamic), larger(images, dynamic)),
-    ):
-        truth = copy.deepcopy(module).double()(*(t.double() for t in given))
-        with effattn.use_backend("reference"):
-            plain = module(*given)
-        assert error(run(exported, *given), truth) <= allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+def test_functions(operator, case, exporter):
+    """At the sizes of the export, and a graph with dynamic sizes at others."""
+    module, images, dynamic = of_operator(operator, case)
+    graphs = [(export(module, images, exporter), images)]
+    if case is operator.cases[0]:
+        graphs.append((export(module, images, exporter, dynamic), larger(images, dynamic)))
+    for exported, given in graphs:
+        check(run(exported, *given), module, given, operator.longest_sum(case))
 
 
 @by_exporter
-def test_queries_without_a_positive_channel(exporter):
-    """The smallest eps stays in the graph: their output is 0, not 0 / 0."""
-    module, images = attention_call()
-    module.options["eps"] = 1e-15
-    images[0][:, :, 4] = -1
-    assert (run(export(module, images, exporter), *images)[:, :, 4] == 0).all()
-
-
-@by_exporter
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("operator", "case"), PUBLIC)
 @pytest.mark.each_value
-def test_functions_in_half_precision(name, exporter):
-    """Sums in float32, as in the reference: float16 does not overflow."""
-    module, images = FUNCTIONS[name][0](torch.float16)
-    images = tuple(t * 200 if name.startswith(("relu", "multi")) else t for t in images)
-    with effattn.use_backend("reference"):
-        plain = module(*images)
+def test_functions_in_half_precision(operator, case, exporter):
+    """Sums in float32, as in the plain formulation: float16 does not overflow."""
+    module, images, _ = of_operator(operator, case, torch.float16)
+    images = tuple(t * 200 for t in images)
     result = run(export(module, images, exporter), *images)
     assert result.dtype == torch.float16 and result.isfinite().all()
-    truth = copy.deepcopy(module).double()(*(t.double() for t in images))
-    # What is left is the rounding of the result; of the same number, to either side.
-    half_ulp = 2.0**-11 * truth.norm().item()
-    assert error(result, truth) <= max(allowed_error(plain, truth, 0), half_ulp)
+    check(result, module, images, operator.longest_sum(case))
 
 
 MODULES = {
@@ -234,12 +143,6 @@ def make_module(name):
     return module, make_tensor(*shape, seed=3), [dynamic]
 
 
-def plain_and_truth(module, x):
-    """In float32 through the reference, and in float64."""
-    with torch.no_grad(), effattn.use_backend("reference"):
-        return module(x), copy.deepcopy(module).double()(x.double())
-
-
 @by_exporter
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.each_value
@@ -253,8 +156,7 @@ def test_modules(name, exporter):
         assert set(module.__dict__) <= kept  # nothing of the export stays
         assert torch.equal(module(x), before)
     for given in (x, *larger((x,), dynamic)):
-        plain, truth = plain_and_truth(module, given)
-        assert error(run(exported, given), truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+        check(run(exported, given), module, (given,))
 
 
 @by_exporter
@@ -275,9 +177,8 @@ def test_modules_in_training_mode(name):
     state = copy.deepcopy(module.state_dict())
     exported = export(module, (x,), "traced", training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False)
     module.load_state_dict(state)  # the trace is a step of training
-    plain, truth = plain_and_truth(copy.deepcopy(module), x)
     assert any(node.op_type == "BatchNormalization" for node in exported.graph.node)
-    assert error(run(exported, x), truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(exported, x), module, (x,))
 
 
 class Decoder(nn.Module):
@@ -335,10 +236,7 @@ def test_models(name, exporter):
     dynamic = [{0: "b"}]
     of_accelerated = export(accelerated, (x,), exporter, dynamic)
     given = torch.cat([x, x[:1].flip(3)])
-    with torch.no_grad():
-        truth, plain = copy.deepcopy(stock).double()(given.double()), stock(given)
-    # Sums in another order: as far off as the plain formulation, to another side.
-    assert error(run(of_accelerated, given), truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(of_accelerated, given), stock, (given,))
     if exporter == "dynamo" and name != "efficientvit_b0":  # takes long, and differs in nothing that is ours
         return
     of_stock = export(stock, (x,), exporter, dynamic)
@@ -366,8 +264,7 @@ def test_exported_programs(name, grad):
     assert any("effattn" in str(node.target) for node in program.graph.nodes)
     exported = export(program, (), "dynamo")
     given = torch.cat([x, x[:1]])
-    plain, truth = plain_and_truth(module, given)
-    assert error(run(exported, given), truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(exported, given), module, (given,))
     assert any("effattn" in str(node.target) for node in program.graph.nodes)
     again = program.run_decompositions()
     assert any("effattn" in str(node.target) for node in again.graph.nodes)  # for nobody but the exporter
@@ -382,9 +279,7 @@ def test_traces():
             plain_trace = torch.jit.trace(module, (x,))
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"give it the module itself, or .*use_backend\(\"reference"):
         export(traced, (x,), "traced")
-    plain, truth = plain_and_truth(module, x)
-    result = run(export(plain_trace, (x,), "traced"), x)
-    assert error(result, truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(export(plain_trace, (x,), "traced"), x), module, (x,))
 
 
 @pytest.mark.parametrize("opset", [11, 13, 18, 20])
@@ -392,9 +287,7 @@ def test_traces():
 @pytest.mark.each_value
 def test_opsets(name, opset):
     module, x, _ = make_module(name)
-    plain, truth = plain_and_truth(module, x)
-    result = run(export(module, (x,), "traced", opset=opset), x)
-    assert error(result, truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(export(module, (x,), "traced", opset=opset), x), module, (x,))
 
 
 @by_exporter
@@ -409,8 +302,7 @@ def test_contexts(context, exporter):
     module.to(memory_format=torch.channels_last)
     with context():
         exported = export(module, (x.to(memory_format=torch.channels_last),), exporter)
-    plain, truth = plain_and_truth(module, x)
-    assert error(run(exported, x), truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(exported, x), module, (x,))
 
 
 @by_exporter
@@ -427,14 +319,14 @@ def test_after_compiling_and_of_a_part(exporter):
             else export(block, (features,), exporter)
         )
     assert compiled.shape == features.shape
-    plain, truth = plain_and_truth(block, features)
-    assert error(run(exported, features), truth) <= 2 * allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    check(run(exported, features), block, (features,))
 
 
 def test_forced_backends_do_not_matter():
     """Kernels are no answer to an exporter, whoever asks for them."""
-    module, images = FUNCTIONS["relu_linear_attention"][0]()
+    operator, case = PUBLIC[0].values
+    module, images, _ = of_operator(operator, case)
     with effattn.use_backend("cpu"):
         exported = export(module, images, "traced")
     assert not any("effattn" in node.op_type for node in exported.graph.node)
-    assert effattn.registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
+    assert effattn.registry.choose(operator.name, torch.device("cpu"), torch.float32).name == "cpu"

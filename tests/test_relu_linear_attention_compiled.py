@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-from specified import bounds, check, with_gradients
+from exported_to_onnx import export, run
+from specified import AsModule, bounds, check, with_gradients
 from tiers import full
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from effattn import registry, relu_linear_attention, use_backend
 from effattn.ops import OPERATORS
@@ -56,6 +56,14 @@ def test_create_graph_does_not_hide_a_nan():
     kernel = torch.autograd.grad(out, leaves, torch.ones_like(out))
     for mine, fused in zip(grads, kernel, strict=True):
         assert torch.equal(mine.isfinite(), fused.isfinite())
+
+
+def test_flops_by_hand():
+    """Keys with values and queries with both sums, two FLOPs a multiply-add."""
+    q, k, v = qkv(lead=(2, 3), sizes=(9, 7, 8, 5))
+    with FlopCounterMode(display=False) as counter:
+        relu_linear_attention(q, k, v)
+    assert counter.get_total_flops() == 2 * 2 * 3 * (7 * 8 * 5 + 9 * 8 * 5 + 9 * 8)
 
 
 # --- autocast -------------------------------------------------------------------------------------------
@@ -195,29 +203,13 @@ def test_export_with_dynamic_shapes():
     assert torch.allclose(program.module()(x), module(x), atol=1e-5)
 
 
-def test_aot_inductor_package(tmp_path):
-    """Compiled ahead of time, loaded in a fresh process that has only the library, not effattn's Python."""
-    from effattn._library import library_path
-
-    module = Attention().eval()
-    x = torch.randn(2, 8, 9, 7)
-    with torch.no_grad():
-        program = torch.export.export(module, (x,))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        torch.save((x, module(x)), tmp_path / "case.pt")
-    script = (
-        "import sys, torch\n"
-        "torch.ops.load_library(sys.argv[1])\n"
-        "model = torch._inductor.aoti_load_package(sys.argv[2])\n"
-        "x, expected = torch.load(sys.argv[3])\n"
-        "assert torch.allclose(model(x), expected, atol=1e-5)\n"
-        "assert 'effattn' not in sys.modules\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", script, str(library_path), package, str(tmp_path / "case.pt")],
-        check=True,
-        cwd=tmp_path,
-    )
+@pytest.mark.parametrize("exporter", ["traced", full("dynamo")])
+def test_the_smallest_eps_stays_in_an_onnx_graph(exporter):
+    """The output of queries without a positive channel is 0, not 0 / 0."""
+    images = qkv()
+    images[0][:, 4] = -1
+    module = AsModule(OPERATOR, (*images, 1e-15))
+    assert (run(export(module, images, exporter), *images)[:, 4] == 0).all()
 
 
 def test_inference_mode_and_no_grad():

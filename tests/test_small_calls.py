@@ -7,16 +7,18 @@ import sys
 
 import pytest
 import torch
+from specified import free_sizes, mapped
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import effattn
 from effattn import registry
 from effattn.__main__ import info
-from effattn.backends import SMALL_CALL, cuda, is_small_call, order
-from effattn.testing import BiasedCase, CascadeCase, MultiScaleCase
+from effattn.backends import SMALL_CALL, cuda, is_small_call, order, triton
+from effattn.ops import OPERATORS
+from effattn.testing import make_arguments
 
-OP, GPU = "relu_linear_attention", torch.device("cuda")
+GPU = torch.device("cuda")
 
 
 @pytest.fixture
@@ -47,56 +49,53 @@ def asked(both_serve, monkeypatch):
     return chosen
 
 
-def linear_attention(tokens):
-    t = torch.empty(1, 4, tokens, 16, device="cuda", dtype=torch.bfloat16)
-    return effattn.relu_linear_attention(t, t, t)
+def arguments(operator, batch=None):
+    """Of the operator's first case, with images of as many batches."""
+    case = operator.cases[0]
+    if batch is not None:
+        case = case | {free_sizes(operator, case)[0]: batch}
+    return make_arguments(operator, case)
 
 
-def on_gpu(inputs):
-    """Fake tensors of these sizes; a machine without a GPU has no others."""
-    return [[fake(t) for t in a] if isinstance(a, list) else fake(a) for a in inputs.values()]
+def call(operator, batch=None):
+    """On fake tensors; a machine without a GPU has no others on one."""
+    operator(*mapped(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), arguments(operator, batch)))
 
 
-def fake(t):
-    return torch.empty(t.shape, dtype=t.dtype, device="cuda")
+def elements(operator, batch):
+    """Of the call's images."""
+    return sum(t.numel() for t in arguments(operator, batch)[: operator.signature.images])
 
 
-CASES = {
-    "multi_scale_linear_attention": lambda: effattn.multi_scale_linear_attention(
-        *on_gpu(MultiScaleCase(1, 1, 4, 2, 3).inputs()), head_dim=4
-    ),
-    "multi_scale_aggregation": lambda: effattn.multi_scale_aggregation(
-        *on_gpu(MultiScaleCase(1, 1, 4, 2, 3).inputs()), head_dim=4
-    ),
-    "biased_attention": lambda: effattn.biased_attention(*on_gpu(BiasedCase(1, 2, 3, 3, 4, 4).inputs())[:4]),
-    "cascaded_group_attention": lambda: effattn.cascaded_group_attention(
-        *on_gpu(CascadeCase(1, 8, 4, 3, 3, None, (3, 3)).inputs())
-    ),
-}
+@pytest.fixture
+def small(monkeypatch):
+    """Sets how many elements a small call may have."""
+
+    def set_to(count):
+        monkeypatch.setattr(sys.modules["effattn.backends"], "SMALL_CALL", count)
+
+    return set_to
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_operator_tells_its_size(asked, monkeypatch, name):
+IN_BOTH = [pytest.param(op, id=op.name) for op in OPERATORS.values() if op.name in triton.LAUNCHERS]
+FIRST = IN_BOTH[0].values[0]
+OP = FIRST.name
+
+
+@pytest.mark.parametrize("operator", IN_BOTH)
+def test_the_elements_of_all_images_count_together(asked, small, operator):
+    small(elements(operator, 7) + 1)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        CASES[name]()
-        monkeypatch.setattr(sys.modules["effattn.backends"], "SMALL_CALL", 1)
-        CASES[name]()
+        call(operator, 7)
+        call(operator, 8)
     assert asked == ["cuda", "triton"]
 
 
-def test_the_elements_of_q_k_and_v_count_together(asked):
-    most = SMALL_CALL // (3 * 4 * 16)
+def test_choices_that_are_remembered_do_not_grow_with_sizes(asked, small):
+    small(elements(FIRST, 50))
     with FakeTensorMode():
-        linear_attention(most)
-        linear_attention(most + 1)
-    assert 3 * 4 * 16 * most < SMALL_CALL <= 3 * 4 * 16 * (most + 1)
-    assert asked == ["cuda", "triton"]
-
-
-def test_choices_that_are_remembered_do_not_grow_with_sizes(asked):
-    with FakeTensorMode():
-        for tokens in (*range(1, 50), SMALL_CALL, SMALL_CALL + 1):
-            linear_attention(tokens)
+        for batch in range(1, 60):
+            call(FIRST, batch)
     assert len(registry._chosen) == 2 and asked == ["cuda", "triton"]
 
 
@@ -110,7 +109,7 @@ def test_a_measurement_wins(monkeypatch, ratio, first, is_small):
     monkeypatch.setattr(cuda, "_card", lambda device: "a card")
     monkeypatch.setattr(cuda, "MEASURED", (cuda.Measurement(OP, "a card", "2026-01-01", ratio),))
     assert [backend.name for backend in order(OP, GPU, is_small=is_small)][1] == first
-    of_another = order("biased_attention", GPU, is_small=is_small)
+    of_another = order(IN_BOTH[1].values[0].name, GPU, is_small=is_small)
     monkeypatch.setattr(cuda, "_card", lambda device: "another card")
     for backends in (of_another, order(OP, GPU, is_small=is_small)):
         assert backends[1].name == ("cuda" if is_small else "triton")
@@ -118,7 +117,7 @@ def test_a_measurement_wins(monkeypatch, ratio, first, is_small):
 
 def test_a_backend_that_is_asked_for_wins(asked):
     with FakeTensorMode(), effattn.use_backend("triton"):
-        linear_attention(1)
+        call(FIRST)
     assert asked == ["triton"]
 
 
@@ -126,23 +125,23 @@ def test_the_next_serves_a_small_call_that_cuda_does_not_take(asked, monkeypatch
     reasons = registry._reasons
     monkeypatch.setattr(registry, "_reasons", lambda b, *rest: ["no"] if b.name == "cuda" else reasons(b, *rest))
     with FakeTensorMode():
-        linear_attention(1)
+        call(FIRST)
     assert asked == ["triton"]
 
 
 def test_symbols_that_do_not_tell_get_no_guard(asked):
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)
-    t = mode.from_tensor(torch.empty(2, 4, 50, 16, device="meta"))
+    made = mapped(lambda t: mode.from_tensor(torch.empty(t.shape, device="meta")), arguments(FIRST, 50))
     with mode:
-        effattn.relu_linear_attention(t, t, t)
+        FIRST(*made)
     assert asked == ["triton"]
     assert not [guard for guard in environment.guards if str(SMALL_CALL) in str(guard.expr)]
 
 
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "dynamic after the first"])
 @pytest.mark.usefixtures("both_serve")
-def test_a_compiled_call_serves_small_and_large(dynamic):
+def test_a_compiled_call_serves_small_and_large(small, dynamic):
     namespaces = []
 
     def backend(graph, _):
@@ -150,11 +149,12 @@ def test_a_compiled_call_serves_small_and_large(dynamic):
         namespaces.append([target.namespace for target in calls if OP in str(target)])
         return graph
 
-    compiled = torch.compile(
-        lambda q: effattn.relu_linear_attention(q, q, q), backend=backend, dynamic=dynamic, fullgraph=True
-    )
-    for tokens in (50, 60, SMALL_CALL, 70):
-        compiled(torch.empty(1, 4, tokens, 16, device="meta"))
+    small(elements(FIRST, 100))
+    count = FIRST.signature.images
+    rest = mapped(lambda t: t.to("meta"), arguments(FIRST)[count:])
+    compiled = torch.compile(lambda *images: FIRST(*images, *rest), backend=backend, dynamic=dynamic, fullgraph=True)
+    for batch in (50, 60, 200, 70):
+        compiled(*(t.to("meta") for t in arguments(FIRST, batch)[:count]))
     assert namespaces == ([] if dynamic else [["effattn"]]) + [["effattn_triton"]]
 
 

@@ -1,4 +1,4 @@
-"""Accelerated models, modules and functions under torch.jit.trace, torch.fx and, refused, torch.jit.script."""
+"""Accelerated models and modules under torch.jit.trace, torch.fx and, refused, torch.jit.script."""
 
 from __future__ import annotations
 
@@ -149,38 +149,6 @@ def test_a_trace_needs_the_library_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-class Attention(nn.Module):
-    """All functions with sizes of the image itself, which a trace makes tensors of."""
-
-    def forward(self, x):
-        _, channels, height, width = x.shape
-        heads = x.flatten(2).unflatten(1, (2, channels // 2)).mT
-        tokens = height * width
-        bias = torch.zeros(2, 20, 20)
-        out = effattn.relu_linear_attention(heads, heads, heads, eps=1e-5)
-        out = out + effattn.biased_attention(out, heads, heads, bias, scale=tokens**-0.5)
-        image = out.mT.flatten(1, 2).unflatten(2, (height, width))
-        image = effattn.multi_scale_linear_attention(image, [], [], head_dim=channels // 6)
-        image = effattn.multi_scale_aggregation(image, [], [], head_dim=channels // 9)
-        weights = [torch.ones(16, 12, 1, 1)], None, [torch.ones(2, 1, 3, 3)], None
-        return effattn.cascaded_group_attention(image, *weights, bias[:1], window_size=(height, width))
-
-
-def test_traced_functions():
-    x = make_image(2, 36, 4, 5)
-    traced, given = tracer_warnings(Attention(), x, check_trace=False)
-    assert not given
-    assert len(operators(traced.graph)) == 5
-    more = torch.cat([x, x])
-    torch.testing.assert_close(traced(more), Attention()(more))
-
-
-def test_wrong_arguments_in_a_trace():
-    q, k = make_tensor(2, 5, 8), make_tensor(2, 5, 7)
-    with pytest.raises(ValueError, match=r"k: expected shape .* D = 8, got \(2, 5, 7\)"):
-        torch.jit.trace(lambda q, k: effattn.relu_linear_attention(q, k, q), (q, k))
-
-
 # --- torch.fx -------------------------------------------------------------------------------------------------
 
 MODULES = {
@@ -274,55 +242,19 @@ def test_hooks_run_once():
         assert torch.equal(graph(x), 2 * module.forward(x) + 1)
 
 
-class Calls(nn.Module):
-    """The functions with parameters, as model code has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.depthwise, self.pointwise = nn.Parameter(torch.randn(24, 1, 3, 3)), nn.Parameter(torch.randn(24, 8, 1, 1))
-        self.bias = nn.Parameter(torch.randn(2, 20, 20))
-        self.qkv, self.dw = nn.Parameter(torch.randn(12, 8, 1, 1)), nn.Parameter(torch.randn(2, 1, 3, 3))
-
-    def forward(self, x):
-        x = effattn.multi_scale_aggregation(x, [self.depthwise], [self.pointwise], head_dim=8)
-        x = effattn.multi_scale_linear_attention(x, [], [], head_dim=8, eps=1e-5)
-        x = effattn.cascaded_group_attention(
-            x, [self.qkv] * 2, None, [self.dw] * 2, None, self.bias, window_size=(4, 5)
-        )
-        q, k, v = x.flatten(2).unflatten(1, (2, 8)).mT.chunk(3, dim=0)
-        return effattn.relu_linear_attention(q=q, k=k, v=effattn.biased_attention(q, k, v, self.bias, scale=0.5))
-
-
-def test_functions_are_nodes():
-    torch.manual_seed(0)
-    model, x = Calls().eval(), torch.randn(3, 24, 4, 5)
-    graph = fx.symbolic_trace(model)
-    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    assert set(called) >= {getattr(effattn, name) for name in effattn.__all__ if "att" in name or "agg" in name} - {
-        effattn
-    }
-    for run in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        assert torch.equal(run(x), model(x))
-    run(x).sum().backward()
-    assert graph.depthwise.grad is None and run.depthwise.grad is not None
-    assert "relu_linear_attention(" in graph.code
-
-
 # --- torch.jit.script -----------------------------------------------------------------------------------------
-
-
-def calls_a_function(q: torch.Tensor) -> torch.Tensor:
-    return effattn.relu_linear_attention(q, q, q)
 
 
 def test_scripting_names_the_alternatives():
     _, accelerated = make_model("efficientvit_b0")
     module, _ = make_module("EfficientFormerV2Attention")
-    for what in (accelerated, module, nn.Sequential(module), calls_a_function, effattn.biased_attention):
+    for what in (accelerated, module, nn.Sequential(module)):
         with pytest.raises(
             RuntimeError, match=r"effattn cannot be compiled by torch.jit.script: use torch.compile, "
         ) as e:
             torch.jit.script(what)
         assert "torch.jit.trace, or undo effattn.accelerate with effattn.restore(model) first" in str(e.value)
-    x = make_tensor(2, 5, 8)
-    assert torch.equal(torch.jit.script(torch.jit.trace(calls_a_function, (x,)))(x), calls_a_function(x))
+    module, x = make_module("LiteMLA")
+    with torch.no_grad():
+        traced = torch.jit.trace(module, (x,))
+        assert torch.equal(torch.jit.script(traced)(x), traced(x)), "a trace can be scripted"

@@ -14,11 +14,13 @@ import torch
 import effattn
 from effattn import _library, registry, verdicts
 from effattn.__main__ import info
-from effattn.backends import ORDER
+from effattn.backends import ORDER, triton
 from effattn.verdicts import Verdict
 
 CUDA = torch.device("cuda")
 CARD, DRIVER = "NVIDIA H200", "580.65.06"
+#: Two operators that Triton has kernels for.
+OP, OTHER = sorted(triton.LAUNCHERS)[:2]
 #: A backend that serves everything on a card, in front of the reference, and what its kernels are made of.
 IDENTITY = "0123456789abcdef"
 
@@ -52,7 +54,7 @@ def verdict(**changes):
         "card": CARD,
         "driver": DRIVER,
         "backend": "triton",
-        "operator": "biased_attention",
+        "operator": OP,
         "dtype": "bfloat16",
         "direction": "backward",
         "identity": IDENTITY,
@@ -77,15 +79,15 @@ def told(card, tmp_path, monkeypatch):
     return write
 
 
-def served(op="biased_attention", dtype=torch.bfloat16):
+def served(op=OP, dtype=torch.bfloat16):
     return registry.find(op, CUDA, dtype).name
 
 
 def test_the_next_backend_serves_what_failed(told):
     told(verdict())
     assert served() == "reference"
-    assert registry.choose("biased_attention", CUDA, torch.bfloat16).name == "reference"
-    assert served(dtype=torch.float16) == "triton" and served("relu_linear_attention") == "triton"
+    assert registry.choose(OP, CUDA, torch.bfloat16).name == "reference"
+    assert served(dtype=torch.float16) == "triton" and served(OTHER) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -105,20 +107,20 @@ def test_two_drivers_that_nobody_knows_are_not_the_same(told, monkeypatch):
 def test_a_forced_backend_says_what_failed(told):
     file = told(verdict())
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        registry.find("biased_attention", CUDA, torch.bfloat16)
-    expected = "triton: failed when biased_attention was tried on this card, backward in bfloat16: crashed (SIGSEGV)"
+        registry.find(OP, CUDA, torch.bfloat16)
+    expected = f"triton: failed when {OP} was tried on this card, backward in bfloat16: crashed (SIGSEGV)"
     assert expected in str(error.value) and str(file) in str(error.value)
 
 
 def test_info_names_what_failed(told):
     assert "failed when" not in info() and "kernels that failed" not in info()
-    told(verdict(), verdict(operator="relu_linear_attention", card="another"))
+    told(verdict(), verdict(operator=OTHER, card="another"))
     lines = info().splitlines()
     (at,) = [
         i for i, line in enumerate(lines) if line.startswith("kernels that failed when they were tried on this card")
     ]
-    assert lines[at + 1] == "  triton     biased_attention, backward in bfloat16: crashed (SIGSEGV)"
-    assert "another" not in info() and "relu_linear_attention" not in info()
+    assert lines[at + 1] == f"  triton     {OP}, backward in bfloat16: crashed (SIGSEGV)"
+    assert "another" not in info() and OTHER not in info()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_a_home_that_is_none_concerns_no_call(monkeypatch, method, error):
     monkeypatch.setattr(verdicts.Path, method, refuse)
     try:
         for backend in ORDER:
-            assert verdicts.reason(backend.name, "relu_linear_attention", torch.device("cpu"), torch.float32) is None
+            assert verdicts.reason(backend.name, OTHER, torch.device("cpu"), torch.float32) is None
         assert verdicts.here() == []
     finally:
         forget()
@@ -189,9 +191,9 @@ def test_where_they_lie(card, tmp_path, monkeypatch):
 def test_what_was_chosen_is_not_asked_again(told, monkeypatch):
     """A call costs no more than a look into a table, with verdicts or without."""
     told(verdict())
-    registry.choose("biased_attention", CUDA, torch.bfloat16)
+    registry.choose(OP, CUDA, torch.bfloat16)
     monkeypatch.setattr(verdicts, "reason", None)
-    assert registry.choose("biased_attention", CUDA, torch.bfloat16).name == "reference"
+    assert registry.choose(OP, CUDA, torch.bfloat16).name == "reference"
 
 
 def test_identities_change_with_the_kernels(tmp_path, monkeypatch):
@@ -213,14 +215,14 @@ def test_a_run_forgets_what_it_has_tried_again(card, monkeypatch):
 
     old = [
         verdict(),
-        verdict(operator="relu_linear_attention"),
+        verdict(operator=OTHER),
         verdict(identity="older kernels"),
         verdict(card="another"),
         verdict(dtype="float16"),
     ]
     new = [verdict(dtype="float16", status="wrong")]
-    tried = [Kernel("biased_attention with talking heads", "triton", "bfloat16", "backward")]
-    tried.append(Kernel("biased_attention", "triton", "float16", "backward"))
+    tried = [Kernel(f"{OP} with talking heads", "triton", "bfloat16", "backward")]
+    tried.append(Kernel(OP, "triton", "float16", "backward"))
     assert merged(old, new, tried, CARD, DRIVER) == [*old[1:4], *new]
 
 
@@ -228,7 +230,7 @@ def test_what_may_be_others_fault_is_kept_after_a_second_try():
     from benchmarks.gpu.keep import is_sure
     from benchmarks.gpu.names import Kernel
 
-    kernel = Kernel("biased_attention with talking heads", "triton", "bfloat16", "backward")
+    kernel = Kernel(f"{OP} with talking heads", "triton", "bfloat16", "backward")
     assert all(is_sure(verdict(status=status), []) for status in ("wrong", "crashed"))
     for status in ("timeout", "error"):
         assert not is_sure(verdict(status=status), []) and is_sure(verdict(status=status), [kernel])
@@ -283,30 +285,36 @@ def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrel
 
 HERE = """
 import sys, torch, effattn
+from specified import check, expected, with_gradients
 from effattn.backends import cpu
 from effattn import registry, verdicts
-from effattn.testing import allowed_error, error
+from effattn.ops import OPERATORS
 
+operator = OPERATORS[sys.argv[1]]
+arguments, truth, allowed = expected(operator, operator.cases[0], torch.bfloat16)
 cpu.DTYPES = ()
-q = torch.randn(1, 2, 40, 8, dtype=torch.bfloat16)
-call = torch.compile(lambda q: effattn.relu_linear_attention(q, q, q), fullgraph=True, backend="aot_eager")
-print(registry.find("relu_linear_attention", q.device, q.dtype, (8, 8, 4)).name)
-with effattn.use_backend("reference"):
-    plain, truth = (effattn.relu_linear_attention(x, x, x) for x in (q, q.double()))
-assert error(call(q), truth) <= allowed_error(plain, truth, 0)
-graphs = torch._dynamo.explain(lambda q: effattn.relu_linear_attention(q, q, q))(q)
+image, sizes = arguments[0], operator.limited(*arguments)
+print(registry.find(operator.name, image.device, image.dtype, sizes).name)
+call = torch.compile(operator, fullgraph=True, backend="aot_eager")
+check(with_gradients(operator, call, arguments, torch.bfloat16), truth, allowed)
+graphs = torch._dynamo.explain(operator)(*arguments)
 print(graphs.graph_break_count, "effattn_triton" in str(graphs.graphs[0].code))
-print(*verdicts.card_and_driver(q.device), verdicts.identity("triton"))
+print(*verdicts.card_and_driver(image.device), verdicts.identity("triton"))
 """
 
 
 def test_compiled_code_asks_too(tmp_path):
     """In its interpreter the Triton backend takes tensors of the host, where the CPU's own serves no more."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "EFFATTN_VERDICTS": ""}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "EFFATTN_VERDICTS": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
 
     def run(**more):
-        command = [sys.executable, "-c", HERE]
+        command = [sys.executable, "-c", HERE, OTHER]
         done = subprocess.run(command, capture_output=True, text=True, env={**environment, **more})
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
@@ -314,7 +322,7 @@ def test_compiled_code_asks_too(tmp_path):
     name, breaks, is_fused, card, driver, identity = run()
     assert (name, breaks, is_fused) == ("triton", "0", "True")
     file = tmp_path / "verdicts.json"
-    failed = verdict(operator="relu_linear_attention", card=card, driver=driver, identity=identity)
+    failed = verdict(operator=OTHER, card=card, driver=driver, identity=identity)
     verdicts.write(file, [failed])
     assert json.loads(file.read_text())["verdicts"][0]["status"] == "crashed"
     name, breaks, is_fused, *_ = run(EFFATTN_VERDICTS=str(file))

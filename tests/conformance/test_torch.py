@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import pickle
+import warnings
 
 import pytest
 import torch
-from specified import flattened, mapped, with_gradients
+from specified import AsModule, first_of, flattened, mapped, of_other_sizes, publicly, with_gradients
+from torch import fx
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+import effattn
 from effattn import use_backend
 from effattn.functional import _called
 from effattn.ops import OPERATORS
@@ -28,20 +31,6 @@ by_operator = pytest.mark.parametrize(("operator", "case"), FIRST)
 def made(target, operator, case, dtype=torch.float32, order="first", requires_grad=False):
     arguments = make_arguments(operator, case, dtype, order)
     return mapped(lambda t: moved(t, target.device).detach().requires_grad_(requires_grad), arguments)
-
-
-def first_of(out):
-    return out[0] if isinstance(out, tuple) else out
-
-
-def of_other_sizes(operator, case, count):
-    """The case with other sizes wherever images may have another and weights may not."""
-    arguments = operator.signature.arguments
-    of_weights = {name for a in arguments if not a.is_image for shape in a.shapes for name in shape.names}
-    of_images = dict.fromkeys(name for a in arguments if a.is_image for shape in a.shapes for name in shape.names)
-    free = [name for name in of_images if name not in of_weights and isinstance(case[name], int)]
-    unused = itertools.count(5)
-    return [case | {name: next(unused) for name in free} for _ in range(count)]
 
 
 # --- opcheck ----------------------------------------------------------------------------------------------------
@@ -231,48 +220,94 @@ def test_compile_without_graph_breaks(target, operator, case):
         assert getattr(target.ops, operator.name + kind).default in called
 
 
-class Module(torch.nn.Module):
-    """A call whose options, and images but for the first, are constants; weights are parameters."""
-
-    def __init__(self, operator, rest):
-        super().__init__()
-        self.operator = operator
-        self.weights = torch.nn.ParameterList(flattened(rest))
-        self.lengths = [len(a) if isinstance(a, list) else None for a in rest if isinstance(a, (list, torch.Tensor))]
-        self.options = [a for a in rest if not isinstance(a, (list, torch.Tensor))]
-
-    def forward(self, x):
-        rest, grouped = list(self.weights), []
-        for length in self.lengths:
-            grouped.append(rest.pop(0) if length is None else [rest.pop(0) for _ in range(length)])
-        return first_of(self.operator(x, *grouped, *self.options))
-
-
 @by_operator
 def test_export(target, operator, case):
-    image, *rest = made(target, operator, case)
-    module = Module(operator, rest)
-    program = torch.export.export(module, (image,))
-    assert torch.equal(program.module()(image), module(image))
+    arguments = made(target, operator, case)
+    images = tuple(arguments[: operator.signature.images])
+    module = AsModule(operator, arguments)
+    program = torch.export.export(module, images)
+    assert torch.equal(program.module()(*images), module(*images))
+
+
+class SizesOfTheImage(torch.nn.Module):
+    """A public function whose options are computed from sizes, which a trace makes tensors of."""
+
+    def __init__(self, operator, arguments):
+        super().__init__()
+        self.inner = AsModule(operator, arguments, publicly(operator) or operator)
+        self.options = self.inner.options
+
+    def forward(self, *images):
+        size = images[0].shape[0]
+        self.inner.options = [
+            o * size // size if isinstance(o, int) else o * size / size if isinstance(o, float) else o
+            for o in self.options
+        ]
+        return self.inner(*images)
 
 
 @by_operator
 def test_trace(target, operator, case):
-    """torch.jit.trace, with gradients; the graph holds the kernels."""
-    image, *rest = made(target, operator, case)
-    module = Module(operator, rest)
-    with torch.no_grad():
-        traced = torch.jit.trace(module, (image,))
-    assert f"{operator.name}_forward" in str(traced.graph)
+    """torch.jit.trace, without gradients; the graph holds the kernels, can be differentiated, and takes more images."""
+    arguments = made(target, operator, case)
+    images = tuple(arguments[: operator.signature.images])
+    module = SizesOfTheImage(operator, arguments)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(module, images)
+    assert f"{operator.name}_forward" in str(traced.inlined_graph)
+    others = [torch.cat([t, t]) for t in images]
     grads = []
     for call in (traced, module):
-        leaf = image.detach().requires_grad_()
-        grads.append(torch.autograd.grad(call(leaf).square().sum(), leaf)[0])
-    assert torch.equal(*grads)
+        leaves = [t.detach().requires_grad_() for t in others]
+        grads.append(torch.autograd.grad(call(*leaves).square().sum(), leaves))
+    assert all(map(torch.equal, *grads))
 
 
 @by_operator
 def test_wrong_arguments_in_a_trace(operator, case):
-    image, *rest = make_arguments(operator, case)
+    arguments = make_arguments(operator, case)
+    images = arguments[: operator.signature.images]
+    module = AsModule(operator, arguments, lambda *a: _called(operator, *a))
     with pytest.raises(ValueError, match=r"^\w+: expected .* got "):
-        torch.jit.trace(Module(lambda *a: _called(operator, *a), rest), (image[0],))
+        torch.jit.trace(module, (images[0][0], *images[1:]))
+
+
+@by_operator
+def test_public_functions_are_nodes_of_fx(operator, case):
+    """One node a call, with its weights; copied, printed, pickled, trained."""
+    function = publicly(operator)
+    if function is None:
+        assert operator.name not in effattn.__all__
+        return
+    image, *rest = make_arguments(operator, case)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.ParameterList(flattened(rest))
+
+        def forward(self, x):
+            weights = iter(self.weights)
+            return function(x, *mapped(lambda _: next(weights), rest))
+
+    model = Model()
+    graph = fx.symbolic_trace(model)
+    assert getattr(effattn, operator.name) in [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    for run in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert torch.equal(run(image), model(image))
+    run(image).sum().backward()
+    assert all(p.grad is not None for p in run.parameters()) and all(p.grad is None for p in graph.parameters())
+    assert f"{operator.name}(" in graph.code
+
+
+@by_operator
+def test_scripting_names_the_alternatives(operator, case):
+    function = getattr(effattn, operator.name, None)
+    if function is None:
+        assert operator.name not in effattn.__all__
+        return
+    message = r"effattn cannot be compiled by torch.jit.script: use torch.compile, "
+    with pytest.raises(RuntimeError, match=message) as raised:
+        torch.jit.script(function)
+    assert "torch.jit.trace, or undo effattn.accelerate with effattn.restore(model) first" in str(raised.value)

@@ -22,6 +22,8 @@ because a single number is beyond three in one of 370 cases, and beyond four in 
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import effattn
 from effattn import use_backend
 from effattn.ops._operator import Operator
 from effattn.testing import error, laid_out, make_arguments, moved
@@ -102,7 +105,7 @@ def bounds(
     longest_sum: int,
     roundings: int = CPU_ROUNDINGS,
     rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, t: t.float(),
-    draws: int = MANY_DRAWS,
+    draws: int | None = None,
 ) -> tuple[Results, dict[str, float], bool]:
     """The truth, the tolerance of each result, and whether a rounding decides about a gradient.
 
@@ -111,9 +114,11 @@ def bounds(
         longest_sum: how many terms are added up at most for one number.
         roundings: of a product.
         rounded: of a result's name and truth, that in the dtype which is expected.
-        draws: of the noise.
+        draws: of the noise; enough for the smallest result by default.
     """
     truth = compute()
+    if draws is None:
+        draws = DRAWS if all(t.numel() >= 256 for t in truth.values()) else MANY_DRAWS
     modes = [RoundedToFloat32(draw) for draw in range(draws)]
     drawn = []
     for mode in modes:
@@ -162,8 +167,7 @@ def with_gradients(
         own = {name: t.detach().requires_grad_() for name, t, _ in argument.elements(given)}
         leaves |= own
         taken.append(list(own.values()) if argument.is_list else next(iter(own.values()), None))
-    out = call(*taken)
-    out = out[0] if isinstance(out, tuple) else out
+    out = first_of(call(*taken))
     if grad_out is None:
         grad_out = laid_out(out.shape, order, operator.signature.is_of_images, grad_dtype, seed=9)
     grad_out = moved(grad_out.to(out.dtype), out.device)
@@ -269,8 +273,7 @@ def check_against_float64(
     with use_backend(backend):
         results = with_gradients(operator, operator, there, dtype, order, grad_out)
         with torch.no_grad():
-            inference = operator(*there)
-    inference = inference[0] if isinstance(inference, tuple) else inference
+            inference = first_of(operator(*there))
     assert torch.equal(inference, results["out"]), "inference differs from training"
     assert results["out"].dtype == dtype
     if too_large(results, truth, allowed):
@@ -283,8 +286,7 @@ def second_derivatives(operator: Operator, call: Callable[..., Any], arguments: 
     """The gradient of all first gradients' sizes with respect to every tensor, flat and in one: some of them vanish."""
     leaves = mapped(lambda t: t.detach().requires_grad_(), arguments)
     flat = flattened(leaves)
-    out = call(*leaves)
-    out = out[0] if isinstance(out, tuple) else out
+    out = first_of(call(*leaves))
     grads = torch.autograd.grad(out.square().sum(), flat, create_graph=True)
     second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), flat)
     return {"second derivatives": torch.cat([t.flatten() for t in second])}
@@ -293,6 +295,69 @@ def second_derivatives(operator: Operator, call: Callable[..., Any], arguments: 
 def flattened(arguments: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors among arguments, those in lists too."""
     return [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+
+
+def free_sizes(operator: Operator, case: Mapping[str, Any]) -> list[str]:
+    """The names of sizes that images may have any of, whatever the weights and options are."""
+    arguments = operator.signature.arguments
+    fixed = {name for a in arguments if not a.is_image for shape in a.shapes for name in shape.names}
+    of_images = dict.fromkeys(name for a in arguments if a.is_image for shape in a.shapes for name in shape.names)
+    return [name for name in of_images if name not in fixed and isinstance(case[name], int)]
+
+
+def of_other_sizes(operator: Operator, case: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The case with others of these sizes, ``count`` times."""
+    unused = itertools.count(5)
+    names = free_sizes(operator, case)
+    return [{**case, **{name: next(unused) for name in names}} for _ in range(count)]
+
+
+def first_of(out: Any) -> torch.Tensor:
+    """The output of an operator that may return what its backward takes as well."""
+    result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+class AsModule(torch.nn.Module):
+    """An operator with its weights as parameters and its options as they are; images are the inputs."""
+
+    def __init__(self, operator: Operator, arguments: Sequence[Any], call: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        signature = operator.signature
+        weights = arguments[signature.images : signature.tensors]
+        self.call = call or operator
+        self.weights = torch.nn.ParameterList(flattened(weights))
+        self.lengths = [len(w) if isinstance(w, list) else None for w in weights]
+        self.options = arguments[signature.tensors :]
+
+    def forward(self, *images: torch.Tensor) -> torch.Tensor:
+        weights, grouped = list(self.weights), []
+        for length in self.lengths:
+            grouped.append(weights.pop(0) if length is None else [weights.pop(0) for _ in range(length)])
+        return first_of(self.call(*images, *grouped, *self.options))
+
+
+def publicly(operator: Operator) -> Callable[..., torch.Tensor] | None:
+    """The public function, with the operator's arguments; None of an operator that only a module calls."""
+    function = getattr(effattn, operator.name, None)
+    if function is None:
+        return None
+    parameters = inspect.signature(function).parameters
+
+    def call(*arguments: Any) -> torch.Tensor:
+        given = dict(zip((a.name for a in operator.signature.arguments), arguments, strict=True))
+        stems = [name.removesuffix("_size") for name in parameters if name not in given]
+        given |= {f"{stem}_size": (given[f"{stem}_height"], given[f"{stem}_width"]) for stem in stems}
+        taken = {name: None if _is_missing(given[name]) else given[name] for name in parameters}
+        positional = [taken.pop(name) for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        out: torch.Tensor = function(*positional, **taken)
+        return out
+
+    return call
+
+
+def _is_missing(argument: Any) -> bool:
+    return isinstance(argument, list) and not argument
 
 
 def check_module(
