@@ -15,9 +15,10 @@ import torch
 
 import effattn
 from effattn import _library, registry
-from effattn.backends import cuda
+from effattn.backends import cuda, triton
 from effattn.backends._base import beyond
-from effattn.ops import OPERATORS
+from effattn.ops import INFERENCE_OPERATORS, OPERATORS
+from effattn.testing import make_arguments
 
 _C = _library._C
 PACKAGE = Path(effattn.__file__).parent
@@ -85,28 +86,33 @@ def test_kernels_know_no_torch():
 def test_no_model_library_is_imported():
     script = (
         "import sys, effattn, torch; effattn.accelerate(torch.nn.ReLU());"
-        "launchers = 'effattn._triton.relu_linear_attention';"
+        f"launchers = 'effattn._triton.{OP}';"
         "heavy = {'timm', 'torchvision', 'diffusers', launchers, 'numpy.testing'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def sizes(op, *values):
-    """What an operator tells of a call to those that have limits."""
-    of_op = sys.modules[OPERATORS[op].limited.__module__].Limited
-    return of_op(*values)
+OPERATOR = next(iter(OPERATORS.values()))
+OP = OPERATOR.name
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def limited(operator):
+    """What an operator tells of its first case to those that have limits."""
+    return operator.limited(*make_arguments(operator, operator.cases[0]))
 
 
 def test_registry_prefers_the_kernels():
-    assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
-    assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float64).name == "reference"
-    assert registry.choose("biased_attention", torch.device("cuda"), torch.float16).name == "reference"
+    for op in OPERATORS:
+        assert registry.choose(op, CPU, torch.float32).name == "cpu"
+        assert registry.choose(op, CPU, torch.float64).name == "reference"
+        assert registry.choose(op, CUDA, torch.float16).name == "reference"
 
 
 def test_registry_gives_every_reason():
     with effattn.use_backend("cpu"), pytest.raises(RuntimeError) as error:
-        registry.choose("relu_linear_attention", torch.device("cuda"), torch.float64)
+        registry.choose(OP, CUDA, torch.float64)
     assert "takes CPU tensors, not cuda; takes float32, bfloat16 and float16, not float64" in str(error.value)
 
 
@@ -114,18 +120,20 @@ def test_registry_names_what_triton_lacks(monkeypatch):
     """Reasons of this machine, of the op, the device, the dtype and the size, in one message."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    too_large = limited(OPERATOR)._replace(channels=200)
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        registry.find("biased_attention", torch.device("cpu"), torch.float64, sizes("biased_attention", 200, 65))
+        registry.find(OP, CPU, torch.float64, too_large)
     for reason in (
         "the package triton is not installed",
         "takes CUDA tensors, not cpu",
         "takes float32, bfloat16 and float16, not float64",
         "takes heads of up to 128 channels, not 200",
-        "takes up to 64 talking heads, not 65",
     ):
         assert reason in str(error.value)
-    with effattn.use_backend("triton"), pytest.raises(RuntimeError, match="has no projected_attention"):
-        registry.find("projected_attention", torch.device("cpu"), torch.float32)
+    for name in set(OPERATORS) | set(INFERENCE_OPERATORS):
+        if name not in triton.LAUNCHERS:
+            with effattn.use_backend("triton"), pytest.raises(RuntimeError, match=f"has no {name}"):
+                registry.find(name, CPU, torch.float32)
 
 
 def test_registry_names_a_card_that_is_too_old(monkeypatch):
@@ -135,19 +143,10 @@ def test_registry_names_a_card_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, name in (((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16).name == name
+        assert registry.find(OP, CUDA, torch.bfloat16).name == name
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with effattn.use_backend("triton"), pytest.raises(RuntimeError, match=r"needs .* capability 8.0, this one has 7.5"):
-        registry.find("relu_linear_attention", torch.device("cuda"), torch.bfloat16)
-
-
-BEYOND_CUDA = {
-    "relu_linear_attention": [(129, 3), (1, 15)],
-    "multi_scale_aggregation": [(129, 3, 1), (16, 99, 1), (16, 3, 9)],
-    "multi_scale_linear_attention": [(129, 3, 1), (16, 99, 1), (16, 3, 9)],
-    "cascaded_group_attention": [(16, 3, 65)],
-    "biased_attention": [],
-}
+        registry.find(OP, CUDA, torch.bfloat16)
 
 
 @pytest.mark.skipif(_library.cuda_error is not None, reason="the CUDA library is not built")
@@ -159,10 +158,13 @@ def test_the_next_backend_serves_what_the_cuda_kernels_do_not_take(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cuda, "runs_on", lambda capability, archs: True)
     monkeypatch.setattr(cuda, "_driver_error", lambda: None)
-    for op, too_large in BEYOND_CUDA.items():
-        assert registry.find(op, torch.device("cuda"), torch.float16).name == "cuda"
-        for large in too_large:
-            assert registry.find(op, torch.device("cuda"), torch.float16, sizes(op, *large)).name == "reference"
+    for op in cuda.OPERATORS:
+        sizes = limited(OPERATORS[op])
+        assert registry.find(op, CUDA, torch.float16, sizes).name == "cuda"
+        for name, most in cuda.limits(op).items():
+            at_most, beyond_it = (sizes._replace(**{name: size}) for size in (most, most + 1))
+            assert registry.find(op, CUDA, torch.float16, at_most).name == "cuda"
+            assert registry.find(op, CUDA, torch.float16, beyond_it).name == "reference"
 
 
 def test_limits_have_names():
@@ -176,14 +178,22 @@ def test_limits_have_names():
 def test_use_backend_nests_and_recovers():
     with pytest.raises(RuntimeError, match="inside"), effattn.use_backend("reference"):
         with effattn.use_backend("cpu"):
-            assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
-        assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "reference"
+            assert registry.choose(OP, CPU, torch.float32).name == "cpu"
+        assert registry.choose(OP, CPU, torch.float32).name == "reference"
         raise RuntimeError("inside")
-    assert registry.choose("relu_linear_attention", torch.device("cpu"), torch.float32).name == "cpu"
+    assert registry.choose(OP, CPU, torch.float32).name == "cpu"
     with pytest.raises(
         ValueError, match="use_backend: expected one of 'cpu', 'triton', 'cuda', 'reference', got 'gpu'"
     ):
         effattn.use_backend("gpu").__enter__()
+
+
+#: A call that needs a backend.
+CALL = (
+    "import torch; from effattn.ops import OPERATORS; from effattn.testing import make_arguments;"
+    "operator = next(iter(OPERATORS.values())); arguments = make_arguments(operator, operator.cases[0]);"
+    "operator(*arguments)"
+)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -195,10 +205,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_backend_from_the_environment():
-    code = (
-        "import effattn, torch;"
-        "print(effattn.registry.choose('relu_linear_attention', torch.device('cpu'), torch.float32).name)"
-    )
+    code = f"import effattn, torch;print(effattn.registry.choose({OP!r}, torch.device('cpu'), torch.float32).name)"
     assert run(code, EFFATTN_BACKEND="reference").stdout.strip() == "reference"
     wrong = run(code, EFFATTN_BACKEND="quick")
     assert wrong.returncode != 0
@@ -209,8 +216,7 @@ def test_instruction_set_from_the_environment():
     code = "import effattn; from effattn import _C; print(_C.active_isa())"
     narrow = _C.isas()[0]["name"]
     assert run(code, EFFATTN_CPU_ISA=narrow).stdout.strip() == narrow
-    code = "import effattn, torch; t = torch.ones(2, 2); effattn.relu_linear_attention(t, t, t)"
-    wrong = run(code, EFFATTN_CPU_ISA="mmx")
+    wrong = run(CALL, EFFATTN_CPU_ISA="mmx")
     assert wrong.returncode == 1  # an exception, not a signal
     assert "EFFATTN_CPU_ISA: no instruction set 'mmx' can be used here; compiled in: " in wrong.stderr
 
@@ -223,22 +229,6 @@ def test_the_widest_supported_set_is_picked():
         _C.set_isa("mmx")
 
 
-def test_plans_depend_on_sizes_alone():
-    sizes = {"groups": 4, "queries": 500, "keys": 300, "head_dim": 16, "value_dim": 8, "dtype": "float32"}
-    first = _C.relu_linear_attention_plan(**sizes)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert _C.relu_linear_attention_plan(**sizes) == first
-    torch.set_num_threads(threads)
-    assert first["flops_forward"] == 2 * 4 * 800 * 16 * 9
-    assert first["minimum_bytes_forward"] == 4 * 4 * 800 * 24
-    assert first["tile"] % next(row["lanes"] for row in _C.isas() if row["name"] == first["isa"]) == 0
-    with pytest.raises(ValueError, match="sizes must be >= 0"):
-        _C.relu_linear_attention_plan(**{**sizes, "keys": -1})
-    with pytest.raises(ValueError, match="dtype: expected"):
-        _C.relu_linear_attention_plan(**{**sizes, "dtype": "int8"})
-
-
 def test_a_missing_library_leaves_the_reference(tmp_path):
     """A broken installation still computes, warns once, and says why."""
     import shutil
@@ -246,15 +236,15 @@ def test_a_missing_library_leaves_the_reference(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "effattn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import effattn, torch\n"
+        f"{CALL}\n"
+        "import effattn\n"
         "assert effattn.__file__.startswith(sys.path[0])\n"
-        "t = torch.ones(3, 3)\n"
-        "assert torch.equal(effattn.relu_linear_attention(t, t, t), t)\n"
+        "assert torch.equal(operator(*arguments), operator.plain(*arguments))\n"
         "cpu, triton, cuda, reference = effattn.backends()\n"
         "assert 'libeffattn.so' in cpu.reason and not cpu.available and reference.available\n"
         "assert not triton.available\n"
         "try:\n"
-        "    with effattn.use_backend('cpu'): effattn.relu_linear_attention(t, t, t)\n"
+        "    with effattn.use_backend('cpu'): operator(*arguments)\n"
         "except RuntimeError as error: assert 'libeffattn.so' in str(error)\n"
         "else: raise AssertionError\n"
         "from effattn.__main__ import main; main(['info'])\n"

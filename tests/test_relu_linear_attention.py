@@ -300,6 +300,22 @@ def test_four_python_threads_at_once(isa):
     assert not failures
 
 
+def test_plans_depend_on_sizes_alone():
+    given = {"groups": 4, "queries": 500, "keys": 300, "head_dim": 16, "value_dim": 8, "dtype": "float32"}
+    first = _library._C.relu_linear_attention_plan(**given)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert _library._C.relu_linear_attention_plan(**given) == first
+    torch.set_num_threads(threads)
+    assert first["flops_forward"] == 2 * 4 * 800 * 16 * 9
+    assert first["minimum_bytes_forward"] == 4 * 4 * 800 * 24
+    assert first["tile"] % next(row["lanes"] for row in _library._C.isas() if row["name"] == first["isa"]) == 0
+    with pytest.raises(ValueError, match="sizes must be >= 0"):
+        _library._C.relu_linear_attention_plan(**{**given, "keys": -1})
+    with pytest.raises(ValueError, match="dtype: expected"):
+        _library._C.relu_linear_attention_plan(**{**given, "dtype": "int8"})
+
+
 def test_the_plain_formulation_is_the_equation():
     """Against the quadratic form written out."""
     q, k, v = (t.double() for t in problem((2,), 9, 11, 4, 5, torch.float32, "token_major")[:3])
