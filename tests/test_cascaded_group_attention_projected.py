@@ -1,5 +1,6 @@
-"""The operator behind the inference of cascades, whose weights are packed: against float64, on every instruction set; bad
-arguments. Also run under sanitizers and, cross-compiled, under emulation; so nothing here compiles or needs a model.
+"""The operator behind the inference of cascades, whose weights are packed: against float64; bad arguments.
+
+Also run under sanitizers and, cross-compiled, under emulation; so nothing here compiles or needs a model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from specified import bounds, check, mapped
 
 from effattn.ops import OPERATORS
 from effattn.ops import cascaded_group_attention_projected as cascade_op
-from effattn.testing import ORDERS, make_arguments, make_tensor
+from effattn.testing import ORDERS, make_arguments, make_image, make_tensor
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
 
@@ -40,9 +41,9 @@ def made(case, dtype=torch.float32, order="first"):
     return x, cascade_op.pack(cascade_op.Weights(*weights, *proj)), (scale, height, width)
 
 
-def check_against_float64(case, dtype=torch.float32, order="first", times=1):
+def check_against_float64(case, dtype=torch.float32, order="first", change=lambda x: x):
     x, weights, options = made(case, dtype, order)
-    x = x * times
+    x = change(x)
     wide = cascade_op.Packed(*mapped(torch.Tensor.double, weights))
     longest_sum = max(OPERATOR.longest_sum(case), x.shape[1])
     truth, allowed, _ = bounds(
@@ -62,10 +63,22 @@ def test_against_float64(isa, name, order, dtype):
     check_against_float64(CASES[name], dtype, order)
 
 
+@pytest.mark.parametrize("memory_format", ["channel slice", "transposed", "equal rows", "equal columns"])
+def test_images_however_they_lie(isa, memory_format):
+    case = CASES["windows"]
+    check_against_float64(case, change=lambda x: make_image(*x.shape, memory_format))
+    x, weights, options = made(case)
+    x = make_image(*x.shape, memory_format)
+    out = cascade_op.projected(x, weights, *options)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = cascade_op.projected(mode.from_tensor(x), weights, *options)
+    assert (fake.shape, fake.stride()) == (out.shape, out.stride())
+
+
 @pytest.mark.parametrize("dtype", OPERATOR.dtypes, ids=str)
 def test_logits_of_1e4(isa, dtype):
     """Of images that are so large: only differences to the largest logit may be taken."""
-    check_against_float64(CASES["one window"], dtype, times=500)
+    check_against_float64(CASES["one window"], dtype, change=lambda x: x * 500)
 
 
 #: Images of each case of which all windows together are work for seven threads (kMinWorkPerThread).

@@ -19,7 +19,7 @@ from specified import (
 from effattn import use_backend
 from effattn.functional import _called
 from effattn.ops import OPERATORS
-from effattn.testing import ORDERS, make_arguments, moved
+from effattn.testing import ORDERS, make_arguments, make_image, moved
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("poisoned_allocations")]
 
@@ -51,6 +51,24 @@ def test_other_numbers(target, operator, case, dtype, seed):
         arguments[:] = make_arguments(operator, case, dtype, "first", seed + 100)
 
     check_against_float64(operator, case, dtype, "first", target.backend, target.device, change)
+
+
+FORMATS = ("channels_last", "channel slice", "crop", "transposed", "equal rows", "equal columns")
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("gradient", FORMATS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("operator", "case"), [call for call in FIRST if call.values[0].signature.is_of_images])
+def test_images_however_they_lie(target, operator, case, memory_format, gradient):
+    def change(arguments):
+        arguments[0] = make_image(*arguments[0].shape, memory_format)
+
+    shape = operator.signature.out.shape.sizes(operator.signature.sizes(make_arguments(operator, case)))
+    grad_out = make_image(*shape, gradient, seed=5)
+    check_against_float64(
+        operator, case, torch.float32, "first", target.backend, target.device, change=change, grad_out=grad_out
+    )
 
 
 @pytest.mark.parametrize(("operator", "case"), FIRST)
