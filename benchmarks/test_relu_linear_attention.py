@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import effattn
-from benchmarks import relu_linear_attention as rla
-from effattn.testing import ATTENTION_CASES, AttentionCase
+from benchmarks import linear_attention as rla
 
 FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {"effattn": effattn.relu_linear_attention, "official": rla.official}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,10 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("layout", rla.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", rla.ATTENTION_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "forward and backward"])
 def test_relu_linear_attention(
-    benchmark: Any, case: AttentionCase, dtype: torch.dtype, layout: str, function: str, training: bool
+    benchmark: Any, case: rla.AttentionCase, dtype: torch.dtype, layout: str, function: str, training: bool
 ) -> None:
     benchmark.group = ", ".join(
         (case.name, str(dtype).removeprefix("torch."), layout, "forward and backward" if training else "forward")

@@ -126,49 +126,6 @@ def make_arguments(
     return arguments
 
 
-# --- relu_linear_attention ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """A benchmark shape of relu_linear_attention: ``heads`` includes the scales, N = height * width."""
-
-    name: str
-    batch: int
-    heads: int
-    head_dim: int
-    height: int
-    width: int
-
-    @property
-    def tokens(self) -> int:
-        return self.height * self.width
-
-    def qkv(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
-        """(B, heads, 3 D, N), what LiteMLA's convolutions leave behind."""
-        qkv = make_tensor(self.batch, self.heads, 3 * self.head_dim, self.tokens, dtype=dtype)
-        return qkv.requires_grad_(requires_grad)
-
-
-#: The shapes of real models, from small to large.
-ATTENTION_CASES = (
-    AttentionCase("b1 stage 3 @224", 1, 16, 16, 14, 14),
-    AttentionCase("b1 stage 4 @224", 1, 32, 16, 7, 7),
-    AttentionCase("b3 stage 3 @224, batch 16", 16, 32, 32, 14, 14),
-    AttentionCase("l2 SAM stage 4 @1024", 1, 32, 32, 32, 32),
-    AttentionCase("b1 stage 4 @1024x2048", 1, 32, 16, 32, 64),
-    AttentionCase("b1 stage 3 @1024x2048", 1, 16, 16, 64, 128),
-    AttentionCase("l2 stage 4 @1024x2048", 1, 32, 32, 32, 64),
-    AttentionCase("Sana @1024, batch 2", 2, 70, 32, 32, 32),
-)
-
-
-def split_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v as (B, heads, N, D) views of (B, heads, 3 D, N)."""
-    q, k, v = qkv.transpose(-1, -2).chunk(3, dim=-1)
-    return q, k, v
-
-
 #: Relative error (norm) of float32 results that a forward and a gradient may have against float64.
 FLOAT32_FORWARD_TOLERANCE = 2e-6
 FLOAT32_GRADIENT_TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import environment, modules, peers, report, results
-from benchmarks import relu_linear_attention as rla
+from benchmarks import linear_attention as rla
 from benchmarks import runner as cpu_runner
 from benchmarks.floor import Rates, Work
 from benchmarks.gpu import cases, runner
@@ -18,7 +18,7 @@ from benchmarks.gpu.clock import WallClock
 from benchmarks.lite_mla import LiteMLACase
 from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Candidate, Case, Role, Row
 from benchmarks.suites import SUITES, Settings, TimedSuite, rests
-from effattn.testing import AttentionCase, BiasedCase, CascadeCase, MultiScaleCase
+from effattn.testing import BiasedCase, CascadeCase, MultiScaleCase
 
 
 @pytest.mark.full
@@ -180,7 +180,7 @@ def test_a_peer_that_is_not_installed_is_a_reason(package, monkeypatch):
         monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", Interpreterless)
     name = "ExecuTorch" if package == "executorch" else "TFLite"
     module = modules.make_case(LiteMLACase("tiny", 1, 16, 8, 3, 3))
-    attention = rla.make_case(AttentionCase("tiny", 1, 2, 8, 3, 3), rla.runtime_candidates(torch.float32))
+    attention = rla.make_case(rla.AttentionCase("tiny", 1, 2, 8, 3, 3), rla.runtime_candidates(torch.float32))
     for case in (module, attention):
         candidates = [candidate for candidate in case.candidates if candidate.name == name]
         rows = cpu_runner.measure("suite", dataclasses.replace(case, candidates=tuple(candidates)), 1, ignore)
@@ -197,7 +197,7 @@ def test_peers_that_torch_exports_to(name, package):
     """Inputs in their order, in place, again and again; images of TFLite in its own memory order."""
     pytest.importorskip(package, reason=f"{package} is a peer that make bench installs")
     run = getattr(peers, name)
-    data = rla.Inputs(AttentionCase("tiny", 1, 2, 8, 3, 5), torch.float32)
+    data = rla.Inputs(rla.AttentionCase("tiny", 1, 2, 8, 3, 5), torch.float32)
     with torch.no_grad():
         for layout in rla.LAYOUTS:
             call = rla._exported_call(run, layout, data)
@@ -273,8 +273,8 @@ def measured(case, ways=None, rounds=2):
 
 
 TINY = {
-    "attention": lambda training: cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training),
-    "tokens first": lambda training: cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training, True),
+    "attention": lambda training: cases._attention(rla.AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training),
+    "tokens first": lambda training: cases._attention(rla.AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training, True),
     "multi-scale": lambda training: cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), training),
     "cascade": lambda training: cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), training),
     "biased": lambda training: cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), training),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import check_against_float64
+from specified import check_against_float64, named
 
-from effattn import biased_attention
+from effattn import biased_attention, use_backend
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments
 
@@ -116,3 +116,44 @@ def test_autocast_promotes_to_the_widest():
         out = biased_attention(q, k, v.bfloat16(), bias)
     assert out.dtype == torch.float32
     assert torch.equal(out, biased_attention(q, k, v.bfloat16().float(), bias))
+
+
+# --- wrong arguments ------------------------------------------------------------------------------------------
+
+
+GIVEN = named(OPERATOR, sizes(2, 3, 5, 6, 4, 8, talking=True))
+
+
+def biased(scale=None, **changed):
+    *arguments, talking_heads, _ = (GIVEN | changed).values()
+    return lambda: biased_attention(*arguments, scale=scale, talking_heads=talking_heads)
+
+
+WRONG = {
+    "bias": (
+        biased(bias=torch.ones(3, 6, 5)),
+        ValueError,
+        "bias: expected shape (heads, N, M) with heads = 3, N = 5, M = 6, got (3, 6, 5)",
+    ),
+    "mixing": (
+        biased(talking_heads=torch.ones(3, 3)),
+        TypeError,
+        "talking_heads: expected a sequence of tensors, got Tensor",
+    ),
+    "mixing length": (
+        biased(talking_heads=[torch.ones(3, 3)]),
+        ValueError,
+        "talking_heads: expected none or 4 tensors, got 1",
+    ),
+    "scale text": (biased(scale="1"), TypeError, "scale: expected a number, got str"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_the_function_says(name):
+    call, error, text = WRONG[name]
+    for backend in ("cpu", "reference"):
+        with use_backend(backend), pytest.raises(error) as raised:
+            call()
+        assert str(raised.value).startswith(text)

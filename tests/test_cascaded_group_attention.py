@@ -9,10 +9,10 @@ import itertools
 
 import pytest
 import torch
-from specified import bounds, check, check_against_float64, mapped
+from specified import bounds, check, check_against_float64, mapped, named
 from torch.nn import functional
 
-from effattn import cascaded_group_attention
+from effattn import cascaded_group_attention, use_backend
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments
 
@@ -115,3 +115,59 @@ def test_scale_and_window_by_default():
     assert torch.equal(out, cascaded_group_attention(*arguments, scale=0.5, window_size=(3, 3)))
     *arguments, _, _, _ = make_arguments(OPERATOR, sizes(1, 8, 4, 5, 6, None, (3, 5)))
     assert torch.equal(cascaded_group_attention(*arguments), cascaded_group_attention(*arguments, window_size=(5, 6)))
+
+
+# --- wrong arguments ------------------------------------------------------------------------------------------
+
+
+GIVEN = named(OPERATOR, sizes(2, 8, 4, 5, 6, 3, (3, 5)))
+X = GIVEN["x"]
+
+
+def cascade(scale=None, window_size=3, **changed):
+    *arguments, _, _, _ = (GIVEN | changed).values()
+    return lambda: cascaded_group_attention(*arguments, scale=scale, window_size=window_size)
+
+
+WRONG = {
+    "no heads": (cascade(qkv_weights=[]), ValueError, "qkv_weights: expected at least one tensor, got none"),
+    "kernels": (
+        cascade(q_dw_weights=[torch.ones(4, 1, 3, 3)]),
+        ValueError,
+        "q_dw_weights: expected heads = 2 tensors, got 1",
+    ),
+    "groups": (
+        cascade(x=X[:, :7]),
+        ValueError,
+        "x: expected shape (B, heads * d, H, W) with B = 2, heads = 2, d = 4, H = 5, W = 6, got (2, 7, 5, 6)",
+    ),
+    "attention_bias": (
+        cascade(attention_bias=torch.ones(2, 4, 4)),
+        ValueError,
+        "attention_bias: expected shape (heads, window_height * window_width, window_height * window_width) with "
+        "heads = 2, window_height = 3, window_width = 3, got (2, 4, 4)",
+    ),
+    "window": (cascade(window_size=0), ValueError, "window_height: expected an int >= 1 and <= 32767, got 0"),
+    "window huge": (cascade(window_size=(2**62, 4)), ValueError, "window_height: expected an int >= 1 and <= 32767"),
+    "window float": (
+        cascade(window_size=3.0),
+        TypeError,
+        "window_height: expected an int, got float",
+    ),
+    "window of three": (
+        cascade(window_size=(3, 3, 3)),
+        ValueError,
+        "window_size: expected an int, two of them or None",
+    ),
+    "scale": (cascade(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_the_function_says(name):
+    call, error, text = WRONG[name]
+    for backend in ("cpu", "reference"):
+        with use_backend(backend), pytest.raises(error) as raised:
+            call()
+        assert str(raised.value).startswith(text)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import check_against_float64, mapped
+from specified import check_against_float64, mapped, named
 from torch.nn import functional
 
-from effattn import _library, relu_linear_attention
+from effattn import _library, multi_scale_aggregation, multi_scale_linear_attention, use_backend
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments
 
@@ -99,14 +99,6 @@ def test_qkv_itself_comes_first(isa, order, dtype):
     assert torch.equal(AGGREGATION(qkv, *rest)[:, : qkv.shape[1]], qkv)
 
 
-def test_without_scales_it_is_relu_linear_attention(isa):
-    arguments = make_arguments(ATTENTION, sizes(2, 3, 16, 14, 14, ()))
-    heads = arguments[0].reshape(2, 3, 48, 196).mT
-    expected = relu_linear_attention(*heads.chunk(3, dim=-1)).mT.reshape(2, 48, 14, 14)
-    assert torch.equal(ATTENTION(*arguments), expected)
-    assert torch.equal(AGGREGATION(*arguments[:-1]), arguments[0])
-
-
 def official(qkv, dw_weights, pw_weights, dw_biases, pw_biases, dim, eps):
     """As in the authors' repository: convolutions, concatenation, and the quadratic form where tokens are few."""
     batch, channels, height, width = qkv.shape
@@ -157,3 +149,76 @@ def test_weights_of_the_narrow_type(isa):
     for mine, expected in zip(narrow[1:5], wide[1:5], strict=True):
         for a, b in zip(mine, expected, strict=True):
             assert torch.equal(a.grad, b.grad.bfloat16())
+
+
+# --- wrong arguments ------------------------------------------------------------------------------------------
+
+
+GIVEN = named(ATTENTION, sizes(2, 2, 4, 5, 6, kernels=(3, 5), biases=True))
+
+
+def scales(function=multi_scale_linear_attention, head_dim=4, options=None, **changed):
+    arguments = {name: value for name, value in GIVEN.items() if name not in ("head_dim", "eps")} | changed
+    return lambda: function(*arguments.values(), head_dim=head_dim, **(options or {}))
+
+
+def with_element(name, element, value):
+    return {name: [value if i == element else t for i, t in enumerate(GIVEN[name])]}
+
+
+WRONG = {
+    "channels": (
+        scales(qkv=GIVEN["qkv"][:, :23]),
+        ValueError,
+        "qkv: expected shape (B, 3 * heads * head_dim, H, W) with B = 2, heads = 2, head_dim = 4, "
+        "H = 5, W = 6, got (2, 23, 5, 6)",
+    ),
+    "head_dim": (scales(head_dim=0), ValueError, "head_dim: expected an int >= 1, got 0"),
+    "head_dim float": (scales(head_dim=4.0), TypeError, "head_dim: expected an int, got float"),
+    "scales": (
+        scales(multi_scale_aggregation, pw_weights=GIVEN["pw_weights"][:1]),
+        ValueError,
+        "pw_weights: expected S = 2 tensors, got 1",
+    ),
+    "no weights": (
+        scales(dw_weights=None),
+        TypeError,
+        "dw_weights: expected a sequence of tensors, got NoneType",
+    ),
+    "even kernel": (
+        scales(**with_element("dw_weights", 1, torch.ones(24, 1, 4, 4))),
+        ValueError,
+        "dw_weights[1]: expected an odd k in (3 * heads * head_dim, 1, k, k), got shape (24, 1, 4, 4)",
+    ),
+    "oblong kernel": (
+        scales(**with_element("dw_weights", 0, torch.ones(24, 1, 5, 3))),
+        ValueError,
+        "dw_weights[0]: expected shape (3 * heads * head_dim, 1, k, k) with heads = 2, head_dim = 4, k = 5, "
+        "got (24, 1, 5, 3)",
+    ),
+    "weight dtype": (
+        scales(**with_element("dw_weights", 0, torch.ones(24, 1, 3, 3).half())),
+        TypeError,
+        "dw_weights[0]: expected the dtype of qkv, torch.float32, or float32, got torch.float16",
+    ),
+    "scale eps": (scales(options={"eps": -1.0}), ValueError, "eps: expected a finite number >= 0, got -1.0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_the_function_says(name):
+    call, error, text = WRONG[name]
+    for backend in ("cpu", "reference"):
+        with use_backend(backend), pytest.raises(error) as raised:
+            call()
+        assert str(raised.value).startswith(text)
+
+
+def test_more_scales_than_the_kernels_take():
+    arguments = make_arguments(AGGREGATION, sizes(1, 1, 4, 5, 6, kernels=(3,) * 9))
+    assert torch.equal(AGGREGATION(*arguments), AGGREGATION.plain(*arguments))
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: takes up to 8 scales, not 9"):
+        AGGREGATION(*arguments)
+    with pytest.raises(RuntimeError, match="dw_weights: expected at most 8 scales, got 9"):
+        torch.ops.effattn.multi_scale_aggregation(*arguments)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 
 import psutil
@@ -14,9 +16,9 @@ import pytest
 import torch
 from specified import check_against_float64, with_gradients
 
-from effattn import _library, relu_linear_attention
+from effattn import _library, relu_linear_attention, use_backend
 from effattn.ops import OPERATORS
-from effattn.testing import LAYOUTS, ORDERS, make_tensor
+from effattn.testing import LAYOUTS, ORDERS, make_arguments, make_tensor
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
@@ -383,3 +385,114 @@ def test_more_than_2_to_the_31_elements_of_keys(layout):
     assert (grad_k == 0).all(), "relu'(0) is 0, and the last key's weight is whatever its size"
     assert (grad_v[:, :-1] == 0).all()
     assert (grad_v[:, -1] == 2).all()
+
+
+def test_multi_scale_attention_without_scales(isa):
+    aggregation, attention = OPERATORS["multi_scale_aggregation"], OPERATORS["multi_scale_linear_attention"]
+    sizes = {"B": 2, "heads": 3, "head_dim": 16, "H": 14, "W": 14, "S": 0, "k": (), "eps": EPS}
+    arguments = make_arguments(attention, sizes)
+    heads = arguments[0].reshape(2, 3, 48, 196).mT
+    expected = relu_linear_attention(*heads.chunk(3, dim=-1)).mT.reshape(2, 48, 14, 14)
+    assert torch.equal(attention(*arguments), expected)
+    assert torch.equal(aggregation(*arguments[:-1]), arguments[0])
+
+
+# --- wrong arguments ------------------------------------------------------------------------------------------
+
+
+Q, K, V = torch.randn(2, 6, 4), torch.randn(2, 7, 4), torch.randn(2, 7, 5)
+
+
+def linear(q=Q, k=K, v=V, **options):
+    return lambda: relu_linear_attention(q, k, v, **options)
+
+
+WRONG = {
+    "list": (linear(q=Q.tolist()), TypeError, "q: expected a torch.Tensor, got list"),
+    "rank": (linear(q=Q[0, 0]), ValueError, "q: expected at least 2 dimensions (..., N, D), got shape (4)"),
+    "leading": (
+        linear(k=K[:1]),
+        ValueError,
+        "k: expected shape (..., M, D) with ... = (2), M = 7, D = 4, got (1, 7, 4)",
+    ),
+    "tokens": (
+        linear(v=V[:, :6]),
+        ValueError,
+        "v: expected shape (..., M, Dv) with ... = (2), M = 7, Dv = 5, got (2, 6, 5)",
+    ),
+    "dtype": (linear(k=K.half()), TypeError, "k: expected the dtype of q, torch.float32, got torch.float16"),
+    "boolean": (linear(Q > 0), TypeError, "q: expected float16, bfloat16, float32 or float64, got torch.bool"),
+    "complex": (linear(v=V.cfloat()), TypeError, "v: expected the dtype of q, torch.float32, got torch.complex64"),
+    "device": (linear(v=V.to("meta")), ValueError, "v: expected the device of q, cpu, got meta"),
+    "sparse": (
+        linear(k=K.to_sparse()),
+        TypeError,
+        "k: expected a dense (strided) tensor, got layout torch.sparse_coo",
+    ),
+    "mkldnn": (linear(Q.to_mkldnn()), TypeError, "q: expected a dense (strided) tensor, got layout torch._mkldnn"),
+    "nested": (
+        linear(torch.nested.nested_tensor([Q[0], Q[1]], layout=torch.jagged)),
+        TypeError,
+        "q: expected a dense (strided) tensor, got layout torch.jagged",
+    ),
+    "eps": (linear(eps=-1e-5), ValueError, "eps: expected a finite number >= 0, got -1e-05"),
+    "text eps": (linear(eps="small"), TypeError, "eps: expected a number, got str"),
+    "no eps": (linear(eps=None), TypeError, "eps: expected a number, got NoneType"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", WRONG)
+def test_what_the_function_says(name):
+    call, error, text = WRONG[name]
+    for backend in ("cpu", "reference"):
+        with use_backend(backend), pytest.raises(error) as raised:
+            call()
+        assert str(raised.value).startswith(text)
+
+
+def test_float64_names_the_way_out():
+    with pytest.raises(RuntimeError, match="q: expected float32, bfloat16 or float16 for the cpu backend"):
+        torch.ops.effattn.relu_linear_attention(Q.double(), K.double(), V.double(), 1e-15)
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: takes float32, .*, not float64"):
+        relu_linear_attention(Q.double(), K.double(), V.double())
+
+
+def test_the_meta_device_gives_shapes():
+    """For those who build models without memory; mixed dtypes are refused in words there too."""
+    q, k, v = (t.to("meta") for t in (Q, K, V))
+    assert relu_linear_attention(q, k, v).shape == (2, 6, 5)
+    with pytest.raises(TypeError, match="k: expected the dtype of q"):
+        relu_linear_attention(q, k.half(), v)
+
+
+def test_empty_tensors_may_claim_any_size():
+    """Nothing is allocated for them, but head_dim * value_dim counts the kernels' memory and must not overflow."""
+    wide, wider = torch.empty(0, 2**30), torch.empty(0, 2**31)
+    with pytest.raises(RuntimeError, match="q, v: expected at most 65536 channels, got 1073741824 and 2147483648"):
+        relu_linear_attention(wide, wide, wider)
+    many = torch.empty(2**40, 0, 4)
+    assert relu_linear_attention(many, many, many).shape == many.shape
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from effattn import relu_linear_attention
+t = torch.ones(3, 1, 2**14)
+relu_linear_attention(t[:, :, :4], t[:, :, :4], t[:, :, :4])  # threads have their stacks now
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
+try:
+    relu_linear_attention(t, t, t)  # kv_state of 1 GiB
+except RuntimeError as error:
+    assert "effattn: cannot allocate" in str(error), error
+    assert relu_linear_attention(t[:, :, :4], t[:, :, :4], t[:, :, :4]).eq(1).all()
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its memory as Linux does")
+@pytest.mark.skipif(_library._C.build["sanitizer"] != "", reason="an address sanitizer reserves the address space")
+def test_too_little_memory_is_a_runtime_error():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert done.stdout == "refused\n", done.stderr

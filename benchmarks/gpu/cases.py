@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 import effattn
-from benchmarks import relu_linear_attention as rla
+from benchmarks import linear_attention as rla
 from benchmarks.floor import Work
 from benchmarks.gpu import names
 from benchmarks.gpu.runner import STOCK, Arguments, GpuCase

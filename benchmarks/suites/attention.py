@@ -1,14 +1,13 @@
-"""relu_linear_attention alone, forward: float32 in the shapes of real models, and the narrow types."""
+"""The attention of EfficientViT alone, forward: float32 in the shapes of real models, and the narrow types."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks import relu_linear_attention as rla
-from benchmarks.relu_linear_attention import Inputs
+from benchmarks import linear_attention as rla
+from benchmarks.linear_attention import Inputs
 from benchmarks.runner import Candidate, Case, Role
 from benchmarks.suites.base import TimedSuite
-from effattn.testing import ATTENTION_CASES
 
 SHORT = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "b1 stage 3 @1024x2048")
 NARROW = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "b1 stage 3 @1024x2048")
@@ -24,7 +23,7 @@ def _attention_cases(short: bool) -> list[Case]:
         rla.softmax_candidate(),
         rla.check_candidate(),
     )
-    return [rla.make_case(case, candidates) for case in ATTENTION_CASES if not short or case.name in SHORT]
+    return [rla.make_case(case, candidates) for case in rla.ATTENTION_CASES if not short or case.name in SHORT]
 
 
 def _narrow_cases(short: bool) -> list[Case]:
@@ -41,7 +40,7 @@ def _narrow_cases(short: bool) -> list[Case]:
             ),
             dtype,
         )
-        for case in ATTENTION_CASES
+        for case in rla.ATTENTION_CASES
         if case.name in (NARROW_SHORT if short else NARROW)
         for dtype in ((torch.bfloat16,) if short else (torch.bfloat16, torch.float16))
     ]
@@ -63,5 +62,5 @@ def _effattn_float32() -> Candidate:
     )
 
 
-ATTENTION = TimedSuite("attention", "relu_linear_attention, forward, float32", _attention_cases)
-NARROW_TYPES = TimedSuite("narrow", "relu_linear_attention, forward, bfloat16 and float16", _narrow_cases)
+ATTENTION = TimedSuite("attention", f"{rla.NAME}, forward, float32", _attention_cases)
+NARROW_TYPES = TimedSuite("narrow", f"{rla.NAME}, forward, bfloat16 and float16", _narrow_cases)

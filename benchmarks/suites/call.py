@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
+from benchmarks import linear_attention as rla
 from benchmarks import peers
-from benchmarks import relu_linear_attention as rla
 from benchmarks.floor import Work
-from benchmarks.relu_linear_attention import EPS, LAYOUTS, OURS, Inputs
+from benchmarks.linear_attention import EPS, LAYOUTS, OURS, Inputs
 from benchmarks.runner import Accuracy, Candidate, Case, Role
 from benchmarks.suites.base import TimedSuite
-from effattn import relu_linear_attention
-from effattn.testing import AttentionCase
 
-CASE = AttentionCase("one token", 1, 1, 16, 1, 1)
+CASE = rla.AttentionCase("one token", 1, 1, 16, 1, 1)
+
+_OPERATOR = getattr(torch.ops.effattn, rla.NAME).default
 
 
 def _operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.ops.effattn.relu_linear_attention.default(q, k, v, EPS)
+    return _OPERATOR(q, k, v, EPS)
 
 
 def _addition(q: torch.Tensor, k: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def _addition(q: torch.Tensor, k: torch.Tensor, _: torch.Tensor) -> torch.Tensor
 def _no_token(data: Inputs) -> Any:
     """The call and nothing else: without queries the kernel returns at once."""
     q, k, v = data.qkv(LAYOUTS[0])
-    return partial(relu_linear_attention, q[:, :, :0], k, v)
+    return partial(rla.FUNCTION, q[:, :, :0], k, v)
 
 
 def _no_token_gate(_: Inputs, result: Any) -> Accuracy:
@@ -44,7 +44,7 @@ def _addition_gate(data: Inputs, result: Any) -> Accuracy:
 
 
 def _compiled(data: Inputs) -> Any:
-    return rla.torch_call(peers.compiled(relu_linear_attention), LAYOUTS[0], data)
+    return rla.torch_call(peers.compiled(rla.FUNCTION), LAYOUTS[0], data)
 
 
 def _cases(short: bool) -> list[Case]:
@@ -61,4 +61,4 @@ def _cases(short: bool) -> list[Case]:
     return [replace(rla.make_case(CASE, candidates), work=Work(bytes=0, flops=0))]
 
 
-CALL = TimedSuite("call", "the cost of a call: relu_linear_attention of one token, float32", _cases)
+CALL = TimedSuite("call", f"the cost of a call: {rla.NAME} of one token, float32", _cases)

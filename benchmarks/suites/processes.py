@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks import child, environment, modules
-from benchmarks import relu_linear_attention as rla
+from benchmarks import linear_attention as rla
 from benchmarks.child import Job
 from benchmarks.floor import Rates
 from benchmarks.runner import Row, Tick, explain

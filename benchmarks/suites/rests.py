@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import relu_linear_attention as rla
+from benchmarks import linear_attention as rla
+from benchmarks.linear_attention import LAYOUTS
 from benchmarks.modules import NO_FLOOR
-from benchmarks.relu_linear_attention import LAYOUTS
 from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Call, Candidate, Case, Protocol, Role
 from benchmarks.suites.attention import ATTENTION
 from benchmarks.suites.base import TimedSuite
 from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA
 from benchmarks.suites.softmax_attention import SOFTMAX, SOFTMAX_MODELS
-from effattn.testing import ATTENTION_CASES
 
 #: A call that is over within a tick of the scheduler, and one that onnxruntime's spinning threads outlast.
 DISTURBED = ("b1 stage 3 @224", "l2 SAM stage 4 @1024")
@@ -54,7 +53,7 @@ def _rests_cases(short: bool) -> list[Case]:
             name=f"{case.name}, after {disturber.name}, {protocol.name} protocol",
             protocol=protocol,
         )
-        for case in ATTENTION_CASES
+        for case in rla.ATTENTION_CASES
         if case.name in DISTURBED
         for disturber in _disturbers()
         for protocol in (FORMER, STEADY, LOOP)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from benchmarks import relu_linear_attention as rla
-from benchmarks.relu_linear_attention import Inputs
+from benchmarks import linear_attention as rla
+from benchmarks.linear_attention import Inputs
 from benchmarks.runner import Call, Case
 from benchmarks.suites.base import TimedSuite
-from effattn.testing import AttentionCase
 
 HEADS, HEAD_DIM = 16, 16
 SIDES = ((7, 7), (14, 14), (32, 32), (64, 64), (128, 128), (256, 256))
@@ -39,7 +38,7 @@ def _cases(short: bool) -> list[Case]:
         rla.check_candidate(),
     )
     return [
-        rla.make_case(AttentionCase(f"{h * w} tokens", 1, HEADS, HEAD_DIM, h, w), candidates)
+        rla.make_case(rla.AttentionCase(f"{h * w} tokens", 1, HEADS, HEAD_DIM, h, w), candidates)
         for h, w in (SHORT_SIDES if short else SIDES)
     ]
 

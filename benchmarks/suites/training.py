@@ -1,18 +1,17 @@
-"""relu_linear_attention, forward and backward, in float32 and in the narrow types."""
+"""The attention of EfficientViT, forward and backward, in float32 and in the narrow types."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks import relu_linear_attention as rla
+from benchmarks import linear_attention as rla
 from benchmarks.runner import Candidate, Case
 from benchmarks.suites.base import TimedSuite
-from effattn.testing import AttentionCase
 
 CASES = (
-    AttentionCase("b1 stage 3 @224, batch 32", 32, 16, 16, 14, 14),
-    AttentionCase("b1 stage 3 @512x1024", 1, 16, 16, 32, 64),
-    AttentionCase("b1 stage 3 @1024x2048", 1, 16, 16, 64, 128),
+    rla.AttentionCase("b1 stage 3 @224, batch 32", 32, 16, 16, 14, 14),
+    rla.AttentionCase("b1 stage 3 @512x1024", 1, 16, 16, 32, 64),
+    rla.AttentionCase("b1 stage 3 @1024x2048", 1, 16, 16, 64, 128),
 )
 SHORT = ("b1 stage 3 @512x1024",)
 NARROW = ("b1 stage 3 @224, batch 32", "b1 stage 3 @1024x2048")
@@ -40,7 +39,7 @@ def _narrow_cases(short: bool) -> list[Case]:
     ]
 
 
-TRAINING = TimedSuite("training", "relu_linear_attention, forward and backward, float32", _cases)
+TRAINING = TimedSuite("training", f"{rla.NAME}, forward and backward, float32", _cases)
 NARROW_TRAINING = TimedSuite(
-    "narrow-training", "relu_linear_attention, forward and backward, bfloat16 and float16", _narrow_cases
+    "narrow-training", f"{rla.NAME}, forward and backward, bfloat16 and float16", _narrow_cases
 )

@@ -292,6 +292,12 @@ def second_derivatives(operator: Operator, call: Callable[..., Any], arguments: 
     return {"second derivatives": torch.cat([t.flatten() for t in second])}
 
 
+def named(operator: Operator, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a case by name."""
+    names = (argument.name for argument in operator.signature.arguments)
+    return dict(zip(names, make_arguments(operator, case), strict=True))
+
+
 def flattened(arguments: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors among arguments, those in lists too."""
     return [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]

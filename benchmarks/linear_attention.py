@@ -21,10 +21,12 @@ from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
 from effattn import _library, testing
 from effattn.ops import OPERATORS
-from effattn.testing import AttentionCase
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+#: The operator.
+NAME = "relu_linear_attention"
+FUNCTION = effattn.relu_linear_attention
 LAYOUTS = ("channel-major", "token-major")
 EPS = 1e-15
 OURS = "effattn"
@@ -32,6 +34,49 @@ STOCK = "official eager"
 CHECK = f"{STOCK} (again)"
 #: Relative error (norm) that a peer may have: far above its rounding, far below any mistake.
 PEER_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+# --- cases ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A benchmark shape of relu_linear_attention: ``heads`` includes the scales, N = height * width."""
+
+    name: str
+    batch: int
+    heads: int
+    head_dim: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    def qkv(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> torch.Tensor:
+        """(B, heads, 3 D, N), what LiteMLA's convolutions leave behind."""
+        qkv = testing.make_tensor(self.batch, self.heads, 3 * self.head_dim, self.tokens, dtype=dtype)
+        return qkv.requires_grad_(requires_grad)
+
+
+#: The shapes of real models, from small to large.
+ATTENTION_CASES = (
+    AttentionCase("b1 stage 3 @224", 1, 16, 16, 14, 14),
+    AttentionCase("b1 stage 4 @224", 1, 32, 16, 7, 7),
+    AttentionCase("b3 stage 3 @224, batch 16", 16, 32, 32, 14, 14),
+    AttentionCase("l2 SAM stage 4 @1024", 1, 32, 32, 32, 32),
+    AttentionCase("b1 stage 4 @1024x2048", 1, 32, 16, 32, 64),
+    AttentionCase("b1 stage 3 @1024x2048", 1, 16, 16, 64, 128),
+    AttentionCase("l2 stage 4 @1024x2048", 1, 32, 32, 32, 64),
+    AttentionCase("Sana @1024, batch 2", 2, 70, 32, 32, 32),
+)
+
+
+def split_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v as (B, heads, N, D) views of (B, heads, 3 D, N)."""
+    q, k, v = qkv.transpose(-1, -2).chunk(3, dim=-1)
+    return q, k, v
 
 
 # --- formulations ---------------------------------------------------------------------------------------
@@ -129,7 +174,7 @@ class Inputs:
 
     def qkv(self, layout: str) -> Qkv:
         """Views (B, h, N, D) of one tensor; for training each is a leaf, so that only the operator counts."""
-        q, k, v = (t.detach().requires_grad_(self.training) for t in testing.split_heads(self._storage[layout]))
+        q, k, v = (t.detach().requires_grad_(self.training) for t in split_heads(self._storage[layout]))
         return q, k, v
 
     def separate(self, layout: str) -> peers.Tensors:
@@ -148,7 +193,7 @@ class Inputs:
         q, k, v = self.qkv("channel-major")
         if self.training:
             return testing.reference_with_gradients(q, k, v, self.grad_out("channel-major"), EPS, dtype)
-        return (OPERATORS["relu_linear_attention"].plain(q.to(dtype), k.to(dtype), v.to(dtype), EPS),)
+        return (OPERATORS[NAME].plain(q.to(dtype), k.to(dtype), v.to(dtype), EPS),)
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, ...]:
@@ -225,7 +270,7 @@ def effattn_candidates() -> list[Candidate]:
             OURS if layout == LAYOUTS[0] else f"{OURS}, {layout}",
             layout,
             Role.OURS if layout == LAYOUTS[0] else Role.CONTEXT,
-            partial(torch_call, effattn.relu_linear_attention, layout),
+            partial(torch_call, FUNCTION, layout),
             our_gate,
         )
         for layout in LAYOUTS
