@@ -20,13 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 USE = """
 import sys, pathlib, torch, effattn
 from effattn import _C
-q = torch.randn(2, 20, 8, requires_grad=True)
-effattn.relu_linear_attention(q, q, q).sum().backward()
-assert q.grad.isfinite().all() and not q.grad.eq(0).all()
+from effattn.ops import OPERATORS
+from effattn.testing import make_arguments
+for operator in OPERATORS.values():
+    image, *rest = make_arguments(operator, operator.cases[0])
+    out = operator(image.requires_grad_(), *rest)
+    (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+    assert image.grad.isfinite().all() and not image.grad.eq(0).all()
 assert {"cpu", "reference"} <= {b.name for b in effattn.backends() if b.available}
 package = pathlib.Path(effattn.__file__).parent
 from effattn._triton import configs  # lies elsewhere in the repository
-assert (pathlib.Path(configs.__file__).parent / "relu_linear_attention.py").exists()
+from effattn.backends import triton
+assert (pathlib.Path(configs.__file__).parent / f"{operator.name}.py").exists() or operator.name not in triton.LAUNCHERS
 assert (package / "py.typed").exists()
 cuda = next(b for b in effattn.backends() if b.name == "cuda")
 assert ("is not compiled in" not in (cuda.reason or "")) == bool(int(sys.argv[3])), cuda

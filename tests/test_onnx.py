@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 from exported_to_onnx import count, export, run
-from specified import AsModule, bounds, free_sizes, publicly
-from specified import check as compare
+from specified import AsModule, check_module, free_sizes, publicly
 from tiers import full
 from torch import nn
 
@@ -29,20 +28,6 @@ timm, diffusers = import_timm(), import_diffusers()
 EXPORTERS = ("traced", "dynamo")
 #: In the short tier one call of each test goes through the second, which takes seconds: torch's own graph is the same.
 by_exporter = pytest.mark.parametrize("exporter", EXPORTERS)
-
-
-def check(result, module, images, longest_sum=None):
-    """Against the module in float64; the longest sum of one with parameters is found among them."""
-    wide, given = copy.deepcopy(module).double(), [t.double() for t in images]
-    fan_in = [p.numel() // p.shape[0] for p in module.parameters() if p.dim() > 1]
-    longest_sum = longest_sum or max(*fan_in, *(t.shape[2:].numel() for t in images))
-
-    def compute():
-        with torch.no_grad():
-            return {"out": wide(*given)}
-
-    truth, allowed, _ = bounds(compute, longest_sum, rounded=lambda _, t: t.to(result.dtype))
-    compare({"out": result}, truth, allowed)
 
 
 def of_operator(operator, case, dtype=torch.float32):
@@ -85,7 +70,7 @@ def test_functions(operator, case, exporter):
     if case is operator.cases[0]:
         graphs.append((export(module, images, exporter, dynamic), larger(images, dynamic)))
     for exported, given in graphs:
-        check(run(exported, *given), module, given, operator.longest_sum(case))
+        check_module(run(exported, *given), module, *given, terms=operator.longest_sum(case))
 
 
 @by_exporter
@@ -97,7 +82,7 @@ def test_functions_in_half_precision(operator, case, exporter):
     images = tuple(t * 200 for t in images)
     result = run(export(module, images, exporter), *images)
     assert result.dtype == torch.float16 and result.isfinite().all()
-    check(result, module, images, operator.longest_sum(case))
+    check_module(result, module, *images, terms=operator.longest_sum(case))
 
 
 MODULES = {
@@ -156,7 +141,7 @@ def test_modules(name, exporter):
         assert set(module.__dict__) <= kept  # nothing of the export stays
         assert torch.equal(module(x), before)
     for given in (x, *larger((x,), dynamic)):
-        check(run(exported, given), module, (given,))
+        check_module(run(exported, given), module, given)
 
 
 @by_exporter
@@ -178,7 +163,7 @@ def test_modules_in_training_mode(name):
     exported = export(module, (x,), "traced", training=torch.onnx.TrainingMode.TRAINING, do_constant_folding=False)
     module.load_state_dict(state)  # the trace is a step of training
     assert any(node.op_type == "BatchNormalization" for node in exported.graph.node)
-    check(run(exported, x), module, (x,))
+    check_module(run(exported, x), module, x)
 
 
 class Decoder(nn.Module):
@@ -236,7 +221,7 @@ def test_models(name, exporter):
     dynamic = [{0: "b"}]
     of_accelerated = export(accelerated, (x,), exporter, dynamic)
     given = torch.cat([x, x[:1].flip(3)])
-    check(run(of_accelerated, given), stock, (given,))
+    check_module(run(of_accelerated, given), stock, given)
     if exporter == "dynamo" and name != "efficientvit_b0":  # takes long, and differs in nothing that is ours
         return
     of_stock = export(stock, (x,), exporter, dynamic)
@@ -264,7 +249,7 @@ def test_exported_programs(name, grad):
     assert any("effattn" in str(node.target) for node in program.graph.nodes)
     exported = export(program, (), "dynamo")
     given = torch.cat([x, x[:1]])
-    check(run(exported, given), module, (given,))
+    check_module(run(exported, given), module, given)
     assert any("effattn" in str(node.target) for node in program.graph.nodes)
     again = program.run_decompositions()
     assert any("effattn" in str(node.target) for node in again.graph.nodes)  # for nobody but the exporter
@@ -279,7 +264,7 @@ def test_traces():
             plain_trace = torch.jit.trace(module, (x,))
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"give it the module itself, or .*use_backend\(\"reference"):
         export(traced, (x,), "traced")
-    check(run(export(plain_trace, (x,), "traced"), x), module, (x,))
+    check_module(run(export(plain_trace, (x,), "traced"), x), module, x)
 
 
 @pytest.mark.parametrize("opset", [11, 13, 18, 20])
@@ -287,7 +272,7 @@ def test_traces():
 @pytest.mark.each_value
 def test_opsets(name, opset):
     module, x, _ = make_module(name)
-    check(run(export(module, (x,), "traced", opset=opset), x), module, (x,))
+    check_module(run(export(module, (x,), "traced", opset=opset), x), module, x)
 
 
 @by_exporter
@@ -302,7 +287,7 @@ def test_contexts(context, exporter):
     module.to(memory_format=torch.channels_last)
     with context():
         exported = export(module, (x.to(memory_format=torch.channels_last),), exporter)
-    check(run(exported, x), module, (x,))
+    check_module(run(exported, x), module, x)
 
 
 @by_exporter
@@ -319,7 +304,7 @@ def test_after_compiling_and_of_a_part(exporter):
             else export(block, (features,), exporter)
         )
     assert compiled.shape == features.shape
-    check(run(exported, features), block, (features,))
+    check_module(run(exported, features), block, features)
 
 
 def test_forced_backends_do_not_matter():

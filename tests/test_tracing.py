@@ -11,16 +11,14 @@ import warnings
 
 import pytest
 import torch
+from specified import bounds, check_module, longest_sum
+from specified import check as compare
 from torch import fx, nn
 
 import effattn
 from effattn import _library
 from effattn import nn as ours
 from effattn.testing import (
-    FLOAT32_FORWARD_TOLERANCE,
-    FLOAT32_GRADIENT_TOLERANCE,
-    allowed_error,
-    error,
     import_diffusers,
     import_timm,
     make_image,
@@ -44,13 +42,6 @@ def make_model(name):
     accelerated = copy.deepcopy(model)
     assert effattn.accelerate(accelerated).replaced
     return model, accelerated
-
-
-def check(result, stock, x):
-    """No further from float64 than twice the stock model is, whose sums have another order."""
-    with torch.no_grad():
-        truth = copy.deepcopy(stock).double()(x.double())
-        assert error(result, truth) <= 2 * allowed_error(stock(x), truth, FLOAT32_FORWARD_TOLERANCE)
 
 
 # --- torch.jit.trace ------------------------------------------------------------------------------------------
@@ -85,8 +76,8 @@ def test_traced_models(name, grad):
     assert operators(frozen.graph)
     others = torch.cat([x, x[:1].flip(2)])
     with torch.no_grad():
-        check(traced(others), stock, others)
-        check(frozen(others), stock, others)
+        check_module(traced(others), stock, others)
+        check_module(frozen(others), stock, others)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
@@ -97,15 +88,17 @@ def test_traces_are_differentiable(name, grad):
     x = make_image(1, 3, 224, 224)
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(accelerated, (x,))
-    grads = []
-    for model in (traced, stock, copy.deepcopy(accelerated).double()):
-        images = x.to(next(model.parameters()).dtype).requires_grad_()
+    exact = copy.deepcopy(accelerated).double()
+
+    def gradient(model, images):
+        images = images.detach().requires_grad_()
         out = model(images)
         out = out[0] if isinstance(out, tuple) else out
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-        grads.append(torch.autograd.grad((out * weights).sum(), images)[0])
-    given, plain, truth = grads
-    assert error(given, truth) <= 2 * allowed_error(plain, truth, FLOAT32_GRADIENT_TOLERANCE)
+        return {"gradient": torch.autograd.grad((out * weights).sum(), images)[0]}
+
+    truth, allowed, _ = bounds(lambda: gradient(exact, x.double()), longest_sum(exact, x))
+    compare(gradient(traced, x), truth, allowed)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
@@ -116,7 +109,7 @@ def test_traces_optimised_for_inference(name, grad):
     with torch.set_grad_enabled(grad):
         traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(accelerated, (x,)).eval()))
     with torch.no_grad():
-        check(traced(x), stock, x)
+        check_module(traced(x), stock, x)
 
 
 def test_traces_follow_their_parameters():
@@ -128,7 +121,7 @@ def test_traces_follow_their_parameters():
             for parameter in model.parameters():
                 parameter.mul_(1.25)
         x = make_image(2, 3, 96, 160)
-        check(traced(x), stock, x)
+        check_module(traced(x), stock, x)
 
 
 def test_a_trace_needs_the_library_alone(tmp_path):

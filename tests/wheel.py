@@ -38,22 +38,24 @@ EXCLUDED = ("libtorch*.so", "libc10*.so", "libcuda.so.1")
 
 USE = """
 import shutil, sys, torch, effattn
+from effattn.ops import OPERATORS
+from effattn.testing import make_arguments
 from torch import nn
 
 assert not any(map(shutil.which, ("c++", "g++", "gcc", "cc", "clang", "nvcc"))), "a compiler is on PATH"
 available = {b.name for b in effattn.backends() if b.available}
 assert {"cpu", "reference"} <= available, effattn.backends()
 
-q, k, v = (torch.randn(2, 4, 100, 16, requires_grad=True) for _ in range(3))
-out = effattn.relu_linear_attention(q, k, v)
-out.square().sum().backward()
-with effattn.use_backend("reference"):
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    expected = effattn.relu_linear_attention(*exact)
-    expected.square().sum().backward()
-torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
-for mine, theirs in zip((q, k, v), exact):
-    torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4)
+for operator in OPERATORS.values():
+    arguments = make_arguments(operator, operator.cases[0])
+    results = []
+    for call in (operator, operator.plain):
+        image = arguments[0].detach().requires_grad_()
+        out = call(image, *arguments[1:])
+        out = out[0] if isinstance(out, tuple) else out
+        results.append((out, *torch.autograd.grad(out.square().sum(), image)))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 class ConvLayer(nn.Module):
