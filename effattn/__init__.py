@@ -1,7 +1,6 @@
 """Fused attention operators of the efficient vision transformers, for PyTorch.
 
-from effattn import relu_linear_attention
-effattn.accelerate(model)
+effattn.accelerate(model) replaces the attention of models that are known; the operators are functions of their own.
 """
 
 import warnings as _warnings

@@ -54,7 +54,7 @@ def explain_devices() -> dict[str, dict[str, list[str]]]:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         found[f"{device}, {torch.cuda.get_device_name(device)}"] = {
-            backend.name: backend.reasons("relu_linear_attention", device, torch.bfloat16, ())
+            backend.name: backend.reasons(None, device, torch.bfloat16, ())
             for backend in ORDER
             if backend.identity is not None and backend.unavailable() is None
         }

@@ -380,25 +380,37 @@ def _check(
     return results
 
 
-def official_multi_scale_attention(case: MultiScaleCase, inputs: dict[str, Any], upcast: bool) -> torch.Tensor:
-    """As in the authors' repository: convolutions, concatenation, and the quadratic form where tokens are few."""
-    qkv, dim = inputs["qkv"], case.head_dim
+def official_multi_scale_attention(
+    qkv: torch.Tensor,
+    dw_weights: Sequence[torch.Tensor],
+    pw_weights: Sequence[torch.Tensor],
+    dim: int,
+    eps: float = 1e-15,
+    *,
+    upcast: bool,
+) -> torch.Tensor:
+    """As in the authors' repository: convolutions, concatenation, and the quadratic form where tokens are few.
+
+    Args:
+        qkv: (B, 3 * heads * dim, H, W); weights are those of the convolutions of each scale.
+        upcast: whether sums are made in float32.
+    """
+    batch, channels, height, width = qkv.shape
     scales = [qkv]
-    for i, (dw, pw) in enumerate(zip(inputs["dw_weights"], inputs["pw_weights"], strict=True)):
-        biases = [inputs[name][i].to(qkv.dtype) if inputs[name] else None for name in ("dw_biases", "pw_biases")]
-        mixed = functional.conv2d(qkv, dw.to(qkv.dtype), biases[0], padding=dw.shape[-1] // 2, groups=case.channels)
-        scales.append(functional.conv2d(mixed, pw.to(qkv.dtype), biases[1], groups=3 * case.heads))
+    for dw, pw in zip(dw_weights, pw_weights, strict=True):
+        mixed = functional.conv2d(qkv, dw.to(qkv.dtype), padding=dw.shape[-1] // 2, groups=channels)
+        scales.append(functional.conv2d(mixed, pw.to(qkv.dtype), groups=channels // dim))
     everything = torch.cat(scales, dim=1)
     everything = everything.float() if upcast else everything
-    q, k, v = everything.reshape(case.batch, -1, 3 * dim, case.height * case.width).chunk(3, dim=2)
+    q, k, v = everything.reshape(batch, -1, 3 * dim, height * width).chunk(3, dim=2)
     q, k = q.relu(), k.relu()
-    if case.height * case.width > dim:
+    if height * width > dim:
         out = (functional.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
-        out = out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+        out = out[:, :, :-1] / (out[:, :, -1:] + eps)
     else:
         weights = k.mT @ q
-        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + 1e-15))
-    return out.reshape(case.batch, -1, case.height, case.width).to(qkv.dtype)
+        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + eps))
+    return out.reshape(batch, -1, height, width).to(qkv.dtype)
 
 
 # --- biased_attention, cascaded_group_attention ----------------------------------------------------------------

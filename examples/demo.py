@@ -46,6 +46,7 @@ try:
     from sklearn.datasets import load_sample_image
 
     import effattn
+    from effattn.ops import OPERATORS
     from effattn.registry import choose
     from effattn.testing import import_timm, randomise_batch_norm, randomise_what_starts_at_zero
 
@@ -351,7 +352,7 @@ def main() -> None:
     images = {size: preprocess(p, normalisation["mean"], normalisation["std"]) for size, p in photographs.items()}
     model = make_model(MODEL, torch.nn.functional.avg_pool2d(images[large], 2))
 
-    backend = choose("multi_scale_linear_attention", torch.device("cpu"), torch.float32).name
+    backend = choose(next(iter(OPERATORS)), torch.device("cpu"), torch.float32).name
     cpu = f"{torch.get_num_threads()} CPU threads, {torch.backends.cpu.get_cpu_capability()}"
     console.print(f"{MODEL}, random weights, float32, eager\ntorch {torch.__version__}, {cpu}; backend: {backend}")
     if backend == "reference":

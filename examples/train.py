@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 try:
@@ -29,7 +30,7 @@ try:
     from torch.nn import functional
 
     import effattn
-    from effattn.testing import MultiScaleCase, import_timm, official_multi_scale_attention
+    from effattn.testing import import_timm, official_multi_scale_attention
 except ModuleNotFoundError as error:
     sys.exit(f"The example needs the package {(error.name or str(error)).split('.')[0]}: `make demo` installs it")
 
@@ -152,15 +153,21 @@ def draw(path: Path, runs: list[Run]) -> None:
 
 def float16_case(console: Console) -> bool:
     """Whether ours stays finite where the formulation without float32 sums does not."""
-    case = MultiScaleCase(batch=1, heads=8, head_dim=16, height=64, width=128, scale=1e4)
-    inputs = case.inputs(torch.float16)
+    heads, head_dim, generator = 8, 16, torch.Generator().manual_seed(0)
+    channels = 3 * heads * head_dim
+    qkv = (1e4 * torch.randn(1, channels, 64, 128, generator=generator)).clamp(-65504, 65504).half()
+    depthwise = [torch.randn(channels, 1, 5, 5, generator=generator) / 5]
+    pointwise = [torch.randn(channels, head_dim, 1, 1, generator=generator) / head_dim**0.5]
+    ours = partial(effattn.multi_scale_linear_attention, dw_weights=depthwise, pw_weights=pointwise, head_dim=head_dim)
     with torch.no_grad():
         outs = {
-            "official formulation in float16": official_multi_scale_attention(case, inputs, upcast=False),
-            "effattn in float16": case.call(effattn.multi_scale_linear_attention, inputs),
+            "official formulation in float16": official_multi_scale_attention(
+                qkv, depthwise, pointwise, head_dim, upcast=False
+            ),
+            "effattn in float16": ours(qkv),
         }
-        truth = case.call(effattn.multi_scale_linear_attention, {**inputs, "qkv": inputs["qkv"].float()})
-    largest = inputs["qkv"].abs().max().item()
+        truth = ours(qkv.float())
+    largest = qkv.abs().max().item()
     console.print(f"\nMulti-scale attention in float16, activations up to {largest:.0f}, 64x128 tokens:")
     for name, out in outs.items():
         off = (out.float() - truth).norm() / truth.norm()

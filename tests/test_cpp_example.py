@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from effattn._library import library_path
+from effattn.ops import OPERATORS
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cpp"
 TORCH = Path(torch.__file__).parent
@@ -50,7 +51,8 @@ def test_package_runs_without_python(tmp_path):
     exported = call(sys.executable, EXAMPLE / "export.py", "--size", "64", "--output", tmp_path)
     assert "4 replaced, 0 left alone" in exported
     model, image, expected = (tmp_path / name for name in ("model.pt2", "input.pt", "expected.pt"))
-    assert operators_called(model) == ["effattn::multi_scale_linear_attention"] * 4
+    called = operators_called(model)
+    assert len(called) == 4 and len(set(called)) == 1 and called[0].removeprefix("effattn::") in OPERATORS
     program = build(tmp_path / "build")
     # No PATH, no PYTHONPATH. A package is unpacked into TMPDIR; threads would wait for those of other tests.
     bare = {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -9,11 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from specified import check_against_float64, mapped, named
-from torch.nn import functional
 
 from effattn import _library, multi_scale_aggregation, multi_scale_linear_attention, use_backend
 from effattn.ops import OPERATORS
-from effattn.testing import ORDERS, make_arguments
+from effattn.testing import ORDERS, make_arguments, official_multi_scale_attention
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 
@@ -100,21 +99,7 @@ def test_qkv_itself_comes_first(isa, order, dtype):
 
 
 def official(qkv, dw_weights, pw_weights, dw_biases, pw_biases, dim, eps):
-    """As in the authors' repository: convolutions, concatenation, and the quadratic form where tokens are few."""
-    batch, channels, height, width = qkv.shape
-    scales = [qkv]
-    for dw, pw in zip(dw_weights, pw_weights, strict=True):
-        mixed = functional.conv2d(qkv, dw.to(qkv.dtype), padding=dw.shape[-1] // 2, groups=channels)
-        scales.append(functional.conv2d(mixed, pw.to(qkv.dtype), groups=channels // dim))
-    q, k, v = torch.cat(scales, dim=1).reshape(batch, -1, 3 * dim, height * width).chunk(3, dim=2)
-    q, k = q.relu(), k.relu()
-    if height * width > dim:
-        out = (functional.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
-        out = out[:, :, :-1] / (out[:, :, -1:] + eps)
-    else:
-        weights = k.mT @ q
-        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + eps))
-    return out.reshape(batch, -1, height, width)
+    return official_multi_scale_attention(qkv, dw_weights, pw_weights, dim, eps, upcast=False)
 
 
 @pytest.mark.parametrize("case", [sizes(2, 2, 8, 9, 11), sizes(1, 2, 16, 3, 4)], ids=["linear", "quadratic"])

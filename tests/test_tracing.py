@@ -60,6 +60,7 @@ def operators(graph):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.each_value
 def test_traced_models(name, grad):
     """No more warnings than the stock model gives, other batch sizes, saved, loaded, frozen."""
     stock, accelerated = make_model(name)
@@ -76,12 +77,12 @@ def test_traced_models(name, grad):
     assert operators(frozen.graph)
     others = torch.cat([x, x[:1].flip(2)])
     with torch.no_grad():
-        check_module(traced(others), stock, others)
-        check_module(frozen(others), stock, others)
+        check_module([traced(others), frozen(others)], stock, others)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("name", ["efficientvit_b0", "efficientvit_m0", "efficientformerv2_s0"])
+@pytest.mark.each_value
 def test_traces_are_differentiable(name, grad):
     """As those of the stock model are, whether they were made with gradients or without."""
     stock, accelerated = make_model(name)
@@ -103,6 +104,7 @@ def test_traces_are_differentiable(name, grad):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("name", ["efficientvit_b0", "efficientvit_m0", "efficientformer_l1"])
+@pytest.mark.each_value
 def test_traces_optimised_for_inference(name, grad):
     stock, accelerated = make_model(name)
     x = make_image(1, 3, 224, 224)

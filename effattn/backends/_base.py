@@ -14,9 +14,9 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device, dtype, sizes) cannot be served. Sizes are a NamedTuple of what an operator says
+    #: Every reason why (op, device, dtype, sizes) cannot be served, of any operator if op is None. Sizes are a NamedTuple of what an operator says
     #: backends may have a limit for, or empty.
-    reasons: Callable[[str, torch.device, torch.dtype, Sequence[int]], list[str]]
+    reasons: Callable[[str | None, torch.device, torch.dtype, Sequence[int]], list[str]]
     #: Where its torch operators are; None of the reference, which has the plain formulations.
     namespace: str | None = None
     #: Of kernels for GPUs: what they are made of, so that no verdict about others counts (:mod:`effattn.verdicts`).

@@ -16,8 +16,8 @@ OPERATORS = _library.operators("CPU")
 LIMITS: dict[str, int] = {} if _library._C is None else _library._C.limits
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
-    reasons = [] if op in OPERATORS else [f"has no {op}"]
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+    reasons = [] if op is None or op in OPERATORS else [f"has no {op}"]
     if device.type != "cpu":
         reasons.append(f"takes CPU tensors, not {device.type}")
     return reasons + refused_dtype(dtype, DTYPES) + beyond(sizes, LIMITS)

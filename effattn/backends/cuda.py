@@ -55,8 +55,8 @@ def limits(op: str) -> dict[str, int]:
     return _library.cuda_limits.get(op, {})
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
-    reasons = [] if op in OPERATORS else [f"has no {op}"]
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+    reasons = [] if op is None or op in OPERATORS else [f"has no {op}"]
     mine = "cpu" if _library.cuda_is_emulated else "cuda"
     if device.type != mine:
         reasons.append(f"takes {mine.upper()} tensors, not {device.type}")

@@ -11,7 +11,7 @@ from effattn.backends._base import Backend, refused_dtype
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
     return refused_dtype(dtype, DTYPES)
 
 

@@ -372,11 +372,17 @@ def longest_sum(module: torch.nn.Module, *inputs: torch.Tensor) -> int:
     return max(*fan_in, *(math.prod(t.shape[2:]) if t.dim() == 4 else t.shape[-2] for t in inputs))
 
 
-def check_module(result: torch.Tensor, stock: torch.nn.Module, *inputs: torch.Tensor, terms: int | None = None) -> None:
-    """Compares the output of what stands for a module, or was exported from it, with the module's in float64.
+def check_module(
+    result: torch.Tensor | Sequence[torch.Tensor],
+    stock: torch.nn.Module,
+    *inputs: torch.Tensor,
+    terms: int | None = None,
+) -> None:
+    """Compares outputs of what stands for a module, or was exported from it, with the module's in float64.
 
     ``terms`` of its longest sum, if it is not that of a model.
     """
+    results = [result] if isinstance(result, torch.Tensor) else result
     module, wide = copy.deepcopy(stock).double(), [t.double() for t in inputs]
 
     def compute() -> Results:
@@ -384,5 +390,6 @@ def check_module(result: torch.Tensor, stock: torch.nn.Module, *inputs: torch.Te
             return {"out": first_of(module(*wide))}
 
     terms = terms or longest_sum(module, *inputs)
-    truth, allowed, _ = bounds(compute, terms, rounded=lambda _, t: t.to(result.dtype))
-    check({"out": result}, truth, allowed)
+    truth, allowed, _ = bounds(compute, terms, rounded=lambda _, t: t.to(results[0].dtype))
+    for out in results:
+        check({"out": out}, truth, allowed)

@@ -67,8 +67,8 @@ def _unavailable() -> str | None:
     return None
 
 
-def _reasons(op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
-    reasons = [] if op in LAUNCHERS else [f"has no {op}"]
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+    reasons = [] if op is None or op in LAUNCHERS else [f"has no {op}"]
     mine = "cpu" if is_interpreted() else "cuda"
     if device.type != mine:
         reasons.append(f"takes {mine.upper()} tensors, not {device.type}")
