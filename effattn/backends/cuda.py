@@ -66,7 +66,7 @@ def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Se
             found = ".".join(map(str, capability))
             archs = ", ".join(_library.cuda_archs)
             reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
-    return reasons + refused_dtype(dtype, DTYPES) + beyond(sizes, limits(op))
+    return reasons + refused_dtype(dtype, DTYPES) + ([] if op is None else beyond(sizes, limits(op)))
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
