@@ -1,0 +1,112 @@
+"""An operator is added as CONTRIBUTING.md has it, in a copy of the tree: a file a layer, and one function. What else it
+would take is a fault of the tree. ``toy_operator`` has the files, where they belong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY, NAME = ROOT / "tests" / "toy_operator", "squared_relu"
+#: The only file that is there already.
+EDITED = Path("effattn/functional.py")
+#: The CPU's and the reference's arguments and numerics, and, interpreted, Triton's.
+CONFORMANCE = [path for path in ("tests/conformance", "tests/device/test_conformance.py") if (ROOT / path).exists()]
+#: On an instruction set that this processor lacks.
+SKIPPED = {"cpu skipped"}
+
+# Imports what was staged before pytest can put any other folder on the path.
+RUN_TESTS = """
+import sys, effattn, pytest
+assert effattn.__file__.startswith(sys.argv[1]), effattn.__file__
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def copy_tree(to: Path) -> None:
+    """What git has or would add, without what was built; all of it where there is no git."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        built = shutil.ignore_patterns("*.so", "__pycache__", "build", "dist", ".*")
+        shutil.copytree(ROOT, to, ignore=built)
+        return
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def add_operator(tree: Path) -> None:
+    for source in TOY.rglob("*.*"):
+        path = source.relative_to(TOY)
+        if path == EDITED:
+            function = re.search(rf"^def {NAME}\(.*", source.read_text(), re.DOTALL | re.MULTILINE)
+            text = (tree / path).read_text()
+            assert text.count("\n__all__ = ") == 1
+            (tree / path).write_text(text.replace("\n__all__ = ", f"\n{function[0]}\n\n__all__ = "))
+        elif source.suffix != ".pyc":
+            assert not (tree / path).exists(), f"{path}: is there already"
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, tree / path)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def build(tree: Path) -> Path:
+    """For all instruction sets, so that ccache has what the operator does not touch from the build under test."""
+    staged = tree / "build" / "staged"
+    environment = {**os.environ, "EFFATTN_CUDA": "0"}
+    command = [sys.executable, "csrc/build.py", "--stage", str(staged)]
+    subprocess.run(command, check=True, cwd=tree, env=environment)
+    return staged
+
+
+def conformance(tree: Path, staged: Path, *, chosen: str) -> dict[str, list[str]]:
+    """The names of the tests that were run, by "cpu passed", "triton failure" and so on."""
+    report = tree / "report.xml"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(staged),
+        "PYTHONSAFEPATH": "1",  # not the current folder first: it holds no libraries
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",  # other tests may run beside this one
+    }
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, f"--junit-xml={report}"]
+    command = [sys.executable, "-c", RUN_TESTS, str(staged), *options, *CONFORMANCE]
+    subprocess.run(command, cwd=tree, env=environment)
+    found: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        backend = "triton" if "triton" in case.attrib["name"] else "cpu"
+        result = case[0].tag if len(case) else "passed"
+        found.setdefault(f"{backend} {result}", []).append(case.attrib["name"])
+    return found
+
+
+def test_a_file_a_layer_is_all_that_it_takes(tmp_path):
+    pytest.importorskip("triton")
+    tree = tmp_path / "tree"
+    copy_tree(tree)
+    add_operator(tree)
+    found = conformance(tree, build(tree), chosen=NAME)
+    assert found.keys() - SKIPPED == {"cpu passed", "triton passed"}, found
+    for backend in ("cpu", "triton"):
+        assert any("float64" in name for name in found[f"{backend} passed"]), found
+
+    # The same tests find out what is wrong.
+    replace(tree / f"kernels/cpu/{NAME}/ukernels.cpp", "relu_gate(positive, factor", "relu_gate(positive, -factor")
+    replace(tree / f"kernels/triton/{NAME}.py", "0.0, factor[None, :] * positive", "0.0, -factor[None, :] * positive")
+    found = conformance(tree, build(tree), chosen=f"{NAME} and against_float64")
+    assert found.keys() - SKIPPED == {"cpu failure", "triton failure"}, found
