@@ -45,24 +45,22 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 def add_operator(tree: Path) -> None:
     for source in TOY.rglob("*.*"):
         path = source.relative_to(TOY)
         if path == EDITED:
             function = re.search(rf"^def {NAME}\(.*", source.read_text(), re.DOTALL | re.MULTILINE)
-            text = (tree / path).read_text()
-            assert text.count("\n__all__ = ") == 1
-            (tree / path).write_text(text.replace("\n__all__ = ", f"\n{function[0]}\n\n__all__ = "))
+            replace(tree / path, "\n__all__ = [\n", f'\n{function[0]}\n\n__all__ = [\n    "{NAME}",\n')
         elif source.suffix != ".pyc":
             assert not (tree / path).exists(), f"{path}: is there already"
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, tree / path)
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
 
 
 def build(tree: Path) -> Path:
