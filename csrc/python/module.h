@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <initializer_list>
 #include <string>
 
 #include "../../kernels/params/dtype.h"
@@ -13,7 +15,7 @@ struct Shown {
   explicit Shown(void (*bind)(pybind11::module_& m));
 };
 
-// Python's ValueError for others.
+// Both throw Python's ValueError.
 DType dtype_named(const std::string& name);
 void require_sizes(std::initializer_list<int64_t> sizes);
 
