@@ -75,8 +75,16 @@ def build(tree: Path) -> Path:
     return staged
 
 
+def results(report: Path) -> dict[str, list[str]]:
+    """The names of tests: those that "passed", "failure" and so on."""
+    found: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        found.setdefault(case[0].tag if len(case) else "passed", []).append(case.attrib["name"])
+    return found
+
+
 def conformance(tree: Path, staged: Path, chosen: str, **environment: str) -> dict[str, list[str]]:
-    """The names of the operator's tests: those that "passed", "failure" and so on."""
+    """The results of the operator's tests."""
     report = tree / "report.xml"
     environment = {
         **os.environ,
@@ -88,17 +96,19 @@ def conformance(tree: Path, staged: Path, chosen: str, **environment: str) -> di
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, f"--junit-xml={report}"]
     command = [sys.executable, "-c", RUN_TESTS, str(staged), NAME, *options, "tests/conformance"]
     subprocess.run(command, cwd=tree, env=environment)
-    found: dict[str, list[str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        found.setdefault(case[0].tag if len(case) else "passed", []).append(case.attrib["name"])
-    return found
+    return results(report)
 
 
-def test_a_file_a_layer_is_all_that_it_takes(tmp_path):
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy with the operator."""
+    copy_tree(tmp_path / "tree")
+    add_operator(tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+def test_a_file_a_layer_is_all_that_it_takes(tree):
     pytest.importorskip("triton")
-    tree = tmp_path / "tree"
-    copy_tree(tree)
-    add_operator(tree)
     staged = build(tree)
     for environment in BACKENDS.values():
         found = conformance(tree, staged, CHOSEN, **environment)
@@ -112,3 +122,13 @@ def test_a_file_a_layer_is_all_that_it_takes(tmp_path):
     for environment in BACKENDS.values():
         found = conformance(tree, staged, f"{NAME} and against_float64", **environment)
         assert found.keys() - {"skipped"} == {"failure"}, found
+
+
+@pytest.mark.full
+def test_its_kernels_for_cuda_are_found_too(tree):
+    """Emulated."""
+    report = tree / "report.xml"
+    command = [sys.executable, "tests/emulated.py", "tests/conformance", "-k", CHOSEN, f"--junit-xml={report}"]
+    subprocess.run(command, check=True, cwd=tree)
+    found = results(report)
+    assert found.keys() == {"passed"} and any("cuda" in name for name in found["passed"]), found
