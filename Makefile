@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal $(TIER)
 BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test test-full bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel test-docs wheel docs cpp-example gpu clean
+.PHONY: help demo train test test-full bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,13 +33,14 @@ help: ## this list
 demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock and accelerated
 	$(BIN)/python examples/demo.py
 
-test: ## what CI runs: the short tier of lint and of everything named test-...
+test: ## what CI runs: the short tier of lint, docs and everything named test-..., but for test-wheel
 	$(MAKE) -j2 -O lint $(BUILD_TEST)
 	$(MAKE) test-python test-triton test-cuda test-sanitizers
-	$(MAKE) -j2 -O test-install test-aarch64  # of which one waits for downloads, and runs one process
+	$(MAKE) -j2 -O test-aarch64 test-install docs  # of which one waits for downloads, and two run one process
+	$(if $(FULL),$(MAKE) test-wheel)
 	@echo "all tests passed"
 
-test-full: ## every test on every combination: an hour and more; FULL=1 makes any other target do the same
+test-full: ## every test on every combination, and test-wheel: an hour and more; FULL=1 makes any other target do the same
 	$(MAKE) FULL=1 test
 
 train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes
@@ -95,7 +96,7 @@ wheel: $(VENV)/.wheel ## a wheel for this machine, in dist/; with EFFATTN_CUDA=1
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/wheel.py --build-only
 
 docs: $(VENV)/.build $(VENV)/.docs ## the site, in build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	time NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 gpu: ## on a machine with a GPU, whose python3 has torch and triton: every kernel tried, measured and tested, in nine minutes
 	$(PYTHON) -m benchmarks gpu --seconds 520

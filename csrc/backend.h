@@ -1,8 +1,14 @@
-// The backend that the glue of an operator is compiled for: that of the five functions is the same for all.
+// The backend that an operator's glue is compiled for: that of the differentiable ones is the same for all.
 #pragma once
 
+// The entry points of an operator's kernels, as its glue includes them: #include EFFATTN_KERNELS(operator).
+#define EFFATTN_QUOTED(path) #path
+// clang-format off
 #ifdef EFFATTN_CUDA
+#define EFFATTN_KERNELS(op) EFFATTN_QUOTED(../kernels/cuda/op/api.h)
 #include "cuda/backend.h"
 #else
+#define EFFATTN_KERNELS(op) EFFATTN_QUOTED(../kernels/cpu/op/plan.h)
 #include "cpu/backend.h"
 #endif
+// clang-format on

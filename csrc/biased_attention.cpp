@@ -4,6 +4,7 @@
 #include "signature.h"
 #include "talking_heads.h"
 #include "weights.h"
+#include EFFATTN_KERNELS(biased_attention)
 
 namespace effattn {
 namespace {

@@ -126,9 +126,14 @@ def _sources(*patterns: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in paths if path.is_file()]
 
 
-def shared_glue() -> list[str]:
-    """That of the five functions, the same for every library of kernels."""
-    return _sources("csrc/*.cpp")
+def shared_glue(device: str) -> list[str]:
+    """That of the differentiable operators, the same for every library: of those that have kernels for the device."""
+
+    def has_kernels(source: str) -> bool:
+        op = re.search(r"EFFATTN_KERNELS\((\w+)\)", (ROOT / source).read_text())
+        return op is None or (ROOT / "kernels" / device / op[1]).exists()
+
+    return [source for source in _sources("csrc/*.cpp") if has_kernels(source)]
 
 
 def cpu_digest(compiler: str) -> str:
@@ -319,7 +324,7 @@ def _add_libraries(
     """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     # The schemas are made of signatures.
-    glue = ["csrc/signature.cpp"] if target.emulate_cuda else [*shared_glue(), *_sources("csrc/cpu/*.cpp")]
+    glue = ["csrc/signature.cpp"] if target.emulate_cuda else [*shared_glue("cpu"), *_sources("csrc/cpu/*.cpp")]
     compiler = compiler_of(target)
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     ukernels = _sources("kernels/cpu/**/ukernels*.cpp")
@@ -337,7 +342,7 @@ def _add_libraries(
         told = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
         parts = [
             compile(source, [*emulated, told] if source == CUDA_IDENTITY else emulated, "emulated")
-            for source in (*cuda_sources(DEVICE_ONLY), *shared_glue())
+            for source in (*cuda_sources(DEVICE_ONLY), *shared_glue("cuda"))
         ]
         outputs.append(library.with_name(CUDA_LIBRARY))
         ninja.build(str(outputs[-1]), "link", parts, variables={"flags": link_torch})
@@ -385,7 +390,7 @@ def _add_cuda(
     build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []
-    for source in (*cuda_sources(EMULATED), *shared_glue()):
+    for source in (*cuda_sources(EMULATED), *shared_glue("cuda")):
         if source.endswith(".cu"):
             path = str(objects / (source.replace("/", "_") + ".o"))
             parts += ninja.build(path, "compile_cuda", source)

@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "cascade_params.h"
+#include EFFATTN_KERNELS(cascaded_group_attention)
 
 namespace effattn {
 namespace {

@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "multi_scale_params.h"
+#include EFFATTN_KERNELS(multi_scale)
 
 namespace effattn {
 namespace {

@@ -3,6 +3,7 @@
 
 #include "signature.h"
 #include "tensor.h"
+#include EFFATTN_KERNELS(relu_linear_attention)
 
 namespace effattn {
 namespace {

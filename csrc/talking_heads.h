@@ -1,7 +1,7 @@
 // The two 1x1 convolutions over the heads, as a list of four tensors or of none.
 #pragma once
 
-#include "../kernels/params/biased_attention.h"
+#include "../kernels/params/softmax_heads.h"
 #include "weights.h"
 
 namespace effattn {

@@ -1,7 +1,7 @@
 """What the site says of backends, models and figures, read from the package and from benchmarks/results.
 
-A hook of mkdocs: it replaces ``<!-- table: NAME -->`` in a page by the table of that name, and makes MathML of blocks
-of math. ``python docs/tables.py NAME`` prints a table.
+A hook of mkdocs: it replaces ``<!-- table: NAME -->`` in a page by the table of that name, makes MathML of blocks of
+math, and puts pages about operators into the navigation. ``python docs/tables.py NAME`` prints a table.
 """
 
 from __future__ import annotations
@@ -232,6 +232,7 @@ def benchmark_table() -> str:
 # --- mkdocs ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
+    "functions": lambda: "\n\n".join(f"::: effattn.{name}" for name in effattn.functional.__all__),
     "operators": lambda: operator_table(public=True),
     "modules": lambda: operator_table(public=False),
     "limits": limit_table,
@@ -246,6 +247,14 @@ MARKER = re.compile(r"^<!-- table: (.+) -->$", re.MULTILINE)
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def on_config(config: Any) -> None:
+    """The design of each operator has a page, which mkdocs.yml need not name."""
+    (section,) = (entry["Design"] for entry in config.nav if "Design" in entry)
+    named = {page for entry in section for page in entry.values()}
+    pages = (path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs/design").glob("*.md")))
+    section += [page for page in pages if page not in named]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -175,6 +175,12 @@ def test_limits_have_names():
         assert f"not {most + 1}" in beyond(size(most + 1), {name: most})[0]
 
 
+def test_a_limit_that_nobody_has_words_for_is_called_by_its_name():
+    size = namedtuple("size", ["window_width"])
+    assert beyond(size(65), {"window_width": 64}) == ["takes a window width of up to 64, not 65"]
+    assert beyond(size(64), {"window_width": 64}) == []
+
+
 def test_use_backend_nests_and_recovers():
     with pytest.raises(RuntimeError, match="inside"), effattn.use_backend("reference"):
         with effattn.use_backend("cpu"):

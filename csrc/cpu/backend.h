@@ -9,10 +9,7 @@
 #include <chrono>
 #include <exception>
 
-#include "../../kernels/cpu/biased_attention/plan.h"
-#include "../../kernels/cpu/cascaded_group_attention/plan.h"
-#include "../../kernels/cpu/multi_scale/plan.h"
-#include "../../kernels/cpu/relu_linear_attention/plan.h"
+#include "../../kernels/cpu/core/parallel.h"
 
 #define EFFATTN_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m)
 

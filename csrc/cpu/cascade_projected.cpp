@@ -1,5 +1,7 @@
 // Cascaded group attention, relu and a 1x1 convolution for CPU tensors: checks, allocation, launch,
 // registration.
+#include "../../kernels/cpu/cascaded_group_attention/plan.h"
+
 #include <cmath>
 
 #include "../cascade_params.h"

@@ -14,11 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "../../kernels/cuda/biased_attention/api.h"
-#include "../../kernels/cuda/cascaded_group_attention/api.h"
+#include "../../kernels/cuda/core/execution.h"
 #include "../../kernels/cuda/core/launch_record.h"
-#include "../../kernels/cuda/multi_scale/api.h"
-#include "../../kernels/cuda/relu_linear_attention/api.h"
 
 #ifdef EFFATTN_EMULATED
 #define EFFATTN_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(effattn, CPU, m)

@@ -1,5 +1,4 @@
-#include "fingerprint.h"
-
+// Whether modules and their tensors are as they were: what effattn/nn/fold_cache.py asks on every call.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -9,6 +8,8 @@
 #include <numeric>
 #include <optional>
 #include <vector>
+
+#include "module.h"
 
 namespace py = pybind11;
 
@@ -215,9 +216,7 @@ class Contents {
   std::optional<uint64_t> checksum_;
 };
 
-}  // namespace
-
-void bind_fingerprint(py::module_& m) {
+const Shown shown([](py::module_& m) {
   m.def("same_emptiness", &same_emptiness, "Whether dictionaries are empty or not, as they were.");
   m.def("same_modules", &same_modules,
         "Whether modules have these classes, and dictionaries so many entries.");
@@ -231,6 +230,8 @@ void bind_fingerprint(py::module_& m) {
       .def("hold", &Contents::hold,
            "Whether all bytes are as they were, by the checksum; no if there is none.")
       .def_property_readonly("sample_size", &Contents::sample_size, "The number of elements of the sample.");
-}
+});
+
+}  // namespace
 
 }  // namespace effattn

@@ -31,7 +31,7 @@ def refused_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> list[str
     return [f"takes {', '.join([*names[:-2], ' and '.join(names[-2:])])}, not {got}"]
 
 
-#: What each size is called, in the words of a refusal.
+#: What each size is called, in the words of a refusal; "a size of up to 64" where nothing stands here.
 _PHRASES = {
     "channels": "heads of up to {0} channels",
     "dimensions": "tensors of up to {0} dimensions",
@@ -50,7 +50,7 @@ def beyond(sizes: Sequence[int], limits: Mapping[str, int]) -> list[str]:
         limits: the most that the backend takes, by name; no entry where anything goes.
     """
     return [
-        f"takes {_PHRASES[name].format(limits[name])}, not {size}"
+        f"takes {_PHRASES.get(name, 'a {1} of up to {0}').format(limits[name], name.replace('_', ' '))}, not {size}"
         for name, size in zip(getattr(sizes, "_fields", ()), sizes, strict=False)
         if name in limits and size > limits[name]
     ]

@@ -8,19 +8,11 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "operand.h"
 
 namespace effattn {
 
 constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the kv_state of a group then takes 16 GiB
-
-// One tensor (..., tokens, channels). Strides count elements; the leading ones belong to the sizes
-// in LinearAttentionParams::lead_sizes.
-struct Operand {
-  void* data;
-  const int64_t* lead_strides;
-  int64_t token_stride;
-  int64_t channel_stride;
-};
 
 struct LinearAttentionParams {
   DType dtype;

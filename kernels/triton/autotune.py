@@ -52,7 +52,7 @@ def tune(call: Callable[[], Any], gpu: str, seconds: Callable[[Callable[[], Any]
         call()
     found: dict[Key, Launch] = {}
     for key in sorted(used - chosen.keys()):
-        best, launch = seconds(call), configs.LAUNCHES[key[0]][key[1]][key[2]]
+        best, launch = seconds(call), configs.launches(key[0])[key[1]][key[2]]
         for candidate in neighbours(launch):
             chosen[key] = candidate
             try:
@@ -75,9 +75,9 @@ def read(file: Path) -> None:
         for gpu, entries in json.loads(file.read_text()).items():
             for entry in entries:
                 key = (entry.pop("op"), entry.pop("kernel"), entry.pop("size"))
-                _ = configs.LAUNCHES[key[0]][key[1]][key[2]]
+                _ = configs.launches(key[0])[key[1]][key[2]]
                 BY_GPU.setdefault(gpu, {})[key] = Launch(**entry)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: expected launches that were written here, got {error!r}") from error
 
 

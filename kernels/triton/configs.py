@@ -1,4 +1,4 @@
-"""How every kernel is launched: tiles, warps and pipeline stages as data, chosen by sizes.
+"""How kernels are launched: tiles, warps and pipeline stages as data beside each kernel, chosen by sizes.
 
 The numbers of tokens are those at which the compiler spills no register on any of the targets that the tests compile
 for; which of them is fastest has to be measured on a GPU. How a sum is split is a function of the sizes alone.
@@ -6,9 +6,11 @@ for; which of them is fastest has to be measured on a GPU. How a sum is split is
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 #: Products of fewer channels are made with zeros behind them.
 MIN_CHANNELS = 16
@@ -35,75 +37,24 @@ class Launch:
         return {**tiles, **chunks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-#: By operator and kernel, then by the largest size that an entry is for: head_dim; of talking heads their number; of a
-#: cascade's walks the tokens of a window. What is larger takes the last entry.
-LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
-    "relu_linear_attention": {
-        "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
-        "attend": {16: Launch(128, 32), 32: Launch(128, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
-        "query_gradients": {16: Launch(128, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(32, 16)},
-        "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
-    },
-    "multi_scale": {
-        "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
-        "sum_tokens": {
-            16: Launch(32, 16),
-            32: Launch(16, 32),
-            64: Launch(16, 16, num_warps=8),
-            128: Launch(16, 32, num_warps=8),
-        },
-        "attend": {
-            16: Launch(64, 16),
-            32: Launch(32, 32),
-            64: Launch(16, 16, num_warps=8),
-            128: Launch(16, 16, num_warps=8),
-        },
-        "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
-        "pointwise_gradients": {
-            16: Launch(64, 16),
-            32: Launch(32, 32),
-            64: Launch(32, 16, num_warps=8),
-            128: Launch(16, 16, num_warps=8),
-        },
-        "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
-    },
-    # All taps are taken at once, of the channels of a program; by the memory order of images.
-    "depthwise": {
-        "nchw": {MAX_CHANNELS: Launch(32, 1)},
-        "channels_last": {MAX_CHANNELS: Launch(4, 8)},
-    },
-    "biased_attention": {
-        "attend": {MAX_CHANNELS: Launch(32, 32, keys=32)},
-        "softmax_gradients": {MAX_CHANNELS: Launch(32, 32, keys=32)},
-        "pairs": {MAX_CHANNELS: Launch(32, 32, keys=64)},
-        "multiply": {MAX_CHANNELS: Launch(32, 32, keys=32)},
-    },
-    "talking_heads": {
-        "talk": {
-            8: Launch(keys=64),
-            16: Launch(keys=64),
-            32: Launch(keys=32),
-            MAX_TALKING_HEADS: Launch(keys=16, num_warps=8),
-        }
-    },
-    "cascaded_group_attention": {
-        "walk": {
-            16: Launch(16, 32, keys=16),
-            32: Launch(16, 32, num_warps=8, keys=32),
-            64: Launch(64, 16, num_warps=8, keys=16),
-        },
-        "weight_gradients": {MAX_CHANNELS: Launch(64, 32)},
-    },
-}
+@cache
+def launches(op: str) -> dict[str, dict[int, Launch]]:
+    """``LAUNCHES`` in the file of an operator's kernels: by kernel, then by the largest size that an entry is for.
 
-#: What was found to be faster on a gpu, by its name; then by operator, kernel and the size of the entry above. None
-#: yet: no GPU has been measured.
+    That is head_dim unless the table says otherwise. What is larger takes the last entry.
+    """
+    table: dict[str, dict[int, Launch]] = importlib.import_module(f"{__package__}.{op}").LAUNCHES
+    return table
+
+
+#: What was found to be faster on a gpu, by its name; then by operator, kernel and the size of the entry. None yet: no
+#: GPU has been measured.
 BY_GPU: dict[str, dict[tuple[str, str, int], Launch]] = {}
 
 
 def find(op: str, kernel: str, size: int, gpu: str = "") -> Launch:
     """How a kernel is launched on a GPU."""
-    table = LAUNCHES[op][kernel]
+    table = launches(op)[kernel]
     entry = next((most for most in table if size <= most), max(table))
     key = (op, kernel, entry)
     if _asked is not None:

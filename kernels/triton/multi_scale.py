@@ -25,6 +25,30 @@ from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
 
+LAUNCHES = {
+    "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
+    "sum_tokens": {
+        16: Launch(32, 16),
+        32: Launch(16, 32),
+        64: Launch(16, 16, num_warps=8),
+        128: Launch(16, 32, num_warps=8),
+    },
+    "attend": {
+        16: Launch(64, 16),
+        32: Launch(32, 32),
+        64: Launch(16, 16, num_warps=8),
+        128: Launch(16, 16, num_warps=8),
+    },
+    "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
+    "pointwise_gradients": {
+        16: Launch(64, 16),
+        32: Launch(32, 32),
+        64: Launch(32, 16, num_warps=8),
+        128: Launch(16, 16, num_warps=8),
+    },
+    "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
+}
+
 
 @triton.jit
 def _mixed(

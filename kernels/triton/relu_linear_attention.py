@@ -19,6 +19,13 @@ from effattn._triton.numerics import TargetOptions, clamp_subnormal, product, re
 from effattn._triton.reduction import add_up
 from effattn._triton.tiles import group_begin, load_tile, store_tile, tile_and_group
 
+LAUNCHES = {
+    "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
+    "attend": {16: Launch(128, 32), 32: Launch(128, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
+    "query_gradients": {16: Launch(128, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(32, 16)},
+    "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
+}
+
 
 @triton.jit
 def _accumulate_kv_state(

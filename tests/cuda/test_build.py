@@ -195,6 +195,17 @@ def test_a_source_that_is_added_is_compiled(found, monkeypatch, tmp_path):
     assert build.cuda_sources(build.DEVICE_ONLY) == [host, both]
 
 
+def test_an_operator_is_compiled_where_it_has_kernels(found, monkeypatch, tmp_path):
+    build = sys.modules["effattn_build"]
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/signature.cpp").touch()
+    (tmp_path / "csrc/op.cpp").write_text("#include EFFATTN_KERNELS(op)\n")
+    (tmp_path / "kernels/cpu/op").mkdir(parents=True)
+    assert build.shared_glue("cpu") == ["csrc/op.cpp", "csrc/signature.cpp"]
+    assert build.shared_glue("cuda") == ["csrc/signature.cpp"]
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_the_compiler_here_is_the_one_in_the_path(monkeypatch):
     build = importlib.util.spec_from_file_location("effattn_build_here", ROOT / "csrc" / "build.py")

@@ -1,7 +1,7 @@
 """The Triton kernels of kernels/triton, as torch operators in a namespace of their own.
 
-Every other file here launches the kernels of some operators, which its ``LAUNCHERS`` names. Nothing of triton is
-imported before the first call.
+Every other file here launches the kernels of some operators, which its ``LAUNCHERS`` names; ``LIMITS`` are theirs.
+Nothing of triton is imported before the first call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from effattn._triton import configs
-from effattn._triton.configs import MAX_CHANNELS, MAX_TALKING_HEADS
+from effattn._triton.configs import MAX_CHANNELS
 from effattn.backends._base import Backend, beyond, refused_dtype
 from effattn.backends.triton import _tuning
 from effattn.backends.triton._launch import Launchers, is_interpreted
@@ -28,14 +28,13 @@ NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first generation with the matrix units and the asynchronous copies that the kernels are laid out for.
 MIN_CAPABILITY = (8, 0)
-#: The most that the kernels take of a call's sizes, by name.
-LIMITS = {"channels": MAX_CHANNELS, "talking_heads": MAX_TALKING_HEADS}
+#: The most that the kernels take of a call's sizes, by name; of an operator's own sizes in its file.
+LIMITS = {"channels": MAX_CHANNELS}
 #: By operator.
-LAUNCHERS: dict[str, Launchers] = {
-    name: launchers
-    for module in pkgutil.iter_modules(__path__, f"{__name__}.")
-    for name, launchers in getattr(importlib.import_module(module.name), "LAUNCHERS", {}).items()
-}
+LAUNCHERS: dict[str, Launchers] = {}
+for _module in map(importlib.import_module, (m.name for m in pkgutil.iter_modules(__path__, f"{__name__}."))):
+    LAUNCHERS |= getattr(_module, "LAUNCHERS", {})
+    LIMITS |= getattr(_module, "LIMITS", {})
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 

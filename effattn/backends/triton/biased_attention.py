@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from effattn._triton.configs import MAX_TALKING_HEADS
 from effattn.backends._memory import empty_in_order_of
 from effattn.backends.triton._launch import Launchers, on_device_of, target
 
@@ -57,6 +58,7 @@ def backward(
     return *grads, grad_talking
 
 
+LIMITS = {"talking_heads": MAX_TALKING_HEADS}
 LAUNCHERS = {
     "biased_attention": Launchers(forward, forward, backward),
 }

@@ -54,6 +54,7 @@ class Arena {
       : memory_(other.memory_), floats_(other.floats_), taken_(other.taken_) {
     poison(taken_, floats_ - taken_);
   }
+  Arena& operator=(const Arena&) = default;
 
  private:
   EFFATTN_INLINE void poison(int64_t first, int64_t count) {

@@ -13,19 +13,14 @@ constexpr int64_t kChunk = 2048;   // long enough to hide the cost of adding par
 // One leading dimension where the strides of all operands allow it, as they do for a tensor cut into heads:
 // finding a group is a multiplication then.
 LinearAttentionParams with_leads_merged(LinearAttentionParams p) {
-  Operand* const operands[] = {&p.q, &p.k, &p.v, &p.out, &p.grad_out, &p.grad_q, &p.grad_k, &p.grad_v};
-  int last = p.lead_rank - 1;
-  while (last > 0 && p.lead_sizes[last] == 1) --last;
-  if (last <= 0) return p;
-  for (const Operand* operand : operands) {
-    if (operand->data == nullptr) continue;
-    int64_t expected = operand->lead_strides[last] * p.lead_sizes[last];
-    for (int i = last - 1; i >= 0; --i) {
-      if (p.lead_sizes[i] == 1) continue;
-      if (operand->lead_strides[i] != expected) return p;
-      expected *= p.lead_sizes[i];
-    }
-  }
+  constexpr int kCount = 8;
+  Operand* const operands[kCount] = {&p.q, &p.k, &p.v, &p.out, &p.grad_out, &p.grad_q, &p.grad_k, &p.grad_v};
+  int dimensions = 0, last = 0;
+  merge_leads(p.lead_sizes, p.lead_rank, operands, kCount, [&](int64_t, int dim) {
+    ++dimensions;
+    last = dim;
+  });
+  if (dimensions != 1) return p;
   for (Operand* operand : operands) operand->lead_strides += operand->data == nullptr ? 0 : last;
   p.lead_rank = 1;
   return p;

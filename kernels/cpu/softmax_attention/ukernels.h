@@ -1,9 +1,9 @@
-// The micro-kernels of softmax attention (../../params/biased_attention.h), for tens to hundreds of tokens.
+// The micro-kernels of softmax attention, for tens to hundreds of tokens.
 //
 // Float only, rows of channels. A block of queries has all its logits in cache at once.
 #pragma once
 
-#include "../../params/biased_attention.h"
+#include "../../params/softmax_heads.h"
 #include "../core/arena.h"
 #include "../core/isa.h"
 #include "../core/rows.h"

@@ -5,22 +5,13 @@ namespace effattn::cuda {
 void merge(const int64_t* sizes, int rank, const Operand* const* operands, View* const* views, int count,
            Groups& groups) {
   groups.rank = 0;
-  for (int dim = 0; dim < rank; ++dim) {
-    if (sizes[dim] == 1) continue;
-    const int last = groups.rank - 1;
-    bool follows = last >= 0;
-    for (int i = 0; follows && i < count; ++i) {
-      follows = views[i]->group_strides[last] == sizes[dim] * operands[i]->lead_strides[dim];
-    }
-    if (follows) {
-      groups.sizes[last] *= static_cast<uint32_t>(sizes[dim]);
-    } else {
-      require(groups.rank < Groups::kMax, "the leading dimensions must be ", Groups::kMax,
-              " at most after merging those that lie behind each other; call contiguous()");
-      groups.sizes[groups.rank++] = static_cast<uint32_t>(sizes[dim]);
-    }
-    for (int i = 0; i < count; ++i) views[i]->group_strides[groups.rank - 1] = operands[i]->lead_strides[dim];
-  }
+  merge_leads(sizes, rank, operands, count, [&](int64_t size, int dim) {
+    require(groups.rank < Groups::kMax, "the leading dimensions must be ", Groups::kMax,
+            " at most after merging those that lie behind each other; call contiguous()");
+    groups.sizes[groups.rank] = static_cast<uint32_t>(size);
+    for (int i = 0; i < count; ++i) views[i]->group_strides[groups.rank] = operands[i]->lead_strides[dim];
+    ++groups.rank;
+  });
   for (int i = 0; i < count; ++i) {
     views[i]->data = operands[i]->data;
     views[i]->token_stride = operands[i]->token_stride;

@@ -4,7 +4,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "../../params/relu_linear_attention.h"
+#include "../../params/dtype.h"
+#include "../../params/operand.h"
 #include "fragment.h"
 #include "launch.h"
 
