@@ -12,11 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import find
+from effattn._triton.configs import LAUNCHES, MAX_CHANNELS, Launch, find
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
+
+LAUNCHES["biased_attention"] = {
+    "attend": {MAX_CHANNELS: Launch(32, 32, keys=32)},
+    "softmax_gradients": {MAX_CHANNELS: Launch(32, 32, keys=32)},
+    "pairs": {MAX_CHANNELS: Launch(32, 32, keys=64)},
+    "multiply": {MAX_CHANNELS: Launch(32, 32, keys=32)},
+}
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 MIN_CHANNELS = 16
 #: The largest head_dim and value_dim.
 MAX_CHANNELS = 128
-#: A program of talking heads has two matrices of them by them in registers.
+#: A program that mixes heads has two matrices of them by them in registers.
 MAX_TALKING_HEADS = 64
 
 
@@ -35,66 +35,9 @@ class Launch:
         return {**tiles, **chunks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-#: By operator and kernel, then by the largest size that an entry is for: head_dim; of talking heads their number; of a
-#: cascade's walks the tokens of a window. What is larger takes the last entry.
-LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {
-    "relu_linear_attention": {
-        "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
-        "attend": {16: Launch(128, 32), 32: Launch(128, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
-        "query_gradients": {16: Launch(128, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(32, 16)},
-        "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
-    },
-    "multi_scale": {
-        "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
-        "sum_tokens": {
-            16: Launch(32, 16),
-            32: Launch(16, 32),
-            64: Launch(16, 16, num_warps=8),
-            128: Launch(16, 32, num_warps=8),
-        },
-        "attend": {
-            16: Launch(64, 16),
-            32: Launch(32, 32),
-            64: Launch(16, 16, num_warps=8),
-            128: Launch(16, 16, num_warps=8),
-        },
-        "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
-        "pointwise_gradients": {
-            16: Launch(64, 16),
-            32: Launch(32, 32),
-            64: Launch(32, 16, num_warps=8),
-            128: Launch(16, 16, num_warps=8),
-        },
-        "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
-    },
-    # All taps are taken at once, of the channels of a program; by the memory order of images.
-    "depthwise": {
-        "nchw": {MAX_CHANNELS: Launch(32, 1)},
-        "channels_last": {MAX_CHANNELS: Launch(4, 8)},
-    },
-    "biased_attention": {
-        "attend": {MAX_CHANNELS: Launch(32, 32, keys=32)},
-        "softmax_gradients": {MAX_CHANNELS: Launch(32, 32, keys=32)},
-        "pairs": {MAX_CHANNELS: Launch(32, 32, keys=64)},
-        "multiply": {MAX_CHANNELS: Launch(32, 32, keys=32)},
-    },
-    "talking_heads": {
-        "talk": {
-            8: Launch(keys=64),
-            16: Launch(keys=64),
-            32: Launch(keys=32),
-            MAX_TALKING_HEADS: Launch(keys=16, num_warps=8),
-        }
-    },
-    "cascaded_group_attention": {
-        "walk": {
-            16: Launch(16, 32, keys=16),
-            32: Launch(16, 32, num_warps=8, keys=32),
-            64: Launch(64, 16, num_warps=8, keys=16),
-        },
-        "weight_gradients": {MAX_CHANNELS: Launch(64, 32)},
-    },
-}
+#: By operator and kernel, then by the largest size that an entry is for, mostly head_dim. What is larger takes the last
+#: entry. Each file of kernels adds its own.
+LAUNCHES: dict[str, dict[str, dict[int, Launch]]] = {}
 
 #: What was found to be faster on a gpu, by its name; then by operator, kernel and the size of the entry above. None
 #: yet: no GPU has been measured.
@@ -127,8 +70,6 @@ def asked() -> Iterator[set[tuple[str, str, int]]]:
 
 #: Taps times tokens and channels of a program that sums gradients of depthwise weights: more taps, fewer tokens.
 MAX_TAPS = 4096
-#: Programs of a cascade's forward walk, at most: each has memory of its own, which should stay in the GPU's cache.
-CASCADE_PROGRAMS = 1024
 
 #: Programs that the sums over tokens are split into, over all groups, at least: a few for every multiprocessor of the
 #: largest GPUs. Parts of fewer tokens than this are not worth a pass over the partial sums.

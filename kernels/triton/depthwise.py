@@ -6,10 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MAX_TAPS, find, split_tiles
+from effattn._triton.configs import LAUNCHES, MAX_CHANNELS, MAX_TAPS, Launch, find, split_tiles
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up_partial, new_partial
 from effattn._triton.tiles import load_tile, tile_and_group
+
+# All taps are taken at once, of the channels of a program; by the memory order of images.
+LAUNCHES["depthwise"] = {
+    "nchw": {MAX_CHANNELS: Launch(32, 1)},
+    "channels_last": {MAX_CHANNELS: Launch(4, 8)},
+}
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from effattn._triton import relu_linear_attention
-from effattn._triton.configs import Launch, find, padded, split, split_tiles
+from effattn._triton.configs import LAUNCHES, Launch, find, padded, split, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
 from effattn._triton.layout import image_strides
@@ -24,6 +24,30 @@ from effattn._triton.reduction import add_up, add_up_partial, new_partial
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
+
+LAUNCHES["multi_scale"] = {
+    "aggregate": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(32, 32), 128: Launch(16, 32)},
+    "sum_tokens": {
+        16: Launch(32, 16),
+        32: Launch(16, 32),
+        64: Launch(16, 16, num_warps=8),
+        128: Launch(16, 32, num_warps=8),
+    },
+    "attend": {
+        16: Launch(64, 16),
+        32: Launch(32, 32),
+        64: Launch(16, 16, num_warps=8),
+        128: Launch(16, 16, num_warps=8),
+    },
+    "through_pointwise": {16: Launch(64, 16), 32: Launch(64, 32), 64: Launch(64, 32), 128: Launch(32, 32)},
+    "pointwise_gradients": {
+        16: Launch(64, 16),
+        32: Launch(32, 32),
+        64: Launch(32, 16, num_warps=8),
+        128: Launch(16, 16, num_warps=8),
+    },
+    "input_gradients": {16: Launch(64, 16), 32: Launch(64, 16), 64: Launch(64, 16), 128: Launch(64, 16)},
+}
 
 
 @triton.jit

@@ -12,12 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import Launch, find, padded, split
+from effattn._triton.configs import LAUNCHES, Launch, find, padded, split
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
 from effattn._triton.layout import Groups
 from effattn._triton.numerics import TargetOptions, clamp_subnormal, product, relu
 from effattn._triton.reduction import add_up
 from effattn._triton.tiles import group_begin, load_tile, store_tile, tile_and_group
+
+LAUNCHES["relu_linear_attention"] = {
+    "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
+    "attend": {16: Launch(128, 32), 32: Launch(128, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
+    "query_gradients": {16: Launch(128, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(32, 16)},
+    "key_gradients": {16: Launch(128, 32), 32: Launch(64, 32), 64: Launch(64, 16), 128: Launch(32, 16)},
+}
 
 
 @triton.jit

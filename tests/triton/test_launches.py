@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+
+pytest.importorskip("triton")
 
 from effattn._triton import autotune, configs
 from effattn._triton.configs import LAUNCHES, Launch
 
 CARD = "a card"
+OP = {"attend": {16: Launch(64, 16), 128: Launch(32, 32, keys=32)}, "multiply": {128: Launch(32, 32, keys=32)}}
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +28,11 @@ def test_a_size_takes_the_first_entry_that_is_large_enough(monkeypatch):
     monkeypatch.setitem(LAUNCHES, "op", {"kernel": {16: small, 64: large}})
     found = {size: configs.find("op", "kernel", size) for size in (1, 16, 17, 64, 65, 1000)}
     assert found == {1: small, 16: small, 17: large, 64: large, 65: large, 1000: large}
+
+
+def test_every_file_with_launches_is_in_the_table():
+    files = Path(autotune.__file__).parent.glob("*.py")
+    assert len(LAUNCHES) == sum("\nLAUNCHES[" in file.read_text() for file in files) > 1
 
 
 def test_entries_are_in_order():
@@ -56,12 +65,13 @@ def test_neighbours_differ_in_one_thing_and_fit():
     assert Launch(256, 64, num_warps=2) not in set(autotune.neighbours(Launch(128, 64, num_warps=2)))
 
 
-def test_tuning_descends_and_remembers():
+def test_tuning_descends_and_remembers(monkeypatch):
     """A call that is the faster the more warps it has; one candidate cannot be launched at all."""
+    monkeypatch.setitem(LAUNCHES, "op", OP)
     looked_up = []
 
     def call():
-        looked_up.append(configs.find("biased_attention", "attend", 64, CARD))
+        looked_up.append(configs.find("op", "attend", 64, CARD))
 
     def seconds(call):
         call()
@@ -71,22 +81,24 @@ def test_tuning_descends_and_remembers():
 
     found = autotune.tune(call, CARD, seconds)
     ((key, launch),) = found.items()
-    assert key == ("biased_attention", "attend", configs.MAX_CHANNELS)
-    assert launch.num_warps == 8 and configs.find("biased_attention", "attend", 64, CARD) == launch
-    assert configs.find("biased_attention", "attend", 64) != launch, "found for another GPU"
-    assert configs.find("biased_attention", "multiply", 64, CARD) != launch, "found for another kernel"
+    assert key == ("op", "attend", 128)
+    assert launch.num_warps == 8 and configs.find("op", "attend", 64, CARD) == launch
+    assert configs.find("op", "attend", 64) != launch, "found for another GPU"
+    assert configs.find("op", "multiply", 64, CARD) != launch, "found for another kernel"
     assert autotune.tune(call, CARD, seconds) == {}, "looked for again"
 
 
-def test_noise_changes_nothing():
+def test_noise_changes_nothing(monkeypatch):
+    monkeypatch.setitem(LAUNCHES, "op", OP)
     moments = iter([1.0, *[0.99] * 50])
-    found = autotune.tune(lambda: configs.find("talking_heads", "talk", 8, CARD), CARD, lambda call: next(moments))
-    assert list(found.values()) == [LAUNCHES["talking_heads"]["talk"][8]]
+    found = autotune.tune(lambda: configs.find("op", "attend", 8, CARD), CARD, lambda call: next(moments))
+    assert list(found.values()) == [OP["attend"][16]]
 
 
-def test_launches_are_kept_in_a_file(tmp_path):
+def test_launches_are_kept_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(LAUNCHES, "op", OP)
     file = tmp_path / "launches.json"
-    mine = {("multi_scale", "attend", 16): Launch(128, 16), ("talking_heads", "talk", 8): Launch(keys=16)}
+    mine = {("op", "attend", 16): Launch(128, 16), ("op", "multiply", 128): Launch(keys=16)}
     configs.BY_GPU[CARD] = dict(mine)
     autotune.write(file)
     configs.BY_GPU.clear()

@@ -13,12 +13,22 @@ import triton
 import triton.language as tl
 
 from effattn._triton.biased_attention import LaunchPlan
-from effattn._triton.configs import PROGRAMS, find
+from effattn._triton.configs import LAUNCHES, MAX_TALKING_HEADS, PROGRAMS, Launch, find
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import finite_or_zero
 
 Mixtures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+# By the number of heads.
+LAUNCHES["talking_heads"] = {
+    "talk": {
+        8: Launch(keys=64),
+        16: Launch(keys=64),
+        32: Launch(keys=32),
+        MAX_TALKING_HEADS: Launch(keys=16, num_warps=8),
+    }
+}
 
 
 @triton.jit
