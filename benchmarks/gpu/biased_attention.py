@@ -17,6 +17,7 @@ from effattn.testing import make_arguments
 Tensors = list[torch.Tensor]
 OPERATOR = OPERATORS["biased_attention"]
 PLAIN = ("talking_heads",)
+FORMS = {"": PLAIN, " with talking heads": ()}
 
 
 def _sizes(
@@ -80,7 +81,7 @@ MEASURED = Measured(
             Shape("as many keys", _sizes(2, 4, 49, 49, 16, 32, without)),
             Shape("more keys", _sizes(1, 2, 70, 133, 32, 24, without)),
         ]
-        for form, without in (("", PLAIN), (" with talking heads", ()))
+        for form, without in FORMS.items()
     },
     suite="gpu-biased",
     title="biased attention",
@@ -90,4 +91,5 @@ MEASURED = Measured(
         Shape("1024 tokens, batch 16", _sizes(16, 8, 1024, 1024, 32, 64)),
     ),
     make=_make,
+    on_a_card={form: Shape("16 images", _sizes(16, 8, 49, 49, 32, 128, without)) for form, without in FORMS.items()},
 )

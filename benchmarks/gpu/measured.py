@@ -56,6 +56,8 @@ class Measured:
         main: names of those of its cases that are measured before all others.
         profiled: and of those whose kernels a profiler looks at.
         make: (sizes, dtype, order) -> arguments.
+        on_a_card: large enough for what a card does beside a call, for tests, by form as ``smoke``.
+        memory: what the peak of a training step of these may be, in units of plain PyTorch's.
     """
 
     operator: Operator
@@ -70,7 +72,9 @@ class Measured:
     context: Callable[[Sizes], Mapping[str, Function]] = _no_functions
     main: Sequence[str] = ()
     profiled: Sequence[str] = ()
-    make: Callable[[Sizes, torch.dtype, str], list[Any]] | None = field(default=None)
+    make: Callable[[Sizes, torch.dtype, str], list[Any]] | None = None
+    on_a_card: Mapping[str, Shape] = field(default_factory=dict)
+    memory: float = 0.7
 
     def case(self, shape: Shape, training: bool, dtype: torch.dtype | None = None) -> GpuCase:
         """In the dtype of the shape, or another."""

@@ -85,4 +85,5 @@ MEASURED = Measured(
     ),
     main=(f"{SUITE}: {LARGE}, bfloat16", f"{SUITE}: {SAM}, bfloat16"),
     profiled=(f"{SUITE}: {LARGE}, bfloat16",),
+    on_a_card={"": Shape("two images", _sizes(2, 8, 16, 32, 48))},
 )

@@ -528,7 +528,7 @@ class Run:
         shards = AT_ONCE["tests"] if not self.settings.rehearsal else 1
         ends = {Status.CRASHED, Status.TIMEOUT}
         pairs = sorted({(names.operator_of(k), k.backend) for k, v in self.quarantine.items() if v["status"] in ends})
-        tests = ["tests/device", "tests/triton", "--full", "--ignore=tests/triton/compiled"]
+        tests = ["tests/device", "tests/conformance", "tests/triton", "--full", "--ignore=tests/triton/compiled"]
         if self.settings.rehearsal:
             tests = ["benchmarks/gpu/rehearsed_tests.py"]
         all_jobs = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,20 @@ _seconds: dict[str, float] = defaultdict(float)
 
 
 def _backend_of(item: pytest.Item) -> str:
-    callspec = getattr(item, "callspec", None)
-    backend = callspec.params.get("backend") if callspec is not None else None
+    params = _params(item)
+    backend = params.get("backend", params.get("target"))
     return backend if backend in names.BACKENDS else names.BACKENDS[0]
 
 
+def _params(item: pytest.Item) -> Mapping[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 def _is_of(item: pytest.Item, operator: str, backend: str) -> bool:
-    """A file has the name of the operator that its tests are of, or what the names of several begin with."""
-    return _backend_of(item) == backend and operator.startswith(Path(item.location[0]).stem.removeprefix("test_"))
+    """A test is of the operator that it gets. Or its file has that name, or what the names of several begin with."""
+    given = getattr(_params(item).get("operator"), "name", None)
+    is_of_file = operator.startswith(Path(item.location[0]).stem.removeprefix("test_"))
+    return _backend_of(item) == backend and (is_of_file if given is None else given == operator)
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_only import SCALARS, cuda_only, workspace_of_inference
+from limits import check_that_a_limit_is_named
 from specified import GPU_ROUNDINGS, check_against_float64, expected, mapped, with_gradients
 from tiers import full
 
@@ -127,7 +128,7 @@ def test_bias_of_minus_infinity_masks(device, talking):
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_weights_that_float16_does_not_hold(device, dtype):
-    """Mixing makes them larger than 65504; products with small values are in range, and the values' gradients are not."""
+    """Mixing makes them larger than 65504; products with small values are in range, gradients of values are not."""
 
     def change(arguments):
         arguments[2] = arguments[2] * 1e-3
@@ -139,14 +140,20 @@ def test_weights_that_float16_does_not_hold(device, dtype):
     assert error(out.cpu(), truth["out"]) <= allowed["out"]
 
 
-@cuda_only
 @pytest.mark.parametrize(
-    "sizes",
-    [case(1, 1, 2, 2, 129, 2), case(1, 2, 5, 40, 8, 140), case(1, 65, 2, 2, 1, 1, True)],
+    ("sizes", "limit"),
+    [
+        (case(1, 1, 2, 2, 129, 2), "heads of up to 128 channels, not 129"),
+        (case(1, 2, 5, 40, 8, 140), "heads of up to 128 channels, not 140"),
+        (case(1, 65, 2, 2, 1, 1, True), "up to 64 talking heads, not 65"),
+    ],
     ids=["head_dim", "value_dim", "heads"],
 )
-def test_sizes_that_others_do_not_take(device, backend, sizes):
-    check_against_float64(OPERATOR, sizes, torch.float32, "first", backend, device)
+def test_a_limit_is_named_or_there_is_none(device, backend, sizes, limit):
+    if backend == "cuda":
+        check_against_float64(OPERATOR, sizes, torch.float32, "first", backend, device)
+    else:
+        check_that_a_limit_is_named(OPERATOR, sizes, backend, device, limit)
 
 
 @cuda_only

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_only import cuda_only
+from limits import check_that_a_limit_is_named
 from specified import check_against_float64
 from views import VIEWS
 
@@ -71,6 +72,19 @@ def test_float16_logits_of_1e4(device, backend):
 
     sizes = case(1, 32, 16, 7, 7, None, (3, 5))
     check_against_float64(OPERATOR, sizes, torch.float16, "first", backend, device, change)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("channels", "key_dim"), [(129, 2), (2, 129)], ids=["value_dim", "key_dim"])
+def test_wider_heads_are_refused(device, backend, channels, key_dim):
+    sizes, limit = case(1, channels, key_dim, 2, 2, None, (3,)), "heads of up to 128 channels, not 129"
+    check_that_a_limit_is_named(OPERATOR, sizes, backend, device, limit)
+
+
+@cuda_only
+def test_more_heads_are_refused(device, backend):
+    sizes, limit = case(1, 65, 1, 1, 2, None, (1,) * 65), "cascades of up to 64 heads, not 65"
+    check_that_a_limit_is_named(OPERATOR, sizes, backend, device, limit)
 
 
 @cuda_only

@@ -38,15 +38,17 @@ def _v2(cls):
 
 
 MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
-    "LiteMLA": (lambda: LiteMLA(16, 16, dim=8, scales=(5,), use_bias=(True, False)), (16, 6, 6)),
-    "LiteMLA of two scales": (lambda: LiteMLA(16, 16, dim=8, scales=(3, 5), use_bias=(True, False)), (16, 6, 6)),
+    "LiteMLA": (lambda: LiteMLA(16, 16, dim=8, scales=(3,), use_bias=(True, False)), (16, 4, 4)),
+    "LiteMLA of two scales": (lambda: LiteMLA(16, 16, dim=8, scales=(3, 1), use_bias=(True, False)), (16, 4, 4)),
     "CascadedGroupAttention": (
-        lambda: CascadedGroupAttention(16, 4, num_heads=2, attn_ratio=2, resolution=6, kernels=(3, 5)),
-        (16, 6, 6),
+        lambda: CascadedGroupAttention(16, 4, num_heads=2, attn_ratio=2, resolution=4, kernels=(3, 5)),
+        (16, 4, 4),
     ),
     "LocalWindowAttention": (
-        lambda: LocalWindowAttention(16, 4, num_heads=2, attn_ratio=2, resolution=6, window_resolution=3),
-        (16, 6, 6),
+        lambda: LocalWindowAttention(
+            16, 4, num_heads=2, attn_ratio=2, resolution=4, window_resolution=2, kernels=(3, 3)
+        ),
+        (16, 4, 4),
     ),
     "EfficientFormerAttention": (lambda: EfficientFormerAttention(16, 4, 2, resolution=6), (36, 16)),
     "EfficientFormerV2Attention": (_v2(EfficientFormerV2Attention), (16, 6, 6)),
@@ -78,7 +80,7 @@ class Operations(TorchDispatchMode):
         return [name for name, _ in self.calls]
 
 
-def prepared(name, device, dtype=torch.float32, memory_format=torch.contiguous_format, batch=2):
+def prepared(name, device, dtype=torch.float32, memory_format=torch.contiguous_format, batch=1):
     """A module and an input."""
     torch.manual_seed(0)
     make, shape = MODULES[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_only import cuda_only
+from limits import check_that_a_limit_is_named
 from specified import check_against_float64
 from views import VIEWS
 
@@ -113,6 +114,23 @@ def test_sums_in_several_parts(device, backend, operator, monkeypatch):
         assert configs.split(2, height * width, 64)[1] > 1
     sizes = case(1, 1, 4, height, width, (3,))
     check_against_float64(operator, sizes, torch.float32, "first", backend, device)
+
+
+@both
+def test_wider_heads_are_refused(device, backend, ops, operator):
+    limit = "heads of up to 128 channels, not 129"
+    check_that_a_limit_is_named(operator, case(1, 1, 129, 2, 2), backend, device, limit, ops=ops)
+
+
+@both
+@cuda_only
+@pytest.mark.parametrize(
+    ("kernels", "limit"),
+    [((3, 99), "convolutions of up to 97 x 97, not 99"), ((1,) * 9, "up to 8 scales, not 9")],
+    ids=["kernel", "scales"],
+)
+def test_what_is_beyond_a_limit_is_refused(device, backend, operator, kernels, limit):
+    check_that_a_limit_is_named(operator, case(1, 1, 1, 2, 3, kernels), backend, device, limit)
 
 
 @both

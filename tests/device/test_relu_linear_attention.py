@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_only import SCALARS, cuda_only, workspace_of_inference
+from limits import check_that_a_limit_is_named
 from specified import GPU_ROUNDINGS, check_against_float64, expected, mapped, with_gradients
 from tiers import full
 
@@ -150,6 +151,21 @@ def test_the_most_dimensions(device, backend):
     with torch.no_grad():
         out = OPERATOR(*mapped(lambda t: moved(t, device), arguments))
     assert error(out.cpu(), truth["out"]) <= allowed["out"]
+
+
+@cuda_only
+def test_more_dimensions_are_refused(device, backend):
+    def change(arguments):
+        arguments[:3] = [permuted(t, 0, 1) for t in arguments[:3]]
+
+    limit = "tensors of up to 14 dimensions, not 15"
+    check_that_a_limit_is_named(OPERATOR, case(1, 1, 2, 2, (2,) * 13), backend, device, limit, change)
+
+
+@pytest.mark.parametrize("channels", [(129, 3), (4, 129)], ids=["head_dim", "value_dim"])
+def test_wider_heads_are_refused(device, backend, ops, channels):
+    limit = "heads of up to 128 channels, not 129"
+    check_that_a_limit_is_named(OPERATOR, case(5, 5, *channels), backend, device, limit, ops=ops)
 
 
 @pytest.mark.parametrize("eps", [1e-15, 1e-40], ids=["1e-15", "subnormal"])
