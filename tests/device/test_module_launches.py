@@ -173,8 +173,8 @@ def test_weights_of_narrow_modules_are_cast_once(device, backend, name, dtype):
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "EfficientFormerAttention"])
 def test_folded_weights_are_cast_once_under_autocast(device, backend, name):
-    """EfficientFormerAttention calls linear layers, whose weights autocast casts. Of one image, a bias that is not folded
-    is cast at every call: the product that adds it takes one type."""
+    """EfficientFormerAttention calls linear layers, whose weights autocast casts. Of a single image a bias that is not
+    folded is cast at every call: the product that adds it takes one type."""
     module, x = prepared(name, device, batch=2)
     with torch.autocast(device.type, torch.bfloat16):
         assert_nothing_is_cast_again(module, x.bfloat16())
