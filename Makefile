@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SHELL := bash
 export TIMEFORMAT := %R s by the clock, cores busy for %U s and %S s (system)
 # Tests of what Triton's compiler makes of the kernels, which its interpreter knows nothing of.
-TRITON_COMPILED := tests/triton/test_compiled.py tests/triton/test_budgets.py
+TRITON_COMPILED := tests/triton/compiled
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TIER := $(if $(FULL),--full)
 # A process a core, which takes tests from the others when it has none left.
@@ -72,9 +72,9 @@ test-python: $(BUILD_TEST) $(VENV)/.test ## the test suite
 
 test-triton: $(BUILD_TEST) $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
 	time $(PYTEST) $(TRITON_COMPILED)
-	time TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
+	time TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device --ignore $(TRITON_COMPILED)
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  $(PYTEST) -n 0 tests/triton tests/device $(TRITON_COMPILED:%=--ignore %)
+	  $(PYTEST) -n 0 tests/triton tests/device --ignore $(TRITON_COMPILED)
 
 test-cuda: $(BUILD_TEST) $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
 	time $(PYTEST) tests/cuda

@@ -13,12 +13,10 @@ from benchmarks import linear_attention as rla
 from benchmarks import runner as cpu_runner
 from benchmarks.floor import Rates, Work
 from benchmarks.gpu import cases, runner
-from benchmarks.gpu.cases import NARROW
 from benchmarks.gpu.clock import WallClock
 from benchmarks.lite_mla import LiteMLACase
 from benchmarks.runner import FORMER, RESTED, STEADY, Accuracy, Candidate, Case, Role, Row
 from benchmarks.suites import SUITES, Settings, TimedSuite, rests
-from effattn.testing import BiasedCase, CascadeCase, MultiScaleCase
 
 
 @pytest.mark.full
@@ -273,20 +271,23 @@ def measured(case, ways=None, rounds=2):
 
 
 TINY = {
-    "attention": lambda training: cases._attention(rla.AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training),
-    "tokens first": lambda training: cases._attention(rla.AttentionCase("tiny", 1, 2, 8, 3, 3), NARROW, training, True),
-    "multi-scale": lambda training: cases._multi_scale("tiny", MultiScaleCase(1, 1, 8, 5, 6), training),
-    "cascade": lambda training: cases._cascade("tiny", CascadeCase(1, 8, 4, 6, 6, 3, (3, 3)), training),
-    "biased": lambda training: cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), training),
-    "talking": lambda training: cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8, True), training),
+    f"{measured.operator.name}: {shape.name}": (measured, shape)
+    for measured in cases.MEASURED
+    for shape in measured.tiny
 }
+
+
+def tiny(training=False):
+    measured, shape = next(iter(TINY.values()))
+    return measured.case(shape, training)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", TINY)
 def test_every_kind_of_case_of_a_gpu(name, training):
     """On the CPU, by the reference: everyone is right, and has a time in a graph and as calls."""
-    rows, heard = measured(TINY[name](training))
+    of, shape = TINY[name]
+    rows, heard = measured(of.case(shape, training))
     assert {"ours", "peer", "check"} <= {row.role for row in rows} and {row.variant for row in rows} == {
         "graph",
         "calls",
@@ -299,13 +300,8 @@ def test_every_kind_of_case_of_a_gpu(name, training):
     assert heard.begun == [(row.candidate, row.variant) for row in rows] * 2
 
 
-def test_tokens_first_is_as_diffusers_has_it():
-    q, k, _ = TINY["tokens first"](False).make()
-    assert q.shape == (1, 2, 9, 8) and q.stride() == (9 * 16, 8, 16, 1) and not torch.equal(q, k)
-
-
 def test_a_wrong_result_gets_no_time_on_a_gpu_either():
-    case = TINY["biased"](False)
+    case = tiny()
     wrong = dataclasses.replace(case, ours=lambda *arguments: 2 * case.ours(*arguments))
     rows, _ = measured(wrong)
     ours = [row for row in rows if row.role == "ours"]
@@ -317,7 +313,7 @@ def test_what_fails_later_has_no_time(monkeypatch):
     monkeypatch.setattr(runner, "WARM_SECONDS", 0)
     clock, left = WallClock(), iter([1.0, 1.0])
     monkeypatch.setattr(clock, "seconds", lambda *_: next(left))
-    case, heard = TINY["biased"](False), Heard()
+    case, heard = tiny(), Heard()
     (row,) = runner.measure(case, runner.plain_ways(case, [])[:1], clock, 3, heard)
     assert row.milliseconds is None and "StopIteration" in row.reason and len(row.samples) == 1
     assert [provisional for *_, provisional in heard.finished] == [True, False]
@@ -327,7 +323,7 @@ def test_a_case_whose_inputs_fail_is_a_reason():
     def make():
         raise torch.OutOfMemoryError("too large")
 
-    rows, heard = measured(dataclasses.replace(TINY["biased"](False), make=make))
+    rows, heard = measured(dataclasses.replace(tiny(), make=make))
     assert {row.reason for row in rows} == {"OutOfMemoryError: too large"} and len(heard.finished) == len(rows)
 
 
@@ -340,8 +336,8 @@ def test_everyone_can_be_compiled(monkeypatch):
         return torch._dynamo.optimize("aot_eager", nopython=True)(function)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    for name, training in (("attention", True), ("multi-scale", False), ("cascade", True), ("talking", False)):
-        case = TINY[name](training)
+    for of, shape in TINY.values():
+        case = of.case(shape, training=True)
         rows, _ = measured(case, runner.compiled_ways(case, runner.ALL_MODES), 1)
         assert any("max-autotune" in row.candidate for row in rows)
         assert all(row.reason is None for row in rows), [(row.candidate, row.reason) for row in rows]
@@ -350,7 +346,7 @@ def test_everyone_can_be_compiled(monkeypatch):
 
 def test_every_backend_of_a_card_is_measured():
     """Each under its name; of whole models, whatever serves."""
-    case = TINY["biased"](False)
+    case = tiny()
     found = runner.ours(case, ["cuda", "triton"])
     assert set(found) == {"effattn cuda", "effattn triton"}
     with pytest.raises(RuntimeError, match="cuda: "):

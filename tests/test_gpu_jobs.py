@@ -263,7 +263,7 @@ def test_none():
 @pytest.fixture
 def tested(tmp_path):
     """Runs tests of a file by the plugin; name and status of each."""
-    file = tmp_path / "test_biased_attention.py"
+    file = tmp_path / "test_an_operator.py"
     file.write_text(TESTS)
 
     def run(**told):
@@ -291,9 +291,9 @@ def test_shards_have_each_test_once(tested):
 
 
 def test_tests_of_quarantined_kernels_are_left_out(tested):
-    found = tested(EFFATTN_QUARANTINE='[["biased_attention", "triton"]]')
+    found = tested(EFFATTN_QUARANTINE='[["another", "cuda"], ["an_operator_of_two", "triton"]]')
     assert {name for name in found if "triton]" in name} == set() and found["test_both[0-cuda]"][0] == "ok"
-    name = "tests of biased_attention: triton, part 1 of 1"
+    name = "tests of an_operator_of_two: triton, part 1 of 1"
     assert found[name] == ("skipped", "3 tests: its kernels are quarantined")
 
 

@@ -25,10 +25,13 @@ from benchmarks.gpu import cases, clock, lines, machine, names, plan, rehearsal,
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu.lines import Status
 from effattn import _library, verdicts
+from effattn.backends import triton
 
 ROOT = environment.ROOT
 FILES = {"results.jsonl", "log.txt", "summary.md", "ncu.txt", "sanitizer.txt", "verdicts.json"}
 TESTS = "benchmarks/gpu/rehearsed_tests.py::"
+#: The operator whose kernels a rehearsal finds right.
+(WORKS,) = rehearsal.SMOKE
 #: What becomes of kernels that fail.
 FAILS = {"crash": "crashed", "abort": "crashed", "hang": "timeout", "sticky": "error", "wrong": "wrong"}
 
@@ -97,16 +100,17 @@ def test_a_rehearsal_of_emulated_kernels(tmp_path, monkeypatch):
 
 def check_that_a_verdict_counts(output, monkeypatch):
     """Here, against the kernels that it was made of, if it has the name of an operator."""
+    operator = cases.MEASURED[0].operator.name
 
     def why_not():
         verdicts._known.cache_clear()
-        return verdicts.reason("cuda", "relu_linear_attention", torch.device("cpu"), torch.bfloat16)
+        return verdicts.reason("cuda", operator, torch.device("cpu"), torch.bfloat16)
 
     (wrong,) = [v for v in verdicts.read(output / plan.VERDICTS) if v.operator == "wrong"]
     file = output / "verdicts of an operator.json"
-    verdicts.write(file, [wrong._replace(operator="relu_linear_attention")])
+    verdicts.write(file, [wrong._replace(operator=operator)])
     monkeypatch.setenv("EFFATTN_VERDICTS", str(file))
-    assert "failed when relu_linear_attention was tried on this card, forward in bfloat16: wrong" in why_not()
+    assert f"failed when {operator} was tried on this card, forward in bfloat16: wrong" in why_not()
     monkeypatch.setenv("EFFATTN_VERDICTS", "")
     assert why_not() is None
 
@@ -131,9 +135,9 @@ def check_smoke(found, backend="triton"):
         name.split(":")[0]: status for name, status in tried.items() if f": {backend}" in name and "all" not in name
     } == {
         **FAILS,
-        "relu_linear_attention": "ok",
+        WORKS: "ok",
     }
-    assert found["smoke", f"relu_linear_attention: {backend}, bfloat16, backward, overlapped"]["status"] == "ok"
+    assert found["smoke", f"{WORKS}: {backend}, bfloat16, backward, overlapped"]["status"] == "ok"
     line = found["smoke", f"wrong: {backend}, bfloat16, forward"]
     assert line["error"] > line["allowed_error"] > 0 and "relative error" in line["reason"]
     assert found["smoke", f"crash: {backend}, bfloat16, forward"]["reason"].startswith("SIGSEGV")
@@ -141,7 +145,7 @@ def check_smoke(found, backend="triton"):
 
 def check_cases(found, backend="triton"):
     """So does a way to compute a case."""
-    for case in names.REHEARSED_MAIN:
+    for case in rehearsal.MAIN:
         rows = {name: line for (stage, name), line in found.items() if stage == "main" and name.startswith(case)}
         for name, line in rows.items():
             fails = ": crash," in name and ": effattn" in name
@@ -302,19 +306,26 @@ def test_what_memory_is_checked_of(tmp_path, monkeypatch):
 
 def test_names_of_cases_are_those_that_there_are():
     known = {cases.name_of(case) for name, (_, make) in cases.SUITES.items() for case in make()}
-    assert set(names.MAIN) <= known and len(names.MAIN) == 7 and set(names.PROFILED) <= set(names.MAIN)
-    assert {suite.removesuffix("-training") for suite in cases.SUITES} == {*names.OPERATORS, "gpu-models"}
-    tests = {path.name for path in (ROOT / "tests" / "device").glob("test_*.py")}
-    assert set(names.TESTS) <= tests
-    for test in plan.SMALL_TESTS:
-        file, _, name = test.partition("::")
-        assert f"def {name}(" in (ROOT / file).read_text(), test
+    assert set(cases.MAIN) <= known and len(cases.MAIN) == 7 and set(cases.PROFILED) <= set(cases.MAIN)
+    assert set(cases.SUITES) == {*cases.OPERATOR_OF, cases.MODELS} == set(cases.README_TITLES)
+
+
+def test_every_operator_with_kernels_is_tried_and_has_tests_of_its_own():
+    """Some of which run under compute-sanitizer."""
+    operators = {measured.operator.name for measured in cases.MEASURED}
+    assert operators == set(triton.LAUNCHERS)
+    files = {path.stem.removeprefix("test_"): path for path in (ROOT / "tests" / "device").glob("test_*.py")}
+    for operator in operators:
+        (file,) = (path for stem, path in files.items() if operator.startswith(stem))
+        assert "pytest.mark.memcheck" in file.read_text(), file
 
 
 def test_which_kernel_a_case_takes():
-    assert str(names.kernel_of(names.MAIN[2], "cuda")) == "relu_linear_attention: cuda, float16, backward"
-    assert str(names.kernel_of(names.MAIN[3], "triton")) == "multi_scale_linear_attention: triton, bfloat16, forward"
-    assert names.kernel_of("gpu-models: efficientvit_b1 @224, batch 1, float16", "cuda") is None
+    operators = {"gpu-one": "one", "gpu-one-training": "one"}
+    assert str(names.kernel_of("gpu-one-training: a, b, float16", "cuda", operators)) == "one: cuda, float16, backward"
+    assert str(names.kernel_of("gpu-one: a: b, bfloat16", "triton", operators)) == "one: triton, bfloat16, forward"
+    assert names.kernel_of("gpu-models: efficientvit_b1 @224, batch 1, float16", "cuda", operators) is None
+    assert names.operator_of(names.Kernel("one with two", "cuda", "float16", "forward")) == "one"
 
 
 @pytest.mark.parametrize(
@@ -355,7 +366,13 @@ def test_what_was_slow_is_tried_again_and_what_was_wrong_is_not(tmp_path, monkey
     run = plan.Run(plan.Settings(tmp_path, rehearsal=True))
     run.stage, run.until = "smoke", time.monotonic() + 100
     run.backends = {
-        **{"devices": {"triton": "cpu"}, "cases": [], "unavailable": {}, "verdicts_of": ["card", "driver"]},
+        **{
+            "devices": {"triton": "cpu"},
+            "cases": [],
+            "smoke": [WORKS],
+            "unavailable": {},
+            "verdicts_of": ["card", "driver"],
+        },
         "identities": {"triton": "0" * 16},
     }
     first = {"hang": Status.TIMEOUT, "wrong": Status.WRONG, "crash": Status.CRASHED, "sticky": Status.ERROR}
@@ -384,10 +401,16 @@ def test_launches_of_one_kernel_overlap(tmp_path, monkeypatch):
     run = plan.Run(plan.Settings(tmp_path, rehearsal=True))
     run.stage, run.until = "smoke", time.monotonic() + 100
     run.backends = {
-        **{"devices": {"cuda": "cpu"}, "cases": [], "unavailable": {}, "verdicts_of": ["card", "driver"]},
+        **{
+            "devices": {"cuda": "cpu"},
+            "cases": [],
+            "smoke": [WORKS],
+            "unavailable": {},
+            "verdicts_of": ["card", "driver"],
+        },
         "identities": {"cuda": "0" * 16},
     }
-    works, blocking = "relu_linear_attention: cuda, bfloat16, backward", {}
+    works, blocking = f"{WORKS}: cuda, bfloat16, backward", {}
 
     def told(all_jobs, until, heard, *rest, **more):
         blocking.update({job.name: job.environment["CUDA_LAUNCH_BLOCKING"] for job in all_jobs})
@@ -399,7 +422,7 @@ def test_launches_of_one_kernel_overlap(tmp_path, monkeypatch):
     run.sensors.close()
     assert [name for name, waits in blocking.items() if waits != "1"] == [f"{works}{names.OVERLAPPED}"]
     assert [str(kernel) for kernel in run.quarantine] == [works]
-    assert [v.operator for v in verdicts.read(tmp_path / plan.VERDICTS)] == ["relu_linear_attention"]
+    assert [v.operator for v in verdicts.read(tmp_path / plan.VERDICTS)] == [WORKS]
 
 
 @pytest.mark.parametrize(
@@ -421,14 +444,14 @@ def test_what_a_graph_replays_has_the_same_bits(monkeypatch, replay, status, tex
     monkeypatch.setattr(smoke, "device_of", lambda backend: torch.device("cpu"))
     monkeypatch.setenv(rehearsal.VARIABLE, "1")
     for direction in names.DIRECTIONS:
-        found = smoke.check(names.Kernel("relu_linear_attention", "reference", "float32", direction))
+        found = smoke.check(names.Kernel(WORKS, "reference", "float32", direction))
         assert found["status"] == status and (text is None or text in str(found)), found
 
 
 def test_a_case_whose_graph_gives_other_bits_is_not_timed(monkeypatch):
     monkeypatch.setattr(clock.WallClock, "replayed", lambda self, call: [-t for t in call()])
     watch = SimpleNamespace(begin=lambda *_: None, finish=lambda *_, **__: None)
-    case = rehearsal.attention()[0]
+    case = rehearsal.tiny()
     rows = runner.measure(case, runner.plain_ways(case, ["reference"]), clock.WallClock(), 1, watch)
     assert {(row.candidate, row.variant) for row in rows if row.reason} == {("effattn reference", "graph")}
     assert next(row.reason for row in rows if row.reason) == f"wrong: {runner.OTHER_BITS}"
@@ -452,9 +475,9 @@ def test_a_quarantined_kernel_is_not_measured(tmp_path, monkeypatch):
     """Its case is measured with the other backend, and a line says why."""
     run = plan.Run(plan.Settings(tmp_path, rehearsal=True))
     run.stage = "main"
-    case = names.MAIN[0]
-    run.backends = {"devices": {"cuda": "cuda", "triton": "cuda"}, "cases": [case], "unavailable": {}}
-    run.quarantine[names.kernel_of(case, "cuda")] = {"status": "crashed", "reason": ""}
+    case = cases.MAIN[0]
+    run.backends = {"devices": {"cuda": "cuda", "triton": "cuda"}, "cases": [case], "operators": cases.OPERATOR_OF}
+    run.quarantine[names.kernel_of(case, "cuda", cases.OPERATOR_OF)] = {"status": "crashed", "reason": ""}
     ran = []
     monkeypatch.setattr(plan.jobs, "run", lambda all_jobs, *rest: ran.extend(all_jobs))
     run._measure([case], "plain")
@@ -530,7 +553,7 @@ def test_samples_are_of_a_cold_cache(monkeypatch):
     """The inputs' bytes, all sets together, decide."""
     wall, sizes = clock.WallClock(), []
     monkeypatch.setattr(wall, "clearing", lambda size, is_graph: sizes.append((size, is_graph)))
-    case = rehearsal.attention()[0]
+    case = rehearsal.tiny()
     ways = runner.plain_ways(case, [])
     runner.measure(case, ways, wall, 1, SimpleNamespace(begin=lambda *_: None, finish=lambda *_, **__: None))
     one = sum(t.nbytes for t in case.make())
@@ -561,7 +584,7 @@ def test_nothing_is_timed_beside_a_compiler(monkeypatch):
     for name in ("preparing", "alone"):
         monkeypatch.setattr(runner.turns, name, turn(name))
     monkeypatch.setattr(runner.peers, "compiled", compiled)
-    wall, case = clock.WallClock(), rehearsal.attention()[0]
+    wall, case = clock.WallClock(), rehearsal.tiny()
     monkeypatch.setattr(wall, "seconds", seconds)
     monkeypatch.setattr(wall, "captured", lambda calls: lambda: None)
     ways = runner.compiled_ways(case, runner.QUICK_MODES)
@@ -574,12 +597,12 @@ def test_compilers_keep_to_their_process(tmp_path, monkeypatch):
     """No workers go on outside of its turn, and none starts, and imports torch, while others are timed."""
     run, ran = plan.Run(plan.Settings(tmp_path, seconds=520)), []
     run.sensors.close()
-    run.stage, run.backends = "compiled", {"devices": {}, "cases": list(names.MAIN)}
+    run.stage, run.backends = "compiled", {"devices": {}, "main": cases.MAIN}
     monkeypatch.setattr(plan.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(plan.jobs, "run", lambda all_jobs, until, heard, log, at_once: ran.append((all_jobs, at_once)))
     run.measure_compiled()
     ((all_jobs, at_once),) = ran
-    assert at_once == len(all_jobs) == len(names.MAIN)
+    assert at_once >= len(all_jobs) == len(cases.MAIN)
     assert {job.environment["TORCHINDUCTOR_COMPILE_THREADS"] for job in all_jobs} == {"1"}
 
 

@@ -1,11 +1,12 @@
-"""Which backends for cards can be used here, what their kernels are made of, and all cases: one process tells."""
+"""Which backends for cards can be used here, what their kernels are made of, all cases, and which of them come first:
+one process tells."""
 
 from __future__ import annotations
 
 import torch
 
 from benchmarks.gpu import cases, child, names
-from benchmarks.gpu.case import all_cases
+from benchmarks.gpu.case import all_cases, source
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.smoke import device_of
 from effattn import _library, registry, verdicts
@@ -26,6 +27,10 @@ def main() -> None:
         identities={name: verdicts.identity(name) for name in reasons},
         verdicts_of=[card, driver],
         cases=[cases.name_of(case) for case in all_cases()],
+        main=source().MAIN,
+        profiled=source().PROFILED,
+        smoke=list(source().SMOKE),
+        operators=source().OPERATOR_OF,
         **({} if _library.error is None else {"reason": _library.error}),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ BACKENDS_VARIABLE = "EFFATTN_MEASURED_BACKENDS"
 ROUNDS_VARIABLE = "EFFATTN_ROUNDS"
 
 
-def suites() -> dict[str, Any]:
-    return rehearsal.SUITES if rehearsal.is_on() else cases.SUITES
+def source() -> ModuleType:
+    """Where the cases of this run stand."""
+    return rehearsal if rehearsal.is_on() else cases
 
 
 def all_cases() -> list[GpuCase]:
     """Of all suites in turn: the first of each, then the second. Whole models are one case a turn too."""
-    lists = [make() for _, make in suites().values()]
+    lists = [make() for _, make in source().SUITES.values()]
     most = max(len(of_suite) for of_suite in lists)
     return [of_suite[i] for i in range(most) for of_suite in lists if i < len(of_suite)]
 

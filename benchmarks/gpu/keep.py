@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.lines import Status
-from benchmarks.gpu.names import Kernel
+from benchmarks.gpu.names import Kernel, operator_of
 from effattn import verdicts
 from effattn.verdicts import Verdict
 
@@ -33,7 +33,7 @@ def merged(
 
 def is_of(v: Verdict, kernels: Sequence[Kernel]) -> bool:
     """Whether a verdict is that of one of these."""
-    them = {(k.operator.split(" with ")[0], k.backend, k.dtype, k.direction) for k in kernels}
+    them = {(operator_of(k), k.backend, k.dtype, k.direction) for k in kernels}
     return (v.operator, v.backend, v.dtype, v.direction) in them
 
 

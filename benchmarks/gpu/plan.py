@@ -47,15 +47,6 @@ SUMMARY_SECONDS = 1.0
 RESERVE = 8.0
 #: What the budgets are made for.
 VISIT_SECONDS = 520.0
-#: A few of each operator's kernels, forward and backward, small enough for instrumented code.
-SMALL_TESTS = (
-    "tests/device/test_relu_linear_attention.py::test_against_float64",
-    "tests/device/test_multi_scale.py::test_memory_formats_against_float64",
-    "tests/device/test_multi_scale.py::test_narrow_types_against_float64",
-    "tests/device/test_multi_scale.py::test_blocks_that_take_several_tiles_of_queries",
-    "tests/device/test_biased_attention.py::test_numbers_of_talking_heads",
-    "tests/device/test_cascaded_group_attention.py::test_programs_that_take_several_windows",
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ MEASURING = ("machine", "build", "smoke", "main", "compiled", "cases")
 #: Of the smoke stage, with fewer left nothing is tried again.
 _RETRY_SECONDS = 20.0
 #: What runs side by side, a job a core at most; those that are timed take turns (benchmarks/gpu/turns.py).
-AT_ONCE = {"smoke": 12, "tests": 12, "compiled": len(names.MAIN)}
+AT_ONCE = {"smoke": 12, "tests": 12, "compiled": 12}
 
 
 @dataclass(frozen=True)
@@ -389,7 +380,7 @@ class Run:
         kernels: dict[str, Kernel] = {}
         for kernel in self._kernels():
             kernels[str(kernel)] = kernel
-            if (kernel.operator, kernel.dtype) == (names.SMOKE[0], names.DTYPES[0]):
+            if (kernel.operator, kernel.dtype) == (self.backends["smoke"][0], names.DTYPES[0]):
                 kernels[f"{kernel}{names.OVERLAPPED}"] = kernel
         blocking = self._environment(CUDA_LAUNCH_BLOCKING="1", OMP_NUM_THREADS="2")
         all_jobs = [
@@ -443,13 +434,13 @@ class Run:
             self.line(f"all kernels: {backend}", Status.SKIPPED, reason=reason)
         here = [backend for backend in names.BACKENDS if backend in self.backends["devices"]]
         if self.settings.rehearsal:
-            works = [Kernel("relu_linear_attention", backend, "bfloat16", "backward") for backend in here]
+            works = [Kernel(self.backends["smoke"][0], backend, "bfloat16", "backward") for backend in here]
             return [*works, *(Kernel(fault, at, "bfloat16", "forward") for at in here[:1] for fault in faults.NAMES)]
         return [
             Kernel(operator, backend, dtype, direction)
             for direction in names.DIRECTIONS
             for dtype in names.DTYPES
-            for operator in names.SMOKE
+            for operator in self.backends["smoke"]
             for backend in here
         ]
 
@@ -461,7 +452,7 @@ class Run:
                 "card": card,
                 "driver": driver,
                 "backend": kernel.backend,
-                "operator": kernel.operator.split(" with ")[0],
+                "operator": names.operator_of(kernel),
                 "dtype": kernel.dtype,
                 "direction": kernel.direction,
                 "identity": self.backends["identities"][kernel.backend],
@@ -496,9 +487,7 @@ class Run:
             self._measure(rest, "compiled-all")
 
     def _main(self) -> list[str]:
-        known = self.backends["cases"]
-        wanted = names.REHEARSED_MAIN if self.settings.rehearsal else names.MAIN
-        return [case for case in wanted if case in known and self.settings.keeps(case)]
+        return [case for case in self.backends["main"] if self.settings.keeps(case)]
 
     def _measure(self, cases: Sequence[str], part: str) -> None:
         all_jobs = []
@@ -527,7 +516,7 @@ class Run:
         self._run(all_jobs)
 
     def _is_quarantined(self, case: str, backend: str) -> bool:
-        return names.kernel_of(case, backend) in self.quarantine
+        return names.kernel_of(case, backend, self.backends["operators"]) in self.quarantine
 
     def _tell_of_quarantined(self, case: str) -> None:
         for backend in self.backends["devices"]:
@@ -538,11 +527,8 @@ class Run:
         """In shards, those of CUDA first; what ends a process costs that test alone."""
         shards = AT_ONCE["tests"] if not self.settings.rehearsal else 1
         ends = {Status.CRASHED, Status.TIMEOUT}
-        pairs = sorted(
-            {(k.operator.split(" with ")[0], k.backend) for k, v in self.quarantine.items() if v["status"] in ends}
-        )
-        tests = ["tests/device", "tests/triton", "--full"]
-        tests += [f"--ignore=tests/triton/test_{name}.py" for name in ("compiled", "budgets")]
+        pairs = sorted({(names.operator_of(k), k.backend) for k, v in self.quarantine.items() if v["status"] in ends})
+        tests = ["tests/device", "tests/conformance", "tests/triton", "--full", "--ignore=tests/triton/compiled"]
         if self.settings.rehearsal:
             tests = ["benchmarks/gpu/rehearsed_tests.py"]
         all_jobs = []
@@ -585,7 +571,7 @@ class Run:
             [
                 Job(
                     "memcheck of cuda",
-                    [*sanitizer, *self._pytest(*SMALL_TESTS, "--full", "-k", "cuda")],
+                    [*sanitizer, *self._pytest("tests/device", "-m", "memcheck", "--full", "-k", "cuda")],
                     limit=600,
                     environment=self._environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
                     output=self.settings.output / SANITIZER,
@@ -606,7 +592,7 @@ class Run:
                     environment=self._environment(EFFATTN_MEASURED_BACKENDS="cuda"),
                     output=self.settings.output / PROFILE,
                 )
-                for case in names.PROFILED
+                for case in self.backends["profiled"]
                 if not self._is_quarantined(case, "cuda")
             ]
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,32 @@ _seconds: dict[str, float] = defaultdict(float)
 
 
 def _backend_of(item: pytest.Item) -> str:
-    callspec = getattr(item, "callspec", None)
-    backend = callspec.params.get("backend") if callspec is not None else None
+    params = _params(item)
+    backend = params.get("backend", params.get("target"))
     return backend if backend in names.BACKENDS else names.BACKENDS[0]
+
+
+def _params(item: pytest.Item) -> Mapping[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _is_of(item: pytest.Item, operator: str, backend: str) -> bool:
+    """A test is of the operator that it gets. Or its file has that name, or what the names of several begin with."""
+    given = getattr(_params(item).get("operator"), "name", None)
+    is_of_file = operator.startswith(Path(item.location[0]).stem.removeprefix("test_"))
+    return _backend_of(item) == backend and (is_of_file if given is None else given == operator)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backend = os.environ.get(BACKEND_VARIABLE)
     index, count = map(int, os.environ.get(SHARD_VARIABLE, "0/1").split("/"))
-    quarantine = {tuple(pair) for pair in json.loads(os.environ.get(QUARANTINE_VARIABLE, "[]"))}
+    quarantine = [tuple(pair) for pair in json.loads(os.environ.get(QUARANTINE_VARIABLE, "[]"))]
     mine = [item for item in items if backend in (None, _backend_of(item))][index::count]
     kept, left_out = [], defaultdict(list)
     for item in mine:
-        pair = names.TESTS.get(Path(item.location[0]).name, ""), _backend_of(item)
-        if pair in quarantine:
-            left_out[pair].append(item)
-        else:
-            kept.append(item)
+        pair = next((pair for pair in quarantine if _is_of(item, *pair)), None)
+        (kept if pair is None else left_out[pair]).append(item)
     for (operator, of), tests in left_out.items():
         name = f"tests of {operator}: {of}, part {index + 1} of {count}"
         if name not in _done:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import cases, faults
 from benchmarks.gpu.runner import GpuCase
-from effattn.testing import AttentionCase, BiasedCase
 
 #: Set in the processes of a rehearsal.
 VARIABLE = "EFFATTN_REHEARSAL"
+#: Whose cases are right, or crash; and whose are wrong.
+_RIGHT, *_, _WRONG = (measured for measured in cases.MEASURED if measured.shapes)
 
 
 def is_on() -> bool:
@@ -34,23 +34,31 @@ def faulty(case: GpuCase, fault: str) -> GpuCase:
 
 def smoke(kernel: str, dtype: torch.dtype, training: bool) -> list[GpuCase]:
     """A tiny case of a kernel that works, or fails in one of the ways."""
-    case = cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), dtype, training)
+    case = _RIGHT.case(_RIGHT.tiny[0], training, dtype)
     return [faulty(case, kernel) if kernel in faults.NAMES else case]
 
 
-def attention() -> list[GpuCase]:
-    case = cases._attention(AttentionCase("tiny", 1, 2, 8, 3, 3), torch.bfloat16, False)
-    return [case, faulty(case, "crash")]
+def tiny() -> GpuCase:
+    """A case that is right."""
+    return _RIGHT.case(_RIGHT.tiny[0], False)
 
 
-def biased(training: bool) -> list[GpuCase]:
-    return [faulty(cases._biased("tiny", BiasedCase(1, 2, 5, 6, 4, 8), training), "wrong")]
+def _right_and_crash() -> list[GpuCase]:
+    return [tiny(), faulty(tiny(), "crash")]
+
+
+def _training() -> list[GpuCase]:
+    return [faulty(_WRONG.case(_WRONG.tiny[0], True), "wrong")]
 
 
 SUITES: dict[str, tuple[str, Callable[[], list[GpuCase]]]] = {
-    "gpu-attention": ("attention, rehearsed", attention),
-    "gpu-biased-training": ("biased attention, rehearsed", partial(biased, True)),
+    _RIGHT.suite: (f"{_RIGHT.title}, rehearsed", _right_and_crash),
+    f"{_WRONG.suite}-training": (f"{_WRONG.title}, rehearsed", _training),
 }
+OPERATOR_OF = {_RIGHT.suite: _RIGHT.operator.name, f"{_WRONG.suite}-training": _WRONG.operator.name}
+SMOKE = {_RIGHT.operator.name: _RIGHT}
+MAIN = [cases.name_of(case) for case in _right_and_crash()]
+PROFILED: list[str] = []
 
 
 def compiled(function: Callable[..., Any], mode: str = "default") -> Callable[..., Any]:

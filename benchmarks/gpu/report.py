@@ -20,18 +20,6 @@ from benchmarks.suites import Settings
 
 README_BEGIN, README_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 NO_FIGURES = "No card has been measured yet: no figures."
-#: By the start of their name, the suites that the README shows, and what they are called there.
-README_SUITES = {
-    "gpu-attention": "linear attention",
-    "gpu-attention-training": "linear attention, training step",
-    "gpu-multi-scale": "multi-scale attention",
-    "gpu-multi-scale-training": "multi-scale attention, training step",
-    "gpu-cascade": "cascaded group attention",
-    "gpu-cascade-training": "cascaded group attention, training step",
-    "gpu-biased": "biased attention",
-    "gpu-biased-training": "biased attention, training step",
-    "gpu-models": "whole model, inference",
-}
 
 
 def write(source: Path, folder: Path, readme: Path) -> list[Path]:
@@ -148,7 +136,7 @@ def readme_table(data: Results) -> str:
     """A line a case: ours, the best peer, the floor; slower ones say so."""
     body = [
         [label, *_cells(case)]
-        for suite, label in README_SUITES.items()
+        for suite, label in cases.README_TITLES.items()
         for case in report.cases(data, suite)
         if case.ours is not None or case.best_peer is not None
     ]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import cases, child, rehearsal, runner
+from benchmarks.gpu import child, rehearsal, runner
+from benchmarks.gpu.case import source
 from benchmarks.gpu.clock import Call, Clock, CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.names import Kernel
@@ -38,8 +39,7 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
     dtype = getattr(torch, kernel.dtype)
     found: dict[str, Any] = {"status": str(Status.OK), "error": 0.0, "allowed_error": runner.TOLERANCE[dtype]}
     calls = []
-    make = rehearsal.smoke if rehearsal.is_on() else cases.smoke
-    for case in make(kernel.operator, dtype, training)[:most]:
+    for case in source().smoke(kernel.operator, dtype, training)[:most]:
         arguments = case.make()
         with torch.set_grad_enabled(training):
             grad_out, truth = runner.expected(case, arguments)

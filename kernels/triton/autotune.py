@@ -6,14 +6,20 @@ bits of results from one process to the next. What is found is kept in a file, w
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import effattn._triton as kernels
 from effattn._triton import configs
 from effattn._triton.configs import BY_GPU, Launch
+
+for _module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+    importlib.import_module(_module.name)  # each adds its launches to the table
 
 Key = tuple[str, str, int]
 

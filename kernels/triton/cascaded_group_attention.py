@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import CASCADE_PROGRAMS, MAX_CHANNELS, Launch, find, split_tiles
+from effattn._triton.configs import MAX_CHANNELS, Launch, find, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.layout import image_strides
 from effattn._triton.numerics import TargetOptions, product, round_to
@@ -25,6 +25,9 @@ from effattn._triton.softmax import attended_tile, product_tile, softmax_gradien
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
 
 Tensors = Sequence[torch.Tensor]
+
+#: Programs of the forward, at most: each has memory of its own, which should stay in the GPU's cache.
+CASCADE_PROGRAMS = 1024
 
 #: Of the walk by the tokens of a window.
 LAUNCHES = {

@@ -16,7 +16,7 @@ from functools import cache
 MIN_CHANNELS = 16
 #: The largest head_dim and value_dim.
 MAX_CHANNELS = 128
-#: A program of talking heads has two matrices of them by them in registers.
+#: A program that mixes heads has two matrices of them by them in registers.
 MAX_TALKING_HEADS = 64
 
 
@@ -78,8 +78,6 @@ def asked() -> Iterator[set[tuple[str, str, int]]]:
 
 #: Taps times tokens and channels of a program that sums gradients of depthwise weights: more taps, fewer tokens.
 MAX_TAPS = 4096
-#: Programs of a cascade's forward walk, at most: each has memory of its own, which should stay in the GPU's cache.
-CASCADE_PROGRAMS = 1024
 
 #: Programs that the sums over tokens are split into, over all groups, at least: a few for every multiprocessor of the
 #: largest GPUs. Parts of fewer tokens than this are not worth a pass over the partial sums.

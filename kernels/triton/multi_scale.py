@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton import relu_linear_attention
+from effattn._triton import linear_attention
 from effattn._triton.configs import Launch, find, padded, split, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
@@ -350,7 +350,7 @@ def attend(
     plan = _LaunchPlan(image, head_dim, target)
     heads, scales = plan.groups // 3, len(weights[0])
     if scales == 0:
-        relu_linear_attention.forward(*heads_of(image, head_dim), kv_state, outputs_of(out, head_dim), eps, target)
+        linear_attention.forward(*heads_of(image, head_dim), kv_state, outputs_of(out, head_dim), eps, target)
         return
     all_heads = heads * (1 + scales)
     every = [_Weights(image, weights, i) for i in range(scales)]
@@ -482,7 +482,7 @@ def attend_backward(
         torch.empty(sizes, dtype=torch.float32, device=image.device, memory_format=memory_format) for _ in range(2)
     )
     aggregate(image, weights, everything, head_dim, target)
-    relu_linear_attention.backward(
+    linear_attention.backward(
         outputs_of(grad_out, head_dim),
         *heads_of(everything, head_dim),
         kv_state,

@@ -28,18 +28,18 @@ int main() {{
     std::puts(failed_launch(error, launches_are_waited_for(), last, "attend<float>", before, "").c_str());
   }};
   print();
-  current_call() = {{"/some/where/csrc/relu_linear_attention.cpp",
+  current_call() = {{"/some/where/csrc/one_attention.cpp",
                     "Tensor effattn::{{anonymous}}::inference(const Tensor&)", "bfloat16", 4, {{1, 16, 8192, 16}}}};
   record("inference", 12);
   std::thread([] {{  // a backward's, which knows nothing of the other thread's call
     record("nobody's", 1);
-    current_call() = {{"biased_attention.cpp", "backward(const Tensor&)", "float32", 9, {{1, 2, 3, 4, 5, 6}}}};
+    current_call() = {{"another_attention.cpp", "backward(const Tensor&)", "float32", 9, {{1, 2, 3, 4, 5, 6}}}};
     record("backward", 34);
   }}).join();
   print();
   record("again", 56);
   print();
-  current_call() = {{"multi_scale.cpp", "forward(const Tensor&)", "float16", 2, {{7, 8}}}};
+  current_call() = {{"a_third.cpp", "forward(const Tensor&)", "float16", 2, {{7, 8}}}};
   std::puts(failed_call("a device: no memory", launches_are_waited_for(), current_call(), last_launches().last(),
                         "attend<float>").c_str());
 }}
@@ -68,16 +68,16 @@ def test_an_error_says_where_it_comes_from(program):
     assert "of none; the launch before it was none" in nothing
     assert backward.startswith(
         "effattn: an illegal memory access was encountered, "
-        "of biased_attention, backward, float32 (1, 2, 3, 4, 5, 6, ...): "
+        "of another_attention, backward, float32 (1, 2, 3, 4, 5, 6, ...): "
         "attend<float>, 34 blocks of 128 threads in clusters of 2, 1024 bytes of shared memory; "
         "the launch before it was a call that nobody described: the kernel of Tokens, 1 blocks"
     )
-    assert "of relu_linear_attention, inference, bfloat16 (1, 16, 8192, 16): attend<float>, 56 blocks" in inference
-    assert "the launch before it was biased_attention, backward, float32" in inference
+    assert "of one_attention, inference, bfloat16 (1, 16, 8192, 16): attend<float>, 56 blocks" in inference
+    assert "the launch before it was another_attention, backward, float32" in inference
     assert inference.endswith("EFFATTN_CUDA_SYNC=1 tells of which")
     assert before_a_launch.startswith(
-        "effattn: a device: no memory, in multi_scale, forward, float16 (7, 8); "
-        "the launch before it was relu_linear_attention, inference, bfloat16 (1, 16, 8192, 16): attend<float>, 56"
+        "effattn: a device: no memory, in a_third, forward, float16 (7, 8); "
+        "the launch before it was one_attention, inference, bfloat16 (1, 16, 8192, 16): attend<float>, 56"
     )
     assert before_a_launch.endswith("EFFATTN_CUDA_SYNC=1 tells of which")
 

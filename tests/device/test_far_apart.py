@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from specified import GPU_ROUNDINGS, expected, mapped, with_gradients
 
-from effattn import (
-    biased_attention,
-    cascaded_group_attention,
-    multi_scale_aggregation,
-    multi_scale_linear_attention,
-    relu_linear_attention,
-    use_backend,
-)
-from effattn.testing import (
-    BiasedCase,
-    CascadeCase,
-    MultiScaleCase,
-    allowed_error,
-    error,
-    gradients_by_name,
-    make_tensor,
-)
+from effattn.backends.triton import LAUNCHERS
+from effattn.ops import OPERATORS
+from effattn.testing import error
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -30,26 +17,12 @@ FAR = 2**31 + 2**16  # elements: more than 32 bits can count
 APART = 2**20  # from where one tensor begins to where the next does
 
 
-class Linear:
-    """relu_linear_attention with its arguments by name, as the cases of the other functions have them."""
-
-    images = ("q", "k", "v")
-
-    def inputs(self, dtype):
-        return {name: make_tensor(3, 5, 8, seed=seed, dtype=dtype) for seed, name in enumerate(self.images)}
-
-    def call(self, function, inputs):
-        return function(*inputs.values())
-
-
-#: By function a case, and the dimensions that are taken apart.
-CASES = {
-    relu_linear_attention: (Linear(), (0, 1, 2)),
-    multi_scale_aggregation: (MultiScaleCase(3, 1, 8, 3, 4, kernels=(3,)), (0, 1, "pixels")),
-    multi_scale_linear_attention: (MultiScaleCase(3, 1, 8, 3, 4, kernels=(3,)), (0, 1, "pixels")),
-    cascaded_group_attention: (CascadeCase(3, 8, 4, 3, 4, (3, 2), (3, 1)), (0, 1, "pixels")),
-    biased_attention: (BiasedCase(3, 3, 5, 6, 8, 4), (0, 1, 2, 3)),
-}
+def dimensions(operator):
+    """Those that are taken apart; an image's pixels together, since its rows follow each other."""
+    first = operator.signature.arguments[0]
+    if first.kind == "image":
+        return 0, 1, "pixels"
+    return range(len(first.shapes[0].dims) + first.shapes[0].has_leading)
 
 
 @pytest.fixture(scope="module")
@@ -70,36 +43,44 @@ def far(t, dim, memory, number):
     return memory.data.as_strided(t.shape, strides, number * APART).copy_(t)
 
 
-@pytest.mark.parametrize(
-    ("function", "dim"),
-    [pytest.param(f, dim, id=f"{f.__name__}-{dim}") for f, (_, dims) in CASES.items() for dim in dims],
-)
-def test_far_apart(device, backend, memories, function, dim):
-    case = CASES[function][0]
+class LaidFarApart(torch.autograd.Function):
+    """Lays the gradient of an output, which it leaves as it is, far apart."""
+
+    @staticmethod
+    def forward(ctx, out, lay):
+        ctx.lay = lay
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return ctx.lay(grad_out), None
+
+
+def calls():
+    """In the short tier, of each operator the first and the last."""
+    for name in LAUNCHERS:
+        dims = dimensions(OPERATORS[name])
+        for dim in dims:
+            marks = () if dim in (dims[0], dims[-1]) else pytest.mark.full
+            yield pytest.param(name, dim, id=f"{name}-{dim}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dim"), list(calls()))
+def test_far_apart(device, memories, name, dim):
+    operator = OPERATORS[name]
     if device not in memories:
         memories[device] = torch.empty(FAR + 8 * APART, dtype=DTYPE, device=device)
-    inputs = case.inputs(DTYPE)
+    case = dict(operator.cases[0])
+    if dim == "pixels":  # of one image
+        case[operator.signature.arguments[0].shapes[0].dims[0].text] = 1
+    arguments, truth, allowed = expected(operator, case, DTYPE, roundings=GPU_ROUNDINGS)
+    images = operator.signature.images
+    there = [far(t, dim, memories[device], number) for number, t in enumerate(arguments[:images])]
+    there += mapped(lambda t: t.to(device), arguments[images:])
 
-    def results(name, dtype, place):
-        weights = torch.promote_types(dtype, torch.float32)
-        leaves = {}
-        for number, (key, value) in enumerate(inputs.items()):
-            images = key in case.images
-            of = [value] if isinstance(value, torch.Tensor) else value
-            leaves[key] = [
-                (place(t.to(dtype), number) if images else t.to(weights).to(device)).detach().requires_grad_()
-                for t in of
-            ]
-        arguments = {k: leaves[k][0] if isinstance(v, torch.Tensor) else leaves[k] for k, v in inputs.items()}
-        flat = gradients_by_name(leaves)
-        with use_backend(name):
-            out = case.call(function, arguments)
-        grad_out = place(make_tensor(*out.shape, seed=9).to(dtype), len(inputs))
-        grads = torch.autograd.grad(out, list(flat.values()), grad_out)
-        return {key: t.detach().cpu() for key, t in zip(("out", *flat), (out, *grads), strict=True)}
+    def call(*arguments):
+        return LaidFarApart.apply(operator(*arguments), lambda grad: far(grad, dim, memories[device], images))
 
-    near = [results("reference", dtype, lambda t, _: t.to(device)) for dtype in (torch.float64, DTYPE)]
-    ours = results(backend, DTYPE, lambda t, number: far(t, dim, memories[device], number))
-    for key, result in ours.items():
-        truth, plain = (results[key] for results in near)
-        assert error(result, truth) <= allowed_error(plain, truth, 1e-5), key
+    results = with_gradients(operator, call, there, DTYPE)
+    ratios = {key: error(results[key].cpu(), t) / allowed[key] for key, t in truth.items()}
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios

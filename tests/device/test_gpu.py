@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
+from specified import mapped
 from torch.profiler import ProfilerActivity, profile
 
-import effattn
+from benchmarks.gpu import cases, runner
 from effattn import use_backend
 from effattn.nn import LiteMLA, LocalWindowAttention
-from effattn.testing import (
-    FLOAT32_FORWARD_TOLERANCE,
-    BiasedCase,
-    CascadeCase,
-    MultiScaleCase,
-    allowed_error,
-    error,
-    make_tensor,
-)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,55 +20,21 @@ pytestmark = [
 ]
 
 
-def _attention(dtype):
-    def make(seed: int):
-        return [make_tensor(1, 16, 16, 8192, dtype=dtype, seed=seed + i).mT for i in range(3)]
-
-    return make, effattn.relu_linear_attention
-
-
-def _multi_scale(dtype):
-    case = MultiScaleCase(2, 8, 16, 32, 48)
-    names = ("qkv", "dw_weights", "pw_weights")
-    function = partial(effattn.multi_scale_linear_attention, head_dim=case.head_dim)
-    return lambda seed: [case.inputs(dtype, seed=seed)[name] for name in names], function
-
-
-def _cascade(dtype):
-    case = CascadeCase(8, 128, 16, 14, 14, 7, (7, 5, 3, 3))
-    return lambda seed: list(case.inputs(dtype).values()), partial(effattn.cascaded_group_attention, window_size=7)
-
-
-def _biased(talking: bool, dtype):
-    case = BiasedCase(16, 8, 49, 49, 32, 128, talking)
-
-    def function(q, k, v, bias, mixing):
-        return effattn.biased_attention(q, k, v, bias, talking_heads=mixing or None)
-
-    return lambda seed: list(case.inputs(dtype).values()), function
-
-
-OPERATORS: dict[str, Callable] = {
-    "relu_linear_attention": _attention,
-    "multi_scale_linear_attention": _multi_scale,
-    "cascaded_group_attention": _cascade,
-    "biased_attention": partial(_biased, False),
-    "talking heads": partial(_biased, True),
+#: By the name of a form of an operator, what is measured of it, and a case.
+CALLS = {
+    measured.operator.name + form: (measured, shape)
+    for measured in cases.MEASURED
+    for form, shape in measured.on_a_card.items()
 }
-#: Peak memory over plain PyTorch's, at most. The cascade's backward keeps what every head had, in float32.
-MEMORY = {"cascaded_group_attention": 1.1}
-every_operator = pytest.mark.parametrize("name", OPERATORS)
+every_operator = pytest.mark.parametrize("name", CALLS)
 
 
 def prepared(name, dtype=torch.bfloat16, device="cuda"):
     """The function, its arguments as leaves on the card, and those leaves."""
-    make, function = OPERATORS[name](dtype)
-    arguments = [
-        [t.to(device).requires_grad_() for t in a] if isinstance(a, list) else a.to(device).requires_grad_()
-        for a in make(0)
-    ]
-    leaves = [t for a in arguments for t in (a if isinstance(a, list) else [a])]
-    return function, arguments, leaves
+    measured, shape = CALLS[name]
+    case = measured.case(shape, training=True, dtype=dtype)
+    arguments = mapped(lambda t: t.requires_grad_(), runner.on(torch.device(device), case.make()))
+    return case.ours, arguments, runner.tensors(arguments)
 
 
 def step(function, arguments, leaves):
@@ -188,23 +145,7 @@ def test_a_training_step_takes_less_memory_than_plain_pytorch(name, backend):
             torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    assert peak(backend) < MEMORY.get(name, 0.7) * peak("reference")
-
-
-def test_addresses_of_a_large_image(device):
-    """More than 2^31 elements in one tensor; the last image is as right as the plain formulation."""
-    qkv = torch.empty(12, 48, 2048, 2048, dtype=torch.float16, device="cuda")
-    assert qkv.numel() > 2**31
-    qkv[-1].normal_()
-    dw = [torch.randn(48, 1, 3, 3, device="cuda") / 3]
-    pw = [torch.randn(48, 16, 1, 1, device="cuda") / 4]
-    with torch.no_grad():
-        out = effattn.multi_scale_linear_attention(qkv, dw, pw, head_dim=16)[-1:]
-        with use_backend("reference"):
-            plain = effattn.multi_scale_linear_attention(qkv[-1:], dw, pw, head_dim=16)
-            wide = [[t.double() for t in weights] for weights in (dw, pw)]
-            truth = effattn.multi_scale_linear_attention(qkv[-1:].double(), *wide, head_dim=16)
-    assert error(out, truth) <= allowed_error(plain, truth, FLOAT32_FORWARD_TOLERANCE)
+    assert peak(backend) < CALLS[name][0].memory * peak("reference")
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -217,7 +158,7 @@ def test_faster_launches_are_looked_for_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "BY_GPU", {})
     monkeypatch.setattr("effattn._triton.autotune.BY_GPU", configs.BY_GPU)
     monkeypatch.setattr(_tuning, "_file", None)
-    function, arguments, leaves = prepared("biased_attention", torch.float32)
+    function, arguments, leaves = prepared(next(iter(CALLS)), torch.float32)
     with use_backend("triton"):
         expected = step(function, arguments, leaves)
         monkeypatch.setenv(_tuning.ENVIRONMENT_VARIABLE, str(file))

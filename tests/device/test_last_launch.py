@@ -6,28 +6,32 @@ import ctypes
 
 import pytest
 import torch
+from cuda_only import cuda_only
+from specified import mapped, with_gradients
 
-import effattn
 from effattn import _library
-from effattn.testing import make_tensor
+from effattn.backends.triton import LAUNCHERS
+from effattn.ops import OPERATORS
+from effattn.testing import make_arguments
 
 
-def last_launch() -> str:
+def last_launch() -> tuple[str, str, str]:
+    """The file and the function that it was launched from, and the rest of what is told."""
     library = ctypes.CDLL(str(_library.library_path.with_name("libeffattn_cuda.so")))
     library.effattn_cuda_last_launch.restype = ctypes.c_char_p
-    return library.effattn_cuda_last_launch().decode()
+    file, function, rest = library.effattn_cuda_last_launch().decode().split(", ", 2)
+    return file, function, rest
 
 
-@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-def test_the_last_launch_is_told(device, backend):
-    q = make_tensor(2, 50, 8, dtype=torch.bfloat16).to(device).requires_grad_()
-    effattn.relu_linear_attention(q.detach(), q.detach(), q.detach())
-    assert last_launch().startswith("relu_linear_attention, inference, bfloat16 (2, 50, 8): the kernel of ")
-    effattn.relu_linear_attention(q, q, q).sum().backward()
-    assert last_launch().startswith("relu_linear_attention, backward, bfloat16 (2, 50, 8): ")
-    qkv = make_tensor(1, 24, 5, 6).to(device)
-    weights = [make_tensor(24, 1, 3, 3).to(device)], [make_tensor(24, 8, 1, 1).to(device)]
-    effattn.multi_scale_linear_attention(qkv, *weights, head_dim=8)
-    assert (
-        last_launch().startswith("multi_scale, attention, float32 (1, 24, 5, 6): ") and " blocks of " in last_launch()
-    )
+@cuda_only
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_last_launch_is_told(device, backend, name):
+    operator = OPERATORS[name]
+    arguments = mapped(lambda t: t.to(device), make_arguments(operator, operator.cases[0], torch.bfloat16))
+    shape = ", ".join(map(str, arguments[0].shape))
+    operator(*arguments)
+    file, inference, rest = last_launch()
+    assert name.startswith(file) and rest.startswith(f"bfloat16 ({shape}): ") and " blocks of " in rest
+    with_gradients(operator, operator, arguments, torch.bfloat16)
+    file, backward, rest = last_launch()
+    assert name.startswith(file) and backward != inference and f"bfloat16 ({shape}): " in rest

@@ -36,7 +36,7 @@ def test_outputs_and_gradients_of_parameters(device, backend, name, training):
     make, size, noise = MODULES[name]
     torch.manual_seed(0)
     module = make().to(device).train(training)
-    x, grad_out = torch.randn(2, 2, 16, *size, device=device)
+    x, grad_out = torch.randn(2, 1, 16, *size, device=device)
     got, expected = [], []
     for by, results in ((backend, got), ("reference", expected)):
         with use_backend(by):

@@ -1,281 +1,213 @@
-"""relu_linear_attention in Triton against float64: sizes, layouts, dtypes, extreme values; as an operator of torch."""
+"""relu_linear_attention on cards, as its kernels are made: sizes around tiles, sums in parts, strides, no eps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo.testing
+from cuda_only import SCALARS, cuda_only, workspace_of_inference
+from limits import check_that_a_limit_is_named
+from specified import GPU_ROUNDINGS, check_against_float64, expected, mapped, with_gradients
+from tiers import full
 
-from effattn import relu_linear_attention, use_backend
 from effattn._triton import configs
 from effattn._triton.configs import MIN_TOKENS
-from effattn.testing import (
-    FLOAT32_FORWARD_TOLERANCE,
-    FLOAT32_GRADIENT_TOLERANCE,
-    LAYOUTS,
-    allowed_error,
-    cancelled_gradients,
-    error,
-    make_tensor,
-    reference_with_gradients,
-)
+from effattn.ops import OPERATORS
+from effattn.testing import ORDERS, error, make_arguments, moved
 
 pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("out", "grad_q", "grad_k", "grad_v")
+OPERATOR = OPERATORS["relu_linear_attention"]
+NARROW = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *NARROW)
+CONTIGUOUS = ("first", "second")
 
 
-def problem(device, lead, queries, keys, head_dim, value_dim, dtype=torch.float32, layout="token_major", scale=1.0):
-    sizes = ((queries, head_dim), (keys, head_dim), (keys, value_dim), (queries, value_dim))
-    scales = (scale, scale, scale, 1.0)
-    return [
-        make_tensor(*lead, *size, layout=layout, dtype=dtype, scale=by, seed=i + 1).to(device)
-        for i, (size, by) in enumerate(zip(sizes, scales, strict=True))
-    ]
+def case(queries, keys, head_dim, value_dim, lead=(2,), eps=1e-15):
+    return {"...": lead, "N": queries, "M": keys, "D": head_dim, "Dv": value_dim, "eps": eps}
 
 
-def fused(q, k, v, grad_out, eps=1e-15):
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = relu_linear_attention(*leaves, eps=eps)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
-
-
-def check(q, k, v, grad_out, eps=1e-15):
-    """Output and gradients with the bounds of the other backends."""
-    results = fused(q, k, v, grad_out, eps)
-    with torch.no_grad():
-        assert torch.equal(relu_linear_attention(q, k, v, eps=eps), results[0]), "inference differs from training"
-    q, k, v, grad_out, *results = (t.cpu() for t in (q, k, v, grad_out, *results))
-    with use_backend("reference"):
-        truth = reference_with_gradients(q, k, v, grad_out, eps, torch.float64)
-        plain = reference_with_gradients(q, k, v, grad_out, eps, q.dtype)
-    cancelled = dict(zip(NAMES[1:3], cancelled_gradients(q, k, v, grad_out, eps), strict=True))
-    for name, result, expected, baseline in zip(NAMES, results, truth, plain, strict=True):
-        assert result.dtype == q.dtype and result.shape == expected.shape
-        tolerance = FLOAT32_FORWARD_TOLERANCE if name == "out" else FLOAT32_GRADIENT_TOLERANCE
-        assert error(result, expected) <= allowed_error(baseline, expected, tolerance, cancelled.get(name)), name
-    return results
+def away_from_zero(arguments):
+    """Of so many numbers some are as near to zero as rounding errors, and then it is rounding that opens a relu."""
+    for i in (0, 1):
+        t = arguments[i]
+        arguments[i] = torch.where(t.abs() < 2.0**-10, 2.0**-10, t)
 
 
 SIZES = [  # (queries, keys, head_dim, value_dim)
-    (196, 196, 16, 16),
+    (130, 196, 16, 16),
     (49, 49, 32, 32),
     (5, 300, 7, 9),
-    (300, 17, 33, 20),
-    (64, 64, 128, 128),
+    (130, 17, 33, 20),
+    (34, 40, 128, 128),
     (1, 2, 2, 1),
-    (130, 129, 8, 64),
+    (70, 65, 8, 64),
 ]
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.numerics
-def test_against_float64(device, size, layout):
-    check(*problem(device, (2, 3), *size, torch.float32, layout))
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.numerics
-def test_narrow_types_against_float64(device, dtype, size):
-    check(*problem(device, (2,), *size, dtype, "channel_major"))
+def test_sizes_around_tiles(device, backend, size, order, dtype):
+    check_against_float64(OPERATOR, case(*size), dtype, order, backend, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.numerics
-def test_sums_in_several_parts(device, dtype):
+def test_sums_in_several_parts(device, backend, dtype):
     """Few groups and many tokens: parts of their own, the last of them short."""
     tokens = 4 * MIN_TOKENS + 37
-    check(*problem(device, (), tokens, tokens - 5, 16, 24, dtype, "channel_major"))
+    sizes = case(tokens, tokens - 5, 16, 24, ())
+    check_against_float64(OPERATOR, sizes, dtype, "second", backend, device, away_from_zero)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@cuda_only
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("tokens", [4104, 4109], ids=["vectors", "elements"])
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_many_tokens_of_narrow_types(device, dtype, layout, tokens):
+@pytest.mark.parametrize("order", CONTIGUOUS)
+def test_many_tokens_of_narrow_types(device, backend, dtype, order, tokens):
     """More than one block does at once: kernels that load vectors alone, and those that take anything."""
     channels = 16 if tokens == 4104 else 12
-    check(*problem(device, (), tokens, tokens, channels, channels, dtype, layout))
+    sizes = case(tokens, tokens, channels, channels, ())
+    check_against_float64(OPERATOR, sizes, dtype, order, backend, device, away_from_zero)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@cuda_only
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("channels", [(32, 40), (128, 72)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_wide_heads_of_narrow_types(device, dtype, layout, channels):
+@pytest.mark.parametrize("order", CONTIGUOUS)
+def test_wide_heads_of_narrow_types(device, backend, dtype, order, channels):
     tokens = 520 if channels[0] == 128 else 4104  # at most what a cluster does at once
-    check(*problem(device, (), tokens, tokens, *channels, dtype, layout))
+    sizes = case(tokens, tokens, *channels, ())
+    check_against_float64(OPERATOR, sizes, dtype, order, backend, device, away_from_zero)
 
 
-def test_a_long_sum_in_one_part(device, monkeypatch):
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_long_sum_in_one_part(device, backend, monkeypatch):
     """What each program does where there are more groups than a card runs at once."""
     monkeypatch.setattr(configs, "PROGRAMS", 1)
-    check(*problem(device, (), 6000, 6000, 16, 16, layout="channel_major"))
+    sizes = case(70, 3000, 16, 16, ())
+    check_against_float64(OPERATOR, sizes, torch.float32, "second", backend, device, away_from_zero)
 
 
-@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-def test_a_sum_longer_than_a_chain(device):
+@cuda_only
+def test_a_sum_longer_than_a_chain(device, backend):
     """So many tokens that a warp's sums of a narrow type leave the registers more than once."""
-    tokens = 280_000
-    q, k, v = (make_tensor(tokens, 4, dtype=torch.bfloat16, seed=i).to(device) for i in range(3))
-    out = relu_linear_attention(q, k, v).cpu()
-    with use_backend("reference"):
-        plain, truth = (
-            relu_linear_attention(*(t.cpu().to(dtype) for t in (q, k, v))) for dtype in (q.dtype, torch.double)
-        )
-    assert error(out, truth) <= allowed_error(plain, truth, 0)
+    sizes, dtype = case(1, 280_000, 4, 4, ()), torch.bfloat16
+    arguments, truth, allowed = expected(OPERATOR, sizes, dtype, roundings=GPU_ROUNDINGS, change=away_from_zero)
+    with torch.no_grad():
+        out = OPERATOR(*mapped(lambda t: t.to(device), arguments))
+    assert error(out.cpu(), truth["out"]) <= allowed["out"]
 
 
-def test_addresses_beyond_32_bits(device):
-    """Groups that lie far apart, in memory that is reserved and mostly never touched."""
-    stride = 1_500_000_000
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # which would fill all of it
-    far = torch.empty(2 * stride + 20, dtype=torch.float16, device=device)
-    torch.use_deterministic_algorithms(before)
-    q, k, v, grad_out = problem(device, (3,), 5, 5, 4, 4, torch.float16)
-    for i in range(3):
-        there = far.as_strided((3, 5, 4), (stride, 4, 1)).copy_((q, k, v)[i])
-        arguments = [q, k, v]
-        arguments[i] = there
-        for a, b in zip(fused(*arguments, grad_out), fused(q, k, v, grad_out), strict=True):
-            assert torch.equal(a, b)
+def permuted(t, *dims):
+    """The same sizes, other strides: what was ``dims[0]`` in memory is ``dims[1]``."""
+    return t.transpose(*dims).contiguous().transpose(*dims)
 
 
-def test_same_bits_every_time(device):
-    arguments = problem(device, (2,), 700, 900, 16, 16)
-    first = fused(*arguments)
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(fused(*arguments), first, strict=True))
+#: By name, what is done with q, k and v of leading sizes (2, 1, 3).
+LEADING = {
+    "permuted": (lambda q: permuted(q, 0, 2), lambda k: k, lambda v: v),
+    "expanded first": (lambda q: q, lambda k: k[:1].expand_as(k), lambda v: v),
+    "expanded last": (lambda q: q, lambda k: k, lambda v: v[:, :, :1].expand_as(v)),
+    "expanded": (
+        lambda q: q[:1, :, :1].expand_as(q),
+        lambda k: k[:1].expand_as(k),
+        lambda v: v[:, :, :1].expand_as(v),
+    ),
+}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_leading_strides_that_cannot_be_merged(device, layout):
-    """Permuted, expanded, and of more dimensions than kernels address."""
-    q, k, v, grad_out = problem(device, (2, 1, 3), 20, 24, 13, 8, layout=layout)
-    permuted = problem(device, (3, 1, 2), 20, 24, 13, 8, layout=layout)[0].transpose(0, 2)
-    first, last, every = k[:1].expand_as(k), v[:, :, :1].expand_as(v), q[:1, :, :1].expand_as(q)
-    for arguments in ((permuted, k, v), (q, first, v), (q, k, last), (every, first, last)):
-        check(*arguments, grad_out)
-    many = problem(device, (2, 3, 2, 2, 2), 5, 6, 4, 3, layout=layout)
-    many[0] = many[0].transpose(0, 2).contiguous().transpose(0, 2)
-    many[1] = many[1].transpose(1, 3).contiguous().transpose(1, 3)
-    many[2] = many[2].transpose(2, 4).contiguous().transpose(2, 4)
-    check(*many)
+@pytest.mark.parametrize("order", CONTIGUOUS)
+@pytest.mark.parametrize("name", LEADING)
+def test_leading_strides_that_cannot_be_merged(device, backend, order, name):
+    def change(arguments):
+        arguments[:3] = [lay(t) for lay, t in zip(LEADING[name], arguments[:3], strict=True)]
+
+    check_against_float64(OPERATOR, case(20, 24, 13, 8, (2, 1, 3)), torch.float32, order, backend, device, change)
 
 
-def test_results_lie_as_the_other_backends_lay_them(device):
-    for layout in LAYOUTS:
-        q, k, v, grad_out = problem(device, (2, 3), 20, 24, 13, 8, layout=layout)
-        got = fused(q, k, v, grad_out)
-        with use_backend("cpu"):
-            expected = fused(*(t.cpu() for t in (q, k, v, grad_out)))
-        assert [t.stride() for t in got] == [t.stride() for t in expected]
+@pytest.mark.parametrize("order", ["first", full("second")])
+def test_more_dimensions_than_kernels_address(device, backend, order):
+    def change(arguments):
+        for i in range(3):
+            arguments[i] = permuted(arguments[i], i, i + 2)
+
+    sizes = case(5, 6, 4, 3, (2,) * 5)
+    check_against_float64(OPERATOR, sizes, torch.float32, order, backend, device, change)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_large_values(device, dtype):
-    """Activations of 1e4, whose sums no narrow type holds."""
-    for result in check(*problem(device, (2,), 600, 600, 16, 16, dtype, "channel_major", scale=1e4)):
-        assert result.isfinite().all()
+@cuda_only
+def test_the_most_dimensions(device, backend):
+    """That CUDA's kernels address, in reverse order; the forward alone, since there are many groups."""
+    dims = (*reversed(range(12)), 12, 13)
+
+    def change(arguments):
+        arguments[:3] = [t.permute(dims).contiguous().permute(dims) for t in arguments[:3]]
+
+    sizes = case(3, 3, 2, 2, (2,) * 12)
+    arguments, truth, allowed = expected(OPERATOR, sizes, torch.float32, roundings=GPU_ROUNDINGS, change=change)
+    with torch.no_grad():
+        out = OPERATOR(*mapped(lambda t: moved(t, device), arguments))
+    assert error(out.cpu(), truth["out"]) <= allowed["out"]
+
+
+@cuda_only
+def test_more_dimensions_are_refused(device, backend):
+    def change(arguments):
+        arguments[:3] = [permuted(t, 0, 1) for t in arguments[:3]]
+
+    limit = "tensors of up to 14 dimensions, not 15"
+    check_that_a_limit_is_named(OPERATOR, case(1, 1, 2, 2, (2,) * 13), backend, device, limit, change)
+
+
+@pytest.mark.parametrize("channels", [(129, 3), (4, 129)], ids=["head_dim", "value_dim"])
+def test_wider_heads_are_refused(device, backend, ops, channels):
+    limit = "heads of up to 128 channels, not 129"
+    check_that_a_limit_is_named(OPERATOR, case(5, 5, *channels), backend, device, limit, ops=ops)
 
 
 @pytest.mark.parametrize("eps", [1e-15, 1e-40], ids=["1e-15", "subnormal"])
 def test_queries_whose_relu_is_zero(device, eps):
     """0 / (0 + eps) is 0, and so are its gradients; not NaN, even if 1 / eps is beyond float32."""
-    q, k, v, grad_out = problem(device, (2,), 70, 70, 16, 16)
-    for name, result in zip(NAMES, fused(-q.abs(), k, v, grad_out, eps), strict=True):
+    q, k, v, _ = make_arguments(OPERATOR, case(70, 70, 16, 16))
+    arguments = mapped(lambda t: t.to(device), [-q.abs(), k, v, eps])
+    for name, result in with_gradients(OPERATOR, OPERATOR, arguments, torch.float32).items():
         assert torch.equal(result, torch.zeros_like(result)), name
 
 
-def test_eps_zero_is_the_plain_quotient(device):
-    q, k, v, grad_out = problem(device, (2,), 45, 45, 16, 16)
-    check(q.abs() + 0.1, k.abs() + 0.1, v, grad_out, eps=0.0)
-    assert relu_linear_attention(-q.abs(), k, v, eps=0.0).isnan().all(), "0 / 0, as in the reference"
+def test_eps_zero_is_the_plain_quotient(device, backend):
+    def change(arguments):
+        arguments[:2] = [t.abs() + 0.1 for t in arguments[:2]]
+
+    check_against_float64(OPERATOR, case(45, 45, 16, 16, eps=0.0), torch.float32, "first", backend, device, change)
+    q, k, v, eps = mapped(lambda t: t.to(device), make_arguments(OPERATOR, case(45, 45, 16, 16, eps=0.0)))
+    out = OPERATOR(-q.abs(), k, v, eps)
+    assert (out[0] if isinstance(out, tuple) else out).isnan().all(), "0 / 0, as in the reference"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_not_a_number_as_the_reference_has_it(device, value):
-    for of in range(3):
-        arguments = problem(device, (2,), 37, 41, 8, 8)
-        arguments[of][0, 3, 2] = value
-        got = fused(*arguments)
-        with use_backend("reference"):
-            expected = fused(*arguments)
-        for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a.isnan(), b.isnan())
+#: Sums over tokens that are added up, at most: tokens are split into no more parts (kMaxParts of reduction.cu).
+PARTS = 64
 
 
-@pytest.mark.parametrize(
-    "sizes", [(0, 5, 6, 4, 3), (2, 0, 6, 4, 3), (2, 5, 0, 4, 3), (2, 5, 6, 0, 3), (2, 5, 6, 4, 0)], ids=str
-)
-def test_nothing(device, sizes):
-    """No batch, queries, keys, head_dim or value_dim."""
-    batch, *sizes = sizes
-    arguments = problem(device, (batch,), *sizes)
-    got = fused(*arguments, eps=1.0)
-    with use_backend("reference"):
-        expected = fused(*arguments, eps=1.0)
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+@cuda_only
+@pytest.mark.parametrize(("tokens", "parts"), [(49, 0), (9000, 1 + PARTS)], ids=["few", "many"])
+def test_workspace_of_inference(device, backend, tokens, parts):
+    """None where a block does all tokens."""
+    arguments = mapped(lambda t: t.to(device), make_arguments(OPERATOR, case(tokens, tokens, 8, 8, (2, 1))))
+    sums = 4 * 2 * 8 * (8 + 1)
+    assert 0 <= workspace_of_inference(OPERATOR, arguments, device) <= parts * sums + SCALARS
 
 
-def test_sizes_out_of_range_are_named(device, backend):
-    with pytest.raises(RuntimeError, match=rf"{backend}: takes heads of up to 128 channels, not 129"):
-        relu_linear_attention(*problem(device, (2,), 5, 5, 129, 3)[:3])
+def test_what_is_measured_lies_as_in_models():
+    """Channel-major views of one tensor, as convolutions leave it; or as diffusers has it, tokens first."""
+    pytest.importorskip("tabulate")
+    from benchmarks.gpu.relu_linear_attention import MEASURED
 
-
-def test_opcheck(device, ops):
-    q, k, v, _ = problem(device, (2, 3), 20, 24, 13, 8, layout="channel_major")
-    for name in ("relu_linear_attention", "relu_linear_attention_forward"):
-        torch.library.opcheck(getattr(ops, name).default, (q, k, v, 1e-6))
-    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(ops.relu_linear_attention_forward.default, (*leaves, 1e-6))
-
-
-def test_double_backward(device):
-    leaves = [t.detach().requires_grad_() for t in problem(device, (2,), 9, 7, 4, 4)[:3]]
-    out = relu_linear_attention(*leaves, eps=1e-3)
-    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    second = torch.autograd.grad(grad.square().sum(), leaves)
-    with use_backend("reference"):
-        out = relu_linear_attention(*leaves, eps=1e-3)
-        (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-        expected = torch.autograd.grad(grad.square().sum(), leaves)
-    for a, b in zip(second, expected, strict=True):
-        assert error(a, b.double()) <= FLOAT32_GRADIENT_TOLERANCE * b.norm()
-
-
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
-def test_compile_without_graph_breaks(device, grad):
-    """Sizes that change, in one graph; and its gradients."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(relu_linear_attention, fullgraph=True, dynamic=True, backend=counter)
-    first = 0
-    for tokens in (20, 33):
-        *arguments, grad_out = problem(device, (2, 3), tokens, tokens + 4, 13, 8)
-        leaves = [t.requires_grad_(grad) for t in arguments]
-        outs = compiled(*leaves), relu_linear_attention(*leaves)
-        assert torch.equal(*outs)
-        first = first or counter.frame_count
-        if grad:
-            for a, b in zip(*(torch.autograd.grad(out, leaves, grad_out) for out in outs), strict=True):
-                assert torch.equal(a, b)
-    assert counter.frame_count == first, "recompiled for another size"
-
-
-def test_autocast_keeps_what_comes(device):
-    """The sums are float32 anyway; arguments that autocast made of two types are promoted."""
-    q, k, v, _ = problem(device, (2,), 20, 24, 8, 8)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert relu_linear_attention(q, k, v).dtype == torch.float32
-        mixed = relu_linear_attention(q.bfloat16(), k, v)
-    assert torch.equal(mixed, relu_linear_attention(q.bfloat16().float(), k, v))
-
-
-def test_direct_calls_with_too_many_channels_are_refused(device, ops):
-    wide = torch.ones(2, 3, 129, device=device)
-    for arguments in ((wide, wide, wide[..., :4]), (wide[..., :4], wide[..., :4], wide)):
-        with pytest.raises(RuntimeError, match="the kernels take heads of up to 128 channels, not 129"):
-            ops.relu_linear_attention(*arguments, 1e-15)
+    of_convolutions, of_diffusers = (MEASURED.case(shape, training=False).make() for shape in MEASURED.tiny)
+    q, k, _ = of_diffusers
+    assert q.shape == (1, 2, 9, 8) and q.stride() == (9 * 16, 8, 16, 1) and not torch.equal(q, k)
+    q, k, _ = of_convolutions
+    assert q.shape == (1, 2, 9, 8) and q.stride() == (2 * 24 * 9, 24 * 9, 1, 9)
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()

@@ -17,7 +17,7 @@ def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
 ) -> torch.Tensor:
     from effattn._triton import biased_attention
-    from effattn._triton import talking_heads as talking
+    from effattn._triton import biased_attention_talking_heads as talking
 
     out = empty_in_order_of(q, (*q.shape[:3], v.shape[3]))
     if out.numel() == 0 or k.shape[2] == 0:
@@ -41,7 +41,7 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor | list[torch.Tensor], ...]:
     from effattn._triton import biased_attention
-    from effattn._triton import talking_heads as talking
+    from effattn._triton import biased_attention_talking_heads as talking
 
     grads = *(empty_in_order_of(t, t.shape) for t in (q, k, v)), bias.new_empty(bias.shape)
     grad_talking = [t.new_empty(t.shape) for t in talking_heads]

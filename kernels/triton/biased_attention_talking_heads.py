@@ -141,7 +141,7 @@ def _talking_heads_backward(
 
 
 def _options(heads: int, target: TargetOptions) -> dict[str, Any]:
-    launch = find("talking_heads", "talk", heads, target.gpu)
+    launch = find("biased_attention_talking_heads", "talk", heads, target.gpu)
     return {"HEADS": triton.next_power_of_2(heads), **target.launched(launch.options())}
 
 

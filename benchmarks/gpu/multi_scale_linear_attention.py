@@ -1,0 +1,89 @@
+"""multi_scale_linear_attention on a card."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+import effattn
+from benchmarks.gpu.measured import BATCHES, Measured, Shape, Sizes
+from benchmarks.gpu.runner import STOCK, Function
+from effattn.ops import OPERATORS
+
+Tensors = list[torch.Tensor]
+
+
+def _sizes(batch: int, heads: int, head_dim: int, height: int, width: int, kernels: tuple[int, ...] = (5,)) -> Sizes:
+    return {
+        **{"B": batch, "heads": heads, "head_dim": head_dim, "H": height, "W": width, "S": len(kernels), "k": kernels},
+        **{"eps": 1e-15, "without": ("dw_biases", "pw_biases")},
+    }
+
+
+def _ours(
+    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
+) -> torch.Tensor:
+    return effattn.multi_scale_linear_attention(qkv, dw, pw, head_dim=head_dim, eps=eps)
+
+
+def _official(
+    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
+) -> torch.Tensor:
+    """As in the authors' repository, which has no biases either: convolutions in the type of the image, sums in
+    float32, and the quadratic form where tokens are few."""
+    (batch, channels, height, width), scales = qkv.shape, [qkv]
+    for depthwise, pointwise in zip(dw, pw, strict=True):
+        mixed = functional.conv2d(qkv, depthwise.to(qkv.dtype), padding=depthwise.shape[-1] // 2, groups=channels)
+        scales.append(functional.conv2d(mixed, pointwise.to(qkv.dtype), groups=channels // head_dim))
+    heads = torch.cat(scales, dim=1).to(torch.promote_types(qkv.dtype, torch.float32))
+    q, k, v = heads.reshape(batch, -1, 3 * head_dim, height * width).chunk(3, dim=2)
+    q, k = q.relu(), k.relu()
+    if height * width > head_dim:
+        out = (functional.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
+        out = out[:, :, :-1] / (out[:, :, -1:] + eps)
+    else:
+        weights = k.mT @ q
+        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + eps))
+    return out.reshape(batch, -1, height, width).to(qkv.dtype)
+
+
+def _peers(sizes: Sizes) -> dict[str, Function]:
+    return {STOCK: _official}
+
+
+def _flops(sizes: Sizes) -> int:
+    heads, head_dim = sizes["heads"], sizes["head_dim"]
+    of_a_pixel = 3 * heads * head_dim * sum(2 * (k * k + head_dim) for k in sizes["k"])
+    of_a_pixel += (1 + sizes["S"]) * heads * head_dim * (head_dim + 1) * 4
+    return int(sizes["B"] * sizes["H"] * sizes["W"] * of_a_pixel)
+
+
+SUITE = "gpu-multi-scale"
+LARGE, SAM = "b1 stage 3 @1024x2048", "l2 SAM stage 4 @1024"
+
+MEASURED = Measured(
+    OPERATORS["multi_scale_linear_attention"],
+    _ours,
+    _peers,
+    _flops,
+    tiny=(Shape("tiny", _sizes(1, 1, 8, 5, 6)),),
+    smoke={
+        "": [
+            Shape("one scale", _sizes(2, 2, 16, 9, 21)),
+            Shape("two scales", _sizes(1, 1, 32, 33, 40, (3, 5))),
+            # Of a block: more than a card's multiprocessors take at once.
+            Shape("several tiles", _sizes(8, 8, 16, 33, 40)),
+        ]
+    },
+    suite=SUITE,
+    title="multi-scale attention",
+    shapes=(
+        Shape(LARGE, _sizes(1, 8, 16, 64, 128)),
+        Shape(SAM, _sizes(1, 16, 32, 32, 32)),
+        *(Shape(f"b1 stage 3 @224, batch {batch}", _sizes(batch, 8, 16, 14, 14)) for batch in BATCHES),
+        Shape("b3 stage 3 @512, batch 4", _sizes(4, 8, 32, 32, 32)),
+    ),
+    main=(f"{SUITE}: {LARGE}, bfloat16", f"{SUITE}: {SAM}, bfloat16"),
+    profiled=(f"{SUITE}: {LARGE}, bfloat16",),
+    on_a_card={"": Shape("two images", _sizes(2, 8, 16, 32, 48))},
+)
