@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import nn
 
 import effattn
-from effattn import testing
+from effattn import testing, tolerance
 
 MODELS = (
     *(f"efficientvit_{size}" for size in ("b0", "b1", "b2", "b3", "l1", "l2", "m0", "m3", "m5")),
@@ -60,5 +60,5 @@ def errors(name: str, seed: int, size: int, dtype: torch.dtype) -> tuple[float, 
         with torch.autocast("cpu", dtype):
             outs = stock(x), fast(x)
     norm = torch.linalg.vector_norm(truth).item()
-    stock_error, fast_error = (testing.error(out, truth) / norm for out in outs)
+    stock_error, fast_error = (tolerance.error(out, truth) / norm for out in outs)
     return stock_error, fast_error

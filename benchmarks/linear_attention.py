@@ -19,7 +19,7 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
-from effattn import _library, testing
+from effattn import _library, testing, tolerance
 from effattn.ops import OPERATORS
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -188,20 +188,24 @@ class Inputs:
         values = testing.make_tensor(*q.shape, layout="channel_major", dtype=self.dtype, seed=1)
         return values if layout == "channel-major" else values.contiguous()
 
-    def reference(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """The output, and for training the gradients, of the reference computed in ``dtype``."""
-        q, k, v = self.qkv("channel-major")
-        if self.training:
-            return testing.reference_with_gradients(q, k, v, self.grad_out("channel-major"), EPS, dtype)
-        return (OPERATORS[NAME].plain(q.to(dtype), k.to(dtype), v.to(dtype), EPS),)
+    def _reference(self) -> dict[str, torch.Tensor]:
+        """The output, and for training the gradients, of the plain formulation in float64."""
+        leaves = [t.detach().double().requires_grad_(self.training) for t in self.qkv("channel-major")]
+        out = OPERATORS[NAME].plain(*leaves, EPS)
+        if not self.training:
+            return {"out": out}
+        grads = torch.autograd.grad(out, leaves, self.grad_out("channel-major").double())
+        return {"out": out.detach(), **dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))}
 
     @cached_property
+    def bounds(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The truth, and what each result may be off: the rule of the tests."""
+        truth, allowed, _ = tolerance.bounds(self._reference, self.case.tokens, rounded=lambda _, t: t.to(self.dtype))
+        return truth, allowed
+
+    @property
     def truth(self) -> tuple[torch.Tensor, ...]:
-        return self.reference(torch.float64)
-
-    @cached_property
-    def plain(self) -> tuple[torch.Tensor, ...]:
-        return self.reference(self.dtype)
+        return tuple(self.bounds[0].values())
 
 
 def _results(result: Any) -> tuple[torch.Tensor, ...]:
@@ -214,19 +218,17 @@ def _worst(accuracies: Iterable[Accuracy]) -> Accuracy:
 
 
 def our_gate(data: Inputs, result: Any) -> Accuracy:
-    """No less accurate than the plain formulation: the rule of the tests."""
-    gradients = len(data.truth) - 1
-    tolerances = [testing.FLOAT32_FORWARD_TOLERANCE] + [testing.FLOAT32_GRADIENT_TOLERANCE] * gradients
+    """As accurate as the tests ask."""
     return _worst(
-        Accuracy(testing.error(ours, truth) / norm, testing.allowed_error(plain, truth, tolerance) / norm)
-        for ours, plain, truth, tolerance in zip(_results(result), data.plain, data.truth, tolerances, strict=True)
+        Accuracy(tolerance.error(ours, truth) / norm, allowed / norm)
+        for ours, truth, allowed in zip(_results(result), data.truth, data.bounds[1].values(), strict=True)
         for norm in [torch.linalg.vector_norm(truth).item()]
     )
 
 
 def peer_gate(data: Inputs, result: Any) -> Accuracy:
     return _worst(
-        Accuracy(testing.error(theirs, truth) / torch.linalg.vector_norm(truth).item(), PEER_TOLERANCE[data.dtype])
+        Accuracy(tolerance.error(theirs, truth) / torch.linalg.vector_norm(truth).item(), PEER_TOLERANCE[data.dtype])
         for theirs, truth in zip(_results(result), data.truth, strict=True)
     )
 
@@ -336,7 +338,7 @@ def softmax_gate(data: Inputs, result: Any) -> Accuracy:
     """On the last queries only: all of them in float64 would take gigabytes."""
     q, k, v = (t.double() for t in data.separate("token-major").values())
     truth = torch.softmax(q[..., -64:, :] @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
-    difference = testing.error(result[..., -64:, :], truth)
+    difference = tolerance.error(result[..., -64:, :], truth)
     return Accuracy(difference / torch.linalg.vector_norm(truth).item(), PEER_TOLERANCE[data.dtype])
 
 

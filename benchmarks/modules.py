@@ -21,7 +21,7 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
-from effattn import testing
+from effattn import testing, tolerance
 
 OURS = "effattn"
 STOCK = "stock eager"
@@ -147,7 +147,7 @@ def step(module: Callable[..., torch.Tensor], x: torch.Tensor, grad_out: torch.T
 def gate(data: Inputs, results: Any) -> Accuracy:
     """The output; for training its gradient of the input too, which all the others go into."""
     errors = [
-        testing.error(result, truth) / torch.linalg.vector_norm(truth).item()
+        tolerance.error(result, truth) / torch.linalg.vector_norm(truth).item()
         for result, truth in list(zip(results, data.truth, strict=False))[:2]
     ]
     return Accuracy(max(errors), TOLERANCE * (10 if data.training else 1))

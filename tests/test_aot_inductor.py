@@ -8,14 +8,15 @@ import sys
 
 import pytest
 import torch
-from specified import AsModule, bounds
-from specified import check as compare
+from specified import AsModule
 from torch import nn
 
 from effattn._library import library_path
 from effattn.nn import CascadedGroupAttention, EfficientFormerAttention, EfficientFormerV2Attention, LiteMLA
 from effattn.ops import OPERATORS
 from effattn.testing import make_arguments, randomise_batch_norm
+from effattn.tolerance import bounds
+from effattn.tolerance import check as compare
 
 LOAD = (
     "import sys, torch\n"

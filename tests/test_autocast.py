@@ -13,7 +13,8 @@ from torch import nn
 import effattn
 from effattn.nn import lite_mla, projection
 from effattn.nn.projection import folded_convolution
-from effattn.testing import error, import_timm, randomise_batch_norm, randomise_what_starts_at_zero
+from effattn.testing import import_timm, randomise_batch_norm, randomise_what_starts_at_zero
+from effattn.tolerance import error
 
 import_timm()
 from timm.models import (  # noqa: E402  (loadable only now)

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torch.utils.checkpoint
-from specified import bounds, check, check_against_float64, mapped
+from specified import check_against_float64, mapped
 from tiers import full
 from torch import nn
 
@@ -18,6 +18,7 @@ from effattn import use_backend
 from effattn.nn import CascadedGroupAttention, LocalWindowAttention
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments, randomise_batch_norm
+from effattn.tolerance import bounds, check
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
 

@@ -9,12 +9,13 @@ import itertools
 
 import pytest
 import torch
-from specified import bounds, check, check_against_float64, mapped, named
+from specified import check_against_float64, mapped, named
 from torch.nn import functional
 
 from effattn import cascaded_group_attention, use_backend
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments
+from effattn.tolerance import bounds, check
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise, pytest.mark.usefixtures("poisoned_allocations")]
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import bounds, check, mapped
+from specified import mapped
 
 from effattn.ops import OPERATORS
 from effattn.ops import cascaded_group_attention_projected as cascade_op
 from effattn.testing import ORDERS, make_arguments, make_image, make_tensor
+from effattn.tolerance import bounds, check
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import bounds, check
 
 from effattn.ops import INFERENCE_OPERATORS
 from effattn.ops import projected_attention as attention_op
 from effattn.testing import make_arguments, make_image, make_tensor
+from effattn.tolerance import bounds, check
 
 pytestmark = [pytest.mark.arguments, pytest.mark.pairwise]
 

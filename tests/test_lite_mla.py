@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import bounds, check, mapped
+from specified import mapped
 
 from effattn import use_backend
 from effattn.ops import INFERENCE_OPERATORS
 from effattn.ops.lite_mla import Weights, lite_mla
 from effattn.testing import ORDERS, make_arguments
+from effattn.tolerance import bounds, check
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
 

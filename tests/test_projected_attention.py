@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from specified import bounds
-from specified import check as compare
 from torch.nn import functional
 
 from effattn import use_backend
 from effattn.ops import _packed as packed
 from effattn.ops import projected_attention as attention_op
 from effattn.testing import make_image, make_tensor
+from effattn.tolerance import bounds
+from effattn.tolerance import check as compare
 
 pytestmark = [pytest.mark.numerics, pytest.mark.pairwise]
 

@@ -7,14 +7,15 @@ import copy
 import pytest
 import torch
 from exported_to_onnx import export, run
-from specified import AsModule, bounds, check, with_gradients
+from specified import AsModule, with_gradients
 from tiers import full
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from effattn import registry, relu_linear_attention, use_backend
 from effattn.ops import OPERATORS
-from effattn.testing import error, make_tensor
+from effattn.testing import make_tensor
+from effattn.tolerance import bounds, check, error
 
 OPERATOR = OPERATORS["relu_linear_attention"]
 

@@ -11,8 +11,7 @@ import warnings
 
 import pytest
 import torch
-from specified import bounds, check_module, longest_sum
-from specified import check as compare
+from specified import check_module, longest_sum
 from torch import fx, nn
 
 import effattn
@@ -26,6 +25,8 @@ from effattn.testing import (
     randomise_batch_norm,
     randomise_what_starts_at_zero,
 )
+from effattn.tolerance import bounds
+from effattn.tolerance import check as compare
 
 timm, diffusers = import_timm(), import_diffusers()
 from timm.models._features_fx import create_feature_extractor as timm_extractor  # noqa: E402
@@ -85,7 +86,7 @@ def test_traced_models(name, grad):
 @pytest.mark.each_value
 def test_traces_are_differentiable(name, grad):
     """As those of the stock model are, whether they were made with gradients or without."""
-    stock, accelerated = make_model(name)
+    _, accelerated = make_model(name)
     x = make_image(1, 3, 224, 224)
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(accelerated, (x,))

@@ -285,10 +285,11 @@ def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrel
 
 HERE = """
 import sys, torch, effattn
-from specified import check, expected, with_gradients
+from specified import expected, with_gradients
 from effattn.backends import cpu
 from effattn import registry, verdicts
 from effattn.ops import OPERATORS
+from effattn.tolerance import check
 
 operator = OPERATORS[sys.argv[1]]
 arguments, truth, allowed = expected(operator, operator.cases[0], torch.bfloat16)

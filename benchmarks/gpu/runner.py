@@ -19,7 +19,7 @@ from benchmarks.floor import Work
 from benchmarks.gpu import turns
 from benchmarks.gpu.clock import SAMPLE_SECONDS, Call, Clock
 from benchmarks.runner import Accuracy, Role, Row, explain
-from effattn import testing
+from effattn import testing, tolerance
 
 Arguments = Sequence[Any]  # tensors, and lists of them
 Function = Callable[..., torch.Tensor]
@@ -211,7 +211,7 @@ def accuracy(case: GpuCase, role: Role, results: Sequence[torch.Tensor], truth: 
     # A gradient that vanishes identically has no digits: it is measured against the others.
     least = LEAST_NORM * max(norms)
     errors = [
-        testing.error(result, exact.to(result.device)) / max(norm, least)
+        tolerance.error(result, exact.to(result.device)) / max(norm, least)
         for result, exact, norm in zip(results, truth, norms, strict=True)
     ]
     return Accuracy(math.nan if any(math.isnan(e) for e in errors) else max(errors), allowed)

@@ -14,8 +14,8 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device, dtype, sizes) cannot be served; None for an op is any. Sizes are a NamedTuple of what
-    #: an operator says backends may have a limit for, or empty.
+    #: Every reason why (op, device, dtype, sizes) cannot be served; None for an op is any. Sizes are a NamedTuple of
+    #: what an operator says backends may have a limit for, or empty.
     reasons: Callable[[str | None, torch.device, torch.dtype, Sequence[int]], list[str]]
     #: Where its torch operators are; None of the reference, which has the plain formulations.
     namespace: str | None = None

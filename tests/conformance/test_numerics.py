@@ -5,21 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import (
-    CPU_ROUNDINGS,
-    GPU_ROUNDINGS,
-    bounds,
-    check,
-    check_against_float64,
-    mapped,
-    second_derivatives,
-    with_gradients,
-)
+from specified import check_against_float64, mapped, second_derivatives, with_gradients
 
 from effattn import use_backend
 from effattn.functional import _called
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments, make_image, moved
+from effattn.tolerance import CPU_ROUNDINGS, GPU_ROUNDINGS, bounds, check
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("poisoned_allocations")]
 

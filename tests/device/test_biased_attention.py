@@ -6,11 +6,12 @@ import pytest
 import torch
 from cuda_only import SCALARS, cuda_only, workspace_of_inference
 from limits import check_that_a_limit_is_named
-from specified import GPU_ROUNDINGS, check_against_float64, expected, mapped, with_gradients
+from specified import check_against_float64, expected, mapped, with_gradients
 from tiers import full
 
 from effattn.ops import OPERATORS
-from effattn.testing import ORDERS, error, make_arguments
+from effattn.testing import ORDERS, make_arguments
+from effattn.tolerance import GPU_ROUNDINGS, error
 
 pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import GPU_ROUNDINGS, expected, mapped, with_gradients
+from specified import expected, mapped, with_gradients
 
 from effattn.backends.triton import LAUNCHERS
 from effattn.ops import OPERATORS
-from effattn.testing import error
+from effattn.tolerance import GPU_ROUNDINGS, error
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from specified import check_gradients, module_results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effattn import use_backend
@@ -25,7 +26,7 @@ from effattn.nn import (
     lite_mla,
     projection,
 )
-from effattn.testing import FLOAT32_GRADIENT_TOLERANCE, error, randomise_batch_norm, randomise_what_starts_at_zero
+from effattn.testing import randomise_batch_norm, randomise_what_starts_at_zero
 
 pytestmark = pytest.mark.each_value
 
@@ -223,13 +224,10 @@ def of_kernels(operations, backend, suffix):
 
 def traced_step(module, x, grad_out, autocast=None):
     """Operations of the forward and the backward, the output and all gradients."""
-    leaf = x.detach().requires_grad_()
     with Operations() as operations:
         with torch.autocast(x.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            out = module(leaf)
-        wanted = [leaf, *(p for p in module.parameters() if p.requires_grad)]
-        grads = torch.autograd.grad(out, wanted, grad_out.to(out.dtype))
-    return operations, [out.detach(), *grads]
+            results = module_results(module, x, grad_out)
+    return operations, results
 
 
 @pytest.mark.parametrize("autocast", [None, *NARROW], ids=str)
@@ -263,8 +261,4 @@ def test_training_with_frozen_batch_norm_is_one_operator(device, backend, name, 
     for suffix in ("forward", "backward"):
         assert len(of_kernels(operations, backend, f"_{suffix}")) == 1
     if autocast is None:
-        with use_backend("reference"):
-            _, expected = traced_step(module, x, grad_out)
-        scale = max(t.norm().item() for t in expected[1:])
-        for a, b in zip(results, expected, strict=True):
-            assert error(a, b.double()) <= FLOAT32_GRADIENT_TOLERANCE * max(b.norm().item(), 0.1 * scale)
+        check_gradients(results, module, x, grad_out)

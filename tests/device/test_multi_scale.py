@@ -12,7 +12,8 @@ from views import VIEWS
 from effattn import multi_scale_linear_attention, use_backend
 from effattn._triton import configs
 from effattn.ops import OPERATORS
-from effattn.testing import ORDERS, error
+from effattn.testing import ORDERS
+from effattn.tolerance import error
 
 pytestmark = [pytest.mark.each_value, pytest.mark.usefixtures("device", "poisoned_allocations")]
 

@@ -1,23 +1,4 @@
-"""Calls of any operator as its specification has them: results with all gradients, the truth, and the tolerance of
-each.
-
-The error that a result may have, as a norm, is
-
-    |rounded(truth) - truth| + 4 sqrt(r (1 + log2 n)) noise
-
-The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
-formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic:
-float64, each result off by a random number of the size of float32's rounding error; the root mean square of 4 or 64
-draws). It knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in
-every formulation.
-
-But a sum of n numbers rounds each of them not once but log2 n times if it is made pairwise. Kernels add up in blocks,
-which comes near to that; one long chain of sums does not, and is found out. Errors of independent roundings grow with
-the root of their number, hence the root, with ``n`` the terms of the operator's longest sum
-(``Operator.longest_sum``). ``r`` is how often a product is rounded: once, or four times where tensor cores make it of
-three products of narrower parts (``GPU_ROUNDINGS``: of two splits and two additions). Four standard deviations,
-because a single number is beyond three in one of 370 cases, and beyond four in one of 16,000.
-"""
+"""Calls of any operator as its specification has them: results with all gradients, the truth, and their tolerance."""
 
 from __future__ import annotations
 
@@ -29,67 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import effattn
 from effattn import use_backend
 from effattn.ops._operator import Operator
-from effattn.testing import error, laid_out, make_arguments, moved
-
-ROUNDING = 2.0**-24 / math.sqrt(3)  # root mean square of float32's, relative to the largest number of a binade
-#: Four draws tell the noise of many numbers. That of a few, all of which may be small by chance in four draws, is told
-#: by more, which are drawn where a result is beyond the first estimate.
-DRAWS, MANY_DRAWS = 4, 64
-CPU_ROUNDINGS, GPU_ROUNDINGS = 1, 4
-#: Of a relu's argument, relative to the largest: below it, a rounding decides about a gradient.
-NEAR_ZERO = 1e-6
-
-
-class RoundedToFloat32(TorchDispatchMode):
-    """In which every result in float64 is off by as much as float32 may round it."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.is_decided_by_rounding = False
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _IN_PARTS:
-            return _IN_PARTS[func](self._off, *args)
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.relu.default and args[0].numel() > 0:
-            size = args[0].abs()
-            self.is_decided_by_rounding |= bool(((size > 0) & (size < NEAR_ZERO * size.max())).any())
-        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
-        return out if is_view else tree_map_only(torch.Tensor, self._off, out)
-
-    def _off(self, t: torch.Tensor) -> torch.Tensor:
-        if t.dtype != torch.float64:
-            return t
-        return t * (1 + ROUNDING * torch.randn(t.shape, generator=self._generator, dtype=t.dtype))
-
-
-Results = dict[str, torch.Tensor]
-
-
-def _softmax(off: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dim: int, _: bool) -> torch.Tensor:
-    weights = off(off(off(x - x.amax(dim, keepdim=True)).exp()))  # twice: exponentials are right to one unit, not half
-    return off(weights / off(weights.sum(dim, keepdim=True)))
-
-
-def _softmax_backward(
-    off: Callable[[torch.Tensor], torch.Tensor], grad: torch.Tensor, out: torch.Tensor, dim: int, _: torch.dtype
-) -> torch.Tensor:
-    terms = off(grad * out)
-    return off(terms - off(out * off(terms.sum(dim, keepdim=True))))
-
-
-#: Operators of torch that are several operations, between which much cancels.
-_IN_PARTS: dict[Any, Callable[..., torch.Tensor]] = {
-    torch.ops.aten._softmax.default: _softmax,
-    torch.ops.aten._softmax_backward_data.default: _softmax_backward,
-}
+from effattn.testing import laid_out, make_arguments, moved
+from effattn.tolerance import CPU_ROUNDINGS, DRAWS, GPU_ROUNDINGS, MANY_DRAWS, Results, bounds, check, too_large
 
 
 class Expected(NamedTuple):
@@ -98,52 +24,6 @@ class Expected(NamedTuple):
     arguments: list[Any]
     truth: Results
     allowed: dict[str, float]
-
-
-def bounds(
-    compute: Callable[[], Results],
-    longest_sum: int,
-    roundings: int = CPU_ROUNDINGS,
-    rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, t: t.float(),
-    draws: int | None = None,
-) -> tuple[Results, dict[str, float], bool]:
-    """The truth, the tolerance of each result, and whether a rounding decides about a gradient.
-
-    Args:
-        compute: the plain formulation in float64.
-        longest_sum: how many terms are added up at most for one number.
-        roundings: of a product.
-        rounded: of a result's name and truth, that in the dtype which is expected.
-        draws: of the noise; enough for the smallest result by default.
-    """
-    truth = compute()
-    if draws is None:
-        draws = DRAWS if all(t.numel() >= 256 for t in truth.values()) else MANY_DRAWS
-    modes = [RoundedToFloat32(draw) for draw in range(draws)]
-    drawn = []
-    for mode in modes:
-        with mode:
-            drawn.append(compute())
-    allowed = {}
-    for name, t in truth.items():
-        noise = math.sqrt(sum(error(draw[name], t) ** 2 for draw in drawn) / draws)
-        of_a_term = roundings * (1 + math.log2(max(longest_sum, 1)))
-        allowed[name] = error(rounded(name, t), t) + 4 * math.sqrt(of_a_term) * noise + math.ulp(0.0)
-    return truth, allowed, any(mode.is_decided_by_rounding for mode in modes)
-
-
-def too_large(results: Results, truth: Results, allowed: Mapping[str, float]) -> dict[str, float]:
-    """By name, the errors above what is allowed, in units of it."""
-    for name, t in truth.items():
-        assert results[name].shape == t.shape, name
-    ratios = {name: error(results[name].cpu(), t) / allowed[name] for name, t in truth.items()}
-    return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
-
-
-def check(results: Results, truth: Results, allowed: Mapping[str, float]) -> None:
-    """Compares results with the truth."""
-    found = too_large(results, truth, allowed)
-    assert not found, found
 
 
 def with_gradients(
@@ -393,3 +273,19 @@ def check_module(
     truth, allowed, _ = bounds(compute, terms, rounded=lambda _, t: t.to(results[0].dtype))
     for out in results:
         check({"out": out}, truth, allowed)
+
+
+def module_results(module: torch.nn.Module, x: torch.Tensor, grad_out: torch.Tensor) -> Results:
+    """Its output, and the gradients of its input and parameters."""
+    leaf = x.detach().requires_grad_()
+    out = module(leaf)
+    wanted = {"x": leaf, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
+    grads = torch.autograd.grad(out, list(wanted.values()), grad_out)
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def check_gradients(results: Results, module: torch.nn.Module, x: torch.Tensor, grad_out: torch.Tensor) -> None:
+    """Compares :func:`module_results` of kernels for GPUs with those of the module in float64."""
+    exact, wide, grad = copy.deepcopy(module).cpu().double(), x.cpu().double(), grad_out.cpu().double()
+    truth, allowed, _ = bounds(lambda: module_results(exact, wide, grad), longest_sum(exact, x), GPU_ROUNDINGS)
+    check(results, truth, allowed)
