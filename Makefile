@@ -72,9 +72,9 @@ test-python: $(BUILD_TEST) $(VENV)/.test ## the test suite
 
 test-triton: $(BUILD_TEST) $(VENV)/.test ## Triton's kernels: compiled for cards that are not here, and interpreted
 	time $(PYTEST) $(TRITON_COMPILED)
-	time TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device --ignore $(TRITON_COMPILED)
+	time TRITON_INTERPRET=1 $(PYTEST) tests/triton tests/device tests/conformance --ignore $(TRITON_COMPILED)
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  $(PYTEST) -n 0 tests/triton tests/device --ignore $(TRITON_COMPILED)
+	  $(PYTEST) -n 0 tests/triton tests/device tests/conformance --ignore $(TRITON_COMPILED)
 
 test-cuda: $(BUILD_TEST) $(VENV)/.test ## CUDA's kernels: what the compiler made of them, and emulated under AddressSanitizer
 	time $(PYTEST) tests/cuda

@@ -15,7 +15,7 @@ from staged import ROOT, all_but_the_widest, marked, run, stage
 
 STAGE = ROOT / "build" / "emulated"
 FULL = "--full"
-TESTS = ["tests/device", *marked("emulated")]
+TESTS = ["tests/device", "tests/conformance", *marked("emulated")]
 BACKWARDS = {"EFFATTN_EMULATOR_ORDER": "backwards", "EFFATTN_EMULATED_CAPABILITY": "80"}
 
 

@@ -27,6 +27,7 @@ from effattn.nn import (
     projection,
 )
 from effattn.testing import randomise_batch_norm, randomise_what_starts_at_zero
+from effattn.tolerance import error
 
 pytestmark = pytest.mark.each_value
 
@@ -224,9 +225,9 @@ def of_kernels(operations, backend, suffix):
 
 def traced_step(module, x, grad_out, autocast=None):
     """Operations of the forward and the backward, the output and all gradients."""
-    with Operations() as operations:
-        with torch.autocast(x.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            results = module_results(module, x, grad_out)
+    cast = torch.autocast(x.device.type, autocast or torch.bfloat16, enabled=autocast is not None)
+    with Operations() as operations, cast:
+        results = module_results(module, x, grad_out)
     return operations, results
 
 

@@ -280,7 +280,7 @@ def module_results(module: torch.nn.Module, x: torch.Tensor, grad_out: torch.Ten
     leaf = x.detach().requires_grad_()
     out = module(leaf)
     wanted = {"x": leaf, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
-    grads = torch.autograd.grad(out, list(wanted.values()), grad_out)
+    grads = torch.autograd.grad(out, list(wanted.values()), grad_out.to(out.dtype))
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
