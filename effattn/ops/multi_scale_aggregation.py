@@ -68,7 +68,7 @@ def longest_sum(sizes: Mapping[str, Any]) -> int:
 
 
 CASES = (
-    {"B": 2, "heads": 2, "head_dim": 4, "H": 5, "W": 6, "S": 2, "k": (3, 5)},
+    {"B": 2, "heads": 1, "head_dim": 4, "H": 3, "W": 4, "S": 2, "k": (1, 3)},
     {"B": 1, "heads": 3, "head_dim": 16, "H": 7, "W": 7, "S": 1, "k": (5,), "without": ("dw_biases", "pw_biases")},
     {"B": 1, "heads": 1, "head_dim": 7, "H": 1, "W": 9, "S": 0, "k": ()},
 )

@@ -88,7 +88,8 @@ def test_gradcheck_of_the_plain_formulation(operator, case):
 
 @by_operator
 def test_only_the_gradients_that_are_asked_for(target, operator, case):
-    for asked in range(len(flattened(made(target, operator, case)))):
+    count = len(flattened(made(target, operator, case)))
+    for asked in {0, count // 2, count - 1}:
         arguments = made(target, operator, case)
         tensors = flattened(arguments)
         tensors[asked].requires_grad_()
