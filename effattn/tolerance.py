@@ -64,6 +64,8 @@ class RoundedToFloat32(TorchDispatchMode):
 
 
 def _softmax(off: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dim: int, _: bool) -> torch.Tensor:
+    if x.numel() == 0:
+        return x
     weights = off(off(off(x - x.amax(dim, keepdim=True)).exp()))  # twice: exponentials are right to one unit, not half
     return off(weights / off(weights.sum(dim, keepdim=True)))
 

@@ -114,7 +114,7 @@ def longest_sum(sizes: Mapping[str, Any]) -> int:
 
 
 CASES = (
-    {"B": 2, "heads": 2, "d": 4, "key_dim": 4, "H": 5, "W": 6, "k": (3, 5), "window_height": 3, "window_width": 3}
+    {"B": 2, "heads": 2, "d": 4, "key_dim": 4, "H": 3, "W": 4, "k": (1, 3), "window_height": 2, "window_width": 4}
     | {"scale": 0.5},
     {"B": 1, "heads": 4, "d": 16, "key_dim": 16, "H": 7, "W": 7, "k": (5,) * 4, "window_height": 7, "window_width": 7}
     | {"scale": 0.25},

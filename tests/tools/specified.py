@@ -191,10 +191,10 @@ def free_sizes(operator: Operator, case: Mapping[str, Any]) -> list[str]:
     return [name for name in of_images if name not in fixed and isinstance(case[name], int)]
 
 
-def of_other_sizes(operator: Operator, case: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The case with others of these sizes, ``count`` times."""
-    unused = itertools.count(5)
-    names = free_sizes(operator, case)
+def of_other_sizes(operator: Operator, case: Mapping[str, Any], count: int, *, few: bool) -> list[dict[str, Any]]:
+    """The case with others of these sizes, ``count`` times; of the first alone if ``few``."""
+    unused = itertools.count(2)  # sizes of 0 and 1 have graphs of their own
+    names = free_sizes(operator, case)[: 1 if few else None]
     return [{**case, **{name: next(unused) for name in names}} for _ in range(count)]
 
 
