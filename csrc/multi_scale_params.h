@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "../kernels/params/multi_scale.h"
-#include "../kernels/params/relu_linear_attention.h"
 #include "images.h"
 #include "signature.h"
 #include "weights.h"

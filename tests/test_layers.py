@@ -36,6 +36,7 @@ ALLOWED = {
     "nn": {"functional", "ops", "_library", "_tracing"},
     "integrations": {"functional", "nn"},
     "testing": {"ops", "registry"},
+    "tolerance": set(),
     "__main__": {"registry", "_library", "__init__"},
     "__init__": {"_library", "functional", "integrations", "nn", "registry"},
 }
@@ -81,6 +82,24 @@ def test_kernels_know_no_torch():
     for path in (PACKAGE.parent / "kernels").rglob("*"):
         if path.suffix in (".h", ".cpp"):
             assert "torch/" not in path.read_text(), path
+
+
+#: By operator, what its own files have in their paths, if not its name.
+OWN = {"multi_scale_linear_attention": "multi_scale", "multi_scale_aggregation": "multi_scale"}
+OWN |= {"cascaded_group_attention": "cascade"}
+#: Prose, which names operators where it speaks of them.
+PROSE = ("docs/", "mkdocs.yml", "benchmarks/results/", "benchmarks/NOTES.md")
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / ".git").exists(), reason="looks into a repository")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_few_files_but_its_own_name_an_operator(name):
+    """What must be touched for one: its own files, and at most six that call it or are made of it."""
+    command = ["git", "grep", "-lw", name]
+    found = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout.split()
+    others = [path for path in found if OWN.get(name, name) not in path and not path.endswith(".md")]
+    others = [path for path in others if not path.startswith(PROSE)]
+    assert found and len(others) <= 6, others
 
 
 def test_no_model_library_is_imported():

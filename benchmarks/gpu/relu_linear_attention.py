@@ -22,7 +22,7 @@ def _make(sizes: Sizes, dtype: torch.dtype, order: str) -> list[Any]:
     (batch, heads), tokens, channels = sizes["..."], sizes["N"], sizes["D"]
     if order == "second":
         qkv = testing.make_tensor(batch, heads, 3 * channels, tokens, dtype=dtype)
-        return [*testing.split_heads(qkv), sizes["eps"]]
+        return [*rla.split_heads(qkv), sizes["eps"]]
     images = (testing.make_tensor(batch, tokens, heads * channels, dtype=dtype, seed=seed) for seed in range(3))
     return [*(t.unflatten(-1, (heads, channels)).transpose(1, 2) for t in images), sizes["eps"]]
 

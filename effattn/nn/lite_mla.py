@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Proxy
 from torch.nn import functional
 
-from effattn.functional import multi_scale_linear_attention, relu_linear_attention
+from effattn.functional import multi_scale_linear_attention
 from effattn.nn.arguments import require_positive
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.origin import is_genuine
@@ -253,9 +253,11 @@ def _attend_to_any(
 ) -> torch.Tensor:
     batch, _, height, width = qkv.shape
     aggregated = torch.cat([qkv, *(scale(qkv) for scale in scales)], dim=1)
+    if kernel is None:
+        return multi_scale_linear_attention(aggregated, [], [], head_dim=head_dim, eps=eps)
     heads = aggregated.reshape(batch, -1, 3 * head_dim, height * width).transpose(-2, -1)
     q, k, v = heads.chunk(3, dim=-1)
-    out = relu_linear_attention(q, k, v, eps=eps) if kernel is None else _linear_attention(kernel(q), kernel(k), v, eps)
+    out = _linear_attention(kernel(q), kernel(k), v, eps)
     return out.transpose(-2, -1).reshape(batch, -1, height, width)
 
 

@@ -9,10 +9,9 @@
 
 #include "dtype.h"
 #include "operand.h"
+#include "sizes.h"
 
 namespace effattn {
-
-constexpr int64_t kMaxDim = 1 << 16;  // of head_dim and value_dim: the kv_state of a group then takes 16 GiB
 
 struct LinearAttentionParams {
   DType dtype;

@@ -17,4 +17,7 @@ EFFATTN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : 
 EFFATTN_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 EFFATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
+// The largest head_dim and value_dim of linear attention: the kv_state of a group then takes 16 GiB.
+constexpr int64_t kMaxDim = 1 << 16;
+
 }  // namespace effattn

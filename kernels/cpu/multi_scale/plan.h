@@ -26,7 +26,7 @@ EFFATTN_EXPORT MultiScalePlan plan(const MultiScaleParams& params);
 void aggregate(const MultiScaleParams& params, const Parallel& parallel);
 void aggregate_backward(const MultiScaleParams& params, const Parallel& parallel);
 
-// out: (batch, (1 + scales) * heads * head_dim, tokens). `kv_state`: what relu_linear_attention keeps, for
+// out: (batch, (1 + scales) * heads * head_dim, tokens). `kv_state`: what linear attention keeps, for
 // batch x (1 + scales) * heads groups, or null.
 void attend(const MultiScaleParams& params, float* kv_state, const Parallel& parallel);
 void attend_backward(const MultiScaleParams& params, const float* kv_state, const Parallel& parallel);

@@ -8,7 +8,7 @@ namespace effattn::cuda {
 
 void aggregate(const MultiScaleParams& params, const Execution& execution);
 void aggregate_backward(const MultiScaleParams& params, const Execution& execution);
-// `kv_state`: what relu_linear_attention keeps, for batch x (1 + scales) * heads groups, or null.
+// `kv_state`: what linear attention keeps, for batch x (1 + scales) * heads groups, or null.
 void attend(const MultiScaleParams& params, float* kv_state, const Execution& execution);
 void attend_backward(const MultiScaleParams& params, const float* kv_state, const Execution& execution);
 

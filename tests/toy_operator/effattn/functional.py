@@ -14,8 +14,7 @@ def squared_relu(x: torch.Tensor, weight: torch.Tensor, *, scale: float = 1.0) -
 
     .. math:: out_c = scale \cdot weight_c \cdot relu(x_c)^2
 
-    Primer (arXiv 2109.08668), section 4.1. Deterministic and differentiable to any order like
-    :func:`relu_linear_attention`.
+    Primer (arXiv 2109.08668), section 4.1. Deterministic, and differentiable to any order.
 
     Args:
         x: (B, C, H, W), NCHW or channels_last, float16, bfloat16, float32 or float64.
