@@ -22,6 +22,7 @@ ALLOWED = re.compile(
             "EFFATTN_TEST_LARGE=1",
             "is a peer that make bench installs",
             "the interpreter compiles nothing",
+            "is of (triton|cuda) alone, where (triton|cuda)( and cuda)? runs",
             "without clusters, sums over tokens are added up",
             "runs on the emulated kernels, in make test-cuda",
             "an address sanitizer reserves the address space",
