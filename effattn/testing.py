@@ -151,7 +151,7 @@ def official_multi_scale_attention(
         mixed = functional.conv2d(qkv, dw.to(qkv.dtype), padding=dw.shape[-1] // 2, groups=channels)
         scales.append(functional.conv2d(mixed, pw.to(qkv.dtype), groups=channels // dim))
     everything = torch.cat(scales, dim=1)
-    everything = everything.float() if upcast else everything
+    everything = everything.to(torch.promote_types(qkv.dtype, torch.float32)) if upcast else everything
     q, k, v = everything.reshape(batch, -1, 3 * dim, height * width).chunk(3, dim=2)
     q, k = q.relu(), k.relu()
     if height * width > dim:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 import effattn
 from benchmarks.gpu.measured import BATCHES, Measured, Shape, Sizes
 from benchmarks.gpu.runner import STOCK, Function
 from effattn.ops import OPERATORS
+from effattn.testing import official_multi_scale_attention
 
 Tensors = list[torch.Tensor]
 
@@ -29,22 +29,8 @@ def _ours(
 def _official(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
 ) -> torch.Tensor:
-    """As in the authors' repository, which has no biases either: convolutions in the type of the image, sums in
-    float32, and the quadratic form where tokens are few."""
-    (batch, channels, height, width), scales = qkv.shape, [qkv]
-    for depthwise, pointwise in zip(dw, pw, strict=True):
-        mixed = functional.conv2d(qkv, depthwise.to(qkv.dtype), padding=depthwise.shape[-1] // 2, groups=channels)
-        scales.append(functional.conv2d(mixed, pointwise.to(qkv.dtype), groups=channels // head_dim))
-    heads = torch.cat(scales, dim=1).to(torch.promote_types(qkv.dtype, torch.float32))
-    q, k, v = heads.reshape(batch, -1, 3 * head_dim, height * width).chunk(3, dim=2)
-    q, k = q.relu(), k.relu()
-    if height * width > head_dim:
-        out = (functional.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
-        out = out[:, :, :-1] / (out[:, :, -1:] + eps)
-    else:
-        weights = k.mT @ q
-        out = v @ (weights / (weights.sum(dim=2, keepdim=True) + eps))
-    return out.reshape(batch, -1, height, width).to(qkv.dtype)
+    """The authors' code has no biases either; convolutions are in the type of the image, sums in float32."""
+    return official_multi_scale_attention(qkv, dw, pw, head_dim, eps, upcast=True)
 
 
 def _peers(sizes: Sizes) -> dict[str, Function]:
