@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The only list of instruction sets: name, lanes of the SIMD vector, compiler flags. From narrow to
 # wide. avx2_wide is the 16-lane source compiled for AVX2: it lets tests run the AVX-512 logic on
-# processors without AVX-512, and is never picked by itself.
+# processors without AVX-512, is compiled on those alone, and is never picked by itself.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
     "x86_64": [
@@ -215,6 +215,11 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def _needs_wide(target: Target) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return not target.portable and cpuinfo.exists() and "avx512f" not in cpuinfo.read_text()
+
+
 def compiler_launcher() -> str:
     """What stands in front of a compiler's command line: ``EFFATTN_COMPILER_LAUNCHER``, or the ccache that is there.
 
@@ -237,7 +242,8 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     import pybind11
     from ninja import ninja_syntax
 
-    isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in target.without]
+    without = {*target.without, *(() if _needs_wide(target) else ("avx2_wide",))}
+    isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in without]
     pybind11_folder = pybind11.get_include()
     rows = "".join(f" ROW({name}, {lanes}, __VA_ARGS__)" for name, lanes, _ in isas)
     optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]

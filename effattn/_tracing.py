@@ -54,6 +54,12 @@ def static_shape(t: torch.Tensor) -> tuple[int, ...]:
         return t.shape
 
 
+def constant_result(function: Callable[..., Any]) -> Any:
+    """As torch.compiler.assume_constant_result, without its import of torch._dynamo, which takes as long as torch's."""
+    when_imported("torch._dynamo", lambda dynamo: dynamo.assume_constant_result(function))
+    return function
+
+
 def when_imported(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Calls back with a module: now if it is loaded, or else once it is, which costs nothing until then."""
     module = sys.modules.get(name)

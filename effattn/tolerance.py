@@ -6,9 +6,9 @@ The error that a result may have, as a norm, is
 
 The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
 formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic:
-float64, each result off by a random number of the size of float32's rounding error; the root mean square of 4 or 64
-draws). It knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in
-every formulation.
+float64, each result off by up to float32's rounding error, uniformly; the root mean square of 4 or 64 draws). It
+knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in every
+formulation.
 
 But a sum of n numbers rounds each of them not once but log2 n times if it is made pairwise. Kernels add up in blocks,
 which comes near to that; one long chain of sums does not, and is found out. Errors of independent roundings grow with
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 #: By name.
 Results = dict[str, torch.Tensor]
-ROUNDING = 2.0**-24 / math.sqrt(3)  # root mean square of float32's, relative to the largest number of a binade
+ROUNDING = 2.0**-24  # the largest of float32's, relative to the largest number of a binade
 #: Four draws tell the noise of many numbers. That of a few, all of which may be small by chance in four draws, is told
 #: by more, which are drawn where a result is beyond the first estimate.
 DRAWS, MANY_DRAWS = 4, 64
@@ -60,7 +60,9 @@ class RoundedToFloat32(TorchDispatchMode):
     def _off(self, t: torch.Tensor) -> torch.Tensor:
         if t.dtype != torch.float64:
             return t
-        return t * (1 + ROUNDING * torch.randn(t.shape, generator=self._generator, dtype=t.dtype))
+        return t.addcmul(
+            t, torch.empty(t.shape, dtype=t.dtype).uniform_(-ROUNDING, ROUNDING, generator=self._generator)
+        )
 
 
 def _softmax(off: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dim: int, _: bool) -> torch.Tensor:
@@ -94,7 +96,7 @@ def bounds(
     longest_sum: int,
     roundings: int = CPU_ROUNDINGS,
     rounded: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, t: t.float(),
-    draws: int | None = None,
+    draws: int = DRAWS,
 ) -> tuple[Results, dict[str, float], bool]:
     """The truth, the tolerance of each result, and whether a rounding decides about a gradient.
 
@@ -103,11 +105,9 @@ def bounds(
         longest_sum: how many terms are added up at most for one number.
         roundings: of a product.
         rounded: of a result's name and truth, that in the dtype which is expected.
-        draws: of the noise; enough for the smallest result by default.
+        draws: of the noise.
     """
     truth = compute()
-    if draws is None:
-        draws = DRAWS if all(t.numel() >= 256 for t in truth.values()) else MANY_DRAWS
     modes = [RoundedToFloat32(draw) for draw in range(draws)]
     drawn = []
     for mode in modes:
@@ -133,3 +133,15 @@ def check(results: Results, truth: Results, allowed: Mapping[str, float]) -> Non
     """Compares results with the truth."""
     found = too_large(results, truth, allowed)
     assert not found, found
+
+
+def check_against(
+    compute: Callable[[], Results], results: Results, longest_sum: int, roundings: int = CPU_ROUNDINGS
+) -> None:
+    """Compares results in the dtypes that are expected with the plain formulation in float64 (:func:`bounds`)."""
+    for draws in (DRAWS, MANY_DRAWS):
+        truth, allowed, _ = bounds(compute, longest_sum, roundings, lambda name, t: t.to(results[name].dtype), draws)
+        found = too_large(results, truth, allowed)
+        if not found:
+            return
+    raise AssertionError(found)

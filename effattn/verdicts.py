@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effattn._tracing import constant_result
 from effattn.backends import ORDER
 
 #: The file; empty for none.
@@ -114,7 +115,7 @@ def _known() -> tuple[Verdict, ...]:
         return ()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def reason(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend's kernels for ``op`` must not be used on the device, or None."""
     if not identity(backend):  # none for cards: whatever is wrong with the file concerns no call of the CPU

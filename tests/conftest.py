@@ -28,10 +28,11 @@ _C = _library._C
 
 UNSUPPORTED = {row["name"] for row in _C.isas() if not row["supported"]}
 
-# pytest -n puts a process on every core: threads of several would wait for each other, spinning. Tests of
-# threads ask for theirs.
+# pytest -n puts a process on every core: threads of several, and of what they start, would wait for each other,
+# spinning. Tests of threads ask for theirs.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

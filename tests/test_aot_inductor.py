@@ -15,8 +15,7 @@ from effattn._library import library_path
 from effattn.nn import CascadedGroupAttention, EfficientFormerAttention, EfficientFormerV2Attention, LiteMLA
 from effattn.ops import OPERATORS
 from effattn.testing import make_arguments, randomise_batch_norm
-from effattn.tolerance import bounds
-from effattn.tolerance import check as compare
+from effattn.tolerance import check_against
 
 LOAD = (
     "import sys, torch\n"
@@ -68,7 +67,6 @@ def check(tmp_path, module, given, operators, longest_sum):
             return dict(enumerate(wide(given.double())))
 
     with torch.no_grad():
-        truth, allowed, _ = bounds(compute, longest_sum)
         program = torch.export.export(module, (given,))
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "effattn." in str(node.target)}
         assert len(called) == operators
@@ -78,7 +76,7 @@ def check(tmp_path, module, given, operators, longest_sum):
     subprocess.run(
         [sys.executable, "-c", LOAD, *map(str, (library_path, package, case, results))], check=True, cwd=tmp_path
     )
-    compare(dict(enumerate(torch.load(results))), truth, allowed)
+    check_against(compute, dict(enumerate(torch.load(results))), longest_sum)
 
 
 @pytest.mark.full

@@ -328,7 +328,7 @@ def test_a_case_whose_inputs_fail_is_a_reason():
 
 
 def test_everyone_can_be_compiled(monkeypatch):
-    """As far as recording the graphs; in every mode."""
+    """As far as recording the graphs; of one case in every mode."""
     modes = []
 
     def compile_(function, mode, **options):
@@ -336,10 +336,9 @@ def test_everyone_can_be_compiled(monkeypatch):
         return torch._dynamo.optimize("aot_eager", nopython=True)(function)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    for of, shape in TINY.values():
+    for i, (of, shape) in enumerate(TINY.values()):
         case = of.case(shape, training=True)
-        rows, _ = measured(case, runner.compiled_ways(case, runner.ALL_MODES), 1)
-        assert any("max-autotune" in row.candidate for row in rows)
+        rows, _ = measured(case, runner.compiled_ways(case, runner.QUICK_MODES[:1] if i else runner.ALL_MODES), 1)
         assert all(row.reason is None for row in rows), [(row.candidate, row.reason) for row in rows]
     assert set(modes) == {"default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"}
 

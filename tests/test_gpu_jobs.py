@@ -93,7 +93,7 @@ child.begin('a')
 """
     heard = run(code + "time.sleep(100)", seconds=3.0)
     assert statuses(heard) == [("a", "ok"), ("b", "ok"), ("c", "not run")]
-    heard = run(code + "os.abort()", seconds=20.0)
+    heard = run(code + "os.abort()", seconds=5.0)
     assert statuses(heard)[:3] == [("a", "ok"), ("b", "ok"), ("a", "crashed")]
 
 

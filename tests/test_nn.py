@@ -366,11 +366,12 @@ def test_autocast(training, dtype):
     assert (out.double() - truth).norm() <= 1.1 * (expected.double() - truth).norm()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", full("inductor")])
 @pytest.mark.parametrize("training", [True, full(False)], ids=["train", "eval"])
-def test_compile_fullgraph(training):
+def test_compile_fullgraph(training, backend):
     _, ours = pair()
     ours.train(training)
-    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend=backend)
     with torch.set_grad_enabled(training):
         expected, out = ours(image()), compiled(image())
     close(out, expected)

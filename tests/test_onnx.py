@@ -208,7 +208,7 @@ MODELS = ("efficientvit_b0", "efficientvit_m0", "efficientformer_l1", "efficient
     ("name", "exporter"),
     [
         ("efficientvit_b0", "traced"),
-        ("efficientformerv2_s0", "traced"),
+        full("efficientformerv2_s0", "traced"),
         ("DC-AE", "dynamo"),  # the other makes no valid graph of movedim, which its other blocks have
         full("efficientvit_m0", "traced"),
         full("efficientformer_l1", "traced"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from effattn import _library
+from effattn._tracing import constant_result
 from effattn.backends._base import Backend, beyond, refused_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,17 +85,17 @@ def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _driver_error() -> str | None:
     return _library.cuda_driver_error()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _card(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 

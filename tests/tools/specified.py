@@ -15,7 +15,17 @@ import effattn
 from effattn import use_backend
 from effattn.ops._operator import Operator
 from effattn.testing import laid_out, make_arguments, moved
-from effattn.tolerance import CPU_ROUNDINGS, DRAWS, GPU_ROUNDINGS, MANY_DRAWS, Results, bounds, check, too_large
+from effattn.tolerance import (
+    CPU_ROUNDINGS,
+    DRAWS,
+    GPU_ROUNDINGS,
+    MANY_DRAWS,
+    Results,
+    bounds,
+    check,
+    check_against,
+    too_large,
+)
 
 
 class Expected(NamedTuple):
@@ -262,17 +272,14 @@ def check_module(
 
     ``terms`` of its longest sum, if it is not that of a model.
     """
-    results = [result] if isinstance(result, torch.Tensor) else result
+    results = {str(i): t for i, t in enumerate([result] if isinstance(result, torch.Tensor) else result)}
     module, wide = copy.deepcopy(stock).double(), [t.double() for t in inputs]
 
     def compute() -> Results:
         with torch.no_grad():
-            return {"out": first_of(module(*wide))}
+            return dict.fromkeys(results, first_of(module(*wide)))
 
-    terms = terms or longest_sum(module, *inputs)
-    truth, allowed, _ = bounds(compute, terms, rounded=lambda _, t: t.to(results[0].dtype))
-    for out in results:
-        check({"out": out}, truth, allowed)
+    check_against(compute, results, terms or longest_sum(module, *inputs))
 
 
 def module_results(module: torch.nn.Module, x: torch.Tensor, grad_out: torch.Tensor) -> Results:
@@ -288,5 +295,4 @@ def check_gradients(results: Results, module: torch.nn.Module, x: torch.Tensor, 
     """Compares :func:`module_results` of kernels for GPUs with those of the module in float64."""
     exact, wide, grad = copy.deepcopy(module).cpu().double(), x.cpu().double(), grad_out.cpu().double()
     with use_backend("reference"):
-        truth, allowed, _ = bounds(lambda: module_results(exact, wide, grad), longest_sum(exact, x), GPU_ROUNDINGS)
-    check(results, truth, allowed)
+        check_against(lambda: module_results(exact, wide, grad), results, longest_sum(exact, x), GPU_ROUNDINGS)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from effattn._tracing import constant_result
 from effattn._triton import configs
 from effattn._triton.configs import MAX_CHANNELS
 from effattn.backends._base import Backend, beyond, refused_dtype
@@ -79,7 +80,7 @@ def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Se
     return reasons + refused_dtype(dtype, DTYPES) + beyond(sizes, LIMITS)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
