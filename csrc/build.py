@@ -246,7 +246,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in without]
     pybind11_folder = pybind11.get_include()
     rows = "".join(f" ROW({name}, {lanes}, __VA_ARGS__)" for name, lanes, _ in isas)
-    optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
+    optimise = ["-Og", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
     if "undefined" in target.sanitize:  # twice the build time for what crashes anyway, and what address finds too
         checks.append("-fno-sanitize=null,object-size")
