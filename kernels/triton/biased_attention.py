@@ -6,6 +6,7 @@ float32, which are added up over the batch for the bias's anyway, and multiplies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
+
+Tensors = Sequence[torch.Tensor]
 
 LAUNCHES = {
     "attend": {MAX_CHANNELS: Launch(32, 32, keys=32)},
@@ -162,8 +165,8 @@ class LaunchPlan:
         self,
         weights: torch.Tensor,
         grad_logits: torch.Tensor,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        tensors: Tensors,
+        grads: Tensors,
         scale: float,
     ) -> None:
         """Gradients of q, k, v and the bias from ``tensors`` q, k and grad_out."""
@@ -199,7 +202,7 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    grads: Tensors,
     scale: float,
     target: TargetOptions,
 ) -> None:

@@ -6,6 +6,7 @@ second one, the sums over all keys. In between a program holds all heads of some
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import finite_or_zero
 
-Mixtures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = Sequence[torch.Tensor]
 
 #: By the number of heads.
 LAUNCHES = {
@@ -150,7 +151,7 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    mixtures: Mixtures,
+    mixtures: Tensors,
     out: torch.Tensor,
     scale: float,
     target: TargetOptions,
@@ -171,9 +172,9 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor,
-    mixtures: Mixtures,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    grad_mixtures: Mixtures,
+    mixtures: Tensors,
+    grads: Tensors,
+    grad_mixtures: Tensors,
     scale: float,
     target: TargetOptions,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,12 @@ class Groups:
         return Groups(tuple(merged), tuple(members))
 
     @property
+    def are_addressable(self) -> bool:
+        return len(self.merged) <= MAX_DIMENSIONS
+
+    @property
     def count(self) -> int:
-        count = 1
-        for size in self.merged:
-            count *= size
-        return count
+        return math.prod(self.merged)
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ that nothing depends on which program is done first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -205,7 +206,13 @@ def forward(
     target: TargetOptions,
 ) -> None:
     """Fills ``kv_state`` (..., Dv + 1, D), contiguous, and ``out`` (..., N, Dv)."""
-    plan = _LaunchPlan(q, v, Groups.of(q, k, v, out), target)
+    groups = Groups.of(q, k, v, out)
+    if not groups.are_addressable:
+        into = out.new_empty(out.shape)
+        forward(q.contiguous(), k.contiguous(), v.contiguous(), kv_state, into, eps, target)
+        out.copy_(into)
+        return
+    plan = _LaunchPlan(q, v, groups, target)
     plan.accumulate(k, v, None, kv_state)
     launch, queries = plan.launch("attend"), q.shape[-2]
     if queries > 0:
@@ -221,12 +228,19 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     kv_state: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grads: Sequence[torch.Tensor],
     eps: float,
     target: TargetOptions,
 ) -> None:
     """Fills the gradients of q, k and v."""
-    plan = _LaunchPlan(q, v, Groups.of(grad_out, q, k, v, *grads), target)
+    groups = Groups.of(grad_out, q, k, v, *grads)
+    if not groups.are_addressable:
+        into = [grad.new_empty(grad.shape) for grad in grads]
+        backward(*(t.contiguous() for t in (grad_out, q, k, v)), kv_state, into, eps, target)
+        for grad, written in zip(grads, into, strict=True):
+            grad.copy_(written)
+        return
+    plan = _LaunchPlan(q, v, groups, target)
     (grad_q, grad_k, grad_v), queries, keys = grads, q.shape[-2], k.shape[-2]
     scales = kv_state.new_empty(plan.groups.count, queries, 2)
     launch = plan.launch("query_gradients")

@@ -3,67 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from effattn._triton.layout import with_mergeable_rows
-from effattn.backends._memory import empty_image_in_order_of
-from effattn.backends.triton._launch import Launchers, on_device_of, target
-
-Tensors = Sequence[torch.Tensor]
+from effattn.backends.triton._launch import Launchers
 
 
-def forward(
-    x: torch.Tensor,
-    qkv: Tensors,
-    qkv_biases: Tensors,
-    dw: Tensors,
-    dw_biases: Tensors,
-    attention_bias: torch.Tensor,
-    scale: float,
-    window_height: int,
-    window_width: int,
-) -> torch.Tensor:
+def forward(results: Sequence[torch.Tensor], x: torch.Tensor, *rest: Any) -> None:
     from effattn._triton import cascaded_group_attention as kernels
 
-    out = empty_image_in_order_of(x, x.shape)
-    if x.numel() > 0:
-        weights = kernels.Weights(qkv, qkv_biases, dw, dw_biases, attention_bias.contiguous())
-        with on_device_of(x):
-            window = (window_height, window_width)
-            kernels.forward(with_mergeable_rows(x), weights, out, scale, window, target(x))
-    return out
+    *weights, scale, height, width, target = rest
+    kernels.forward(x, kernels.Weights(*weights), *results, scale, (height, width), target)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    qkv: Tensors,
-    qkv_biases: Tensors,
-    dw: Tensors,
-    dw_biases: Tensors,
-    attention_bias: torch.Tensor,
-    scale: float,
-    window_height: int,
-    window_width: int,
-) -> tuple[torch.Tensor | list[torch.Tensor], ...]:
+def backward(grads: Sequence[Any], grad_out: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
     from effattn._triton import cascaded_group_attention as kernels
 
-    new = torch.Tensor.new_zeros if x.numel() == 0 else torch.Tensor.new_empty
-    grad_x, lists = empty_image_in_order_of(x, x.shape), (qkv, qkv_biases, dw, dw_biases)
-    grads = kernels.Weights(
-        *([new(t, t.shape) for t in tensors] for tensors in lists), new(attention_bias, attention_bias.shape)
-    )
-    if x.numel() > 0:
-        weights = kernels.Weights(*lists, attention_bias.contiguous())
-        with on_device_of(x):
-            kernels.backward(
-                with_mergeable_rows(grad_out), with_mergeable_rows(x), weights, grad_x, grads, scale,
-                (window_height, window_width), target(x),
-            )  # fmt: skip
-    return grad_x, *(list(t) for t in (grads.qkv, grads.qkv_biases, grads.dw, grads.dw_biases)), grads.bias
+    *weights, scale, height, width, target = rest
+    own, of_weights = kernels.Weights(*weights), kernels.Weights(*grads[1:])
+    kernels.backward(grad_out, x, own, grads[0], of_weights, scale, (height, width), target)
 
 
 LAUNCHERS = {
-    "cascaded_group_attention": Launchers(forward, forward, backward),
+    "cascaded_group_attention": Launchers(forward, backward),
 }

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from effattn._triton.layout import with_mergeable_rows
-from effattn.backends._memory import empty_image_in_order_of
-from effattn.backends.triton._launch import Launchers, on_device_of, target
+from effattn.backends.triton._launch import Launchers
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+def forward(results: Sequence[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, scale: float, target: Any) -> None:
     from effattn._triton import squared_relu
 
-    out = empty_image_in_order_of(x, x.shape)
-    if x.numel() > 0:
-        with on_device_of(x):
-            squared_relu.forward(with_mergeable_rows(x), weight.contiguous(), out, scale, target(x))
-    return out
+    squared_relu.forward(x, weight, *results, scale, target)
 
 
-def backward(
-    grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(grads: Sequence[torch.Tensor], *arguments: Any) -> None:
     from effattn._triton import squared_relu
 
-    grad_x, grad_weight = empty_image_in_order_of(x, x.shape), weight.new_empty(weight.shape)
-    if x.numel() > 0:
-        with on_device_of(x):
-            squared_relu.backward(
-                with_mergeable_rows(grad_out), with_mergeable_rows(x), weight.contiguous(), grad_x, grad_weight, scale,
-                target(x),
-            )  # fmt: skip
-    else:
-        grad_weight.zero_()
-    return grad_x, grad_weight
+    *tensors, scale, target = arguments
+    squared_relu.backward(*tensors, *grads, scale, target)
 
 
 LAUNCHERS = {
-    "squared_relu": Launchers(forward, forward, backward),
+    "squared_relu": Launchers(forward, backward),
 }
