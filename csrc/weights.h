@@ -18,8 +18,6 @@ inline const Tensors& given(const MaybeTensors& list) {
   return list ? *list : none;
 }
 
-constexpr int64_t kMostChannels = 1 << 16;  // of a head, where the caller says them beside the weights
-
 // A contiguous tensor of float32, kept alive by `alive`.
 inline const float* floats(const Tensor& t, Tensors& alive) {
   // Asked first: through the dispatcher the answer costs as much as a small call's check of everything else.
