@@ -19,7 +19,7 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
-from effattn import _library, testing, tolerance
+from effattn import testing, tolerance
 from effattn.ops import OPERATORS
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -330,23 +330,10 @@ def softmax_gate(data: Inputs, result: Any) -> Accuracy:
 
 
 def work(case: AttentionCase, dtype: torch.dtype, training: bool) -> Work:
-    """What the plan of the kernel says must be read, written and computed."""
-    if _library._C is None:
-        raise RuntimeError(f"the compiled library of effattn cannot be loaded: {_library.error}")
-    plan = _library._C.relu_linear_attention_plan(
-        groups=case.batch * case.heads,
-        queries=case.tokens,
-        keys=case.tokens,
-        head_dim=case.head_dim,
-        value_dim=case.head_dim,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    passes = ("forward", "backward") if training else ("forward",)
-    return Work(
-        bytes=sum(plan[f"minimum_bytes_{name}"] for name in passes),
-        flops=sum(plan[f"flops_{name}"] for name in passes),
-        dtype=dtype,
-    )
+    """Each input read once, each output written once; the two products and the normaliser, in a backward twice."""
+    tokens, channels = case.batch * case.heads * case.tokens, case.head_dim
+    elements = (11 if training else 4) * tokens * channels
+    return Work(elements * dtype.itemsize, 4 * tokens * channels * (channels + 1) * (3 if training else 1), dtype)
 
 
 def make_case(

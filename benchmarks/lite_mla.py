@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.floor import Work
 from benchmarks.linear_attention import AttentionCase, work
 from benchmarks.modules import ModuleCase
-from effattn import _library, testing
+from effattn import testing
 
 
 def lite_mla(name: str, batch: int, channels: int, dim: int, height: int, width: int) -> ModuleCase:
@@ -26,13 +26,10 @@ def lite_mla(name: str, batch: int, channels: int, dim: int, height: int, width:
 
 def _work(batch: int, channels: int, dim: int, height: int, width: int) -> Work:
     """The arithmetic of the four convolutions and the attention, and its bytes: x, the output, the weights."""
-    heads, kernels, tokens = channels // dim, (5,), batch * height * width
-    attention = work(AttentionCase("", batch, heads * (1 + len(kernels)), dim, height, width), torch.float32, False)
-    assert _library._C is not None
-    aggregation = _library._C.multi_scale_plan(
-        batch=batch, heads=heads, head_dim=dim, height=height, width=width, kernels=kernels
-    )["flops_aggregation"]
-    projections = (4 + len(kernels)) * channels**2
+    kernel, tokens = 5, batch * height * width
+    attention = work(AttentionCase("", batch, 2 * channels // dim, dim, height, width), torch.float32, False)
+    aggregation = 2 * tokens * 3 * channels * (kernel**2 + dim)
+    projections = 5 * channels**2
     return Work(4 * (2 * tokens * channels + projections), aggregation + attention.flops + 2 * tokens * projections)
 
 
