@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.suites.attention import ATTENTION, NARROW_TYPES
+from benchmarks.suites.attention import ATTENTION, NARROW_TRAINING, NARROW_TYPES, TRAINING
 from benchmarks.suites.base import Settings, TimedSuite
 from benchmarks.suites.call import CALL
 from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA, LITE_MLA_TRAINING
@@ -10,7 +10,6 @@ from benchmarks.suites.processes import ALLOCATOR, MEMORY, ProcessSuite
 from benchmarks.suites.rests import RESTED_CALLS, RESTS
 from benchmarks.suites.scaling import SCALING
 from benchmarks.suites.softmax_attention import SOFTMAX, SOFTMAX_MODELS, SOFTMAX_TRAINING
-from benchmarks.suites.training import NARROW_TRAINING, TRAINING
 
 __all__ = ["SUITES", "Settings", "TimedSuite"]
 
