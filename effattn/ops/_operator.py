@@ -151,7 +151,7 @@ class Operator:
         def outputs(*arguments: Any) -> list[torch.Tensor]:
             arguments = self.signature.without_none(arguments)
             outs = self._new_outputs(arguments)
-            triton.launch(launchers.forward, outs[0], outs, arguments, self._images, has_rows)
+            triton.launch(launchers, launchers.forward, outs[0], outs, arguments, self._images, has_rows)
             return outs
 
         def gradients(grad_out: torch.Tensor, *rest: Any) -> list[Argument]:
@@ -160,7 +160,7 @@ class Operator:
                 self._new_gradients(arguments),
                 (grad_out, *arguments[: self._tensors], *rest[self._tensors :]),
             )
-            triton.launch(launchers.backward, grad_out, grads, given, 1 + self._images, has_rows)
+            triton.launch(launchers, launchers.backward, grad_out, grads, given, 1 + self._images, has_rows)
             return grads
 
         def inferred(*arguments: Any) -> torch.Tensor:

@@ -177,16 +177,10 @@ class LaunchPlan:
         add_up(grad_logits.unsqueeze(0), grad_bias)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-    target: TargetOptions,
-) -> None:
-    """Fills ``out`` (B, heads, N, Dv); ``bias`` (heads, N, M) is contiguous, in float32."""
+def forward(results: Tensors, *arguments: Any) -> None:
+    """Fills the output (B, heads, N, Dv); the bias (heads, N, M) is contiguous, in float32."""
+    q, k, v, bias, scale, target = arguments
+    (out,) = results
     plan = LaunchPlan(q, k, v, target)
     options = plan.options("attend", CHUNK=plan.head_dim, DV=plan.value_dim)
     tiles = triton.cdiv(plan.tokens, options["TOKENS"]) * triton.cdiv(plan.value_dim, options["DV"])
@@ -196,17 +190,9 @@ def forward(
     )  # fmt: skip
 
 
-def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    grads: Tensors,
-    scale: float,
-    target: TargetOptions,
-) -> None:
+def backward(grads: Tensors, *arguments: Any) -> None:
     """Fills the gradients of q, k, v and the bias."""
+    grad_out, q, k, v, bias, scale, target = arguments
     plan = LaunchPlan(q, k, v, target)
     weights, grad_logits = plan.new_pairs(q), plan.new_pairs(q)
     options = plan.options("softmax_gradients", CHUNK=max(plan.head_dim, plan.value_dim))

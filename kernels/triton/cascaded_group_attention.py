@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -343,29 +344,18 @@ class _LaunchPlan:
         return of_heads
 
 
-def forward(
-    x: torch.Tensor,
-    weights: Weights,
-    out: torch.Tensor,
-    scale: float,
-    window: tuple[int, int],
-    target: TargetOptions,
-) -> None:
-    """Fills ``out`` (B, C, H, W)."""
-    _LaunchPlan(x, weights, window, target).cga_forward(x, out, scale, len(weights.dw_biases) > 0, kept=False)
+def forward(results: Tensors, x: torch.Tensor, *rest: Any) -> None:
+    """Fills the output (B, C, H, W)."""
+    *lists, scale, height, width, target = rest
+    weights = Weights(*lists)
+    plan = _LaunchPlan(x, weights, (height, width), target)
+    plan.cga_forward(x, *results, scale, len(weights.dw_biases) > 0, kept=False)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    weights: Weights,
-    grad_x: torch.Tensor,
-    grads: Weights,
-    scale: float,
-    window: tuple[int, int],
-    target: TargetOptions,
-) -> None:
+def backward(results: Sequence[Any], grad_out: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
     """Fills the gradients of x and of the weights."""
+    *lists, scale, height, width, target = rest
+    weights, window, grad_x, grads = Weights(*lists), (height, width), results[0], Weights(*results[1:])
     plan = _LaunchPlan(x, weights, window, target)
     has_dw_bias, has_qkv_bias = len(weights.dw_biases) > 0, len(weights.qkv_biases) > 0
     # The output is made once more where the gradient of x will be.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,3 +71,10 @@ def image_strides(image: torch.Tensor) -> tuple[int, int, int]:
     height, width = image.shape[2:]
     token = image.stride(3) if width > 1 else image.stride(2) if height > 1 else 1
     return image.stride(0), image.stride(1), token
+
+
+def clear(results: Sequence[Any]) -> None:
+    """Of tensors and lists of them."""
+    for result in results:
+        for t in (result,) if isinstance(result, torch.Tensor) else result:
+            t.zero_()

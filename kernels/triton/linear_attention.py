@@ -6,6 +6,7 @@ that nothing depends on which program is done first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ import triton.language as tl
 
 from effattn._triton.configs import Launch, find, padded, split
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
-from effattn._triton.layout import Groups
+from effattn._triton.layout import Groups, clear
 from effattn._triton.numerics import TargetOptions, clamp_subnormal, product, relu
 from effattn._triton.reduction import add_up
 from effattn._triton.tiles import group_begin, load_tile, store_tile, tile_and_group
+
+Tensors = Sequence[torch.Tensor]
 
 LAUNCHES = {
     "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
@@ -197,19 +200,17 @@ class _LaunchPlan:
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_state: torch.Tensor,
-    out: torch.Tensor,
-    eps: float,
-    target: TargetOptions,
+    results: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, target: TargetOptions
 ) -> None:
-    """Fills ``kv_state`` (..., Dv + 1, D), contiguous, and ``out`` (..., N, Dv)."""
+    """Fills the output (..., N, Dv) and the kv_state (..., Dv + 1, D), which is contiguous."""
+    out, kv_state = results
+    if q.shape[-1] == 0:  # 0 / (0 + eps)
+        out.fill_(0.0 if eps > 0 else math.nan)
+        return
     groups = Groups.of(q, k, v, out)
     if not groups.are_addressable:
         into = out.new_empty(out.shape)
-        forward(q.contiguous(), k.contiguous(), v.contiguous(), kv_state, into, eps, target)
+        forward((into, kv_state), q.contiguous(), k.contiguous(), v.contiguous(), eps, target)
         out.copy_(into)
         return
     plan = _LaunchPlan(q, v, groups, target)
@@ -222,21 +223,16 @@ def forward(
         )  # fmt: skip
 
 
-def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_state: torch.Tensor,
-    grads: Sequence[torch.Tensor],
-    eps: float,
-    target: TargetOptions,
-) -> None:
+def backward(grads: Tensors, *arguments: Any) -> None:
     """Fills the gradients of q, k and v."""
+    grad_out, q, k, v, kv_state, eps, target = arguments
+    if q.shape[-1] == 0:
+        clear(grads)
+        return
     groups = Groups.of(grad_out, q, k, v, *grads)
     if not groups.are_addressable:
         into = [grad.new_empty(grad.shape) for grad in grads]
-        backward(*(t.contiguous() for t in (grad_out, q, k, v)), kv_state, into, eps, target)
+        backward(into, *(t.contiguous() for t in (grad_out, q, k, v)), kv_state, eps, target)
         for grad, written in zip(grads, into, strict=True):
             grad.copy_(written)
         return

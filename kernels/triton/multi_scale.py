@@ -314,13 +314,13 @@ class _LaunchPlan:
 _ALL = ("KERNEL", "DW_BIAS", "PW_BIAS")
 
 
-def aggregate(
-    image: torch.Tensor, weights: Sequence[Tensors], out: torch.Tensor, head_dim: int, target: TargetOptions
-) -> None:
-    """Fills ``out`` (B, (1 + scales) * C, H, W), of any dtype, with the image and its scales.
+def aggregate(results: Tensors, image: torch.Tensor, *rest: Any) -> None:
+    """Fills the output (B, (1 + scales) * C, H, W), of any dtype, with the image and its scales.
 
-    ``weights`` are lists of a tensor a scale: depthwise, 1x1, their biases; of the last two none, or all.
+    Weights are lists of a tensor a scale: depthwise, 1x1, their biases; of the last two none, or all.
     """
+    *weights, head_dim, target = rest
+    (out,) = results
     plan = _LaunchPlan(image, head_dim, target)
     launch = plan.launch("aggregate")
     options = plan.options(launch)
@@ -337,20 +337,14 @@ def aggregate(
         )  # fmt: skip
 
 
-def attend(
-    image: torch.Tensor,
-    weights: Sequence[Tensors],
-    kv_state: torch.Tensor,
-    out: torch.Tensor,
-    head_dim: int,
-    eps: float,
-    target: TargetOptions,
-) -> None:
-    """Fills ``kv_state`` (B, heads of all scales, D + 1, D) and ``out`` (B, (1 + scales) * C / 3, H, W)."""
+def attend(results: Tensors, image: torch.Tensor, *rest: Any) -> None:
+    """Fills the output (B, (1 + scales) * C / 3, H, W) and the kv_state (B, heads of all scales, D + 1, D)."""
+    *weights, head_dim, eps, target = rest
+    out, kv_state = results
     plan = _LaunchPlan(image, head_dim, target)
     heads, scales = plan.groups // 3, len(weights[0])
     if scales == 0:
-        linear_attention.forward(*heads_of(image, head_dim), kv_state, outputs_of(out, head_dim), eps, target)
+        linear_attention.forward((outputs_of(out, head_dim), kv_state), *heads_of(image, head_dim), eps, target)
         return
     all_heads = heads * (1 + scales)
     every = [_Weights(image, weights, i) for i in range(scales)]
@@ -396,16 +390,10 @@ def outputs_of(image: torch.Tensor, head_dim: int) -> torch.Tensor:
     return image.as_strided(sizes, (batch, head_dim * channel, token, channel), image.storage_offset())
 
 
-def aggregate_backward(
-    grad_out: torch.Tensor,
-    image: torch.Tensor,
-    weights: Sequence[Tensors],
-    grad_image: torch.Tensor,
-    grad_weights: Sequence[Tensors],
-    head_dim: int,
-    target: TargetOptions,
-) -> None:
+def aggregate_backward(results: Sequence[Any], grad_out: torch.Tensor, image: torch.Tensor, *rest: Any) -> None:
     """Fills the gradients of the image and of the weights, whose biases may be none."""
+    *weights, head_dim, target = rest
+    grad_image, *grad_weights = results
     plan = _LaunchPlan(image, head_dim, target)
     before, *grad_scales = grad_out.split(plan.channels, dim=1)
     if not grad_scales:
@@ -464,31 +452,20 @@ def _scale_backward(
     weight_gradients(grad_mixed, image, sizes, strides, grad_dw, grad_dw_bias, plan.target)
 
 
-def attend_backward(
-    grad_out: torch.Tensor,
-    image: torch.Tensor,
-    weights: Sequence[Tensors],
-    kv_state: torch.Tensor,
-    grad_image: torch.Tensor,
-    grad_weights: Sequence[Tensors],
-    head_dim: int,
-    eps: float,
-    target: TargetOptions,
-) -> None:
+def attend_backward(results: Sequence[Any], grad_out: torch.Tensor, image: torch.Tensor, *rest: Any) -> None:
     """Fills the gradients of the image and of the weights."""
+    *weights, kv_state, head_dim, eps, target = rest
     sizes = (image.shape[0], (1 + len(weights[0])) * image.shape[1], *image.shape[2:])
     memory_format = torch.channels_last if image_strides(image)[1] == 1 else torch.contiguous_format
     everything, grads = (
         torch.empty(sizes, dtype=torch.float32, device=image.device, memory_format=memory_format) for _ in range(2)
     )
-    aggregate(image, weights, everything, head_dim, target)
+    aggregate((everything,), image, *weights, head_dim, target)
     linear_attention.backward(
+        heads_of(grads, head_dim),
         outputs_of(grad_out, head_dim),
         *heads_of(everything, head_dim),
-        kv_state,
-        heads_of(grads, head_dim),
-        eps,
-        target,
+        *(kv_state, eps, target),
     )
     del everything
-    aggregate_backward(grads, image, weights, grad_image, grad_weights, head_dim, target)
+    aggregate_backward(results, grads, image, *weights, head_dim, target)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-from effattn._triton.layout import with_mergeable_rows
+from effattn._triton.layout import clear, with_mergeable_rows
 
 
 class Launchers(NamedTuple):
-    """Of an operator, what fills its results: (results, *arguments, target), of a torch operator's arguments.
+    """Which functions of a file of kernels/triton fill an operator's results.
 
-    Tensors are on the current device, rows of images follow each other, weights and what is kept are contiguous, and
-    neither the output nor its gradient is empty.
+    They take (results, *arguments, target), of a torch operator's arguments. Results are the output and what is kept,
+    or gradients of the tensors. Rows of images follow each other, weights and what is kept are contiguous, and neither
+    the output nor its gradient is empty.
     """
 
-    #: Results: the output, and what is kept.
-    forward: Callable[..., None]
-    #: Results: gradients of the tensors.
-    backward: Callable[..., None]
+    file: str
+    forward: str = "forward"
+    backward: str = "backward"
 
 
 def is_interpreted() -> bool:
@@ -32,7 +33,8 @@ def is_interpreted() -> bool:
 
 
 def launch(
-    launcher: Callable[..., None],
+    launchers: Launchers,
+    name: str,
     like_out: torch.Tensor,
     results: Sequence[Any],
     arguments: Sequence[Any],
@@ -42,22 +44,18 @@ def launch(
     """Fills the results, tensors or lists of them; with zeros where there is nothing to compute.
 
     Args:
+        name: of the function.
         like_out: the output or its gradient.
         arguments: of a torch operator, the first ``images`` of which, (B, C, H, W) if it ``has_rows``, are no weights.
     """
     if like_out.numel() == 0:
         clear(results)
         return
+    launcher = getattr(importlib.import_module(f"effattn._triton.{launchers.file}"), name)  # imports triton
     first = [with_mergeable_rows(t) for t in arguments[:images]] if has_rows else arguments[:images]
     # Triton launches on the current device.
     with torch.cuda.device(like_out.device) if like_out.is_cuda else nullcontext():
         launcher(results, *first, *map(_contiguous, arguments[images:]), target(like_out))
-
-
-def clear(results: Sequence[Any]) -> None:
-    for result in results:
-        for t in (result,) if isinstance(result, torch.Tensor) else result:
-            t.zero_()
 
 
 def _contiguous(argument: Any) -> Any:
