@@ -32,9 +32,7 @@ inline const float* floats(const Tensors& list, size_t i, Tensors& alive) {
 
 // A new tensor of float32 with the shape of `like`: a gradient of weights.
 inline Tensor new_floats(const Tensor& like, float*& into) {
-  const auto sizes = like.sizes();
-  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  Tensor t = empty_floats(like, shape);
+  Tensor t = empty_floats(like, shape_of(like));
   into = static_cast<float*>(t.mutable_data_ptr());
   return t;
 }
