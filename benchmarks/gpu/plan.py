@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.gpu import faults, jobs, names, summary
 from benchmarks.gpu.jobs import Job
-from benchmarks.gpu.lines import Line, Status, Writer
+from benchmarks.gpu.lines import FAILED, Line, Status, Writer
 from benchmarks.gpu.names import Kernel
 from benchmarks.gpu.sensors import Sensors
 
@@ -164,8 +164,7 @@ class Run:
                 if name == "build" and not self.backends:
                     self._say("nothing can be run")
                     break
-        good = {Status.OK, Status.SKIPPED, Status.NOT_RUN}
-        return 2 if not self.backends else int(any(line["status"] not in good for line in self.writer.lines))
+        return 2 if not self.backends else int(any(line["status"] in FAILED for line in self.writer.lines))
 
     def _scaled(self, seconds: float) -> float:
         return float("inf") if self.settings.seconds is None else seconds * self.settings.seconds / VISIT_SECONDS
