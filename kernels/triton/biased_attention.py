@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MAX_CHANNELS, Launch, find
+from effattn._triton.configs import MAX_CHANNELS, Launch
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
@@ -135,8 +135,8 @@ class LaunchPlan:
         return like.new_empty((self.batch, self.heads, self.tokens, self.keys), dtype=torch.float32)
 
     def options(self, kernel: str, **chunked: int) -> dict[str, Any]:
-        launch = find("biased_attention", kernel, max(self.head_dim, self.value_dim), self.target.gpu)
-        return {**self.target.launched(launch.options(**chunked)), "PRECISION": self.target.precision}
+        size, precision = max(self.head_dim, self.value_dim), self.target.precision
+        return {**self.target.options("biased_attention", kernel, size, **chunked), "PRECISION": precision}
 
     def grid(self, tiles: int) -> tuple[int]:
         return (tiles * self.heads * self.batch,)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from effattn._triton import biased_attention
 from effattn._triton.biased_attention import LaunchPlan
-from effattn._triton.configs import MAX_TALKING_HEADS, PROGRAMS, Launch, find
+from effattn._triton.configs import MAX_TALKING_HEADS, PROGRAMS, Launch
 from effattn._triton.layout import clear
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
@@ -144,8 +144,8 @@ def _talking_heads_backward(
 
 
 def _options(heads: int, target: TargetOptions) -> dict[str, Any]:
-    launch = find("biased_attention_talking_heads", "talk", heads, target.gpu)
-    return {"HEADS": triton.next_power_of_2(heads), **target.launched(launch.options())}
+    options = target.options("biased_attention_talking_heads", "talk", heads)
+    return {"HEADS": triton.next_power_of_2(heads), **options}
 
 
 def forward(results: Tensors, *arguments: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MAX_CHANNELS, Launch, find, split_tiles
+from effattn._triton.configs import MAX_CHANNELS, Launch, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.layout import image_strides
 from effattn._triton.numerics import TargetOptions, product, round_to
@@ -315,14 +315,13 @@ class _LaunchPlan:
         every = (*weights.qkv, *weights.qkv_biases, *weights.dw, *weights.dw_biases)
         # One launch to join them, and none to know where each of them is.
         self.weights = torch.cat([t.reshape(-1) for t in every])
-        walk = find("cascaded_group_attention", "walk", self.tokens, target.gpu)
         self.options = {
             "KERNELS": self.kernels,
             "TAPS": (0, *accumulate(k * k for k in self.kernels)),
             "MAX_KERNEL": max(self.kernels),
             "QKV_BIAS": int(len(weights.qkv_biases) > 0),
             "PRECISION": target.precision,
-            **target.launched(walk.options(CHUNK=max(self.key_dim, self.value_dim))),
+            **target.options("cascaded_group_attention", "walk", self.tokens, CHUNK=max(self.key_dim, self.value_dim)),
         }
 
     def new(self, slots: int, *sizes: int) -> torch.Tensor:
@@ -373,8 +372,8 @@ def backward(results: Sequence[Any], grad_out: torch.Tensor, x: torch.Tensor, *r
     add_up(by_window, grads.bias)
     del grad_logits, by_window
 
-    launch = find("cascaded_group_attention", "weight_gradients", plan.value_dim, target.gpu)
-    options = target.launched(launch.options(CHUNK=max(plan.value_dim, plan.outputs)))
+    chunk = max(plan.value_dim, plan.outputs)
+    options = target.options("cascaded_group_attention", "weight_gradients", plan.value_dim, CHUNK=chunk)
     pieces = triton.cdiv(plan.value_dim, options["CHUNK"]) * triton.cdiv(plan.outputs, options["CHUNK"])
     part_tiles, count = split_tiles(pieces * plan.heads, plan.windows, plan.tokens, options["TOKENS"])
     partial = feats.new_empty(plan.heads, count, plan.outputs, plan.value_dim)

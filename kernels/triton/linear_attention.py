@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import Launch, find, padded, split
+from effattn._triton.configs import Launch, padded, split
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
 from effattn._triton.layout import Groups, clear
 from effattn._triton.numerics import TargetOptions, clamp_subnormal, product, relu
@@ -169,22 +169,19 @@ class _LaunchPlan:
         self._target = target
         self._shared = {"D": padded(self.head_dim), "PRECISION": target.precision}
 
-    def launch(self, kernel: str) -> Launch:
-        return find("linear_attention", kernel, self.head_dim, self._target.gpu)
-
-    def options(self, launch: Launch) -> dict[str, Any]:
-        return {**self._shared, **self._target.launched(launch.options(DV=self.value_dim))}
+    def options(self, kernel: str) -> dict[str, Any]:
+        options = self._target.options("linear_attention", kernel, self.head_dim, DV=self.value_dim)
+        return {**self._shared, **options}
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
         return (*self.groups.sizes, *(stride for t in tensors for stride in self.groups.strides(t)))
 
     def accumulate(self, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor | None, kv_state: torch.Tensor) -> None:
         """Fills ``kv_state``, in parts whose number is a function of the sizes."""
-        launch, tokens, groups = self.launch("sum_tokens"), k.shape[-2], self.groups.count
-        part_tokens, count = split(groups, tokens, launch.tokens)
+        options, tokens, groups = self.options("sum_tokens"), k.shape[-2], self.groups.count
+        part_tokens, count = split(groups, tokens, options["TOKENS"])
         floats = (self.value_dim + 1) * self.head_dim
         partial = kv_state if count == 1 else kv_state.new_empty(groups, count, floats)
-        options = self.options(launch)
         rows = triton.cdiv(self.value_dim, options["DV"])
         _accumulate_kv_state[(rows * count * groups,)](
             k, v, kv_state if scales is None else scales, partial,
@@ -194,9 +191,9 @@ class _LaunchPlan:
         if count > 1:
             add_up(partial, kv_state)
 
-    def tiles_of(self, launch: Launch, tokens: int) -> tuple[int]:
+    def tiles_of(self, options: dict[str, Any], tokens: int) -> tuple[int]:
         """The grid of a program for each tile of each group."""
-        return (triton.cdiv(tokens, launch.tokens) * self.groups.count,)
+        return (triton.cdiv(tokens, options["TOKENS"]) * self.groups.count,)
 
 
 def forward(
@@ -215,11 +212,11 @@ def forward(
         return
     plan = _LaunchPlan(q, v, groups, target)
     plan.accumulate(k, v, None, kv_state)
-    launch, queries = plan.launch("attend"), q.shape[-2]
+    options, queries = plan.options("attend"), q.shape[-2]
     if queries > 0:
-        _attend[plan.tiles_of(launch, queries)](
+        _attend[plan.tiles_of(options, queries)](
             q, kv_state, out, queries, plan.head_dim, plan.value_dim, eps, *plan.strides(q, out),
-            **plan.options(launch),
+            **options,
         )  # fmt: skip
 
 
@@ -239,17 +236,17 @@ def backward(grads: Tensors, *arguments: Any) -> None:
     plan = _LaunchPlan(q, v, groups, target)
     (grad_q, grad_k, grad_v), queries, keys = grads, q.shape[-2], k.shape[-2]
     scales = kv_state.new_empty(plan.groups.count, queries, 2)
-    launch = plan.launch("query_gradients")
+    options = plan.options("query_gradients")
     if queries > 0:
-        _query_gradients[plan.tiles_of(launch, queries)](
+        _query_gradients[plan.tiles_of(options, queries)](
             q, grad_out, kv_state, grad_q, scales, queries, plan.head_dim, plan.value_dim, eps,
-            *plan.strides(q, grad_out, grad_q), **plan.options(launch),
+            *plan.strides(q, grad_out, grad_q), **options,
         )  # fmt: skip
     grad_kv_state = torch.empty_like(kv_state)
     plan.accumulate(q, grad_out, scales, grad_kv_state)
-    launch = plan.launch("key_gradients")
+    options = plan.options("key_gradients")
     if keys > 0:
-        _key_gradients[plan.tiles_of(launch, keys)](
+        _key_gradients[plan.tiles_of(options, keys)](
             k, v, grad_kv_state, grad_k, grad_v, keys, plan.head_dim, plan.value_dim,
-            *plan.strides(k, v, grad_k, grad_v), **plan.options(launch),
+            *plan.strides(k, v, grad_k, grad_v), **options,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import Launch, find
+from effattn._triton.configs import Launch
 from effattn._triton.layout import image_strides
 from effattn._triton.numerics import TargetOptions, relu
 from effattn._triton.reduction import add_up_partial, new_partial
@@ -67,7 +67,7 @@ def _backward(
 
 
 def _options(kernel: str, channels: int, target: TargetOptions) -> dict[str, int]:
-    return target.launched(find("squared_relu", kernel, channels, target.gpu).options(CHANNELS=channels))
+    return target.options("squared_relu", kernel, channels, CHANNELS=channels)
 
 
 def forward(
