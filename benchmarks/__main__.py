@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,31 +20,11 @@ RESULTS = environment.ROOT / "benchmarks" / "results"
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
-class SuiteName(StrEnum):
-    """Spelled out, because the suites themselves load torch."""
-
-    ATTENTION = "attention"
-    NARROW = "narrow"
-    TRAINING = "training"
-    NARROW_TRAINING = "narrow-training"
-    LITE_MLA = "lite-mla"
-    LITE_MLA_TRAINING = "lite-mla-training"
-    EFFICIENTVIT = "efficientvit"
-    SOFTMAX = "softmax"
-    SOFTMAX_TRAINING = "softmax-training"
-    SOFTMAX_MODELS = "softmax-models"
-    RESTED = "rested"
-    RESTS = "rests"
-    SCALING = "scaling"
-    CALL = "call"
-    MEMORY = "memory"
-    ALLOCATOR = "allocator"
-    ALL = "all"
-
-
 @app.command()
 def run(
-    suite: Annotated[list[SuiteName] | None, typer.Option(help="Which suites; may be repeated.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Which suites (benchmarks/README.md), or all; may be repeated.")
+    ] = None,
     short: Annotated[bool, typer.Option("--short", help="Fewer cases and rounds: under five minutes.")] = False,
     rounds: Annotated[int | None, typer.Option(min=1, help="Samples of each candidate.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Cases whose name contains this; may be repeated.")] = None,
@@ -61,7 +40,10 @@ def run(
     from benchmarks.suites import SUITES, Settings
 
     settings = Settings(rounds or (SHORT_ROUNDS if short else FULL_ROUNDS), short, tuple(only or ()))
-    names = list(SUITES) if not suite or SuiteName.ALL in suite else [name for name in SUITES if name in suite]
+    for name in suite or ():
+        if name not in (*SUITES, "all"):
+            raise typer.BadParameter(f"expected {', '.join(SUITES)} or all, got {name}", param_hint="--suite")
+    names = list(SUITES) if not suite or "all" in suite else [name for name in SUITES if name in suite]
     chosen = {name: steps for name in names if (steps := SUITES[name].steps(settings))}
     if not chosen:
         raise typer.BadParameter("no case of these suites has such a name", param_hint="--only")
@@ -198,7 +180,8 @@ def readme(
     """Puts the cases that stand in the README between its markers; the site has all of them (docs/benchmarks.md)."""
     from benchmarks import report, results
 
-    report.update_readme(target, report.summary_table([results.read(file) for file in files]))
+    table = report.summary_table([results.read(file) for file in files])
+    report.update_between(target, report.README_BEGIN, report.README_END, table)
     typer.echo(f"wrote {target}")
 
 

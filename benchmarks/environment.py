@@ -95,7 +95,7 @@ def facts() -> dict[str, Any]:
         "isa": isa,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in PEERS},
+        "versions": {name: version_of(name) for name in PEERS},
         "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "load_average": load_average(),
     }
@@ -122,7 +122,7 @@ def _cpu_field(name: str) -> str:
     return ""
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -132,7 +132,8 @@ def _version(package: str) -> str | None:
 def git(*arguments: str) -> str | None:
     """The answer of git about the repository; None outside of one."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

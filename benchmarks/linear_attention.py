@@ -8,7 +8,7 @@ in both, and its best counts; the headline number of effattn is the channel-majo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
-from effattn import _library, testing, tolerance
+from effattn import testing, tolerance
 from effattn.ops import OPERATORS
 
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -271,33 +271,26 @@ def _exported_call(run: Callable[..., Callable[[], torch.Tensor]], layout: str, 
     return (lambda: call().mT) if layout == "channel-major" else call
 
 
+def _in_layouts(name: str, build: Callable[..., Call], note: str = "") -> list[Candidate]:
+    """A peer in both; ``build`` is given the layout first."""
+    return [Candidate(name, layout + note, Role.PEER, partial(build, layout), peer_gate) for layout in LAYOUTS]
+
+
 def effattn_candidates() -> list[Candidate]:
     return [
-        Candidate(
-            OURS if layout == LAYOUTS[0] else f"{OURS}, {layout}",
-            layout,
-            Role.OURS if layout == LAYOUTS[0] else Role.CONTEXT,
-            partial(torch_call, FUNCTION, layout),
-            our_gate,
-        )
-        for layout in LAYOUTS
+        Candidate(name, layout, role, partial(torch_call, FUNCTION, layout), our_gate)
+        for layout, name, role in zip(LAYOUTS, (OURS, f"{OURS}, {LAYOUTS[1]}"), (Role.OURS, Role.CONTEXT), strict=True)
     ]
 
 
 def eager_candidates() -> list[Candidate]:
-    return [
-        Candidate(f"{name} eager", layout, Role.PEER, partial(torch_call, function, layout), peer_gate)
-        for name, function in FORMULATIONS.items()
-        for layout in LAYOUTS
-    ]
+    named = FORMULATIONS.items()
+    return [c for name, function in named for c in _in_layouts(f"{name} eager", partial(torch_call, function))]
 
 
 def compiled_candidates(*names: str) -> list[Candidate]:
-    return [
-        Candidate(f"{name} compiled", layout, Role.PEER, partial(_compiled_call, FORMULATIONS[name], layout), peer_gate)
-        for name in names
-        for layout in LAYOUTS
-    ]
+    named = ((name, partial(_compiled_call, FORMULATIONS[name])) for name in names)
+    return [candidate for name, build in named for candidate in _in_layouts(f"{name} compiled", build)]
 
 
 def runtime_candidates(dtype: torch.dtype) -> list[Candidate]:
@@ -305,23 +298,14 @@ def runtime_candidates(dtype: torch.dtype) -> list[Candidate]:
 
     In float32 TFLite and ExecuTorch too.
     """
-    rows = [("onnxruntime", "", peers.onnxruntime_call), ("OpenVINO", "", peers.openvino_call)]
+    found = _in_layouts("onnxruntime", partial(_onnx_call, peers.onnxruntime_call))
+    found += _in_layouts("OpenVINO", partial(_onnx_call, peers.openvino_call))
     if dtype != torch.float32:
         hint = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
-        rows.append(("OpenVINO", f", {hint} hint", partial(peers.openvino_call, precision=hint)))
-    exported = [("TFLite", peers.tflite_call), ("ExecuTorch", peers.executorch_call)] if dtype == torch.float32 else []
-    return [
-        *(
-            Candidate(name, layout + note, Role.PEER, partial(_onnx_call, run, layout), peer_gate)
-            for name, note, run in rows
-            for layout in LAYOUTS
-        ),
-        *(
-            Candidate(name, layout, Role.PEER, partial(_exported_call, run, layout), peer_gate)
-            for name, run in exported
-            for layout in LAYOUTS
-        ),
-    ]
+        run = partial(peers.openvino_call, precision=hint)
+        return found + _in_layouts("OpenVINO", partial(_onnx_call, run), f", {hint} hint")
+    found += _in_layouts("TFLite", partial(_exported_call, peers.tflite_call))
+    return found + _in_layouts("ExecuTorch", partial(_exported_call, peers.executorch_call))
 
 
 def check_candidate() -> Candidate:
@@ -351,23 +335,10 @@ def softmax_gate(data: Inputs, result: Any) -> Accuracy:
 
 
 def work(case: AttentionCase, dtype: torch.dtype, training: bool) -> Work:
-    """What the plan of the kernel says must be read, written and computed."""
-    if _library._C is None:
-        raise RuntimeError(f"the compiled library of effattn cannot be loaded: {_library.error}")
-    plan = _library._C.relu_linear_attention_plan(
-        groups=case.batch * case.heads,
-        queries=case.tokens,
-        keys=case.tokens,
-        head_dim=case.head_dim,
-        value_dim=case.head_dim,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    passes = ("forward", "backward") if training else ("forward",)
-    return Work(
-        bytes=sum(plan[f"minimum_bytes_{name}"] for name in passes),
-        flops=sum(plan[f"flops_{name}"] for name in passes),
-        dtype=dtype,
-    )
+    """Each input read once, each output written once; the two products and the normaliser, in a backward twice."""
+    tokens, channels = case.batch * case.heads * case.tokens, case.head_dim
+    elements = (11 if training else 4) * tokens * channels
+    return Work(elements * dtype.itemsize, 4 * tokens * channels * (channels + 1) * (3 if training else 1), dtype)
 
 
 def make_case(
@@ -376,13 +347,7 @@ def make_case(
     return Case(
         name=case.name,
         dtype=dtype,
-        sizes={
-            "batch": case.batch,
-            "heads": case.heads,
-            "head_dim": case.head_dim,
-            "height": case.height,
-            "width": case.width,
-        },
+        sizes={name: size for name, size in asdict(case).items() if name != "name"},
         work=work(case, dtype, training),
         candidates=tuple(candidates),
         prepare=partial(Inputs, case, dtype, training),

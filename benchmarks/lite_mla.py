@@ -2,96 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 from torch import nn
 
 from benchmarks.floor import Work
-from benchmarks.modules import NO_FLOOR
-from effattn import _library, testing
+from benchmarks.linear_attention import AttentionCase, work
+from benchmarks.modules import ModuleCase
+from effattn import testing
 
 
-@dataclass(frozen=True)
-class LiteMLACase:
+def lite_mla(name: str, batch: int, channels: int, dim: int, height: int, width: int) -> ModuleCase:
     """A module of a real model and the image that reaches it."""
 
-    name: str
-    batch: int
-    channels: int
-    dim: int
-    height: int
-    width: int
-    dynamo_export = False
-
-    def module(self) -> nn.Module:
+    def make() -> nn.Module:
         testing.import_timm()
         from timm.models.efficientvit_mit import LiteMLA
 
-        return LiteMLA(self.channels, self.channels, dim=self.dim, norm_layer=(None, nn.BatchNorm2d))
+        return LiteMLA(channels, channels, dim=dim, norm_layer=(None, nn.BatchNorm2d))
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.batch, self.channels, self.height, self.width
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {
-            "batch": self.batch,
-            "channels": self.channels,
-            "dim": self.dim,
-            "height": self.height,
-            "width": self.width,
-        }
-
-    def work(self, training: bool) -> Work:
-        """The arithmetic of the four convolutions and the attention, and its bytes: x, the output, the weights."""
-        if _library._C is None:
-            raise RuntimeError(f"the compiled library of effattn cannot be loaded: {_library.error}")
-        c, d, tokens = self.channels, self.dim, self.batch * self.height * self.width
-        heads, kernels = c // d, (5,)
-        aggregation = _library._C.multi_scale_plan(
-            batch=self.batch, heads=heads, head_dim=d, height=self.height, width=self.width, kernels=kernels
-        )["flops_aggregation"]
-        groups = self.batch * heads * (1 + len(kernels))
-        attention = _library._C.relu_linear_attention_plan(
-            groups=groups,
-            queries=self.height * self.width,
-            keys=self.height * self.width,
-            head_dim=d,
-            value_dim=d,
-            dtype="float32",
-        )["flops_forward"]
-        projections = 3 * c * c + (1 + len(kernels)) * c * c
-        flops = aggregation + attention + 2 * tokens * projections
-        passes = 3 if training else 1  # a gradient of the inputs and one of the weights cost a forward pass each
-        return Work(bytes=4 * passes * (2 * tokens * c + projections), flops=passes * flops)
+    sizes = {"batch": batch, "channels": channels, "dim": dim, "height": height, "width": width}
+    return ModuleCase(name, make, (batch, channels, height, width), sizes, lambda: _work(**sizes))
 
 
-@dataclass(frozen=True)
-class DCAEBlockCase:
+def _work(batch: int, channels: int, dim: int, height: int, width: int) -> Work:
+    """The arithmetic of the four convolutions and the attention, and its bytes: x, the output, the weights."""
+    kernel, tokens = 5, batch * height * width
+    attention = work(AttentionCase("", batch, 2 * channels // dim, dim, height, width), torch.float32, False)
+    aggregation = 2 * tokens * 3 * channels * (kernel**2 + dim)
+    projections = 5 * channels**2
+    return Work(4 * (2 * tokens * channels + projections), aggregation + attention.flops + 2 * tokens * projections)
+
+
+def dc_ae_block(name: str, batch: int, channels: int, dim: int, height: int, width: int) -> ModuleCase:
     """A block of diffusers' deep compression autoencoder (arXiv 2410.10733): the attention and a gated MBConv."""
 
-    name: str
-    batch: int
-    channels: int
-    dim: int
-    height: int
-    width: int
-    dynamo_export = True  # of movedim()
-
-    def module(self) -> nn.Module:
+    def make() -> nn.Module:
         testing.import_diffusers()
         from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock
 
-        return EfficientViTBlock(self.channels, attention_head_dim=self.dim, norm_type="rms_norm")
+        return EfficientViTBlock(channels, attention_head_dim=dim, norm_type="rms_norm")
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.batch, self.channels, self.height, self.width
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"batch": self.batch, "channels": self.channels, "height": self.height, "width": self.width}
-
-    def work(self, training: bool) -> Work:
-        return NO_FLOOR
+    sizes = {"batch": batch, "channels": channels, "height": height, "width": width}
+    # The older exporter knows no movedim().
+    return ModuleCase(name, make, (batch, channels, height, width), sizes, dynamo_export=True)

@@ -19,7 +19,7 @@ PROCESS = Path("/proc/self")
 
 
 def row(suite: str, case: Case, candidate: Candidate) -> Row:
-    result = new_row(suite, case, candidate)
+    result = new_row(suite, case, candidate.name, candidate.variant, candidate.role, case.protocol.name)
     with torch.set_grad_enabled(case.training):
         try:
             call = candidate.build(case.prepare())

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,52 +33,37 @@ TOLERANCE = 1e-4
 NO_FLOOR = Work(bytes=0, flops=0)
 
 
-class ModuleCase(Protocol):
-    """A module and the input that it gets."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def input_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def sizes(self) -> dict[str, int]: ...
-
-    @property
-    def dynamo_export(self) -> bool:
-        """Whether the older exporter writes something as what no runtime takes."""
-        ...
-
-    def module(self) -> nn.Module: ...
-
-    def work(self, training: bool) -> Work: ...
-
-
 @dataclass(frozen=True)
-class ModelCase:
-    """A whole model of timm."""
+class ModuleCase:
+    """A module and the input that it gets.
+
+    Args:
+        name: of the case.
+        make: returns the module.
+        input_shape: of its input.
+        sizes: what a results file says of the case.
+        work: of a call of inference.
+        dynamo_export: whether the older exporter writes something as what no runtime takes.
+        is_model: whether it is a whole model.
+    """
 
     name: str
-    model: str
-    batch: int
-    height: int
-    width: int
-    dynamo_export = False
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    sizes: dict[str, int]
+    work: Callable[[], Work] = lambda: NO_FLOOR
+    dynamo_export: bool = False
+    is_model: bool = False
 
-    def module(self) -> nn.Module:
-        return testing.import_timm().create_model(self.model)
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.batch, 3, self.height, self.width
+def model_case(name: str, model: str, batch: int, height: int, width: int) -> ModuleCase:
+    """A whole model of timm."""
+    sizes = {"batch": batch, "height": height, "width": width}
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"batch": self.batch, "height": self.height, "width": self.width}
+    def make() -> nn.Module:
+        return testing.import_timm().create_model(model)
 
-    def work(self, training: bool) -> Work:
-        return NO_FLOOR
+    return ModuleCase(name, make, (batch, 3, height, width), sizes, is_model=True)
 
 
 @dataclass
@@ -91,7 +76,7 @@ class Inputs:
     @cached_property
     def module(self) -> nn.Module:
         torch.manual_seed(0)
-        module = self.case.module()
+        module = self.case.make()
         testing.randomise_batch_norm(module)
         testing.randomise_what_starts_at_zero(module)
         module.train(self.training)  # some of timm's return nothing
@@ -216,7 +201,7 @@ def runtime_candidates(case: ModuleCase) -> list[Candidate]:
         *(
             Candidate(name, label, Role.PEER, partial(_exported_call, run, FORMATS[label]), gate)
             for name, label, run in exported
-            if label == "NCHW" or not isinstance(case, ModelCase)
+            if label == "NCHW" or not case.is_model
         ),
     ]
 
@@ -226,11 +211,12 @@ def check_candidate() -> Candidate:
 
 
 def make_case(case: ModuleCase, training: bool = False) -> Case:
+    work, passes = case.work(), 3 if training else 1  # gradients of the inputs and the weights cost a forward pass each
     return Case(
         name=case.name,
         dtype=torch.float32,
         sizes=case.sizes,
-        work=case.work(training),
+        work=Work(passes * work.bytes, passes * work.flops),
         candidates=(
             *torch_candidates(accelerated=False, compiled=False),
             *torch_candidates(accelerated=False, compiled=True),

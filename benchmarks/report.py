@@ -282,7 +282,7 @@ def summary_table(files: list[Results]) -> str:
     return "\n".join([tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes])
 
 
-def readme_table(files: list[Results], picture: str | None) -> str:
+def readme_table(files: list[Results]) -> str:
     """Every case, each from the last of the files that has it, which it names by a number."""
     machines: dict[str, int] = {}
 
@@ -313,15 +313,7 @@ def readme_table(files: list[Results], picture: str | None) -> str:
     head = ["", "case", "best peer, ms", "effattn, ms", "speed-up", "floor, ms"]
     head += [f"speed-up, first call after a rest [{number_of(data, 'rested')}]" for data in last_with("rested")]
     notes = "  \n".join(f"[{number}] {machine}." for machine, number in machines.items())
-    lines = [tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes]
-    if picture is not None:
-        lines = [f"![Speed-up over the best peer]({picture})", "", *lines]
-    return "\n".join(lines)
-
-
-def update_readme(readme: Path, content: str) -> None:
-    """Puts ``content`` between the markers of the CPU's table."""
-    update_between(readme, README_BEGIN, README_END, content)
+    return "\n".join([tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes])
 
 
 def update_between(readme: Path, begin: str, end: str, content: str) -> None:

@@ -139,18 +139,19 @@ class Row:
     protocol: str | None = None
 
 
-def new_row(suite: str, case: Case, candidate: Candidate) -> Row:
+def new_row(suite: str, case: Any, candidate: str, variant: str, role: Role, protocol: str | None = None) -> Row:
+    """Of a case here or on a GPU, without a time."""
     return Row(
         suite=suite,
         case=case.name,
         dtype=str(case.dtype).removeprefix("torch."),
         sizes=case.sizes,
-        candidate=candidate.name,
-        variant=candidate.variant,
-        role=candidate.role.value,
+        candidate=candidate,
+        variant=variant,
+        role=role.value,
         bytes=case.work.bytes,
         flops=case.work.flops,
-        protocol=case.protocol.name,
+        protocol=protocol,
     )
 
 
@@ -184,7 +185,7 @@ def measure(suite: str, case: Case, rounds: int, tick: Tick) -> list[Row]:
         data = case.prepare()
         for candidate in case.candidates:
             tick(f"{case.name}: {candidate.name}", 0)
-            row = new_row(suite, case, candidate)
+            row = new_row(suite, case, candidate.name, candidate.variant, candidate.role, case.protocol.name)
             rows.append(row)
             runner = _admit(row, candidate, case.protocol, data, rounds)
             if runner is not None:

@@ -54,10 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> backward(const Tensor& grad_
   Call call(q, k, v, bias, given(talking_heads), scale);
   BiasedAttentionParams& p = call.p;
   p.grad_out = operand(grad_out);
-  const auto like = [](const Tensor& t) {
-    const auto sizes = t.sizes();
-    return empty_in_order_of(t, std::vector<int64_t>(sizes.begin(), sizes.end()));
-  };
+  const auto like = [](const Tensor& t) { return empty_in_order_of(t, shape_of(t)); };
   Tensor grad_q = like(q), grad_k = like(k), grad_v = like(v);
   p.grad_q = operand(grad_q);
   p.grad_k = operand(grad_k);

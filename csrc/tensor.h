@@ -57,10 +57,14 @@ inline DType kernel_dtype(const Tensor& t) {
   }
 }
 
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 // `like`'s shape with another last dimension.
 inline std::vector<int64_t> shape_with_last(const Tensor& like, int64_t last) {
-  const auto sizes = like.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  std::vector<int64_t> shape = shape_of(like);
   shape.back() = last;
   return shape;
 }

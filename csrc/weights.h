@@ -18,8 +18,6 @@ inline const Tensors& given(const MaybeTensors& list) {
   return list ? *list : none;
 }
 
-constexpr int64_t kMostChannels = 1 << 16;  // of a head, where the caller says them beside the weights
-
 // A contiguous tensor of float32, kept alive by `alive`.
 inline const float* floats(const Tensor& t, Tensors& alive) {
   // Asked first: through the dispatcher the answer costs as much as a small call's check of everything else.
@@ -34,9 +32,7 @@ inline const float* floats(const Tensors& list, size_t i, Tensors& alive) {
 
 // A new tensor of float32 with the shape of `like`: a gradient of weights.
 inline Tensor new_floats(const Tensor& like, float*& into) {
-  const auto sizes = like.sizes();
-  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  Tensor t = empty_floats(like, shape);
+  Tensor t = empty_floats(like, shape_of(like));
   into = static_cast<float*>(t.mutable_data_ptr());
   return t;
 }

@@ -226,7 +226,7 @@ def results_files() -> list[Path]:
 def benchmark_table() -> str:
     from benchmarks import report, results
 
-    return report.readme_table([results.read(file) for file in results_files()], None)
+    return report.readme_table([results.read(file) for file in results_files()])
 
 
 # --- mkdocs ---------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _search(
     if torch.onnx.is_in_onnx_export():
         candidates = ORDER[-1:]
     else:
-        candidates = order(op, device, is_small=is_small) if forced is None else (_named(forced, "use_backend"),)
+        candidates = order(is_small=is_small) if forced is None else (_named(forced, "use_backend"),)
     refusals: list[str] = []
     for backend in candidates:
         reasons = _reasons(backend, op, device, dtype, sizes)

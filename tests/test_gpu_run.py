@@ -617,7 +617,7 @@ def test_commits(monkeypatch):
     monkeypatch.setenv("EFFATTN_COMMIT", "told")
     assert plan.commit() == "told"
     monkeypatch.delenv("EFFATTN_COMMIT")
-    monkeypatch.setattr(plan, "ROOT", Path("/"))
+    monkeypatch.setattr(plan.environment, "ROOT", Path("/"))
     assert plan.commit() == "unknown"
 
 

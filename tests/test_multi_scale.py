@@ -55,10 +55,6 @@ def test_the_cases_meet_what_a_plan_can_hold(isa):
         plan = _library._C.multi_scale_plan(**{name: case[of] for name, of in names.items()})
         assert plan["isa"] == isa
         assert 0 < plan["scratch_floats"] < plan["scratch_floats_backward"]
-        channels = 3 * case["heads"] * case["head_dim"]
-        assert plan["flops_aggregation"] == 2 * case["B"] * channels * case["H"] * case["W"] * sum(
-            k * k + case["head_dim"] for k in case["k"]
-        )
         rows.append((plan["rows"], case["H"]))
     assert any(count < height for count, height in rows) and any(count == height for count, height in rows)
     assert any(count % 8 == 0 for count, _ in rows) and any(count % 8 for count, _ in rows)

@@ -310,8 +310,6 @@ def test_plans_depend_on_sizes_alone():
     torch.set_num_threads(1)
     assert _library._C.relu_linear_attention_plan(**given) == first
     torch.set_num_threads(threads)
-    assert first["flops_forward"] == 2 * 4 * 800 * 16 * 9
-    assert first["minimum_bytes_forward"] == 4 * 4 * 800 * 24
     assert first["tile"] % next(row["lanes"] for row in _library._C.isas() if row["name"] == first["isa"]) == 0
     with pytest.raises(ValueError, match="sizes must be >= 0"):
         _library._C.relu_linear_attention_plan(**{**given, "keys": -1})

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import effattn
 from effattn import registry
 from effattn.__main__ import info
-from effattn.backends import SMALL_CALL, cuda, is_small_call, order, triton
+from effattn.backends import SMALL_CALL, is_small_call, triton
 from effattn.ops import OPERATORS
 from effattn.testing import make_arguments
 
@@ -101,18 +101,6 @@ def test_choices_that_are_remembered_do_not_grow_with_sizes(asked, small):
 
 def test_calls_on_the_cpu_are_never_small():
     assert not is_small_call([torch.empty(1)]) and is_small_call([torch.empty(1, device="meta")])
-
-
-@pytest.mark.parametrize("is_small", [True, False])
-@pytest.mark.parametrize(("ratio", "first"), [(1.2, "cuda"), (0.8, "triton")])
-def test_a_measurement_wins(monkeypatch, ratio, first, is_small):
-    monkeypatch.setattr(cuda, "_card", lambda device: "a card")
-    monkeypatch.setattr(cuda, "MEASURED", (cuda.Measurement(OP, "a card", "2026-01-01", ratio),))
-    assert [backend.name for backend in order(OP, GPU, is_small=is_small)][1] == first
-    of_another = order(IN_BOTH[1].values[0].name, GPU, is_small=is_small)
-    monkeypatch.setattr(cuda, "_card", lambda device: "another card")
-    for backends in (of_another, order(OP, GPU, is_small=is_small)):
-        assert backends[1].name == ("cuda" if is_small else "triton")
 
 
 def test_a_backend_that_is_asked_for_wins(asked):

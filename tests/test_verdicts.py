@@ -32,7 +32,7 @@ def card(monkeypatch):
     triton = by_name["triton"]._replace(unavailable=lambda: None, reasons=lambda *call: [], identity=lambda: IDENTITY)
     order = (triton, by_name["reference"])
     monkeypatch.setattr(registry, "ORDER", order)
-    monkeypatch.setattr(registry, "order", lambda op, device, *, is_small: order)
+    monkeypatch.setattr(registry, "order", lambda *, is_small: order)
     monkeypatch.setattr(verdicts, "ORDER", order)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)

@@ -14,7 +14,6 @@ from effattn.ops import OPERATORS
 from effattn.ops._plain import mix_heads
 from effattn.testing import make_arguments
 
-Tensors = list[torch.Tensor]
 OPERATOR = OPERATORS["biased_attention"]
 PLAIN = ("talking_heads",)
 FORMS = {"": PLAIN, " with talking heads": ()}
@@ -37,23 +36,20 @@ def _make(sizes: Sizes, dtype: torch.dtype, order: str) -> list[Any]:
     return arguments
 
 
-def _ours(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mixing: Tensors, scale: float
-) -> torch.Tensor:
-    return effattn.biased_attention(q, k, v, bias, scale=scale, talking_heads=mixing or None)
+def _ours(*arguments: Any) -> torch.Tensor:
+    *tensors, mixing, scale = arguments
+    return effattn.biased_attention(*tensors, scale=scale, talking_heads=mixing or None)
 
 
-def _stock(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mixing: Tensors, scale: float
-) -> torch.Tensor:
+def _stock(*arguments: Any) -> torch.Tensor:
+    q, k, v, bias, mixing, scale = arguments
     logits = scale * (q @ k.mT) + bias.to(q.dtype)
     weights = mix_heads(logits, mixing[:2]).softmax(dim=-1)
     return mix_heads(weights, mixing[2:]) @ v
 
 
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, mixing: Tensors, scale: float
-) -> torch.Tensor:
+def _sdpa(*arguments: Any) -> torch.Tensor:
+    q, k, v, bias, _, scale = arguments
     return functional.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
 
 

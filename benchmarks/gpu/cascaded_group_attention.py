@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -9,8 +11,6 @@ import effattn
 from benchmarks.gpu.measured import BATCHES, Measured, Shape, Sizes
 from benchmarks.gpu.runner import STOCK, Function
 from effattn.ops import OPERATORS
-
-Tensors = list[torch.Tensor]
 
 
 def _sizes(batch: int, channels: int, key_dim: int, size: int, window: int, kernels: tuple[int, ...]) -> Sizes:
@@ -21,34 +21,14 @@ def _sizes(batch: int, channels: int, key_dim: int, size: int, window: int, kern
     }
 
 
-def _ours(
-    x: torch.Tensor,
-    qkv: Tensors,
-    qkv_biases: Tensors,
-    dw: Tensors,
-    dw_biases: Tensors,
-    bias: torch.Tensor,
-    scale: float,
-    rows: int,
-    cols: int,
-) -> torch.Tensor:
-    return effattn.cascaded_group_attention(
-        x, qkv, qkv_biases, dw, dw_biases, bias, scale=scale, window_size=(rows, cols)
-    )
+def _ours(*arguments: Any) -> torch.Tensor:
+    *tensors, scale, rows, cols = arguments
+    return effattn.cascaded_group_attention(*tensors, scale=scale, window_size=(rows, cols))
 
 
-def _stock(
-    x: torch.Tensor,
-    qkv: Tensors,
-    qkv_biases: Tensors,
-    dw: Tensors,
-    dw_biases: Tensors,
-    bias: torch.Tensor,
-    scale: float,
-    rows: int,
-    cols: int,
-) -> torch.Tensor:
+def _stock(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     """As in the models, with windows by permutation; in the type of the image, as under autocast."""
+    qkv, qkv_biases, dw, dw_biases, bias, scale, rows, cols = rest
     (batch, channels, height, width), heads = x.shape, len(qkv)
     down, across, key_dim = height // rows, width // cols, dw[0].shape[0]
     windows = x.reshape(batch, channels, down, rows, across, cols).permute(0, 2, 4, 1, 3, 5)

@@ -18,7 +18,7 @@ import torch
 from benchmarks import peers
 from benchmarks.floor import Rates
 from benchmarks.gpu import cases, child, rehearsal, runner, turns
-from benchmarks.gpu.clock import Clock, CudaClock, WallClock
+from benchmarks.gpu.clock import CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.runner import GpuCase, Way
 from benchmarks.runner import Row, explain
@@ -82,7 +82,7 @@ class Telling:
             os._exit(child.STICKY)  # what is on the card is beyond being freed
 
 
-def profile(case: GpuCase, clock: Clock) -> None:
+def profile(case: GpuCase, clock: WallClock) -> None:
     arguments = runner.on(clock.device, case.make())
     backend = os.environ[BACKENDS_VARIABLE].split()[0]
     (function,) = runner.ours(case, [backend]).values()
@@ -99,7 +99,7 @@ def main() -> None:
     part, name = sys.argv[1:]
     done = child.start()
     case = find(name)
-    clock: Clock = WallClock() if rehearsal.is_on() else CudaClock()
+    clock: WallClock = WallClock() if rehearsal.is_on() else CudaClock()
     if rehearsal.is_on():
         peers.compiled = rehearsal.compiled
     if part == "profile":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,38 +25,46 @@ COLD, MOST_MEMORY = 3.0, 0.2
 MOST_SETS = 64
 
 
-class Clock(Protocol):
-    device: torch.device
+class WallClock:
+    """The rehearsal on a CPU, for tests: the same steps without a card; and what every clock can do."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
 
     def sets(self, size: int) -> int:
         """How many sets of inputs of ``size`` bytes are needed for none of them to be in a cache when it is used."""
-        ...
+        return 2
 
     def captured(self, calls: Sequence[Call]) -> Call:
         """The calls as one, without what it costs to issue them."""
-        ...
+        return lambda: [call() for call in calls]
 
     def clearing(self, size: int, is_graph: bool) -> Call | None:
         """What clears the cache before a call with inputs of ``size`` bytes, all sets together, which would stay in it.
 
         None if they would not. ``is_graph`` says that the call is a single launch.
         """
-        ...
+        return None
 
     def replayed(self, call: Call) -> Sequence[torch.Tensor]:
         """What a call of tensors gives when it is captured and replayed."""
-        ...
+        results: Sequence[torch.Tensor] = call()
+        return results
 
     def seconds(self, call: Call, repeats: int, before: Call | None = None) -> float:
         """Of so many calls, one after the other, and of nothing that is done before each."""
-        ...
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return time.perf_counter() - start
 
     def rates(self, rates: Rates) -> None:
         """Measures the card, and keeps the best."""
-        ...
+        rates.copy[1 << 20], rates.matmul[torch.float32] = 1e10, 1e11
+        rates.matmul |= {torch.bfloat16: 1e11, torch.float16: 1e11}
 
 
-class CudaClock:
+class CudaClock(WallClock):
     """CUDA events and graphs."""
 
     def __init__(self) -> None:
@@ -70,11 +78,8 @@ class CudaClock:
         return max(1, min(wanted + 1, possible, MOST_SETS))
 
     def captured(self, calls: Sequence[Call]) -> Call:
-        def everything() -> None:
-            for call in calls:
-                call()
-
-        return self._capture(everything)[0].replay
+        replay: Call = self._capture(super().captured(calls))[0].replay
+        return replay
 
     def replayed(self, call: Call) -> Sequence[torch.Tensor]:
         graph, results = self._capture(call)
@@ -135,36 +140,6 @@ class CudaClock:
         self.seconds(call, 3)
         for _ in range(5):
             keep(work / (self.seconds(call, 5) / 5))
-
-
-class WallClock:
-    """The rehearsal on a CPU, for tests: the same steps without a card."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-
-    def sets(self, size: int) -> int:
-        return 2
-
-    def captured(self, calls: Sequence[Call]) -> Call:
-        return lambda: [call() for call in calls]
-
-    def clearing(self, size: int, is_graph: bool) -> Call | None:
-        return None
-
-    def replayed(self, call: Call) -> Sequence[torch.Tensor]:
-        results: Sequence[torch.Tensor] = call()
-        return results
-
-    def seconds(self, call: Call, repeats: int, before: Call | None = None) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return time.perf_counter() - start
-
-    def rates(self, rates: Rates) -> None:
-        rates.copy[1 << 20], rates.matmul[torch.float32] = 1e10, 1e11
-        rates.matmul |= {torch.bfloat16: 1e11, torch.float16: 1e11}
 
 
 def _keep(best: dict[Any, float], key: Any, rate: float) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import selectors
+import queue
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,8 @@ from benchmarks.gpu.lines import Status
 ROOT = Path(__file__).resolve().parents[2]
 #: After this, a process that does not even end when killed (a driver may hold it) is left behind.
 LAST_WAIT = 3.0
+#: Of the pipes of a process that has ended: somebody else may hold them.
+_PIPE_SECONDS = 1.0
 #: Of a process's output, what is kept to explain its end.
 _TAIL = 4000
 
@@ -106,7 +109,7 @@ def run(jobs: Sequence[Job], until: float, heard: Heard, log: Log, at_once: int 
     """
     waiting = list(jobs)
     active: list[_Process] = []
-    selector = selectors.DefaultSelector()
+    awake = threading.Event()  # somebody has said something
     try:
         while waiting or active:
             while waiting and len(active) < at_once:
@@ -114,15 +117,16 @@ def run(jobs: Sequence[Job], until: float, heard: Heard, log: Log, at_once: int 
                 if until - time.monotonic() < job.least:
                     heard(job.name, Status.NOT_RUN, {"reason": "no time was left"})
                 else:
-                    active.append(_Process(job, _State(), until, heard, log, selector))
-            for key, _ in selector.select(timeout=0.1):
-                key.data()
+                    active.append(_Process(job, _State(), until, heard, log, awake))
+            awake.wait(0.1)
+            awake.clear()
             for process in list(active):
+                process.listen()
                 if process.is_over():
                     active.remove(process)
                     again = process.finish()
                     if again is not None and until - time.monotonic() >= process.job.least:
-                        active.append(_Process(process.job, again, until, heard, log, selector))
+                        active.append(_Process(process.job, again, until, heard, log, awake))
                     elif again is not None:
                         again.leave(heard, "no time was left")
     finally:
@@ -130,7 +134,6 @@ def run(jobs: Sequence[Job], until: float, heard: Heard, log: Log, at_once: int 
             process.kill("was ended")
         for process in active:
             process.leave()
-        selector.close()
 
 
 @dataclass
@@ -151,11 +154,11 @@ class _State:
 class _Process:
     """One process of a job."""
 
-    def __init__(
-        self, job: Job, state: _State, until: float, heard: Heard, log: Log, selector: selectors.BaseSelector
-    ) -> None:
+    def __init__(self, job: Job, state: _State, until: float, heard: Heard, log: Log, awake: threading.Event) -> None:
         self.job, self.state = job, state
-        self._heard, self._log, self._selector = heard, log, selector
+        self._heard, self._log, self._awake = heard, log, awake
+        # Who says too much at once has to wait.
+        self._lines: queue.Queue[tuple[Callable[[str], None], str]] = queue.Queue(10_000)
         self._begun: str | None = None
         self._figures: dict[str, Any] = {}  # of what was begun
         self._progress = False
@@ -165,7 +168,7 @@ class _Process:
         self._status = Status.TIMEOUT  # of what is killed
         self._tail = ""
         log.write(job, f"=== {job.name}: {' '.join(job.command)[:500]}")
-        self._records, records = os.pipe()
+        told, records = os.pipe()
         with tempfile.TemporaryFile() as done:
             done.write(json.dumps(sorted(state.done)).encode())
             done.seek(0)
@@ -188,28 +191,29 @@ class _Process:
         running.add(self._process.pid)
         os.close(records)
         assert self._process.stdout is not None
-        self._readers = {
-            self._process.stdout.fileno(): _LineReader(self._said),
-            self._records: _LineReader(self._told),
-        }
-        for descriptor in self._readers:
-            os.set_blocking(descriptor, False)
-            selector.register(descriptor, selectors.EVENT_READ, lambda d=descriptor: self._read(d))
-        self._open = set(self._readers)
+        self._readers = (
+            self._reader(self._process.stdout, self._said),
+            self._reader(os.fdopen(told, "rb"), self._told),
+        )
         self._began = self._item_began = time.monotonic()
         self._until = until
 
-    def _read(self, descriptor: int) -> bool:
-        """Whether there may be more."""
-        try:
-            data = os.read(descriptor, 1 << 16)
-        except BlockingIOError:
-            return False
-        self._readers[descriptor].feed(data)
-        if not data:
-            self._selector.unregister(descriptor)
-            self._open.discard(descriptor)
-        return bool(data)
+    def _reader(self, pipe: IO[bytes], handle: Callable[[str], None]) -> threading.Thread:
+        def follow() -> None:
+            with pipe:
+                for line in pipe:
+                    self._lines.put((handle, line.decode(errors="replace").removesuffix("\n")))
+                    self._awake.set()
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        return thread
+
+    def listen(self) -> None:
+        """Handles what has been said by now; who goes on talking is timed in between."""
+        for _ in range(self._lines.qsize()):
+            handle, line = self._lines.get()
+            handle(line)
 
     def _said(self, line: str) -> None:
         self._tail = (self._tail + line + "\n")[-_TAIL:]
@@ -272,16 +276,16 @@ class _Process:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, self._killed_at + LAST_WAIT - time.monotonic()))
         running.discard(self._process.pid)
-        self._close()
 
     def finish(self) -> _State | None:
         """Tells of the end; returns the state to go on with in another process, if something is left that it can do."""
         _kill(self._process.pid)  # what it has started and left behind
         running.discard(self._process.pid)
-        for descriptor in list(self._open):
-            while self._read(descriptor):
-                pass
-        self._close()
+        end_of_pipes = time.monotonic() + _PIPE_SECONDS
+        while any(reader.is_alive() for reader in self._readers) and time.monotonic() < end_of_pipes:
+            self.listen()
+            time.sleep(0.001)
+        self.listen()
         seconds = round(time.monotonic() - self._began, 2)
         code = self._process.returncode
         status, reason = self._end(code)
@@ -314,14 +318,6 @@ class _Process:
             return Status.CRASHED, f"{signal.Signals(-code).name}{f': {said[:300]}' if said else ''}"
         return Status.ERROR, f"status {code}{f': {said[:300]}' if said else ''}"
 
-    def _close(self) -> None:
-        for descriptor in list(self._open):
-            self._selector.unregister(descriptor)
-        self._open.clear()
-        os.close(self._records)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
 
 _FAULT_HANDLER = ("Extension modules:", 'File "', "Current thread 0x", "Thread 0x", "<no Python frame>")
 
@@ -329,17 +325,3 @@ _FAULT_HANDLER = ("Extension modules:", 'File "', "Current thread 0x", "Thread 0
 def _says_something(line: str) -> bool:
     """Unlike what Python's handler of faults ends with."""
     return bool(line.strip()) and not line.lstrip().startswith(_FAULT_HANDLER)
-
-
-class _LineReader:
-    """Gives whole lines on; the last one may lack its end."""
-
-    def __init__(self, give: Callable[[str], None]) -> None:
-        self._give, self._rest = give, b""
-
-    def feed(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if not data and self._rest:
-            lines, self._rest = [self._rest], b""
-        for line in lines:
-            self._give(line.decode(errors="replace"))

@@ -37,6 +37,10 @@ class Status(StrEnum):
     NOT_RUN = "not run"  # no time was left
 
 
+#: What is not as it should be.
+FAILED = (Status.WRONG, Status.CRASHED, Status.TIMEOUT, Status.ERROR)
+
+
 class Writer:
     """Appends lines to a file; each is on the disk when ``write`` returns.
 

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from benchmarks import environment
@@ -36,10 +35,10 @@ def facts() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": environment.version_of("triton"),
             "cuda": torch.version.cuda,
             "nvcc": _nvcc(),
-            "timm": _version("timm"),
+            "timm": environment.version_of("timm"),
         },
         "missing": sorted(package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None),
     }
@@ -56,13 +55,6 @@ def facts() -> dict[str, Any]:
             "tools": [tool for tool in ("nvcc", "compute-sanitizer", "ncu", "cuobjdump") if shutil.which(tool)],
         }
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _nvcc() -> str | None:

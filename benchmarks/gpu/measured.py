@@ -33,10 +33,6 @@ class Shape(NamedTuple):
     order: str = "first"
 
 
-def _no_functions(sizes: Sizes) -> Mapping[str, Function]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Measured:
     """An operator that is measured. Functions take the arguments of the specification, tensors and options.
@@ -69,7 +65,7 @@ class Measured:
     suite: str
     title: str
     shapes: Sequence[Shape] = ()
-    context: Callable[[Sizes], Mapping[str, Function]] = _no_functions
+    context: Callable[[Sizes], Mapping[str, Function]] = lambda sizes: {}
     main: Sequence[str] = ()
     profiled: Sequence[str] = ()
     make: Callable[[Sizes, torch.dtype, str], list[Any]] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import effattn
@@ -13,24 +15,22 @@ Tensors = list[torch.Tensor]
 OPERATOR = OPERATORS["multi_scale_aggregation"]
 
 
-def _sizes(batch: int, heads: int, head_dim: int, height: int, width: int, kernels: tuple[int, ...] = (5,)) -> Sizes:
+def sizes(batch: int, heads: int, head_dim: int, height: int, width: int, kernels: tuple[int, ...] = (5,)) -> Sizes:
     return {
         **{"B": batch, "heads": heads, "head_dim": head_dim, "H": height, "W": width, "S": len(kernels), "k": kernels},
         "without": ("dw_biases", "pw_biases"),
     }
 
 
-def _ours(
-    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int
-) -> torch.Tensor:
-    return effattn.multi_scale_aggregation(qkv, dw, pw, head_dim=head_dim)
+def _ours(qkv: torch.Tensor, dw: Tensors, pw: Tensors, *rest: Any) -> torch.Tensor:
+    return effattn.multi_scale_aggregation(qkv, dw, pw, head_dim=rest[-1])
 
 
 def _peers(sizes: Sizes) -> dict[str, Function]:
     return {STOCK: OPERATOR.plain}
 
 
-def _flops(sizes: Sizes) -> int:
+def flops(sizes: Sizes) -> int:
     head_dim = sizes["head_dim"]
     of_a_pixel = 3 * sizes["heads"] * head_dim * sum(2 * (k * k + head_dim) for k in sizes["k"])
     return int(sizes["B"] * sizes["H"] * sizes["W"] * of_a_pixel)
@@ -40,12 +40,12 @@ MEASURED = Measured(
     OPERATOR,
     _ours,
     _peers,
-    _flops,
-    tiny=(Shape("tiny", _sizes(1, 1, 8, 5, 6)),),
+    flops,
+    tiny=(Shape("tiny", sizes(1, 1, 8, 5, 6)),),
     smoke={
         "": [
-            Shape("one scale", _sizes(2, 2, 16, 9, 21)),
-            Shape("two scales", _sizes(1, 1, 32, 33, 40, (3, 5))),
+            Shape("one scale", sizes(2, 2, 16, 9, 21)),
+            Shape("two scales", sizes(1, 1, 32, 33, 40, (3, 5))),
         ]
     },
     suite="gpu-aggregation",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import effattn
+from benchmarks.gpu import multi_scale_aggregation
 from benchmarks.gpu.measured import BATCHES, Measured, Shape, Sizes
 from benchmarks.gpu.runner import STOCK, Function
 from effattn.ops import OPERATORS
@@ -13,24 +16,18 @@ from effattn.testing import official_multi_scale_attention
 Tensors = list[torch.Tensor]
 
 
-def _sizes(batch: int, heads: int, head_dim: int, height: int, width: int, kernels: tuple[int, ...] = (5,)) -> Sizes:
-    return {
-        **{"B": batch, "heads": heads, "head_dim": head_dim, "H": height, "W": width, "S": len(kernels), "k": kernels},
-        **{"eps": 1e-15, "without": ("dw_biases", "pw_biases")},
-    }
+def _sizes(*sizes: Any) -> Sizes:
+    return {**multi_scale_aggregation.sizes(*sizes), "eps": 1e-15}
 
 
-def _ours(
-    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
-) -> torch.Tensor:
+def _ours(qkv: torch.Tensor, dw: Tensors, pw: Tensors, *rest: Any) -> torch.Tensor:
+    *_, head_dim, eps = rest
     return effattn.multi_scale_linear_attention(qkv, dw, pw, head_dim=head_dim, eps=eps)
 
 
-def _official(
-    qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, eps: float
-) -> torch.Tensor:
+def _official(qkv: torch.Tensor, dw: Tensors, pw: Tensors, *rest: Any) -> torch.Tensor:
     """The authors' code has no biases either; convolutions are in the type of the image, sums in float32."""
-    return official_multi_scale_attention(qkv, dw, pw, head_dim, eps, upcast=True)
+    return official_multi_scale_attention(qkv, dw, pw, *rest[2:], upcast=True)
 
 
 def _peers(sizes: Sizes) -> dict[str, Function]:
@@ -38,10 +35,8 @@ def _peers(sizes: Sizes) -> dict[str, Function]:
 
 
 def _flops(sizes: Sizes) -> int:
-    heads, head_dim = sizes["heads"], sizes["head_dim"]
-    of_a_pixel = 3 * heads * head_dim * sum(2 * (k * k + head_dim) for k in sizes["k"])
-    of_a_pixel += (1 + sizes["S"]) * heads * head_dim * (head_dim + 1) * 4
-    return int(sizes["B"] * sizes["H"] * sizes["W"] * of_a_pixel)
+    of_a_pixel = (1 + sizes["S"]) * sizes["heads"] * sizes["head_dim"] * (sizes["head_dim"] + 1) * 4
+    return multi_scale_aggregation.flops(sizes) + int(sizes["B"] * sizes["H"] * sizes["W"] * of_a_pixel)
 
 
 SUITE = "gpu-multi-scale"

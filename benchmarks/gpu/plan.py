@@ -17,15 +17,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
 from benchmarks.gpu import faults, jobs, names, summary
 from benchmarks.gpu.jobs import Job
-from benchmarks.gpu.lines import Line, Status, Writer
+from benchmarks.gpu.lines import FAILED, Line, Status, Writer
 from benchmarks.gpu.names import Kernel
 from benchmarks.gpu.sensors import Sensors
 
@@ -101,24 +101,7 @@ class Settings:
 
 def commit() -> str:
     """Of the sources, by EFFATTN_COMMIT where there is no git to ask."""
-    told = os.environ.get("EFFATTN_COMMIT")
-    if told:
-        return told
-    try:
-        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-@dataclass
-class Facts:
-    """What every line has, as far as it is known."""
-
-    commit: str
-    card: str = "unknown"
-    driver: str = "unknown"
-    versions: Mapping[str, Any] = field(default_factory=dict)
+    return os.environ.get("EFFATTN_COMMIT") or environment.git("rev-parse", "HEAD") or "unknown"
 
 
 class Run:
@@ -133,9 +116,10 @@ class Run:
         settings.output.mkdir(parents=True, exist_ok=True)
         for name in (RESULTS, LOG, SUMMARY, f"{SUMMARY}.new", PROFILE, SANITIZER, VERDICTS):
             (settings.output / name).unlink(missing_ok=True)  # of an earlier run
-        self.facts = Facts(commit())
+        # What every line has, as far as it is known.
+        self.facts: Line = {"commit": commit(), "card": "unknown", "driver": "unknown", "versions": {}}
         self.sensors = Sensors()
-        self.writer = Writer(settings.output / RESULTS, self._common)
+        self.writer = Writer(settings.output / RESULTS, lambda: self.facts | self.sensors.clocks)
         self.log = jobs.Log(settings.output / LOG)
         self.stage = ""
         self.until = self.end
@@ -145,16 +129,6 @@ class Run:
         self._over = threading.Event()
         self._summarizing = threading.Lock()
         self._temporary = Path(tempfile.mkdtemp(prefix="effattn-gpu-"))
-
-    def _common(self) -> Mapping[str, Any]:
-        facts = self.facts
-        return {
-            "commit": facts.commit,
-            "card": facts.card,
-            "driver": facts.driver,
-            "versions": facts.versions,
-            **self.sensors.clocks,
-        }
 
     # --- the course of it ---------------------------------------------------------------------------------
 
@@ -190,8 +164,7 @@ class Run:
                 if name == "build" and not self.backends:
                     self._say("nothing can be run")
                     break
-        good = {Status.OK, Status.SKIPPED, Status.NOT_RUN}
-        return 2 if not self.backends else int(any(line["status"] not in good for line in self.writer.lines))
+        return 2 if not self.backends else int(any(line["status"] in FAILED for line in self.writer.lines))
 
     def _scaled(self, seconds: float) -> float:
         return float("inf") if self.settings.seconds is None else seconds * self.settings.seconds / VISIT_SECONDS
@@ -291,9 +264,9 @@ class Run:
         def heard(name: str, status: str, figures: dict[str, Any]) -> None:
             if "versions" in figures:
                 self.machine = figures
-                self.facts.versions = {k: figures["versions"].get(k) for k in ("torch", "triton", "cuda", "nvcc")}
-                self.facts.card = figures.get("card", "rehearsal" if self.settings.rehearsal else "unknown")
-                self.facts.driver = figures.get("driver", "none")
+                self.facts["versions"] = {k: figures["versions"].get(k) for k in ("torch", "triton", "cuda", "nvcc")}
+                self.facts["card"] = figures.get("card", "rehearsal" if self.settings.rehearsal else "unknown")
+                self.facts["driver"] = figures.get("driver", "none")
 
         asked = self.settings
         only = [*asked.suites, *asked.only]
@@ -326,7 +299,7 @@ class Run:
             return
         tools = [tool for tool in ("nvcc", "ncu", "compute-sanitizer") if shutil.which(tool)]
         self.machine = {"card": card, "driver": driver, "capability": capability, "tools": tools, "missing": []}
-        self.facts.card, self.facts.driver = card, driver
+        self.facts |= {"card": card, "driver": driver}
         self.line("nvidia-smi", Status.OK, **self.machine)
 
     def build(self) -> None:
@@ -448,18 +421,9 @@ class Run:
         """As effattn/verdicts.py reads them."""
         card, driver = self.backends["verdicts_of"]
         found = [
-            {
-                "card": card,
-                "driver": driver,
-                "backend": kernel.backend,
-                "operator": names.operator_of(kernel),
-                "dtype": kernel.dtype,
-                "direction": kernel.direction,
-                "identity": self.backends["identities"][kernel.backend],
-                "commit": self.facts.commit,
-                "status": str(line["status"]),
-                "reason": str(line["reason"]),
-            }
+            {"card": card, "driver": driver, **kernel._asdict(), "operator": names.operator_of(kernel)}
+            | {"identity": self.backends["identities"][kernel.backend], "commit": self.facts["commit"]}
+            | {"status": str(line["status"]), "reason": str(line["reason"])}
             for kernel, line in self.quarantine.items()
         ]
         (self.settings.output / VERDICTS).write_text(json.dumps({"schema": 1, "verdicts": found}, indent=1) + "\n")

@@ -120,11 +120,10 @@ def _facts(found: Sequence[Line]) -> dict[str, Any]:
 
 def failures(found: Sequence[Line]) -> str:
     """What failed beside the measurements, one line each; tables have the reasons of the rest."""
-    bad = (lines.Status.WRONG, lines.Status.CRASHED, lines.Status.TIMEOUT, lines.Status.ERROR)
     said = [
         f"- {line['stage']}, {line['name']}: {line['status']}, {line.get('reason', '')}"
         for line in found
-        if line["status"] in bad and line.get("row") is None
+        if line["status"] in lines.FAILED and line.get("row") is None
     ]
     return "\n".join(["### Failed", "", *said, ""]) if said else ""
 

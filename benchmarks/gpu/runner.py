@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,9 +17,12 @@ import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.gpu import turns
-from benchmarks.gpu.clock import SAMPLE_SECONDS, Call, Clock
-from benchmarks.runner import Accuracy, Role, Row, explain
+from benchmarks.gpu.clock import SAMPLE_SECONDS, WallClock
+from benchmarks.runner import Accuracy, Role, Row, explain, new_row
 from effattn import testing, tolerance
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.case import Telling
 
 Arguments = Sequence[Any]  # tensors, and lists of them
 Function = Callable[..., torch.Tensor]
@@ -125,22 +128,12 @@ def ours(case: GpuCase, backends: Sequence[str]) -> dict[str, Function]:
     return {OURS: case.ours} if case.compile_ours else {f"{OURS} {name}": partial(by, name) for name in backends}
 
 
-class Watch(Protocol):
-    """Who is told how a case goes on; the benchmark of a process tells its parent."""
-
-    def begin(self, row: Row) -> None:
-        """This one is prepared or timed now."""
-
-    def finish(self, row: Row, error: Exception | None, provisional: bool = False) -> None:
-        """It has all of its samples, or a reason why not; or, provisionally, the first one."""
-
-
-def measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch: Watch) -> list[Row]:
-    """A row for each way, whatever happens to it."""
+def measure(case: GpuCase, ways: Sequence[Way], clock: WallClock, rounds: int, watch: Telling) -> list[Row]:
+    """A row for each way, whatever happens to it, of which ``watch`` is told."""
     try:
         return _measure(case, ways, clock, rounds, watch)
     except Exception as error:  # of the inputs or the truth: there may be no memory for them
-        rows = [new_row(case, way) for way in ways]
+        rows = [new_row(case.suite, case, way.candidate, way.variant, way.role) for way in ways]
         for row in rows:
             row.reason = explain(error)
             watch.finish(row, error)
@@ -152,7 +145,7 @@ def measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch
             torch.cuda.empty_cache()
 
 
-def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watch: Watch) -> list[Row]:
+def _measure(case: GpuCase, ways: Sequence[Way], clock: WallClock, rounds: int, watch: Telling) -> list[Row]:
     rows, ready = [], []
     with torch.set_grad_enabled(case.training):
         with turns.preparing():
@@ -161,7 +154,7 @@ def _measure(case: GpuCase, ways: Sequence[Way], clock: Clock, rounds: int, watc
             sets = [first, *([_another(a, by) for a in first] for by in range(1, count))]
             grad_out, truth = expected(case, first)
         for way in ways:
-            row = new_row(case, way)
+            row = new_row(case.suite, case, way.candidate, way.variant, way.role)
             rows.append(row)
             watch.begin(row)
             try:
@@ -230,7 +223,7 @@ def _admit(
     sets: Sequence[Arguments],
     grad_out: torch.Tensor | None,
     truth: Sequence[torch.Tensor],
-    clock: Clock,
+    clock: WallClock,
 ) -> Callable[[], float] | None:
     """What takes a sample, in milliseconds, and has taken the first one, if the first result is right."""
     with turns.preparing():
@@ -249,7 +242,7 @@ def _admit(
             row.reason = f"wrong: {OTHER_BITS}"
             return None
         del results
-        everything = clock.captured(calls) if way.graph else _in_turn(calls)
+        everything = clock.captured(calls) if way.graph else WallClock().captured(calls)
         everything()  # what brings graphs of its own captures them at its second call
         before = clock.clearing(sum(t.nbytes for arguments in sets for t in tensors(arguments)), way.graph)
 
@@ -265,19 +258,11 @@ def _admit(
     return sample
 
 
-def _warm(call: Callable[[], object], clock: Clock) -> None:
+def _warm(call: Callable[[], object], clock: WallClock) -> None:
     """Until the clocks are up, which were down while others compiled."""
     end = time.perf_counter() + WARM_SECONDS
     while time.perf_counter() < end:
         clock.seconds(call, 1)
-
-
-def _in_turn(calls: Sequence[Call]) -> Call:
-    def everything() -> None:
-        for call in calls:
-            call()
-
-    return everything
 
 
 def step(
@@ -314,17 +299,3 @@ def _another(argument: Any, by: int) -> Any:
 
 def _wide(argument: Any) -> Any:
     return [t.double() for t in argument] if isinstance(argument, list) else argument.double()
-
-
-def new_row(case: GpuCase, way: Way) -> Row:
-    return Row(
-        suite=case.suite,
-        case=case.name,
-        dtype=str(case.dtype).removeprefix("torch."),
-        sizes=case.sizes,
-        candidate=way.candidate,
-        variant=way.variant,
-        role=way.role.value,
-        bytes=case.work.bytes,
-        flops=case.work.flops,
-    )

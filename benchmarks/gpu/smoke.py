@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu import child, rehearsal, runner
 from benchmarks.gpu.case import source
-from benchmarks.gpu.clock import Call, Clock, CudaClock, WallClock
+from benchmarks.gpu.clock import Call, CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.names import Kernel
 from benchmarks.gpu.runner import GpuCase
@@ -61,7 +61,7 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
         return found | _replays(CudaClock() if device.type == "cuda" else WallClock(), calls)
 
 
-def _replays(clock: Clock, calls: Sequence[tuple[GpuCase, Call, Sequence[torch.Tensor]]]) -> dict[str, Any]:
+def _replays(clock: WallClock, calls: Sequence[tuple[GpuCase, Call, Sequence[torch.Tensor]]]) -> dict[str, Any]:
     """What there is to say of graphs of these calls, beside what the calls gave; nothing if they are right."""
     for case, call, results in calls:
         try:

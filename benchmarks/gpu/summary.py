@@ -8,11 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.gpu.lines import Line, Status, latest
-
-#: What is listed one by one.
-_LISTED = (Status.WRONG, Status.CRASHED, Status.TIMEOUT, Status.ERROR)
-
+from benchmarks.gpu.lines import FAILED, Line, Status, latest
 
 #: Of a list, as much is shown; the lines have the rest.
 _MOST = 40
@@ -41,7 +37,7 @@ def brief(lines: Iterable[Line], stages: Sequence[str], seconds: float) -> str:
     last = found[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
     head = f"{last['card']}, driver {last['driver']}; {versions}; commit {last['commit'][:7]}; {seconds:.0f} s so far."
-    failed = [line for line in found if line["status"] in _LISTED]
+    failed = [line for line in found if line["status"] in FAILED]
     return "\n\n".join(["# GPU run", head, _counts(found, stages), *_list("Failed", failed)])
 
 

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from benchmarks.suites.attention import ATTENTION, NARROW_TYPES
-from benchmarks.suites.base import Settings, Suite, TimedSuite
+from benchmarks.suites.attention import ATTENTION, NARROW_TRAINING, NARROW_TYPES, TRAINING
+from benchmarks.suites.base import Settings, TimedSuite
 from benchmarks.suites.call import CALL
 from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA, LITE_MLA_TRAINING
-from benchmarks.suites.processes import ALLOCATOR, MEMORY
+from benchmarks.suites.processes import ALLOCATOR, MEMORY, ProcessSuite
 from benchmarks.suites.rests import RESTED_CALLS, RESTS
 from benchmarks.suites.scaling import SCALING
 from benchmarks.suites.softmax_attention import SOFTMAX, SOFTMAX_MODELS, SOFTMAX_TRAINING
-from benchmarks.suites.training import NARROW_TRAINING, TRAINING
 
-__all__ = ["SUITES", "Settings", "Suite", "TimedSuite"]
+__all__ = ["SUITES", "Settings", "TimedSuite"]
 
-_IN_ORDER: tuple[Suite, ...] = (
-    ATTENTION,
-    NARROW_TYPES,
-    TRAINING,
-    NARROW_TRAINING,
-    LITE_MLA,
-    LITE_MLA_TRAINING,
-    EFFICIENTVIT,
-    SOFTMAX,
-    SOFTMAX_TRAINING,
-    SOFTMAX_MODELS,
-    RESTED_CALLS,
-    RESTS,
-    SCALING,
-    CALL,
-    MEMORY,
-    ALLOCATOR,
-)
-
-SUITES: dict[str, Suite] = {suite.name: suite for suite in _IN_ORDER}
+SUITES: dict[str, TimedSuite | ProcessSuite] = {
+    suite.name: suite
+    for suite in (
+        *(ATTENTION, NARROW_TYPES, TRAINING, NARROW_TRAINING),
+        *(LITE_MLA, LITE_MLA_TRAINING, EFFICIENTVIT),
+        *(SOFTMAX, SOFTMAX_TRAINING, SOFTMAX_MODELS),
+        *(RESTED_CALLS, RESTS, SCALING, CALL),
+        *(MEMORY, ALLOCATOR),
+    )
+}

@@ -1,48 +1,44 @@
-"""The attention of EfficientViT alone, forward: float32 in the shapes of real models, and the narrow types."""
+"""The attention of EfficientViT alone, forward and with its backward: shapes of real models, and narrow types."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
 from benchmarks import linear_attention as rla
-from benchmarks.linear_attention import Inputs
+from benchmarks.linear_attention import AttentionCase, Inputs
 from benchmarks.runner import Candidate, Case, Role
 from benchmarks.suites.base import TimedSuite
 
 SHORT = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "b1 stage 3 @1024x2048")
-NARROW = ("b1 stage 3 @224", "b3 stage 3 @224, batch 16", "b1 stage 3 @1024x2048")
-NARROW_SHORT = ("b1 stage 3 @1024x2048",)
+NARROW = (torch.bfloat16, torch.float16)
+TRAINING_CASES = (
+    AttentionCase("b1 stage 3 @224, batch 32", 32, 16, 16, 14, 14),
+    AttentionCase("b1 stage 3 @512x1024", 1, 16, 16, 32, 64),
+    AttentionCase("b1 stage 3 @1024x2048", 1, 16, 16, 64, 128),
+)
+TRAINING_SHORT = ("b1 stage 3 @512x1024",)
+TRAINING_NARROW = ("b1 stage 3 @224, batch 32", "b1 stage 3 @1024x2048")
 
 
-def _attention_cases(short: bool) -> list[Case]:
-    candidates = (
+def _forward(dtype: torch.dtype) -> list[Candidate]:
+    return [
         *rla.eager_candidates(),
         *rla.compiled_candidates("official", "timm"),
-        *rla.runtime_candidates(torch.float32),
+        *rla.runtime_candidates(dtype),
         *rla.effattn_candidates(),
-        rla.softmax_candidate(),
+        rla.softmax_candidate() if dtype == torch.float32 else _effattn_float32(),
         rla.check_candidate(),
-    )
-    return [rla.make_case(case, candidates) for case in rla.ATTENTION_CASES if not short or case.name in SHORT]
+    ]
 
 
-def _narrow_cases(short: bool) -> list[Case]:
+def _training(_: torch.dtype) -> list[Candidate]:
     return [
-        rla.make_case(
-            case,
-            (
-                *rla.eager_candidates(),
-                *rla.compiled_candidates("official", "timm"),
-                *rla.runtime_candidates(dtype),
-                *rla.effattn_candidates(),
-                _effattn_float32(),
-                rla.check_candidate(),
-            ),
-            dtype,
-        )
-        for case in rla.ATTENTION_CASES
-        if case.name in (NARROW_SHORT if short else NARROW)
-        for dtype in ((torch.bfloat16,) if short else (torch.bfloat16, torch.float16))
+        *rla.eager_candidates(),
+        *rla.compiled_candidates("official"),
+        *rla.effattn_candidates(),
+        rla.check_candidate(),
     ]
 
 
@@ -62,5 +58,35 @@ def _effattn_float32() -> Candidate:
     )
 
 
-ATTENTION = TimedSuite("attention", f"{rla.NAME}, forward, float32", _attention_cases)
-NARROW_TYPES = TimedSuite("narrow", f"{rla.NAME}, forward, bfloat16 and float16", _narrow_cases)
+def _cases(
+    cases: Iterable[AttentionCase],
+    names: Collection[str] | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    candidates: Callable[[torch.dtype], list[Candidate]] = _forward,
+) -> list[Case]:
+    """Those of these names, or all."""
+    chosen = [case for case in cases if names is None or case.name in names]
+    training = candidates is _training
+    return [rla.make_case(case, candidates(dtype), dtype, training) for case in chosen for dtype in dtypes]
+
+
+ATTENTION = TimedSuite(
+    "attention",
+    f"{rla.NAME}, forward, float32",
+    lambda short: _cases(rla.ATTENTION_CASES, SHORT if short else None),
+)
+NARROW_TYPES = TimedSuite(
+    "narrow",
+    f"{rla.NAME}, forward, bfloat16 and float16",
+    lambda short: _cases(rla.ATTENTION_CASES, SHORT[-1:] if short else SHORT, NARROW[:1] if short else NARROW),
+)
+TRAINING = TimedSuite(
+    "training",
+    f"{rla.NAME}, forward and backward, float32",
+    lambda short: _cases(TRAINING_CASES, TRAINING_SHORT if short else None, candidates=_training),
+)
+NARROW_TRAINING = TimedSuite(
+    "narrow-training",
+    f"{rla.NAME}, forward and backward, bfloat16 and float16",
+    lambda short: _cases(TRAINING_CASES, () if short else TRAINING_NARROW, NARROW, _training),
+)

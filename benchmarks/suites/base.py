@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from benchmarks import runner
 from benchmarks.floor import Rates
+from benchmarks.modules import ModuleCase, make_case
 from benchmarks.runner import Case, Row, Tick
 
 
@@ -23,28 +23,12 @@ class Settings:
         return not self.only or any(part.lower() in name.lower() for part in self.only)
 
 
-class Suite(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def allocator(self) -> dict[str, str] | None:
-        """The allocator's settings where they are not those of this process."""
-        ...
-
-    def steps(self, settings: Settings) -> int:
-        """How many steps of progress a run reports."""
-        ...
-
-    def run(self, settings: Settings, rates: Rates, tick: Tick) -> list[Row]: ...
-
-
 @dataclass(frozen=True)
 class TimedSuite:
-    """``cases`` gives the cases of a short or a full run; ``rounds_factor`` is for samples of a single call."""
+    """``cases`` gives the cases of a short or a full run; ``rounds_factor`` is for samples of a single call.
+
+    ``allocator`` has the allocator's settings where they are not those of this process.
+    """
 
     name: str
     title: str
@@ -67,3 +51,12 @@ class TimedSuite:
         rates.measure({case.dtype for case in cases})
         runner.write_floors(rows, cases, rates)
         return rows
+
+
+def module_suite(
+    name: str, title: str, cases: Sequence[ModuleCase], short: Collection[str] = (), *, training: bool = False
+) -> TimedSuite:
+    """Of a short run, only those cases that ``short`` names."""
+    return TimedSuite(
+        name, title, lambda is_short: [make_case(c, training) for c in cases if not is_short or c.name in short]
+    )

@@ -9,14 +9,14 @@ from benchmarks import linear_attention as rla
 from benchmarks.child import Job
 from benchmarks.floor import Rates
 from benchmarks.runner import Row, Tick, explain
-from benchmarks.suites import attention, training
+from benchmarks.suites.attention import ATTENTION, TRAINING, TRAINING_CASES, TRAINING_SHORT
 from benchmarks.suites.base import Settings
 from benchmarks.suites.lite_mla import LITE_MLA_TRAINING
 
 #: By suite: the candidates of interest, and the variant of theirs.
 CANDIDATES = {
-    attention.ATTENTION.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
-    training.TRAINING.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
+    ATTENTION.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
+    TRAINING.name: ((rla.STOCK, "official compiled", rla.OURS), rla.LAYOUTS[0]),
     LITE_MLA_TRAINING.name: ((modules.STOCK, "stock compiled", f"{modules.OURS} eager"), "NCHW"),
 }
 #: Steps of progress for one job: about what it takes in time.
@@ -69,7 +69,7 @@ def _failed(job: Job, candidate: str, reason: str) -> Row:
     return Row(job.suite, job.case, "float32", {}, candidate, job.variant, role, reason=reason)
 
 
-_TRAINING = tuple((training.TRAINING.name, case.name) for case in training.CASES)
+_TRAINING = tuple((TRAINING.name, case.name) for case in TRAINING_CASES)
 _MODULES = ((LITE_MLA_TRAINING.name, "b1 stage 3 @1024x2048"),)
 
 MEMORY = ProcessSuite(
@@ -79,7 +79,7 @@ MEMORY = ProcessSuite(
     environment.RETURN_MEMORY,
     together=False,
     full=_TRAINING + _MODULES,
-    short=((training.TRAINING.name, training.SHORT[0]),),
+    short=((TRAINING.name, TRAINING_SHORT[0]),),
 )
 ALLOCATOR = ProcessSuite(
     "allocator",
@@ -88,10 +88,10 @@ ALLOCATOR = ProcessSuite(
     {},
     together=True,
     full=(
-        (attention.ATTENTION.name, "b3 stage 3 @224, batch 16"),
-        (attention.ATTENTION.name, "b1 stage 3 @1024x2048"),
-        (training.TRAINING.name, "b1 stage 3 @224, batch 32"),
-        (training.TRAINING.name, "b1 stage 3 @1024x2048"),
+        (ATTENTION.name, "b3 stage 3 @224, batch 16"),
+        (ATTENTION.name, "b1 stage 3 @1024x2048"),
+        (TRAINING.name, "b1 stage 3 @224, batch 32"),
+        (TRAINING.name, "b1 stage 3 @1024x2048"),
     ),
-    short=((attention.ATTENTION.name, "b1 stage 3 @1024x2048"),),
+    short=((ATTENTION.name, "b1 stage 3 @1024x2048"),),
 )

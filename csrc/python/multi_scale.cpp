@@ -36,7 +36,6 @@ py::dict shown_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_t heig
   out["rows"] = plan.rows;
   out["scratch_floats"] = plan.scratch_floats;
   out["scratch_floats_backward"] = plan.scratch_floats_backward;
-  out["flops_aggregation"] = plan.flops_aggregation;
   return out;
 }
 

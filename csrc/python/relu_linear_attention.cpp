@@ -23,11 +23,6 @@ py::dict shown_plan(int64_t groups, int64_t queries, int64_t keys, int64_t head_
   out["chunk"] = plan.chunk;
   out["tile"] = plan.tile;
   out["scratch_floats"] = plan.scratch_floats;
-  out["partial_floats"] = plan.partial_floats;
-  out["flops_forward"] = plan.flops_forward;
-  out["flops_backward"] = plan.flops_backward;
-  out["minimum_bytes_forward"] = plan.minimum_bytes_forward;
-  out["minimum_bytes_backward"] = plan.minimum_bytes_backward;
   return out;
 }
 

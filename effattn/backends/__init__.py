@@ -23,14 +23,9 @@ _CUDA_FIRST = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 SMALL_CALL = 2**25
 
 
-def order(op: str, device: torch.device, *, is_small: bool = False) -> tuple[Backend, ...]:
-    """The order for an operator on a device: that which was measured to be faster, else CUDA first for small calls.
-
-    Args:
-        is_small: what :func:`is_small_call` says.
-    """
-    measured = cuda.is_preferred(op, device)
-    return _CUDA_FIRST if (is_small if measured is None else measured) else ORDER
+def order(*, is_small: bool = False) -> tuple[Backend, ...]:
+    """CUDA first for what :func:`is_small_call` calls small."""
+    return _CUDA_FIRST if is_small else ORDER
 
 
 def is_small_call(images: Iterable[torch.Tensor]) -> bool:

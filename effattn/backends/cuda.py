@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -14,29 +13,6 @@ from effattn.backends._base import Backend, beyond, refused_dtype
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Capabilities of systems on a chip, which are no later minors of the cards' (CUDA's guide, binary compatibility).
 _INTEGRATED = ((8, 7), (10, 1))
-
-
-class Measurement(NamedTuple):
-    """Where these kernels were found to be faster than Triton's."""
-
-    op: str
-    card: str
-    date: str
-    #: Triton's time in units of theirs, the least over the sizes that were measured.
-    ratio: float
-
-
-#: None yet: no card has been measured, and the size of a call decides (:data:`effattn.backends.SMALL_CALL`).
-MEASURED: tuple[Measurement, ...] = ()
-
-
-def is_preferred(op: str, device: torch.device, measured: Sequence[Measurement] | None = None) -> bool | None:
-    """Whether the table has these kernels in front of Triton's; None where it says nothing."""
-    table = [m for m in (MEASURED if measured is None else measured) if m.op == op]
-    if not table or device.type != "cuda":
-        return None
-    ratios = [m.ratio for m in table if m.card == _card(device)]
-    return min(ratios) > 1 if ratios else None
 
 
 _KEY = "CPU" if _library.cuda_is_emulated else "CUDA"
@@ -93,11 +69,6 @@ def _driver_error() -> str | None:
 @constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@constant_result
-def _card(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
 
 
 BACKEND = Backend("cuda", _unavailable, _reasons, "effattn", lambda: _library.cuda_digest)

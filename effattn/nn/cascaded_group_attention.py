@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Proxy
-from torch.nn import functional
 
 from effattn._tracing import static_shape
 from effattn.functional import biased_attention, cascaded_group_attention
@@ -31,6 +30,7 @@ from effattn.nn.projection import (
 from effattn.nn.recorded import FxLeaf
 from effattn.ops import OPERATORS
 from effattn.ops import cascaded_group_attention_projected as _projected
+from effattn.ops._plain import partition, reverse_partition
 
 
 class CascadedGroupAttention(FxLeaf, FoldCache):
@@ -183,14 +183,14 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         if not _projected.serves(x):
             return self._layer_by_layer(x, size)
         _, _, height, width = static_shape(x)
-        windows = x if height % size[0] == 0 and width % size[1] == 0 else _partition(x, size)
+        windows = x if height % size[0] == 0 and width % size[1] == 0 else partition(x, size)
         out = self._cascade_with_batch_norm(windows, size)
         if out is None:
             return self._layer_by_layer(x, size)
         if any(getattr(part, "inplace", False) for part in self.proj.modules()):
             out = out.clone()  # the backward reads it
         projected: torch.Tensor = self.proj(out)
-        return projected if windows is x else _reverse(projected, x, size)
+        return projected if windows is x else reverse_partition(projected, x, size)
 
     def _cascade_with_batch_norm(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor | None:
         """Whole windows through all heads; None where the operator cannot stand for the modules."""
@@ -224,7 +224,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
 
     def _layer_by_layer(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """As the authors have it, each part called."""
-        windows = _partition(x, size)
+        windows = partition(x, size)
         # In one piece, so that the gradients of all heads' biases are joined by one operation.
         biases, tokens = self._bias(size).split(1), size[0] * size[1]
         outs: list[torch.Tensor] = []
@@ -240,7 +240,7 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
             out = biased_attention(q, k, v, bias, scale=self.scale)
             outs.append(out.transpose(-2, -1).reshape(-1, sizes[2], *size))
         projected: torch.Tensor = self.proj(torch.cat(outs, dim=1))
-        return _reverse(projected, x, size)
+        return reverse_partition(projected, x, size)
 
 
 class LocalWindowAttention(FxLeaf):
@@ -288,8 +288,8 @@ class LocalWindowAttention(FxLeaf):
         side = math.isqrt(static_shape(attn.attention_biases)[1])
         if isinstance(attn, CascadedGroupAttention) and not is_overridden(attn):
             return attn.attend(x, (side, side))
-        out: torch.Tensor = attn(_partition(x, (side, side)))
-        return _reverse(out, x, (side, side))
+        out: torch.Tensor = attn(partition(x, (side, side)))
+        return reverse_partition(out, x, (side, side))
 
 
 class _ConvNorm(nn.Sequential):
@@ -306,25 +306,3 @@ def _rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any)
     state_dict.pop(f"{prefix}attention_bias_idxs", None)
     for name in [name for name in state_dict if name.startswith(prefix) and ".c." in name.removeprefix(prefix)]:
         state_dict[prefix + name.removeprefix(prefix).replace(".c.", ".conv.")] = state_dict.pop(name)
-
-
-def _partition(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, C, H, W) -> (windows, C, *size), with zeros below and right of the image."""
-    if static_shape(x)[2:] == size:
-        return x
-    (height, width), (rows, cols) = x.shape[2:], size
-    down, across = (height + rows - 1) // rows, (width + cols - 1) // cols
-    padded = functional.pad(x, (0, across * cols - width, 0, down * rows - height))
-    channels = static_shape(x)[1]
-    windows = padded.reshape(x.shape[0], channels, down, rows, across, cols)
-    return windows.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, rows, cols)
-
-
-def _reverse(windows: torch.Tensor, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(windows, C, *size) -> (B, C, H, W) with the batch and image size of ``x``."""
-    if static_shape(x)[2:] == size:
-        return windows
-    (batch, _, height, width), (rows, cols), channels = x.shape, size, static_shape(windows)[1]
-    down, across = (height + rows - 1) // rows, (width + cols - 1) // cols
-    tiles = windows.reshape(batch, down, across, channels, rows, cols).permute(0, 3, 1, 4, 2, 5)
-    return tiles.reshape(batch, channels, down * rows, across * cols)[:, :, :height, :width]

@@ -145,9 +145,30 @@ class Operator:
         _recording.register_backward(f"{name}_backward", self.plain, self._split_backward)
 
     def _define_for_triton(self, launchers: triton.Launchers) -> None:
-        checks = (self._check_for_triton, self._check_for_triton, self._check_backward_for_triton)
-        for schema, check, launcher in zip(self.signature.schemas(self.name), checks, launchers, strict=True):
-            triton.define(schema, check, launcher)
+        inference, forward, backward = self.signature.schemas(self.name)
+        has_rows = self.signature.is_of_images
+
+        def outputs(*arguments: Any) -> list[torch.Tensor]:
+            arguments = self.signature.without_none(arguments)
+            outs = self._new_outputs(arguments)
+            triton.launch(launchers, launchers.forward, outs[0], outs, arguments, self._images, has_rows)
+            return outs
+
+        def gradients(grad_out: torch.Tensor, *rest: Any) -> list[Argument]:
+            _, arguments = self._split_backward(grad_out, *rest)
+            grads, given = (
+                self._new_gradients(arguments),
+                (grad_out, *arguments[: self._tensors], *rest[self._tensors :]),
+            )
+            triton.launch(launchers, launchers.backward, grad_out, grads, given, 1 + self._images, has_rows)
+            return grads
+
+        def inferred(*arguments: Any) -> torch.Tensor:
+            return outputs(*arguments)[0]
+
+        triton.define(inference, self._check_for_triton, inferred)
+        triton.define(forward, self._check_for_triton, outputs if self.signature.kept else inferred)
+        triton.define(backward, self._check_backward_for_triton, gradients)
 
     def _check_for_triton(self, *arguments: Any) -> None:
         arguments = self.signature.without_none(arguments)
@@ -170,21 +191,30 @@ class Operator:
         if error is not None:
             raise RuntimeError(f"{self.name}: {error}")
 
-    def _fake(self, *arguments: Any) -> torch.Tensor:
+    def _new_outputs(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
+        """The output and what is kept, to be filled, of arguments that are right."""
+        sizes = self.signature.sizes(arguments)
+        out = self._empty(arguments[0], self.signature.out.shape.sizes(sizes))
+        return [out, *(out.new_empty(k.shape.sizes(sizes), dtype=torch.float32) for k in self.signature.kept)]
+
+    def _new_gradients(self, arguments: Sequence[Any]) -> list[Argument]:
+        images = (self._empty(t, t.shape) for t in arguments[: self._images])
+        return [*images, *(_mapped(_new_empty, a) for a in arguments[self._images : self._tensors])]
+
+    def _fake_outputs(self, *arguments: Any) -> list[torch.Tensor]:
         arguments = self.signature.without_none(arguments)
         self._refuse(self.signature.error(arguments))
-        return self._empty(arguments[0], self.signature.out.shape.sizes(self.signature.sizes(arguments)))
+        return self._new_outputs(arguments)
+
+    def _fake(self, *arguments: Any) -> torch.Tensor:
+        return self._fake_outputs(*arguments)[0]
 
     def _fake_forward(self, *arguments: Any) -> Any:
-        arguments = self.signature.without_none(arguments)
-        out, sizes = self._fake(*arguments), self.signature.sizes(arguments)
-        kept = [out.new_empty(k.shape.sizes(sizes), dtype=torch.float32) for k in self.signature.kept]
-        return (out, *kept) if kept else out
+        outs = self._fake_outputs(*arguments)
+        return tuple(outs) if self.signature.kept else outs[0]
 
     def _fake_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Argument, ...]:
-        arguments = self._checked_backward(grad_out, *rest)
-        images = (self._empty(t, t.shape) for t in arguments[: self._images])
-        return *images, *(_mapped(_new_empty, a) for a in arguments[self._images : self._tensors])
+        return tuple(self._new_gradients(self._checked_backward(grad_out, *rest)))
 
     # --- autograd -----------------------------------------------------------------------------------------------
 

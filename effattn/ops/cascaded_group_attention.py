@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from effattn._tracing import static_shape
 from effattn.ops._operator import Operator
-from effattn.ops._plain import depthwise, without_autocast
+from effattn.ops._plain import depthwise, partition, reverse_partition, without_autocast
 
 Tensors = Sequence[torch.Tensor]
 
@@ -78,32 +78,20 @@ def cascade(
 ) -> torch.Tensor:
     """A head after the other, in windows; how a head makes q, k and v of its channels is the caller's."""
     at_least = torch.promote_types(x.dtype, torch.float32)
-    (batch, _, height, width), (rows, cols) = x.shape, size
-    _, channels, *whole = static_shape(x)
     heads = static_shape(attention_bias)[0]
-    value_dim = channels // heads
+    value_dim = static_shape(x)[1] // heads
     if math.prod(static_shape(x)) == 0:  # convolutions take no empty images
         return x * 1
     with without_autocast(x.device):
-        windows = x.to(at_least)
-        if whole != [rows, cols]:
-            down, across = (height + rows - 1) // rows, (width + cols - 1) // cols
-            padded = functional.pad(windows, (0, across * cols - width, 0, down * rows - height))
-            windows = padded.reshape(batch, channels, down, rows, across, cols).permute(0, 2, 4, 1, 3, 5)
-            windows = windows.reshape(-1, channels, rows, cols)
         outs: list[torch.Tensor] = []
-        for i, group in enumerate(windows.chunk(heads, 1)):
+        for i, group in enumerate(partition(x.to(at_least), size).chunk(heads, 1)):
             qkv = project(i, group if i == 0 else group + outs[-1])
             q, k, v = qkv.split([key_dim, key_dim, value_dim], dim=1)
             logits = scale * (convolve(i, q).flatten(2).transpose(-2, -1) @ k.flatten(2))
             logits = logits + attention_bias[i].to(at_least)
             out = v.flatten(2) @ logits.softmax(dim=-1).transpose(-2, -1)
-            outs.append(out.reshape(-1, value_dim, rows, cols))
-        image = torch.cat(outs, dim=1)
-        if whole != [rows, cols]:
-            windows = image.reshape(batch, down, across, channels, rows, cols).permute(0, 3, 1, 4, 2, 5)
-            image = windows.reshape(batch, channels, down * rows, across * cols)[:, :, :height, :width]
-        return image.to(x.dtype)
+            outs.append(out.reshape(-1, value_dim, *size))
+        return reverse_partition(torch.cat(outs, dim=1), x, size).to(x.dtype)
 
 
 def longest_sum(sizes: Mapping[str, Any]) -> int:

@@ -6,17 +6,20 @@ float32, which are added up over the batch for the bias's anyway, and multiplies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MAX_CHANNELS, Launch, find
+from effattn._triton.configs import MAX_CHANNELS, Launch
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import attended_tile, pairs_tile, product_tile, softmax_gradients_tile
 from effattn._triton.tiles import load_tile, store_tile, tile_and_group
+
+Tensors = Sequence[torch.Tensor]
 
 LAUNCHES = {
     "attend": {MAX_CHANNELS: Launch(32, 32, keys=32)},
@@ -132,8 +135,8 @@ class LaunchPlan:
         return like.new_empty((self.batch, self.heads, self.tokens, self.keys), dtype=torch.float32)
 
     def options(self, kernel: str, **chunked: int) -> dict[str, Any]:
-        launch = find("biased_attention", kernel, max(self.head_dim, self.value_dim), self.target.gpu)
-        return {**self.target.launched(launch.options(**chunked)), "PRECISION": self.target.precision}
+        size, precision = max(self.head_dim, self.value_dim), self.target.precision
+        return {**self.target.options("biased_attention", kernel, size, **chunked), "PRECISION": precision}
 
     def grid(self, tiles: int) -> tuple[int]:
         return (tiles * self.heads * self.batch,)
@@ -162,8 +165,8 @@ class LaunchPlan:
         self,
         weights: torch.Tensor,
         grad_logits: torch.Tensor,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        tensors: Tensors,
+        grads: Tensors,
         scale: float,
     ) -> None:
         """Gradients of q, k, v and the bias from ``tensors`` q, k and grad_out."""
@@ -174,16 +177,10 @@ class LaunchPlan:
         add_up(grad_logits.unsqueeze(0), grad_bias)
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-    target: TargetOptions,
-) -> None:
-    """Fills ``out`` (B, heads, N, Dv); ``bias`` (heads, N, M) is contiguous, in float32."""
+def forward(results: Tensors, *arguments: Any) -> None:
+    """Fills the output (B, heads, N, Dv); the bias (heads, N, M) is contiguous, in float32."""
+    q, k, v, bias, scale, target = arguments
+    (out,) = results
     plan = LaunchPlan(q, k, v, target)
     options = plan.options("attend", CHUNK=plan.head_dim, DV=plan.value_dim)
     tiles = triton.cdiv(plan.tokens, options["TOKENS"]) * triton.cdiv(plan.value_dim, options["DV"])
@@ -193,17 +190,9 @@ def forward(
     )  # fmt: skip
 
 
-def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-    target: TargetOptions,
-) -> None:
+def backward(grads: Tensors, *arguments: Any) -> None:
     """Fills the gradients of q, k, v and the bias."""
+    grad_out, q, k, v, bias, scale, target = arguments
     plan = LaunchPlan(q, k, v, target)
     weights, grad_logits = plan.new_pairs(q), plan.new_pairs(q)
     options = plan.options("softmax_gradients", CHUNK=max(plan.head_dim, plan.value_dim))

@@ -6,19 +6,22 @@ second one, the sums over all keys. In between a program holds all heads of some
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from effattn._triton import biased_attention
 from effattn._triton.biased_attention import LaunchPlan
-from effattn._triton.configs import MAX_TALKING_HEADS, PROGRAMS, Launch, find
+from effattn._triton.configs import MAX_TALKING_HEADS, PROGRAMS, Launch
+from effattn._triton.layout import clear
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up
 from effattn._triton.softmax import finite_or_zero
 
-Mixtures = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors = Sequence[torch.Tensor]
 
 #: By the number of heads.
 LAUNCHES = {
@@ -141,21 +144,23 @@ def _talking_heads_backward(
 
 
 def _options(heads: int, target: TargetOptions) -> dict[str, Any]:
-    launch = find("biased_attention_talking_heads", "talk", heads, target.gpu)
-    return {"HEADS": triton.next_power_of_2(heads), **target.launched(launch.options())}
+    options = target.options("biased_attention_talking_heads", "talk", heads)
+    return {"HEADS": triton.next_power_of_2(heads), **options}
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    mixtures: Mixtures,
-    out: torch.Tensor,
-    scale: float,
-    target: TargetOptions,
-) -> None:
-    """Fills ``out``; ``mixtures`` are weights (heads, heads) and biases (heads,), twice, contiguous in float32."""
+def forward(results: Tensors, *arguments: Any) -> None:
+    """Fills the output, with talking heads or without.
+
+    Mixtures are weights (heads, heads) and biases (heads,), twice, contiguous in float32; or nothing.
+    """
+    q, k, v, bias, mixtures, scale, target = arguments
+    (out,) = results
+    if k.shape[2] == 0:
+        clear(results)
+        return
+    if not mixtures:
+        biased_attention.forward(results, q, k, v, bias, scale, target)
+        return
     plan = LaunchPlan(q, k, v, target)
     logits = plan.pairs(q, k, bias, scale)
     weights = torch.empty_like(logits)
@@ -165,30 +170,27 @@ def forward(
     plan.multiply(weights, v, out)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    mixtures: Mixtures,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    grad_mixtures: Mixtures,
-    scale: float,
-    target: TargetOptions,
-) -> None:
+def backward(grads: Sequence[Any], *arguments: Any) -> None:
     """Fills the gradients of q, k, v, the bias and the mixtures."""
+    grad_out, q, k, v, bias, mixtures, scale, target = arguments
+    *of_tensors, of_mixtures = grads
+    if k.shape[2] == 0:
+        clear(grads)
+        return
+    if not mixtures:
+        biased_attention.backward(of_tensors, grad_out, q, k, v, bias, scale, target)
+        return
     plan = LaunchPlan(q, k, v, target)
     logits, grad_weights = plan.pairs(q, k, bias, scale), plan.pairs(grad_out, v, None, 1.0)
     weights, grad_logits = torch.empty_like(logits), torch.empty_like(logits)
     queries = plan.batch * plan.tokens
     part_queries = triton.cdiv(queries, PROGRAMS)
     count = triton.cdiv(queries, part_queries)
-    partial = [grad.new_empty(1, count, *grad.shape) for grad in grad_mixtures]
+    partial = [grad.new_empty(1, count, *grad.shape) for grad in of_mixtures]
     _talking_heads_backward[(count,)](
         logits, grad_weights, *mixtures, weights, grad_logits, *partial,
         plan.heads, plan.tokens, plan.keys, queries, part_queries, **_options(plan.heads, target),
     )  # fmt: skip
-    for parts, grad in zip(partial, grad_mixtures, strict=True):
+    for parts, grad in zip(partial, of_mixtures, strict=True):
         add_up(parts, grad)
-    plan.multiply_gradients(weights, grad_logits, (q, k, grad_out), grads, scale)
+    plan.multiply_gradients(weights, grad_logits, (q, k, grad_out), of_tensors, scale)

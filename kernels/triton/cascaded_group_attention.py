@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MAX_CHANNELS, Launch, find, split_tiles
+from effattn._triton.configs import MAX_CHANNELS, Launch, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.layout import image_strides
 from effattn._triton.numerics import TargetOptions, product, round_to
@@ -314,14 +315,13 @@ class _LaunchPlan:
         every = (*weights.qkv, *weights.qkv_biases, *weights.dw, *weights.dw_biases)
         # One launch to join them, and none to know where each of them is.
         self.weights = torch.cat([t.reshape(-1) for t in every])
-        walk = find("cascaded_group_attention", "walk", self.tokens, target.gpu)
         self.options = {
             "KERNELS": self.kernels,
             "TAPS": (0, *accumulate(k * k for k in self.kernels)),
             "MAX_KERNEL": max(self.kernels),
             "QKV_BIAS": int(len(weights.qkv_biases) > 0),
             "PRECISION": target.precision,
-            **target.launched(walk.options(CHUNK=max(self.key_dim, self.value_dim))),
+            **target.options("cascaded_group_attention", "walk", self.tokens, CHUNK=max(self.key_dim, self.value_dim)),
         }
 
     def new(self, slots: int, *sizes: int) -> torch.Tensor:
@@ -343,29 +343,18 @@ class _LaunchPlan:
         return of_heads
 
 
-def forward(
-    x: torch.Tensor,
-    weights: Weights,
-    out: torch.Tensor,
-    scale: float,
-    window: tuple[int, int],
-    target: TargetOptions,
-) -> None:
-    """Fills ``out`` (B, C, H, W)."""
-    _LaunchPlan(x, weights, window, target).cga_forward(x, out, scale, len(weights.dw_biases) > 0, kept=False)
+def forward(results: Tensors, x: torch.Tensor, *rest: Any) -> None:
+    """Fills the output (B, C, H, W)."""
+    *lists, scale, height, width, target = rest
+    weights = Weights(*lists)
+    plan = _LaunchPlan(x, weights, (height, width), target)
+    plan.cga_forward(x, *results, scale, len(weights.dw_biases) > 0, kept=False)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    weights: Weights,
-    grad_x: torch.Tensor,
-    grads: Weights,
-    scale: float,
-    window: tuple[int, int],
-    target: TargetOptions,
-) -> None:
+def backward(results: Sequence[Any], grad_out: torch.Tensor, x: torch.Tensor, *rest: Any) -> None:
     """Fills the gradients of x and of the weights."""
+    *lists, scale, height, width, target = rest
+    weights, window, grad_x, grads = Weights(*lists), (height, width), results[0], Weights(*results[1:])
     plan = _LaunchPlan(x, weights, window, target)
     has_dw_bias, has_qkv_bias = len(weights.dw_biases) > 0, len(weights.qkv_biases) > 0
     # The output is made once more where the gradient of x will be.
@@ -383,8 +372,8 @@ def backward(
     add_up(by_window, grads.bias)
     del grad_logits, by_window
 
-    launch = find("cascaded_group_attention", "weight_gradients", plan.value_dim, target.gpu)
-    options = target.launched(launch.options(CHUNK=max(plan.value_dim, plan.outputs)))
+    chunk = max(plan.value_dim, plan.outputs)
+    options = target.options("cascaded_group_attention", "weight_gradients", plan.value_dim, CHUNK=chunk)
     pieces = triton.cdiv(plan.value_dim, options["CHUNK"]) * triton.cdiv(plan.outputs, options["CHUNK"])
     part_tiles, count = split_tiles(pieces * plan.heads, plan.windows, plan.tokens, options["TOKENS"])
     partial = feats.new_empty(plan.heads, count, plan.outputs, plan.value_dim)

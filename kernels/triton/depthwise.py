@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import MAX_CHANNELS, MAX_TAPS, Launch, find, split_tiles
+from effattn._triton.configs import MAX_CHANNELS, MAX_TAPS, Launch, split_tiles
 from effattn._triton.numerics import TargetOptions
 from effattn._triton.reduction import add_up_partial, new_partial
 from effattn._triton.tiles import load_tile, tile_and_group
@@ -103,8 +103,8 @@ def weight_gradients(
     """
     (batch, channels, height, width), kernel = sizes, grad_weight.shape[-1]
     order = "channels_last" if strides[1][1] == 1 and channels > 1 else "nchw"
-    launch = find("depthwise", order, channels, target.gpu)
-    options, taps = target.launched(launch.options(CHUNK=channels)), triton.next_power_of_2(kernel**2)
+    options = target.options("depthwise", order, channels, CHUNK=channels)
+    taps = triton.next_power_of_2(kernel**2)
     options["TOKENS"] = max(1, min(options["TOKENS"], MAX_TAPS // (taps * options["CHUNK"])))
     chunks = triton.cdiv(channels, options["CHUNK"])
     part_tiles, count = split_tiles(chunks, batch, height * width, options["TOKENS"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,11 +40,12 @@ class Groups:
         return Groups(tuple(merged), tuple(members))
 
     @property
+    def are_addressable(self) -> bool:
+        return len(self.merged) <= MAX_DIMENSIONS
+
+    @property
     def count(self) -> int:
-        count = 1
-        for size in self.merged:
-            count *= size
-        return count
+        return math.prod(self.merged)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -67,3 +71,10 @@ def image_strides(image: torch.Tensor) -> tuple[int, int, int]:
     height, width = image.shape[2:]
     token = image.stride(3) if width > 1 else image.stride(2) if height > 1 else 1
     return image.stride(0), image.stride(1), token
+
+
+def clear(results: Sequence[Any]) -> None:
+    """Of tensors and lists of them."""
+    for result in results:
+        for t in (result,) if isinstance(result, torch.Tensor) else result:
+            t.zero_()

@@ -6,18 +6,22 @@ that nothing depends on which program is done first.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import Launch, find, padded, split
+from effattn._triton.configs import Launch, padded, split
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
-from effattn._triton.layout import Groups
+from effattn._triton.layout import Groups, clear
 from effattn._triton.numerics import TargetOptions, clamp_subnormal, product, relu
 from effattn._triton.reduction import add_up
 from effattn._triton.tiles import group_begin, load_tile, store_tile, tile_and_group
+
+Tensors = Sequence[torch.Tensor]
 
 LAUNCHES = {
     "sum_tokens": {16: Launch(64, 32), 32: Launch(32, 32), 64: Launch(32, 16), 128: Launch(16, 16)},
@@ -165,22 +169,19 @@ class _LaunchPlan:
         self._target = target
         self._shared = {"D": padded(self.head_dim), "PRECISION": target.precision}
 
-    def launch(self, kernel: str) -> Launch:
-        return find("linear_attention", kernel, self.head_dim, self._target.gpu)
-
-    def options(self, launch: Launch) -> dict[str, Any]:
-        return {**self._shared, **self._target.launched(launch.options(DV=self.value_dim))}
+    def options(self, kernel: str) -> dict[str, Any]:
+        options = self._target.options("linear_attention", kernel, self.head_dim, DV=self.value_dim)
+        return {**self._shared, **options}
 
     def strides(self, *tensors: torch.Tensor) -> tuple[int, ...]:
         return (*self.groups.sizes, *(stride for t in tensors for stride in self.groups.strides(t)))
 
     def accumulate(self, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor | None, kv_state: torch.Tensor) -> None:
         """Fills ``kv_state``, in parts whose number is a function of the sizes."""
-        launch, tokens, groups = self.launch("sum_tokens"), k.shape[-2], self.groups.count
-        part_tokens, count = split(groups, tokens, launch.tokens)
+        options, tokens, groups = self.options("sum_tokens"), k.shape[-2], self.groups.count
+        part_tokens, count = split(groups, tokens, options["TOKENS"])
         floats = (self.value_dim + 1) * self.head_dim
         partial = kv_state if count == 1 else kv_state.new_empty(groups, count, floats)
-        options = self.options(launch)
         rows = triton.cdiv(self.value_dim, options["DV"])
         _accumulate_kv_state[(rows * count * groups,)](
             k, v, kv_state if scales is None else scales, partial,
@@ -190,56 +191,62 @@ class _LaunchPlan:
         if count > 1:
             add_up(partial, kv_state)
 
-    def tiles_of(self, launch: Launch, tokens: int) -> tuple[int]:
+    def tiles_of(self, options: dict[str, Any], tokens: int) -> tuple[int]:
         """The grid of a program for each tile of each group."""
-        return (triton.cdiv(tokens, launch.tokens) * self.groups.count,)
+        return (triton.cdiv(tokens, options["TOKENS"]) * self.groups.count,)
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_state: torch.Tensor,
-    out: torch.Tensor,
-    eps: float,
-    target: TargetOptions,
+    results: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, target: TargetOptions
 ) -> None:
-    """Fills ``kv_state`` (..., Dv + 1, D), contiguous, and ``out`` (..., N, Dv)."""
-    plan = _LaunchPlan(q, v, Groups.of(q, k, v, out), target)
+    """Fills the output (..., N, Dv) and the kv_state (..., Dv + 1, D), which is contiguous."""
+    out, kv_state = results
+    if q.shape[-1] == 0:  # 0 / (0 + eps)
+        out.fill_(0.0 if eps > 0 else math.nan)
+        return
+    groups = Groups.of(q, k, v, out)
+    if not groups.are_addressable:
+        into = out.new_empty(out.shape)
+        forward((into, kv_state), q.contiguous(), k.contiguous(), v.contiguous(), eps, target)
+        out.copy_(into)
+        return
+    plan = _LaunchPlan(q, v, groups, target)
     plan.accumulate(k, v, None, kv_state)
-    launch, queries = plan.launch("attend"), q.shape[-2]
+    options, queries = plan.options("attend"), q.shape[-2]
     if queries > 0:
-        _attend[plan.tiles_of(launch, queries)](
+        _attend[plan.tiles_of(options, queries)](
             q, kv_state, out, queries, plan.head_dim, plan.value_dim, eps, *plan.strides(q, out),
-            **plan.options(launch),
+            **options,
         )  # fmt: skip
 
 
-def backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_state: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    eps: float,
-    target: TargetOptions,
-) -> None:
+def backward(grads: Tensors, *arguments: Any) -> None:
     """Fills the gradients of q, k and v."""
-    plan = _LaunchPlan(q, v, Groups.of(grad_out, q, k, v, *grads), target)
+    grad_out, q, k, v, kv_state, eps, target = arguments
+    if q.shape[-1] == 0:
+        clear(grads)
+        return
+    groups = Groups.of(grad_out, q, k, v, *grads)
+    if not groups.are_addressable:
+        into = [grad.new_empty(grad.shape) for grad in grads]
+        backward(into, *(t.contiguous() for t in (grad_out, q, k, v)), kv_state, eps, target)
+        for grad, written in zip(grads, into, strict=True):
+            grad.copy_(written)
+        return
+    plan = _LaunchPlan(q, v, groups, target)
     (grad_q, grad_k, grad_v), queries, keys = grads, q.shape[-2], k.shape[-2]
     scales = kv_state.new_empty(plan.groups.count, queries, 2)
-    launch = plan.launch("query_gradients")
+    options = plan.options("query_gradients")
     if queries > 0:
-        _query_gradients[plan.tiles_of(launch, queries)](
+        _query_gradients[plan.tiles_of(options, queries)](
             q, grad_out, kv_state, grad_q, scales, queries, plan.head_dim, plan.value_dim, eps,
-            *plan.strides(q, grad_out, grad_q), **plan.options(launch),
+            *plan.strides(q, grad_out, grad_q), **options,
         )  # fmt: skip
     grad_kv_state = torch.empty_like(kv_state)
     plan.accumulate(q, grad_out, scales, grad_kv_state)
-    launch = plan.launch("key_gradients")
+    options = plan.options("key_gradients")
     if keys > 0:
-        _key_gradients[plan.tiles_of(launch, keys)](
+        _key_gradients[plan.tiles_of(options, keys)](
             k, v, grad_kv_state, grad_k, grad_v, keys, plan.head_dim, plan.value_dim,
-            *plan.strides(k, v, grad_k, grad_v), **plan.options(launch),
+            *plan.strides(k, v, grad_k, grad_v), **options,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from effattn._triton import linear_attention
-from effattn._triton.configs import Launch, find, padded, split, split_tiles
+from effattn._triton.configs import Launch, padded, split, split_tiles
 from effattn._triton.depthwise import convolved, weight_gradients
 from effattn._triton.kv_state import load_matrix, load_vector, matrix_pointers, vector_pointers
 from effattn._triton.layout import image_strides
@@ -302,62 +302,49 @@ class _LaunchPlan:
         self.tokens, self.head_dim, self.groups = self.height * self.width, head_dim, self.channels // head_dim
         self.target = target
 
-    def launch(self, kernel: str) -> Launch:
-        return find("multi_scale", kernel, self.head_dim, self.target.gpu)
-
-    def options(self, launch: Launch, *, whole_heads: bool = True) -> dict[str, Any]:
+    def options(self, kernel: str, *, whole_heads: bool = True) -> dict[str, Any]:
         whole = {"D": padded(self.head_dim)} if whole_heads else {}
-        options = self.target.launched(launch.options(CHUNK=self.head_dim))
+        options = self.target.options("multi_scale", kernel, self.head_dim, CHUNK=self.head_dim)
         return {**whole, "PRECISION": self.target.precision, **options}
 
 
 _ALL = ("KERNEL", "DW_BIAS", "PW_BIAS")
 
 
-def aggregate(
-    image: torch.Tensor, weights: Sequence[Tensors], out: torch.Tensor, head_dim: int, target: TargetOptions
-) -> None:
-    """Fills ``out`` (B, (1 + scales) * C, H, W), of any dtype, with the image and its scales.
+def aggregate(results: Tensors, image: torch.Tensor, *rest: Any) -> None:
+    """Fills the output (B, (1 + scales) * C, H, W), of any dtype, with the image and its scales.
 
-    ``weights`` are lists of a tensor a scale: depthwise, 1x1, their biases; of the last two none, or all.
+    Weights are lists of a tensor a scale: depthwise, 1x1, their biases; of the last two none, or all.
     """
+    *weights, head_dim, target = rest
+    (out,) = results
     plan = _LaunchPlan(image, head_dim, target)
-    launch = plan.launch("aggregate")
-    options = plan.options(launch)
+    options = plan.options("aggregate")
     identity, *scales = out.split(plan.channels, dim=1)
     identity.copy_(image)
-    grid = (
-        triton.cdiv(plan.tokens, launch.tokens) * triton.cdiv(head_dim, options["CHUNK"]) * plan.batch * plan.groups,
-    )
+    tiles = triton.cdiv(plan.tokens, options["TOKENS"]) * triton.cdiv(head_dim, options["CHUNK"])
     for i, of_scale in enumerate(scales):
         scale = _Weights(image, weights, i)
-        _aggregate[grid](
+        _aggregate[(tiles * plan.batch * plan.groups,)](
             image, *scale.pointers, of_scale, head_dim, plan.groups, plan.height, plan.width,
             *image_strides(image), *image_strides(of_scale), **scale.options(*_ALL), **options,
         )  # fmt: skip
 
 
-def attend(
-    image: torch.Tensor,
-    weights: Sequence[Tensors],
-    kv_state: torch.Tensor,
-    out: torch.Tensor,
-    head_dim: int,
-    eps: float,
-    target: TargetOptions,
-) -> None:
-    """Fills ``kv_state`` (B, heads of all scales, D + 1, D) and ``out`` (B, (1 + scales) * C / 3, H, W)."""
+def attend(results: Tensors, image: torch.Tensor, *rest: Any) -> None:
+    """Fills the output (B, (1 + scales) * C / 3, H, W) and the kv_state (B, heads of all scales, D + 1, D)."""
+    *weights, head_dim, eps, target = rest
+    out, kv_state = results
     plan = _LaunchPlan(image, head_dim, target)
     heads, scales = plan.groups // 3, len(weights[0])
     if scales == 0:
-        linear_attention.forward(*heads_of(image, head_dim), kv_state, outputs_of(out, head_dim), eps, target)
+        linear_attention.forward((outputs_of(out, head_dim), kv_state), *heads_of(image, head_dim), eps, target)
         return
     all_heads = heads * (1 + scales)
     every = [_Weights(image, weights, i) for i in range(scales)]
 
-    launch = plan.launch("sum_tokens")
-    options = plan.options(launch)
-    part_tokens, count = split(plan.batch * all_heads, plan.tokens, launch.tokens)
+    options = plan.options("sum_tokens")
+    part_tokens, count = split(plan.batch * all_heads, plan.tokens, options["TOKENS"])
     partial = kv_state if count == 1 else kv_state.new_empty(plan.batch * all_heads, count, *kv_state.shape[2:])
     programs = triton.cdiv(head_dim, options["CHUNK"]) ** 2 * count * plan.batch
     for i, scale in enumerate(every):
@@ -369,9 +356,8 @@ def attend(
     if count > 1:
         add_up(partial, kv_state)
 
-    launch = plan.launch("attend")
-    options = plan.options(launch)
-    programs = triton.cdiv(head_dim, options["CHUNK"]) * triton.cdiv(plan.tokens, launch.tokens) * plan.batch
+    options = plan.options("attend")
+    programs = triton.cdiv(head_dim, options["CHUNK"]) * triton.cdiv(plan.tokens, options["TOKENS"]) * plan.batch
     for i, scale in enumerate(every):
         _attend[(programs * heads * (1 + (i == 0)),)](
             image, *scale.pointers, kv_state, out, head_dim, heads, heads * (i + (i > 0)), all_heads,
@@ -396,16 +382,10 @@ def outputs_of(image: torch.Tensor, head_dim: int) -> torch.Tensor:
     return image.as_strided(sizes, (batch, head_dim * channel, token, channel), image.storage_offset())
 
 
-def aggregate_backward(
-    grad_out: torch.Tensor,
-    image: torch.Tensor,
-    weights: Sequence[Tensors],
-    grad_image: torch.Tensor,
-    grad_weights: Sequence[Tensors],
-    head_dim: int,
-    target: TargetOptions,
-) -> None:
+def aggregate_backward(results: Sequence[Any], grad_out: torch.Tensor, image: torch.Tensor, *rest: Any) -> None:
     """Fills the gradients of the image and of the weights, whose biases may be none."""
+    *weights, head_dim, target = rest
+    grad_image, *grad_weights = results
     plan = _LaunchPlan(image, head_dim, target)
     before, *grad_scales = grad_out.split(plan.channels, dim=1)
     if not grad_scales:
@@ -418,13 +398,12 @@ def aggregate_backward(
         grads = [ts[i] if ts else None for ts in grad_weights]
         _scale_backward(plan, grad, image, scale, grads, grad_mixed)
         into = grad_image if i == len(grad_scales) - 1 else total
-        launch = plan.launch("input_gradients")
-        programs = triton.cdiv(plan.channels, launch.channels) * triton.cdiv(plan.tokens, launch.tokens)
+        options = target.options("multi_scale", "input_gradients", head_dim, CHUNK=plan.channels)
+        programs = triton.cdiv(plan.channels, options["CHUNK"]) * triton.cdiv(plan.tokens, options["TOKENS"])
         _input_gradients[(programs * plan.batch,)](
             grad_mixed, scale.dw, before, into, plan.channels, plan.height, plan.width,
             *image_strides(grad_mixed), *image_strides(before), *image_strides(into),
-            WHOLE=plan.channels % launch.channels == 0, **scale.options("KERNEL"),
-            **target.launched(launch.options(CHUNK=plan.channels)),
+            WHOLE=plan.channels % options["CHUNK"] == 0, **scale.options("KERNEL"), **options,
         )  # fmt: skip
         before = into
 
@@ -439,18 +418,16 @@ def _scale_backward(
 ) -> None:
     """Fills the gradients of a scale's weights, and ``grad_mixed`` with those between its convolutions."""
     grad_dw, grad_pw, grad_dw_bias, grad_pw_bias = grads
-    launch = plan.launch("through_pointwise")
-    options = plan.options(launch, whole_heads=False)
+    options = plan.options("through_pointwise", whole_heads=False)
     chunks = triton.cdiv(plan.head_dim, options["CHUNK"])
-    _through_pointwise[(chunks * triton.cdiv(plan.tokens, launch.tokens) * plan.batch * plan.groups,)](
+    _through_pointwise[(chunks * triton.cdiv(plan.tokens, options["TOKENS"]) * plan.batch * plan.groups,)](
         grad, scale.pw, grad_mixed, plan.head_dim, plan.groups, plan.tokens,
         *image_strides(grad), *image_strides(grad_mixed), **options,
     )  # fmt: skip
 
-    launch = plan.launch("pointwise_gradients")
-    options = plan.options(launch)
+    options = plan.options("pointwise_gradients")
     chunks = triton.cdiv(plan.head_dim, options["CHUNK"])
-    part_tiles, count = split_tiles(chunks * plan.groups, plan.batch, plan.tokens, launch.tokens)
+    part_tiles, count = split_tiles(chunks * plan.groups, plan.batch, plan.tokens, options["TOKENS"])
     partial, partial_bias = (new_partial(g, count) for g in (grad_pw, grad_pw_bias))
     _pointwise_gradients[(chunks * plan.groups * count,)](
         grad, image, scale.dw, scale.dw_bias, partial, image if partial_bias is None else partial_bias,
@@ -464,31 +441,20 @@ def _scale_backward(
     weight_gradients(grad_mixed, image, sizes, strides, grad_dw, grad_dw_bias, plan.target)
 
 
-def attend_backward(
-    grad_out: torch.Tensor,
-    image: torch.Tensor,
-    weights: Sequence[Tensors],
-    kv_state: torch.Tensor,
-    grad_image: torch.Tensor,
-    grad_weights: Sequence[Tensors],
-    head_dim: int,
-    eps: float,
-    target: TargetOptions,
-) -> None:
+def attend_backward(results: Sequence[Any], grad_out: torch.Tensor, image: torch.Tensor, *rest: Any) -> None:
     """Fills the gradients of the image and of the weights."""
+    *weights, kv_state, head_dim, eps, target = rest
     sizes = (image.shape[0], (1 + len(weights[0])) * image.shape[1], *image.shape[2:])
     memory_format = torch.channels_last if image_strides(image)[1] == 1 else torch.contiguous_format
     everything, grads = (
         torch.empty(sizes, dtype=torch.float32, device=image.device, memory_format=memory_format) for _ in range(2)
     )
-    aggregate(image, weights, everything, head_dim, target)
+    aggregate((everything,), image, *weights, head_dim, target)
     linear_attention.backward(
+        heads_of(grads, head_dim),
         outputs_of(grad_out, head_dim),
         *heads_of(everything, head_dim),
-        kv_state,
-        heads_of(grads, head_dim),
-        eps,
-        target,
+        *(kv_state, eps, target),
     )
     del everything
-    aggregate_backward(grads, image, weights, grad_image, grad_weights, head_dim, target)
+    aggregate_backward(results, grads, image, *weights, head_dim, target)

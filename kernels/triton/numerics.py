@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from effattn._triton.configs import find
+
 #: Whether kernels run in Triton's interpreter, on tensors of the CPU. It multiplies bfloat16 in no useful precision and
 #: cuts off what does not fit where hardware rounds to nearest.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -26,11 +28,12 @@ class TargetOptions:
     names_registers: bool = False
     gpu: str = ""
 
-    def launched(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a launch, and how many registers a thread may have.
+    def options(self, op: str, kernel: str, size: int, **chunked: int) -> dict[str, Any]:
+        """Of a kernel's launch (:mod:`effattn._triton.configs`), and how many registers a thread may have.
 
         Without, the assembler spills a register or two to stay below a round number of its own choice.
         """
+        options = find(op, kernel, size, self.gpu).options(**chunked)
         if not self.names_registers:
             return options
         return {**options, "maxnreg": min(MAX_REGISTERS, REGISTERS // (32 * options["num_warps"]) // 8 * 8)}

@@ -23,7 +23,7 @@ from effattn._triton import configs
 from effattn._triton.configs import MAX_CHANNELS
 from effattn.backends._base import Backend, beyond, refused_dtype
 from effattn.backends.triton import _tuning
-from effattn.backends.triton._launch import Launchers, is_interpreted
+from effattn.backends.triton._launch import Launchers, is_interpreted, launch
 
 NAMESPACE = "effattn_triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def define(schema: str, check: Callable[..., None], launcher: Callable[..., Any]
     Args:
         schema: without the namespace.
         check: raises for wrong arguments.
-        launcher: of the operator's arguments.
+        launcher: of the operator's arguments, returns its results.
     """
     name = schema.split("(")[0]
 
@@ -97,3 +97,5 @@ def _identity() -> str:
 
 
 BACKEND = Backend("triton", _unavailable, _reasons, NAMESPACE, _identity)
+
+__all__ = ["BACKEND", "DTYPES", "LAUNCHERS", "LIMITS", "NAMESPACE", "Launchers", "define", "is_interpreted", "launch"]

@@ -1,24 +1,30 @@
-"""What the launches of all operators share: which tensors kernels can address, and for which card they are."""
+"""What the launches of all operators share: how results are filled, and for which card kernels are."""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-from effattn._triton.layout import MAX_DIMENSIONS, Groups
+from effattn._triton.layout import clear, with_mergeable_rows
 
 
 class Launchers(NamedTuple):
-    """Of an operator, each with the arguments and results of a torch operator: inference, _forward, _backward."""
+    """Which functions of a file of kernels/triton fill an operator's results.
 
-    inference: Callable[..., Any]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    They take (results, *arguments, target), of a torch operator's arguments. Results are the output and what is kept,
+    or gradients of the tensors. Rows of images follow each other, weights and what is kept are contiguous, and neither
+    the output nor its gradient is empty.
+    """
+
+    file: str
+    forward: str = "forward"
+    backward: str = "backward"
 
 
 def is_interpreted() -> bool:
@@ -26,21 +32,36 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def addressable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors (..., tokens, channels) whose leading dimensions the kernels can address: mostly as they are."""
-    groups = Groups.of(*tensors)
-    return tensors if len(groups.merged) <= MAX_DIMENSIONS else tuple(t.contiguous() for t in tensors)
+def launch(
+    launchers: Launchers,
+    name: str,
+    like_out: torch.Tensor,
+    results: Sequence[Any],
+    arguments: Sequence[Any],
+    images: int,
+    has_rows: bool,
+) -> None:
+    """Fills the results, tensors or lists of them; with zeros where there is nothing to compute.
+
+    Args:
+        name: of the function.
+        like_out: the output or its gradient.
+        arguments: of a torch operator, the first ``images`` of which, (B, C, H, W) if it ``has_rows``, are no weights.
+    """
+    if like_out.numel() == 0:
+        clear(results)
+        return
+    launcher = getattr(importlib.import_module(f"effattn._triton.{launchers.file}"), name)  # imports triton
+    first = [with_mergeable_rows(t) for t in arguments[:images]] if has_rows else arguments[:images]
+    # Triton launches on the current device.
+    with torch.cuda.device(like_out.device) if like_out.is_cuda else nullcontext():
+        launcher(results, *first, *map(_contiguous, arguments[images:]), target(like_out))
 
 
-def copied(result: torch.Tensor, from_: torch.Tensor) -> None:
-    """Takes what was written beside a result that could not be addressed."""
-    if from_ is not result:
-        result.copy_(from_)
-
-
-def on_device_of(t: torch.Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+def _contiguous(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [t.contiguous() for t in argument]
+    return argument.contiguous() if isinstance(argument, torch.Tensor) else argument
 
 
 def target(t: torch.Tensor) -> Any:

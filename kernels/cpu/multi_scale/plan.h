@@ -16,7 +16,6 @@ struct MultiScalePlan {
   int64_t rows;            // of the image, taken at once; a function of the sizes only
   int64_t scratch_floats;  // what a thread works in: forward and backward, with the attention
   int64_t scratch_floats_backward;
-  int64_t flops_aggregation;  // forward, without the attention
 };
 
 // For the instruction set in use.

@@ -109,8 +109,7 @@ struct AttendBackwardContext : BackwardContext {
 
 MultiScalePlan plan(const MultiScaleParams& p) {
   const LaunchPlan launch(p);
-  return {launch.rows, floats_of<ForwardContext>(launch), floats_of<AttendBackwardContext>(launch),
-          2 * p.batch * aggregation_work(p, 3 * p.heads * p.head_dim)};
+  return {launch.rows, floats_of<ForwardContext>(launch), floats_of<AttendBackwardContext>(launch)};
 }
 
 // --- aggregation alone ---------------------------------------------------------------------------

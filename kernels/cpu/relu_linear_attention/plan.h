@@ -9,16 +9,11 @@
 
 namespace effattn::cpu {
 
-// What a call will do, for given sizes; kernels, glue, tests and benchmarks all read it from here.
+// What a call will do, for given sizes; kernels, glue and tests all read it from here.
 struct ReluLinearAttentionPlan {
   int64_t chunk;           // tokens whose state is accumulated alone, a function of the sizes only
   int64_t tile;            // tokens held in cache at once
   int64_t scratch_floats;  // cache-resident floats a micro-kernel needs
-  int64_t partial_floats;  // floats of the chunks' states when a group is split over threads
-  int64_t flops_forward;   // floating-point operations of the two products and the normaliser
-  int64_t flops_backward;
-  int64_t minimum_bytes_forward;  // each input read once, each output written once
-  int64_t minimum_bytes_backward;
 };
 
 EFFATTN_EXPORT ReluLinearAttentionPlan plan(const LinearAttentionParams& params, Isa isa);

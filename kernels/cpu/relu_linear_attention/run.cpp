@@ -52,15 +52,6 @@ ReluLinearAttentionPlan plan(const LinearAttentionParams& p, Isa isa) {
   plan.tile = min(plan.tile, max(1, ceil_div(max(p.queries, p.keys), lanes)) * lanes);
   plan.chunk = kChunk;
   plan.scratch_floats = linear_attention_table(isa).scratch_floats(p.head_dim, p.value_dim, plan.tile);
-  plan.partial_floats = p.groups * ceil_div(max(p.queries, p.keys), plan.chunk) * p.kv_state_size();
-  const int64_t matrix = p.head_dim * (p.value_dim + 1);
-  plan.flops_forward = 2 * p.groups * (p.queries + p.keys) * matrix;
-  plan.flops_backward = 2 * plan.flops_forward;
-  const int64_t width = p.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t queries = p.groups * p.queries, keys = p.groups * p.keys;
-  plan.minimum_bytes_forward = width * (queries + keys) * (p.head_dim + p.value_dim);
-  plan.minimum_bytes_backward =
-      width * (queries * (2 * p.head_dim + p.value_dim) + keys * 2 * (p.head_dim + p.value_dim));
   return plan;
 }
 

@@ -199,10 +199,14 @@ void biased_attention_backward(const BiasedAttentionParams& params, const Execut
   p.weights = execution.workspace(params.batch * one);
   p.grad_logits = execution.workspace(params.batch * one);
   const Grid grid = grid_of(p);
-  if (p.has_talking_heads()) {
-    p.grad_mix = {execution.workspace(p.count * heads * heads), execution.workspace(p.count * heads),
-                  execution.workspace(p.count * heads * heads), execution.workspace(p.count * heads)};
-  }
+  using Mix = TalkingHeads<float>;
+  const PartialSums<Mix> mix(params.grad_mix,
+                             {{&Mix::logits, heads * heads},
+                              {&Mix::logits_bias, heads},
+                              {&Mix::weights, heads * heads},
+                              {&Mix::weights_bias, heads}},
+                             p.count, execution);
+  p.grad_mix = mix.of_parts;
   with_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);
     launch(p.spilled_buffers > 0 ? softmax_gradients<T, true> : softmax_gradients<T, false>, grid, execution,
@@ -221,14 +225,7 @@ void biased_attention_backward(const BiasedAttentionParams& params, const Execut
     multiply(p.weights, true, p.out, params.grad_v, p.value_dim, 1);
   });
   add_up(p.grad_logits, params.grad_bias, 1, params.batch, one, execution);
-  if (!p.has_talking_heads()) return;
-  const auto add = [&](const float* partial, float* sums, int64_t floats) {
-    add_up(partial, sums, 1, p.count, floats, execution);
-  };
-  add(p.grad_mix.logits, params.grad_mix.logits, heads * heads);
-  add(p.grad_mix.logits_bias, params.grad_mix.logits_bias, heads);
-  add(p.grad_mix.weights, params.grad_mix.weights, heads * heads);
-  add(p.grad_mix.weights_bias, params.grad_mix.weights_bias, heads);
+  mix.add_up();
 }
 
 }  // namespace effattn::cuda

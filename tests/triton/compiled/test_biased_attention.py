@@ -34,13 +34,13 @@ def test_nothing_is_spilled(compiled, target, dtype, heads, head_dim, value_dim)
     bias, options = torch.empty(heads, 49, 49), options_for(target)
     mixtures = tuple(torch.empty(size) for size in 2 * ((heads, heads), (heads,)))
     grads = (q, k, v, bias)
-    biased_attention.forward(q, k, v, bias, out, 0.1, options)
-    biased_attention.backward(out, q, k, v, bias, grads, 0.1, options)
+    biased_attention.forward((out,), q, k, v, bias, 0.1, options)
+    biased_attention.backward(grads, out, q, k, v, bias, 0.1, options)
     multiplied = ["_multiply"] * 3
     assert [name for name in names_of(compiled) if name != "_add_up"] == ["_attend", "_softmax_gradients", *multiplied]
     compiled.clear()
-    talking.forward(q, k, v, bias, mixtures, out, 0.1, options)
-    talking.backward(out, q, k, v, bias, mixtures, grads, mixtures, 0.1, options)
+    talking.forward((out,), q, k, v, bias, mixtures, 0.1, options)
+    talking.backward((*grads, mixtures), out, q, k, v, bias, mixtures, 0.1, options)
     assert [name for name in names_of(compiled) if name != "_add_up"] == [
         *("_pairs", "_talking_heads", "_multiply"),
         *("_pairs", "_pairs", "_talking_heads_backward", *multiplied),
@@ -55,8 +55,8 @@ def test_sizes_of_one(compiled, target):
 
     options, one = options_for(target), torch.empty
     t, bias, mixtures = one(1, 1, 1, 1), one(1, 1, 1), (one(1, 1), one(1), one(1, 1), one(1))
-    biased_attention.forward(t, t, t, bias, t, 1.0, options)
-    biased_attention.backward(t, t, t, t, bias, (t, t, t, bias), 1.0, options)
-    talking.forward(t, t, t, bias, mixtures, t, 1.0, options)
-    talking.backward(t, t, t, t, bias, mixtures, (t, t, t, bias), mixtures, 1.0, options)
+    biased_attention.forward((t,), t, t, t, bias, 1.0, options)
+    biased_attention.backward((t, t, t, bias), t, t, t, t, bias, 1.0, options)
+    talking.forward((t,), t, t, t, bias, mixtures, 1.0, options)
+    talking.backward((t, t, t, bias, mixtures), t, t, t, t, bias, mixtures, 1.0, options)
     assert names_of(compiled)

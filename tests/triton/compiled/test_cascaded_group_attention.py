@@ -29,7 +29,7 @@ def test_nothing_is_spilled(compiled, target, memory_format, dtype, channels, ke
     heads, tokens = len(kernels), window * window
     value_dim = channels // heads
     x = torch.empty(2, channels, 28, 28, dtype=dtype).to(memory_format=FORMATS[memory_format])
-    weights = cascaded_group_attention.Weights(
+    weights = (
         [torch.empty(2 * key_dim + value_dim, value_dim, 1, 1) for _ in kernels],
         [torch.empty(2 * key_dim + value_dim) for _ in kernels],
         [torch.empty(key_dim, 1, k, k) for k in kernels],
@@ -37,8 +37,8 @@ def test_nothing_is_spilled(compiled, target, memory_format, dtype, channels, ke
         torch.empty(heads, tokens, tokens),
     )
     out, options = torch.empty_like(x), options_for(target)
-    cascaded_group_attention.forward(x, weights, out, 0.25, (window, window), options)
-    cascaded_group_attention.backward(x, x, weights, out, weights, 0.25, (window, window), options)
+    cascaded_group_attention.forward((out,), x, *weights, 0.25, window, window, options)
+    cascaded_group_attention.backward((out, *weights), x, x, *weights, 0.25, window, window, options)
     names = [name for name in names_of(compiled) if name != "_add_up"]
     assert names == [
         "_cga_forward",
@@ -56,9 +56,9 @@ def test_sizes_of_one(compiled, target):
 
     options, one = options_for(target), torch.empty
     t = one(1, 1, 1, 1)
-    weights = cascaded_group_attention.Weights([one(3, 1, 1, 1)], [one(3)], [t], [one(1)], one(1, 1, 1))
-    cascaded_group_attention.forward(t, weights, t, 1.0, (1, 1), options)
-    cascaded_group_attention.backward(t, t, weights, t, weights, 1.0, (1, 1), options)
+    weights = ([one(3, 1, 1, 1)], [one(3)], [t], [one(1)], one(1, 1, 1))
+    cascaded_group_attention.forward((t,), t, *weights, 1.0, 1, 1, options)
+    cascaded_group_attention.backward((t, *weights), t, t, *weights, 1.0, 1, 1, options)
     assert names_of(compiled)
 
 
@@ -69,14 +69,14 @@ def test_budgets(compiled, target):
 
     x = torch.empty(256, 128, 14, 14, dtype=torch.bfloat16)
     kernels = (7, 5, 3, 3)
-    weights = cascaded_group_attention.Weights(
+    weights = (
         [torch.empty(64, 32, 1, 1) for _ in kernels],
         [torch.empty(64) for _ in kernels],
         [torch.empty(16, 1, k, k) for k in kernels],
         [torch.empty(16) for _ in kernels],
         torch.empty(4, 49, 49),
     )
-    cascaded_group_attention.forward(x, weights, torch.empty_like(x), 0.25, (7, 7), options_for(target))
+    cascaded_group_attention.forward((torch.empty_like(x),), x, *weights, 0.25, 7, 7, options_for(target))
     code, used = kernel_of(compiled, "_cga_forward")
     assert loop(code) <= 2380
     assert used <= 255

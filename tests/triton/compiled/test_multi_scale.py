@@ -36,10 +36,10 @@ def test_nothing_is_spilled(compiled, target, memory_format, dtype, head_dim, ke
     sizes = (channels, 1, kernel, kernel), (channels, head_dim, 1, 1), (channels,), (channels,)
     weights = [[torch.empty(size)] for size in sizes]
     sums = torch.empty(2, 2 * heads, head_dim + 1, head_dim)
-    multi_scale.aggregate(image(channels), weights, image(2 * channels), head_dim, options)
-    multi_scale.attend(image(channels), weights, sums, image(2 * heads * head_dim), head_dim, 1e-15, options)
+    multi_scale.aggregate((image(2 * channels),), image(channels), *weights, head_dim, options)
+    multi_scale.attend((image(2 * heads * head_dim), sums), image(channels), *weights, head_dim, 1e-15, options)
     multi_scale.aggregate_backward(
-        image(2 * channels), image(channels), weights, image(channels), weights, head_dim, options
+        (image(channels), *weights), image(2 * channels), image(channels), *weights, head_dim, options
     )
     names = [name for name in names_of(compiled) if name != "_add_up"]
     assert names == [
@@ -55,8 +55,8 @@ def test_sizes_of_one(compiled, target):
 
     options, one = options_for(target), torch.empty
     image, weights = one(1, 3, 1, 1), [[one(3, 1, 1, 1)], [one(3, 1, 1, 1)], [], []]
-    multi_scale.attend(image, weights, one(1, 2, 2, 1), one(1, 2, 1, 1), 1, 1e-15, options)
-    multi_scale.attend_backward(one(1, 2, 1, 1), image, weights, one(1, 2, 2, 1), image, weights, 1, 1e-15, options)
+    multi_scale.attend((one(1, 2, 1, 1), one(1, 2, 2, 1)), image, *weights, 1, 1e-15, options)
+    multi_scale.attend_backward((image, *weights), one(1, 2, 1, 1), image, *weights, one(1, 2, 2, 1), 1, 1e-15, options)
     assert names_of(compiled)
 
 
@@ -76,7 +76,7 @@ def test_budgets(compiled, target, memory_format, sums):
     weights = [[torch.empty(size)] for size in sizes]
     kept = torch.empty(1, 2 * heads, head_dim + 1, head_dim)
     out = image(2 * heads * head_dim)
-    multi_scale.attend(image(channels), weights, kept, out, head_dim, 1e-15, options_for(target))
+    multi_scale.attend((out, kept), image(channels), *weights, head_dim, 1e-15, options_for(target))
     code, used = kernel_of(compiled, "_accumulate_kv_state")
     assert loop(code) <= sums
     assert used <= 255

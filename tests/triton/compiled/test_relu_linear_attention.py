@@ -26,7 +26,7 @@ from tiers import full
 )
 @on_every_target
 def test_nothing_is_spilled(compiled, target, channels, dtype, layout):
-    from effattn._triton import relu_linear_attention
+    from effattn._triton import linear_attention
 
     def tensor(channels):
         sizes = (2, 4, 4096, channels) if layout == "token_major" else (2, 4, channels, 4096)
@@ -38,8 +38,8 @@ def test_nothing_is_spilled(compiled, target, channels, dtype, layout):
     sums = torch.empty(2, 4, value_dim + 1, head_dim)
     q, k, grad_q, grad_k = (tensor(head_dim) for _ in range(4))
     v, out, grad_out, grad_v = (tensor(value_dim) for _ in range(4))
-    relu_linear_attention.forward(q, k, v, sums, out, 1e-15, options)
-    relu_linear_attention.backward(grad_out, q, k, v, sums, (grad_q, grad_k, grad_v), 1e-15, options)
+    linear_attention.forward((out, sums), q, k, v, 1e-15, options)
+    linear_attention.backward((grad_q, grad_k, grad_v), grad_out, q, k, v, sums, 1e-15, options)
     assert names_of(compiled) == [
         *("_accumulate_kv_state", "_add_up", "_attend"),
         *("_query_gradients", "_accumulate_kv_state", "_add_up", "_key_gradients"),
@@ -49,11 +49,11 @@ def test_nothing_is_spilled(compiled, target, channels, dtype, layout):
 @on_every_target
 def test_sizes_of_one(compiled, target):
     """Arguments that are 1 are constants to the compiler, and not to the interpreter."""
-    from effattn._triton import relu_linear_attention
+    from effattn._triton import linear_attention
 
     options, t, sums = options_for(target), torch.empty(1, 1, 1, 1), torch.empty(1, 1, 2, 1)
-    relu_linear_attention.forward(t, t, t, sums, t, 1e-15, options)
-    relu_linear_attention.backward(t, t, t, t, sums, (t, t, t), 1e-15, options)
+    linear_attention.forward((t, sums), t, t, t, 1e-15, options)
+    linear_attention.backward((t, t, t), t, t, t, t, sums, 1e-15, options)
     assert names_of(compiled)
 
 
@@ -63,7 +63,7 @@ def test_sizes_of_one(compiled, target):
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_budgets(compiled, target, layout, sums, attend):
     """Heads of 32 channels in bfloat16."""
-    from effattn._triton import relu_linear_attention
+    from effattn._triton import linear_attention
 
     def tensor():
         sizes = (16, 36, 4096, 32) if layout == "token_major" else (16, 36, 32, 4096)
@@ -71,7 +71,7 @@ def test_budgets(compiled, target, layout, sums, attend):
         return t if layout == "token_major" else t.mT
 
     q, k, v, out = (tensor() for _ in range(4))
-    relu_linear_attention.forward(q, k, v, torch.empty(16, 36, 33, 32), out, 1e-15, options_for(target))
+    linear_attention.forward((out, torch.empty(16, 36, 33, 32)), q, k, v, 1e-15, options_for(target))
     for name, instructions, registers in (("_accumulate_kv_state", sums, 96), ("_attend", attend, 112)):
         code, used = kernel_of(compiled, name)
         assert loop(code) <= instructions, name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from effattn._triton.configs import Launch, find
+from effattn._triton.configs import Launch
 from effattn._triton.layout import image_strides
 from effattn._triton.numerics import TargetOptions, relu
 from effattn._triton.reduction import add_up_partial, new_partial
@@ -64,27 +67,24 @@ def _backward(
 
 
 def _options(kernel: str, channels: int, target: TargetOptions) -> dict[str, int]:
-    return target.launched(find("squared_relu", kernel, channels, target.gpu).options(CHANNELS=channels))
+    return target.options("squared_relu", kernel, channels, CHANNELS=channels)
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, scale: float, target: TargetOptions) -> None:
-    """Fills ``out``; there is something to fill."""
+def forward(
+    results: Sequence[torch.Tensor], x: torch.Tensor, weight: torch.Tensor, scale: float, target: TargetOptions
+) -> None:
+    """Fills the output; there is something to fill."""
+    (out,) = results
     (batch, channels), tokens = x.shape[:2], x.shape[2] * x.shape[3]
     options = _options("forward", channels, target)
     grid = (triton.cdiv(channels, options["CHANNELS"]) * triton.cdiv(tokens, options["TOKENS"]) * batch,)
     _forward[grid](x, weight, out, channels, tokens, scale, *image_strides(x), *image_strides(out), **options)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    grad_x: torch.Tensor,
-    grad_weight: torch.Tensor,
-    scale: float,
-    target: TargetOptions,
-) -> None:
+def backward(grads: Sequence[torch.Tensor], *arguments: Any) -> None:
     """Fills the gradients of x and weight; there is something to fill."""
+    grad_out, x, weight, scale, target = arguments
+    grad_x, grad_weight = grads
     (batch, channels), tokens = x.shape[:2], x.shape[2] * x.shape[3]
     options = _options("backward", channels, target)
     parts = triton.cdiv(tokens, options["TOKENS"]) * batch
