@@ -73,7 +73,6 @@ def run(folder: Path, tests: Sequence[str], environment: Mapping[str, str] | Non
         "-c",
         RUN_TESTS,
         "-q",
-        "-x",
         "-n",
         "auto",
         "--dist",

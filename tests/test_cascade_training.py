@@ -170,11 +170,12 @@ def test_training_without_gradients_moves_the_statistics(calls):
     assert all((norm.running_mean != mean).all() for norm, mean in zip(norms(module), before, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", full("inductor")])
 @pytest.mark.parametrize("size", [full((8, 8)), (7, 9)], ids=["whole windows", "windows that do not divide"])
-def test_compiled_steps_move_the_statistics_too(calls, size):
+def test_compiled_steps_move_the_statistics_too(calls, size, backend):
     module = windows()
     eager = copy.deepcopy(module)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     for step in range(2):
         x = torch.randn(2, 24, *size, generator=torch.Generator().manual_seed(step))
         torch.testing.assert_close(compiled(x), eager(x))

@@ -79,6 +79,7 @@ def test_a_rehearsal(tmp_path):
     check_tables(output, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.emulated
 @pytest.mark.skipif(not _library.cuda_is_emulated, reason="runs on the emulated kernels, in make test-cuda")
 def test_a_rehearsal_of_emulated_kernels(tmp_path, monkeypatch):

@@ -14,11 +14,15 @@ from gpu_backends import HERE, device_of
 from effattn import _library, use_backend
 from effattn.backends import cpu, cuda
 from effattn.backends.triton import LAUNCHERS, NAMESPACE
+from effattn.ops import OPERATORS
 
 _C = _library._C
 ISAS = {row["name"]: row["supported"] for row in _C.isas()}
 #: By backend, the operators that it has kernels for.
 KERNELS = {"cpu": cpu.OPERATORS, "cuda": cuda.OPERATORS, "triton": LAUNCHERS}
+
+#: It has images, lists of weights, options, and keeps something for its backward.
+REPRESENTATIVE = list(OPERATORS)[-1]
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
 
@@ -57,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Takes out what no backend here has: an operator or a dtype; and beside a backend for GPUs what is the CPU's.
 
     Kernels for GPUs are slow where they are interpreted or emulated: the short tier takes an operator's first case but
-    for the comparison with float64, and each value of the parameters.
+    for the comparison with float64, and each value of the parameters; and one operator of what is marked registration.
     """
     is_short = bool(HERE) and not config.getoption("--full")
     taken = [item for item in items if not _is_of_conformance(item) or _has_kernels(item)]
@@ -80,9 +84,11 @@ def _is_first(item: Any) -> bool:
     values = item.callspec.params
     return (
         "float64" in item.name
-        or "case" not in values
-        or values["case"] == values["operator"].cases[0]
         or "zero" in item.name
+        or (
+            ("case" not in values or values["case"] == values["operator"].cases[0])
+            and (item.get_closest_marker("registration") is None or values["operator"].name == REPRESENTATIVE)
+        )
     )
 
 

@@ -36,6 +36,7 @@ def made(target, operator, case, dtype=torch.float32, order="first", requires_gr
 # --- opcheck ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.registration
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("operator", "case"), CALLS)
 def test_opcheck(target, operator, case, order):
@@ -116,6 +117,7 @@ def test_nothing_is_kept_but_arguments_and_what_the_signature_says(target, opera
     assert kept == [r.shape.sizes(sizes) for r in operator.signature.backward_takes]
 
 
+@pytest.mark.registration
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @by_operator
 def test_autocast_takes_weights_as_they_are(target, operator, case, dtype):
@@ -144,6 +146,7 @@ def test_float64_goes_to_the_plain_formulation(operator, case):
     assert torch.equal(first_of(operator(*arguments)), first_of(operator.plain(*arguments)))
 
 
+@pytest.mark.registration
 @by_operator
 def test_transforms_run_through_the_plain_formulation(target, operator, case):
     """torch.func and forward mode, eager and compiled; to the bit, for they are the same operations."""
@@ -172,6 +175,7 @@ def test_transforms_run_through_the_plain_formulation(target, operator, case):
         torch.testing.assert_close(compiled, transform(operator.plain))
 
 
+@pytest.mark.registration
 @by_operator
 def test_torch_counts_the_flops_of_the_plain_formulation(target, operator, case):
     """Forward and backward."""
@@ -190,6 +194,7 @@ def test_torch_counts_the_flops_of_the_plain_formulation(target, operator, case)
 # --- compile, export, trace -------------------------------------------------------------------------------------
 
 
+@pytest.mark.registration
 @by_operator
 # Or sizes of two tensors that happen to be equal in the first call are one size for good.
 @torch.fx.experimental._config.patch(use_duck_shape=False)
@@ -221,6 +226,7 @@ def test_compile_without_graph_breaks(target, operator, case):
         assert getattr(target.ops, operator.name + kind).default in called
 
 
+@pytest.mark.registration
 @by_operator
 def test_export(target, operator, case):
     arguments = made(target, operator, case)
@@ -247,6 +253,7 @@ class SizesOfTheImage(torch.nn.Module):
         return self.inner(*images)
 
 
+@pytest.mark.registration
 @by_operator
 def test_trace(target, operator, case):
     """torch.jit.trace, without gradients; the graph holds the kernels, can be differentiated, and takes more images."""

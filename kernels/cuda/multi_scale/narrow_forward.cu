@@ -608,7 +608,8 @@ bool attend_narrow(const MultiScaleParams& params, const ImageView& x, const Ima
            {params.batch * s.launch_heads() * sum.split.parts, kThreads, Memory::kBytes, sum.split.cluster},
            execution, sum);
   });
-  AttendArgs a{s};
+  AttendArgs a{};
+  a.scale = s;
   a.kv_state = sum.kv_state;
   a.rows = static_cast<int>(rows);
   a.keep = rows > 1 ? kv_state : nullptr;
