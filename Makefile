@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal $(TIER)
 BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test test-full bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
+.PHONY: help demo train test test-full downloads bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -34,9 +34,9 @@ demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock a
 	$(BIN)/python examples/demo.py
 
 test: ## what CI runs: the short tier of lint, docs and everything named test-..., but for test-wheel
-	$(MAKE) -j2 -O lint $(BUILD_TEST)
+	$(MAKE) -j3 -O lint $(BUILD_TEST) downloads  # of which one waits for them
 	$(MAKE) test-python test-triton test-cuda test-sanitizers
-	$(MAKE) -j2 -O test-aarch64 test-install docs  # of which one waits for downloads, and two run one process
+	$(MAKE) -j2 -O test-aarch64 test-install docs  # of which two run one process
 	$(if $(FULL),$(MAKE) test-wheel)
 	@echo "all tests passed"
 
@@ -55,6 +55,11 @@ cpp-example: $(VENV)/.build $(VENV)/.cpp ## an accelerated model, compiled ahead
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
 	cd build/cpp && ./classify $(abspath effattn/libeffattn.so) model.pt2 input.pt expected.pt
+
+# What the parts of the tests install, while the build keeps the cores.
+downloads: $(VENV)/.lint $(VENV)/.ccache
+	$(MAKE) -j1 $(VENV)/.test $(VENV)/.docs
+	$(BIN)/python tests/aarch64.py --prepare
 
 lint: $(VENV)/.lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

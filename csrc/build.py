@@ -21,14 +21,17 @@ import argparse
 import ast
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
+import math
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +54,7 @@ ISAS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {
 }
 _OTHER = [("baseline", 4, ())]
 
-# What includes signatures.h, which is made here.
+# What includes files that are made here.
 INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
 # What libeffattn is told of itself is compiled in here.
 IDENTITY = "csrc/core/digest.cpp"
@@ -147,7 +150,7 @@ def cuda_digest(compiler: str) -> str:
 
 
 def _digest(device: str, compiler: str) -> str:
-    found = hashlib.sha256(compiler.encode() + signatures().encode())
+    found = hashlib.sha256("".join((compiler, *generated().values())).encode())
     glue = ("csrc/*.[ch]*", "csrc/core/*.cpp", f"csrc/{device}/**/*", "csrc/build.py")
     for source in _sources("kernels/params/*.h", f"kernels/{device}/**/*", *glue):
         found.update(source.encode() + b"\0" + (ROOT / source).read_bytes() + b"\0")
@@ -329,7 +332,6 @@ def _add_libraries(
 ) -> list[Path]:
     """libeffattn, and libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
-    # The schemas are made of signatures.
     glue = ["csrc/signature.cpp"] if target.emulate_cuda else [*shared_glue("cpu"), *_sources("csrc/cpu/*.cpp")]
     compiler = compiler_of(target)
     told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
@@ -409,31 +411,80 @@ def _add_cuda(
     ninja.build(str(library), "link_cuda", parts, variables={"flags": through_nvcc})
 
 
-def signatures() -> str:
-    """A header with the signatures and schemas that stand in effattn/ops, a file an operator."""
-    kinds: dict[str, list[str]] = {"SIGNATURE": [], "SCHEMA": []}
+def generated() -> dict[str, str]:
+    """By name, what sources include of the signatures and schemas that stand in effattn/ops, a file an operator."""
+    reader = _signature_reader()
+    tables, schemas = [], []
     for path in sorted((ROOT / "effattn" / "ops").glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
                 continue
-            kind = node.targets[0].id
-            if kind in kinds:
-                text = ast.literal_eval(node.value)
-                row = f'"{path.stem}{text}"' if kind == "SCHEMA" else f'{{"{path.stem}", R"({text})"}}'
-                kinds[kind].append(row)
-    rows = {kind: ",\n    ".join(rows) for kind, rows in kinds.items()}
-    return f"""// Made by csrc/build.py of effattn/ops/*.py.
-#pragma once
-namespace effattn {{
-struct NamedSignature {{
-  const char *name, *text;
-}};
-inline constexpr NamedSignature kSignatures[] = {{
-    {rows["SIGNATURE"]}}};
-inline constexpr const char* kSchemas[] = {{
-    {rows["SCHEMA"]}}};
-}}  // namespace effattn
-"""
+            if node.targets[0].id == "SIGNATURE":
+                signature = reader.Signature(ast.literal_eval(node.value))
+                tables.append(f"{{{_quoted(path.stem)}, {_table(signature)}}}")
+                schemas += signature.schemas(path.stem)
+            elif node.targets[0].id == "SCHEMA":
+                schemas.append(f"{path.stem}{ast.literal_eval(node.value)}")
+    return {"signatures.inc": ",\n".join(tables), "schemas.inc": ",\n".join(map(_quoted, schemas))}
+
+
+def _signature_reader() -> Any:
+    """effattn/ops/_signature.py, without the package, which is not built yet."""
+    spec = importlib.util.spec_from_file_location("_signature", ROOT / "effattn" / "ops" / "_signature.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def _list(items: Iterable[str]) -> str:
+    return f"{{{', '.join(items)}}}"
+
+
+def _table(signature: Any) -> str:
+    """The ``Signature::Table`` of csrc/signature.h."""
+    returned = (signature.out, *signature.kept)
+    shapes = [shape for a in signature.arguments for shape in a.shapes] + [r.shape for r in returned]
+    dims = [a.length for a in signature.arguments if a.length] + [dim for shape in shapes for dim in shape.dims]
+    names = list(dict.fromkeys(name for dim in dims for name in dim.names))
+    integers = (names.index(a.name) if a.kind == "integer" and a.name in names else -1 for a in signature.arguments)
+
+    def dim(d: Any) -> str:
+        terms = (_list((str(factor), _list(str(names.index(name)) for name in of))) for factor, of in d.sum)
+        needs = f", .{d.needs} = true" if d.needs else ""
+        return f"{{.text = {_quoted(d.text)}, .sum = {_list(terms)}{needs}}}"
+
+    def shape(s: Any) -> str:
+        leading = ", .has_leading = true" if s.has_leading else ""
+        return f"{{.text = {_quoted(s.text)}, .dims = {_list(map(dim, s.dims))}{leading}}}"
+
+    def line(a: Any) -> str:
+        parts = [f".name = {_quoted(a.name)}", f".kind = Kind::{_KINDS[a.kind]}"]
+        parts += [f".shapes = {_list(map(shape, a.shapes))}"] if a.shapes else []
+        parts += [".is_list = true"] if a.length else []
+        parts += [".may_be_empty = true"] if a.may_be_empty else []
+        parts += [f".length = {dim(a.length)}"] if a.length else []
+        parts += [f".{name} = {getattr(a, name)}" for name in ("least", "most") if math.isfinite(getattr(a, name))]
+        return _list(parts)
+
+    return _list(
+        (
+            _list(map(_quoted, names)),
+            _list(str(name in signature.local).lower() for name in names),
+            _list(map(str, integers)),
+            _list(map(line, signature.arguments)),
+            _list(_list((f".name = {_quoted(r.name)}", f".shapes = {_list([shape(r.shape)])}")) for r in returned),
+        )
+    )
+
+
+_KINDS = {"tensor": "kTensor", "image": "kTensor", "weight": "kWeight", "integer": "kInteger"} | dict.fromkeys(
+    ("number", "numbers"), "kNumber"
+)
 
 
 def _write_if_changed(path: Path, text: str) -> None:
@@ -452,7 +503,8 @@ def build(
 
     output.mkdir(parents=True, exist_ok=True)
     objects.mkdir(parents=True, exist_ok=True)
-    _write_if_changed(objects / "signatures.h", signatures())
+    for name, text in generated().items():
+        _write_if_changed(objects / name, text)
     (objects / "build.ninja").write_text(ninja_file(target, output.resolve(), objects.resolve(), extension_only))
     # From the root: sources have the same names in every build, and with them the objects in ccache.
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(objects.resolve() / "build.ninja")]

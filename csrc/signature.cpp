@@ -1,12 +1,9 @@
 #include "signature.h"
 
-#include <cctype>
 #include <cmath>
+#include <map>
 #include <set>
 #include <sstream>
-#include <utility>
-
-#include "signatures.h"  // made by csrc/build.py
 
 namespace effattn {
 namespace {
@@ -26,11 +23,6 @@ const char* dtype_name(ScalarType type) {
   }
 }
 
-std::string trimmed(const std::string& text) {
-  const size_t from = text.find_first_not_of(' ');
-  return from == std::string::npos ? "" : text.substr(from, text.find_last_not_of(' ') + 1 - from);
-}
-
 std::string number_text(double number) {
   std::ostringstream text;
   if (number == std::floor(number) && std::fabs(number) < 1e15)
@@ -42,234 +34,14 @@ std::string number_text(double number) {
 
 }  // namespace
 
-// --- parsing: once, when the library is loaded
-// ----------------------------------------------------------------------
-
-class Signature::Parser {
- public:
-  explicit Parser(Signature& to) : to_(to) {}
-
-  void parse(const char* text) {
-    std::istringstream lines(text);
-    bool is_taken = true;
-    for (std::string line; std::getline(lines, line);) {
-      line = trimmed(line);
-      if (line == "->")
-        is_taken = false;
-      else if (!line.empty())
-        (is_taken ? to_.arguments_ : to_.returned_).push_back(parsed(line));
-    }
-    find_local_names();
-  }
-
- private:
-  Line parsed(const std::string& text) {
-    Line line;
-    size_t at = text.find(' ');
-    line.name = text.substr(0, at);
-    std::string rest = trimmed(text.substr(at));
-    at = rest.find_first_of(" [(");
-    std::string kind = rest.substr(0, at);
-    rest = at == std::string::npos ? "" : rest.substr(at);
-    if (!rest.empty() && rest[0] == '[') {
-      const size_t end = rest.find(']');
-      line.is_list = true;
-      line.length = dim(rest.substr(1, end - 1));
-      rest = rest.substr(end + 1);
-      line.may_be_empty = !rest.empty() && rest[0] == '?';
-      if (line.may_be_empty) rest = rest.substr(1);
-      kind.pop_back();
-    }
-    if (!kind.empty() && kind.back() == '?') line.may_be_empty = true, kind.pop_back();
-    line.is_kept = kind == "kept";
-    line.is_alone = kind == "alone";
-    line.kind = kind == "weight"    ? Kind::kWeight
-                : kind == "integer" ? Kind::kInteger
-                : kind == "number"  ? Kind::kNumber
-                                    : Kind::kTensor;
-    rest = trimmed(rest);
-    if (rest.rfind(">=", 0) == 0) {
-      line.least = std::stod(rest.substr(2));
-    } else if (line.kind == Kind::kInteger && rest.find("..") != std::string::npos) {
-      line.least = std::stod(rest.substr(0, rest.find("..")));
-      line.most = std::stod(rest.substr(rest.find("..") + 2));
-    } else {
-      for (size_t from = rest.find('('); from != std::string::npos; from = rest.find('(', from)) {
-        size_t to = from;
-        for (int depth = 0; to < rest.size(); ++to) {
-          depth += rest[to] == '(' ? 1 : rest[to] == ')' ? -1 : 0;
-          if (depth == 0) break;
-        }
-        line.shapes.push_back(shape(rest.substr(from + 1, to - from - 1)));
-        from = to;
-      }
-    }
-    return line;
-  }
-
-  Shape shape(const std::string& text) {
-    Shape shape;
-    shape.text = "(";
-    for (size_t from = 0; from <= text.size();) {
-      const size_t to = text.find(", ", from) == std::string::npos ? text.size() : text.find(", ", from);
-      const std::string part = trimmed(text.substr(from, to - from));
-      if (shape.text.size() > 1) shape.text += ", ";
-      if (part == "...") {
-        shape.has_leading = true;
-        shape.text += part;
-      } else {
-        shape.dims.push_back(dim(part));
-        shape.text += shape.dims.back().text;
-      }
-      from = to + 2;
-    }
-    shape.text += ")";
-    return shape;
-  }
-
-  Dim dim(std::string text) {
-    Dim dim;
-    dim.odd = text.rfind("odd ", 0) == 0;
-    dim.positive = text.rfind("positive ", 0) == 0;
-    if (dim.odd || dim.positive) text = text.substr(text.find(' ') + 1);
-    dim.text = trimmed(text);
-    size_t at = 0;
-    dim.sum = sum(dim.text, at);
-    return dim;
-  }
-
-  static char next(const std::string& text, size_t& at) {
-    while (at < text.size() && text[at] == ' ') ++at;
-    return at < text.size() ? text[at] : '\0';
-  }
-
-  std::vector<Term> sum(const std::string& text, size_t& at) {
-    std::vector<Term> total = product(text, at);
-    while (next(text, at) == '+') {
-      ++at;
-      for (Term& term : product(text, at)) total.push_back(std::move(term));
-    }
-    return total;
-  }
-
-  std::vector<Term> product(const std::string& text, size_t& at) {
-    std::vector<Term> result{{1, {}}};
-    while (true) {
-      std::vector<Term> factor;
-      if (next(text, at) == '(') {
-        factor = sum(text, ++at);
-        ++at;
-      } else {
-        const size_t from = at;
-        while (at < text.size() && (std::isalnum(text[at]) || text[at] == '_')) ++at;
-        const std::string word = text.substr(from, at - from);
-        if (std::isdigit(word.at(0)))
-          factor = {{std::stoll(word), {}}};
-        else
-          factor = {{1, {name(word)}}};
-      }
-      std::vector<Term> terms;
-      for (const Term& a : result) {
-        for (const Term& b : factor) {
-          terms.push_back({a.factor * b.factor, a.names});
-          terms.back().names.insert(terms.back().names.end(), b.names.begin(), b.names.end());
-        }
-      }
-      result = std::move(terms);
-      if (next(text, at) != '*') return result;
-      ++at;
-    }
-  }
-
-  int name(const std::string& word) {
-    for (size_t i = 0; i < to_.names_.size(); ++i)
-      if (to_.names_[i] == word) return static_cast<int>(i);
-    if (to_.names_.size() == kMaxNames) fail(to_.name_, ": a signature with too many names");
-    to_.names_.push_back(word);
-    return static_cast<int>(to_.names_.size()) - 1;
-  }
-
-  void find_local_names() {
-    const size_t count = to_.names_.size();
-    std::vector<std::set<std::string>> stands_in(count);
-    std::vector<bool> in_list(count, true), bound(count, false);
-    for (const Line& line : to_.arguments_) {
-      int itself = -1;
-      for (size_t i = 0; line.kind == Kind::kInteger && i < count; ++i)
-        if (to_.names_[i] == line.name) itself = static_cast<int>(i);
-      to_.integers_.push_back(itself);
-      if (itself >= 0) bound[itself] = true;
-      for (const Term& term : line.length.sum)
-        for (const int name : term.names) bound[name] = true;
-      for (const Shape& shape : line.shapes) {
-        for (const Dim& dim : shape.dims) {
-          for (const Term& term : dim.sum) {
-            for (const int name : term.names) {
-              stands_in[name].insert(line.name);
-              in_list[name] = in_list[name] && line.is_list;
-            }
-          }
-        }
-      }
-    }
-    for (size_t i = 0; i < count; ++i)
-      to_.is_local_.push_back(stands_in[i].size() == 1 && in_list[i] && !bound[i]);
-  }
-
-  Signature& to_;
-};
-
 Signature::Signature(const char* name) : name_(name) {
-  for (const auto& [known, text] : kSignatures) {
-    if (name_ != known) continue;
-    Parser(*this).parse(text);
-    return;
-  }
-  fail("effattn/ops has no ", name, ".py with a SIGNATURE");
-}
-
-std::vector<std::string> Signature::schemas() const {
-  std::string tensors, options, gradients, kept, taken_back;
-  const auto add = [](std::string& to, const std::string& type, const std::string& name) {
-    to += (to.empty() ? "" : ", ") + type + " " + name;
+  static const std::map<std::string, Table> tables = {
+#include "signatures.inc"  // made by csrc/build.py
   };
-  for (const Line& line : arguments_) {
-    if (line.kind == Kind::kInteger || line.kind == Kind::kNumber) {
-      const char* const type = line.kind == Kind::kInteger ? "int" : line.is_list ? "float[]" : "float";
-      add(options, type, line.name);
-      continue;
-    }
-    const std::string type = line.is_list ? "Tensor[]" : "Tensor";
-    add(tensors, may_be_none(line) ? type + "?" : type, line.name);
-    add(gradients, line.is_list ? "Tensor[]" : "Tensor", "grad_" + line.name);
-  }
-  for (size_t i = 1; i < returned_.size(); ++i) add(kept, "Tensor", returned_[i].name);
-  for (size_t i = returned_[0].is_kept ? 0 : 1; i < returned_.size(); ++i)
-    add(taken_back, "Tensor", returned_[i].name);
-  const std::string& out = returned_[0].name;
-  const auto joined = [](std::initializer_list<std::string> parts) {
-    std::string text;
-    for (const std::string& part : parts) text += part.empty() ? "" : (text.empty() ? "" : ", ") + part;
-    return text;
-  };
-  const std::string taken = joined({tensors, options}), inference = name_ + "(" + taken + ") -> Tensor";
-  if (returned_[0].is_alone) return {inference};
-  std::vector<std::string> schemas{name_ + "_forward(" + taken + ") -> " +
-                                       (kept.empty() ? "Tensor" : "(Tensor " + out + ", " + kept + ")"),
-                                   name_ + "_backward(" +
-                                       joined({"Tensor grad_" + out, tensors, taken_back, options}) +
-                                       ") -> (" + gradients + ")"};
-  if (!returned_[0].is_kept) schemas.push_back(inference);
-  return schemas;
-}
-
-// Whether an argument may be missing, or a list have no elements, for which AOTInductor hands None to an
-// operator.
-bool Signature::may_be_none(const Line& line) const {
-  if (line.may_be_empty || !line.is_list || line.length.sum[0].names.empty()) return line.may_be_empty;
-  for (const Line& other : arguments_)
-    if (other.length.positive && other.length.sum[0].names == line.length.sum[0].names) return false;
-  return true;
+  const auto found = tables.find(name_);
+  if (found == tables.end()) fail("effattn/ops has no ", name, ".py with a SIGNATURE");
+  table_ = &found->second;
+  if (table_->names.size() > kMaxNames) fail(name_, ": a signature with too many names");
 }
 
 // --- a call
@@ -277,17 +49,18 @@ bool Signature::may_be_none(const Line& line) const {
 
 class Signature::Check {
  public:
-  Check(const Signature& signature, Arguments arguments) : s_(signature), arguments_(arguments.begin()) {
+  Check(const std::string& name, const Table& table, Arguments arguments)
+      : name_(name), s_(table), arguments_(arguments.begin()) {
     sizes_.fill(kUnknown);
   }
 
   void all() {
-    for (size_t i = 0; i < s_.arguments_.size(); ++i) kind(s_.arguments_[i], arguments_[i]);
+    for (size_t i = 0; i < s_.arguments.size(); ++i) kind(s_.arguments[i], arguments_[i]);
     solve();
-    for (size_t i = 0; i < s_.arguments_.size(); ++i)
-      if (s_.arguments_[i].is_list) length(s_.arguments_[i], count(arguments_[i]));
-    for (size_t i = 0; i < s_.arguments_.size(); ++i) {
-      const Line& line = s_.arguments_[i];
+    for (size_t i = 0; i < s_.arguments.size(); ++i)
+      if (s_.arguments[i].is_list) length(s_.arguments[i], count(arguments_[i]));
+    for (size_t i = 0; i < s_.arguments.size(); ++i) {
+      const Line& line = s_.arguments[i];
       each(line, arguments_[i], [&](const Tensor& t, const Shape& shape, int element) {
         solve(shape, t);
         sizes(line, element, shape, t);
@@ -299,8 +72,8 @@ class Signature::Check {
   void like_output(const char* argument, const Tensor& t) {
     Line line;
     line.name = argument;
-    tensor(line, -1, s_.returned_[0].shapes[0], t);
-    sizes(line, -1, s_.returned_[0].shapes[0], t);
+    tensor(line, -1, s_.returned[0].shapes[0], t);
+    sizes(line, -1, s_.returned[0].shapes[0], t);
   }
 
   void kept(const Line& line, const Tensor& t) {
@@ -315,7 +88,7 @@ class Signature::Check {
   template <class... Parts>
   [[noreturn]] void wrong(const Line& line, int element, const Parts&... parts) const {
     const std::string at = element < 0 ? "" : "[" + std::to_string(element) + "]";
-    fail(s_.name_, ": ", line.name, at, ": ", parts...);
+    fail(name_, ": ", line.name, at, ": ", parts...);
   }
 
   template <class F>
@@ -363,7 +136,7 @@ class Signature::Check {
   }
 
   void tensor(const Line& line, int element, const Shape& shape, const Tensor& t) {
-    const std::string& of = s_.arguments_[0].name;
+    const std::string& of = s_.arguments[0].name;
     if (first_ == nullptr) {
       first_ = &t;
       const auto type = t.scalar_type();
@@ -388,19 +161,19 @@ class Signature::Check {
   }
 
   void solve() {
-    for (size_t i = 0; i < s_.arguments_.size(); ++i) {
-      const Line& line = s_.arguments_[i];
-      if (s_.integers_[i] >= 0) sizes_[s_.integers_[i]] = std::get<int64_t>(arguments_[i]);
+    for (size_t i = 0; i < s_.arguments.size(); ++i) {
+      const Line& line = s_.arguments[i];
+      if (s_.integers[i] >= 0) sizes_[s_.integers[i]] = std::get<int64_t>(arguments_[i]);
       const int64_t length = count(arguments_[i]);
       if (line.is_list && line.kind == Kind::kWeight && !(line.may_be_empty && length == 0))
         solve(line.length, length);
     }
-    for (const Line& line : s_.arguments_)
+    for (const Line& line : s_.arguments)
       for (const Term& term : line.length.sum)
         for (const int name : term.names)
           if (sizes_[name] == kUnknown) sizes_[name] = 0;
-    for (size_t i = 0; i < s_.arguments_.size(); ++i) {
-      each(s_.arguments_[i], arguments_[i], [&](const Tensor& t, const Shape& shape, int) {
+    for (size_t i = 0; i < s_.arguments.size(); ++i) {
+      each(s_.arguments[i], arguments_[i], [&](const Tensor& t, const Shape& shape, int) {
         solve(shape, t);
         forget_local();
       });
@@ -431,8 +204,8 @@ class Signature::Check {
   }
 
   void forget_local() {
-    for (size_t i = 0; i < s_.is_local_.size(); ++i)
-      if (s_.is_local_[i]) sizes_[i] = kUnknown;
+    for (size_t i = 0; i < s_.is_local.size(); ++i)
+      if (s_.is_local[i]) sizes_[i] = kUnknown;
   }
 
   // kUnknown where a name has no size, or where it is beyond any.
@@ -497,11 +270,12 @@ class Signature::Check {
       for (const Term& term : dim.sum)
         for (const int name : term.names)
           if (sizes_[name] != kUnknown && seen.insert(name).second)
-            add(s_.names_[name], std::to_string(sizes_[name]));
+            add(s_.names[name], std::to_string(sizes_[name]));
     return text;
   }
 
-  const Signature& s_;
+  const std::string& name_;
+  const Table& s_;
   const Argument* arguments_;
   Sizes sizes_;
   const Tensor* first_ = nullptr;
@@ -509,16 +283,16 @@ class Signature::Check {
   size_t trailing_ = 0;              // its other dimensions
 };
 
-void Signature::check(Arguments arguments) const { Check(*this, arguments).all(); }
+void Signature::check(Arguments arguments) const { Check(name_, *table_, arguments).all(); }
 
 void Signature::check_backward(const Tensor& grad_out, Arguments arguments,
                                std::initializer_list<const Tensor*> kept) const {
-  Check check(*this, arguments);
+  Check check(name_, *table_, arguments);
   check.all();
   check.like_output("grad_out", grad_out);
-  size_t at = returned_.size() - kept.size();
+  size_t at = table_->returned.size() - kept.size();
   for (const Tensor* const t : kept) {
-    at == 0 ? check.like_output(returned_[0].name.c_str(), *t) : check.kept(returned_[at], *t);
+    at == 0 ? check.like_output(table_->returned[0].name.c_str(), *t) : check.kept(table_->returned[at], *t);
     ++at;
   }
 }

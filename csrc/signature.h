@@ -1,5 +1,5 @@
-// Argument validation: an operator's signature (effattn/ops/_signature.py says how it reads), parsed when the
-// library is loaded, against what a call brings.
+// Argument validation: an operator's signature (effattn/ops/_signature.py says how it reads, and reads it
+// when this is built) against what a call brings.
 #pragma once
 
 #include <array>
@@ -26,9 +26,6 @@ class Signature {
 
   const char* name() const { return name_.c_str(); }
 
-  // The schemas of the forward of training, its backward and inference, or of those that there are.
-  std::vector<std::string> schemas() const;
-
   // Throws std::runtime_error for the first thing that is wrong, naming operator, argument, what is expected
   // and what came; Python says the same in the same words.
   void check(Arguments arguments) const;
@@ -46,36 +43,37 @@ class Signature {
   };
   struct Dim {
     std::string text;
-    std::vector<Term> sum;
+    std::vector<Term> sum{};
     bool odd = false, positive = false;
   };
   struct Shape {
     std::string text;
-    std::vector<Dim> dims;
+    std::vector<Dim> dims{};
     bool has_leading = false;
   };
   enum class Kind { kTensor, kWeight, kInteger, kNumber };
   struct Line {
     std::string name;
     Kind kind = Kind::kTensor;
-    std::vector<Shape> shapes;
-    bool is_list = false, may_be_empty = false, is_kept = false, is_alone = false;
-    Dim length;
+    std::vector<Shape> shapes{};
+    bool is_list = false, may_be_empty = false;
+    Dim length{};
     double least = -std::numeric_limits<double>::infinity(), most = std::numeric_limits<double>::infinity();
 
     const Shape& shape(size_t element) const { return shapes[element % shapes.size()]; }
   };
 
-  bool may_be_none(const Line& line) const;
+  struct Table {
+    std::vector<std::string> names;  // of sizes
+    std::vector<bool> is_local;      // of each: whether it may differ from element to element of a list
+    std::vector<int> integers;       // of each argument: the name that it is itself, or -1
+    std::vector<Line> arguments, returned;
+  };
 
-  class Parser;
   class Check;
 
   std::string name_;
-  std::vector<std::string> names_;  // of sizes
-  std::vector<bool> is_local_;      // of each: whether it may differ from element to element of a list
-  std::vector<int> integers_;       // of each argument: the name that it is itself, or -1
-  std::vector<Line> arguments_, returned_;
+  const Table* table_;
 };
 
 }  // namespace effattn

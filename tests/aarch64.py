@@ -217,12 +217,15 @@ def main() -> int:
     )
     parser.add_argument("--cache", type=Path, default=ROOT / "build/aarch64", help="folder for all that is made")
     parser.add_argument("--full", action="store_true", help="the full tier")
+    parser.add_argument("--prepare", action="store_true", help="what is downloaded, and no test")
     arguments, pytest_arguments = parser.parse_known_args()
     cache = arguments.cache.resolve()
     stage = cache / "stage"
 
     try:
         sysroot, site = environment(cache)
+        if arguments.prepare:
+            return 0
         with phase("cross-compiling"):
             stage_package(stage, sysroot, site)
     except subprocess.CalledProcessError as error:  # the command has said why

@@ -267,7 +267,7 @@ def test_the_digest_of_the_sources(tmp_path, monkeypatch, device, sources, unrel
     build = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, build)
     spec.loader.exec_module(build)
-    for folder in ("csrc", "kernels"):
+    for folder in ("csrc", "kernels", "effattn/ops"):
         shutil.copytree(root / folder, tmp_path / folder)
     monkeypatch.setattr(build, "ROOT", tmp_path)
     digest = getattr(build, f"{device}_digest")

@@ -1,4 +1,4 @@
-"""Signatures: what an operator takes and returns, as a text that Python and csrc/signature.h read alike.
+"""Signatures: what an operator takes and returns, as a text. csrc/build.py makes tables of it for csrc/signature.h.
 
 A line an argument, ``name kind (shape)``, then ``->`` and what is returned: the output, then, in float32, what is kept
 for the backward:
@@ -241,8 +241,8 @@ class Signature:
         #: Names that may differ from element to element of the one list in which they stand.
         self.local = {name for name, where in stands_in.items() if len(where) == 1 and where <= lists} - bound
 
-    def schemas(self, name: str) -> tuple[str, str, str]:
-        """Of the operators for inference (not where the output is kept), the forward of training, and its backward."""
+    def schemas(self, name: str) -> list[str]:
+        """Of those that there are of the operators for inference, the forward of training, and its backward."""
         types = {"integer": "int", "number": "float", "numbers": "float[]"}
         tensors, options, grads = [], [], []
         for a in self.arguments:
@@ -255,11 +255,12 @@ class Signature:
         taken = [f"Tensor {k.name}" for k in self.backward_takes]
         grad_out = f"Tensor grad_{self.out.name}"
         outs = f"(Tensor {self.out.name}, {', '.join(kept)})" if kept else "Tensor"
-        return (
-            f"{name}({', '.join((*tensors, *options))}) -> Tensor",
+        inference = f"{name}({', '.join((*tensors, *options))}) -> Tensor"
+        training = [
             f"{name}_forward({', '.join((*tensors, *options))}) -> {outs}",
             f"{name}_backward({', '.join((grad_out, *tensors, *taken, *options))}) -> ({', '.join(grads)})",
-        )
+        ]
+        return [*([] if self.out.kind == "kept" else [inference]), *([] if self.out.kind == "alone" else training)]
 
     def _may_be_none(self, argument: Argument) -> bool:
         """Whether the list may have no elements, for which AOTInductor hands None to an operator."""

@@ -6,6 +6,6 @@ from effattn import _library
 
 
 def swept(isa: str, *more: int, vectors: int = 2) -> list[int]:
-    """Each size up to beyond so many of its vectors, with all remainders and rows of blocks among them, and ``more``."""
+    """Each size up to beyond so many of its vectors, with all remainders and rows of blocks, and ``more``."""
     lanes = next(row["lanes"] for row in _library._C.isas() if row["name"] == isa)
     return sorted({*range(1, vectors * lanes + 4), *more})

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 
-def full(*values: Any) -> Any:
+def full(*values: Any, id: str | None = None) -> Any:
     """A parameter of the full tier alone, which stands beside those of both."""
-    return pytest.param(*values, marks=pytest.mark.full)
+    return pytest.param(*values, marks=pytest.mark.full, id=id)
 
 
 def cover(rows: Sequence[tuple[int, ...]], strength: int = 2) -> list[int]:
