@@ -109,11 +109,12 @@ class Attention(torch.nn.Module):
         return self.proj(out.transpose(-1, -2).reshape(batch, 16, height, width))
 
 
-def test_compile_fullgraph_forward_and_backward():
+@pytest.mark.parametrize("backend", ["aot_eager", full("inductor")])
+def test_compile_fullgraph_forward_and_backward(backend):
     torch.manual_seed(0)
     eager = Attention()
     module = copy.deepcopy(eager)
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     x = torch.randn(2, 8, 9, 7)
     with torch.no_grad():
         assert torch.allclose(compiled(x), eager(x), atol=1e-5)

@@ -87,9 +87,13 @@ def _is_first(item: Any) -> bool:
         or "zero" in item.name
         or (
             ("case" not in values or values["case"] == values["operator"].cases[0])
-            and (item.get_closest_marker("registration") is None or values["operator"].name == REPRESENTATIVE)
+            and (item.get_closest_marker("registration") is None or _represents(values))
         )
     )
+
+
+def _represents(values: Any) -> bool:
+    return values["operator"].name == REPRESENTATIVE and values.get("order", "first") == "first"
 
 
 def _has_kernels(item: Any) -> bool:
