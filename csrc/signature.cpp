@@ -182,8 +182,9 @@ class Signature::Check {
 
   void solve(const Shape& shape, const Tensor& t) {
     if (shape.has_leading && leading_ == nullptr) leading_ = &t, trailing_ = shape.dims.size();
-    const int64_t before = t.dim() - static_cast<int64_t>(shape.dims.size());
-    for (size_t i = 0; i < shape.dims.size(); ++i) solve(shape.dims[i], t.size(before + i));
+    const auto sizes = t.sizes();  // once: each question is a call into torch
+    const size_t before = sizes.size() - shape.dims.size();
+    for (size_t i = 0; i < shape.dims.size(); ++i) solve(shape.dims[i], sizes[before + i]);
   }
 
   void solve(const Dim& dim, int64_t size) {
@@ -234,11 +235,12 @@ class Signature::Check {
   }
 
   void sizes(const Line& line, int element, const Shape& shape, const Tensor& t) const {
-    const int64_t before = t.dim() - static_cast<int64_t>(shape.dims.size());
+    const auto sizes = t.sizes();
+    const size_t before = sizes.size() - shape.dims.size();
     bool fits = true;
     for (size_t i = 0; i < shape.dims.size(); ++i) {
       const Dim& dim = shape.dims[i];
-      const int64_t size = t.size(before + i);
+      const int64_t size = sizes[before + i];
       if (dim.odd && size % 2 != 1)
         wrong(line, element, "expected an odd ", dim.text, " in ", shape.text, ", got shape ", shape_text(t));
       if (dim.positive && size < 1)
@@ -247,9 +249,9 @@ class Signature::Check {
       fits = fits && value(dim) == size;
     }
     if (shape.has_leading) {
-      const int64_t expected = leading_->dim() - static_cast<int64_t>(trailing_);
-      fits = fits && expected == before;
-      for (int64_t i = 0; fits && i < before; ++i) fits = t.size(i) == leading_->size(i);
+      const auto leading = leading_->sizes();
+      fits = fits && leading.size() - trailing_ == before;
+      for (size_t i = 0; fits && i < before; ++i) fits = sizes[i] == leading[i];
     }
     if (!fits) wrong(line, element, "expected shape ", shape.text, known(shape), ", got ", shape_text(t));
   }

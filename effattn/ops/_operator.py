@@ -24,6 +24,8 @@ from effattn.backends._memory import empty_image_in_order_of, empty_in_order_of
 from effattn.ops import _recording
 from effattn.ops._signature import Signature
 
+#: Types of tensors that hold numbers, where nothing records the call.
+_EAGER = (torch.Tensor, torch.nn.Parameter)
 #: A tensor, or a list of them.
 Argument = Any
 #: Every differentiable operator, by name.
@@ -91,23 +93,16 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the chosen backend."""
-        image = arguments[0]
-        is_compiling = torch.compiler.is_compiling()
-        is_tracing = not is_compiling and torch._C._is_tracing()
-        if is_tracing:
-            with untraced():
-                options = arguments[self._tensors :]
-                numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
-                arguments = (*arguments[: self._tensors], *numbers)
-                backend = registry.find(self.name, image.device, image.dtype, self.limited(*arguments))
-                fused = self._fused_of(backend, arguments)
-        else:
-            sizes = self.limited(*arguments)
-            find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
-            is_small = is_small_call(arguments[: self._images])
-            fused = self._fused_of(find(self.name, image.device, image.dtype, sizes, is_small=is_small), arguments)
+        image, is_tracing = arguments[0], False
+        is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or torch._C._is_tracing():
+            fused, arguments, is_tracing = self._chosen(arguments)
+        else:  # what computes, as below; written for a call whose kernel is done in a microsecond
+            sizes, is_small = self.limited(*arguments), not image.is_cpu and is_small_call(arguments[: self._images])
+            backend = registry.choose(self.name, image.device, image.dtype, sizes, is_small=is_small)
+            fused = self._fused[backend.name] if backend.namespace is not None else self._fused_of(backend, arguments)
         # torch.func and forward mode differentiate through plain operations, never through a kernel.
-        if fused is None or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if fused is None or is_transformed:
             return self.plain(*arguments)
         if image.dtype != torch.float32:
             weights = (_mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
@@ -117,6 +112,22 @@ class Operator:
             out = fused.forward(*arguments)
             return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
         return fused.inference(*arguments)
+
+    def _chosen(self, arguments: tuple[Any, ...]) -> tuple[Fused | None, tuple[Any, ...], bool]:
+        """What computes, its arguments, and whether torch.jit.trace records it; in a graph sizes may be no numbers."""
+        image, is_compiling = arguments[0], torch.compiler.is_compiling()
+        if not is_compiling and torch._C._is_tracing():
+            with untraced():
+                options = arguments[self._tensors :]
+                numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
+                arguments = (*arguments[: self._tensors], *numbers)
+                backend = registry.find(self.name, image.device, image.dtype, self.limited(*arguments))
+                return self._fused_of(backend, arguments), arguments, True
+        sizes = self.limited(*arguments)
+        find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
+        is_small = is_small_call(arguments[: self._images])
+        backend = find(self.name, image.device, image.dtype, sizes, is_small=is_small)
+        return self._fused_of(backend, arguments), arguments, False
 
     def _fused_of(self, backend: Backend, arguments: Sequence[Any]) -> Fused | None:
         if backend.namespace is not None:
