@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 import skips
+import swept
 import tiers
 import torch
 
@@ -45,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for tier, examples in (("short", 50), ("full", 300)):
         hypothesis.settings.register_profile(tier, max_examples=examples)
     hypothesis.settings.load_profile("full" if config.getoption("--full") else "short")
+    swept.is_full = config.getoption("--full")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

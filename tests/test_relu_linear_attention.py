@@ -103,7 +103,7 @@ def test_every_remainder_of_tokens(isa, order, dtype):
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.remainders
 def test_every_remainder_of_channels(isa, order, dtype):
-    channels = swept(isa, 47, 48, 49)
+    channels = swept(isa, 47, 48, 49, vectors=3)
     for head_dim, value_dim in zip(channels, reversed(channels), strict=True):
         check(sizes(20, 23, head_dim, value_dim, ()), dtype, order)
 

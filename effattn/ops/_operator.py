@@ -156,7 +156,7 @@ class Operator:
         _recording.register_backward(f"{name}_backward", self.plain, self._split_backward)
 
     def _define_for_triton(self, launchers: triton.Launchers) -> None:
-        inference, forward, backward = self.signature.schemas(self.name)
+        *inference, forward, backward = self.signature.schemas(self.name)
         has_rows = self.signature.is_of_images
 
         def outputs(*arguments: Any) -> list[torch.Tensor]:
@@ -167,17 +167,16 @@ class Operator:
 
         def gradients(grad_out: torch.Tensor, *rest: Any) -> list[Argument]:
             _, arguments = self._split_backward(grad_out, *rest)
-            grads, given = (
-                self._new_gradients(arguments),
-                (grad_out, *arguments[: self._tensors], *rest[self._tensors :]),
-            )
+            grads = self._new_gradients(arguments)
+            given = (grad_out, *arguments[: self._tensors], *rest[self._tensors :])
             triton.launch(launchers, launchers.backward, grad_out, grads, given, 1 + self._images, has_rows)
             return grads
 
         def inferred(*arguments: Any) -> torch.Tensor:
             return outputs(*arguments)[0]
 
-        triton.define(inference, self._check_for_triton, inferred)
+        for schema in inference:  # none where the output is kept
+            triton.define(schema, self._check_for_triton, inferred)
         triton.define(forward, self._check_for_triton, outputs if self.signature.kept else inferred)
         triton.define(backward, self._check_backward_for_triton, gradients)
 
