@@ -20,15 +20,13 @@ from torch import nn
 import effattn
 from benchmarks import peers
 from benchmarks.floor import Work
-from benchmarks.runner import Accuracy, Call, Candidate, Case, Role
+from benchmarks.runner import GATE, Accuracy, Call, Candidate, Case, Role
 from effattn import testing, tolerance
 
 OURS = "effattn"
 STOCK = "stock eager"
 CHECK = f"{STOCK} (again)"
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-#: Relative error (norm): far above the rounding of a whole model, far below any mistake.
-TOLERANCE = 1e-4
 #: Of a case most of which is none of ours.
 NO_FLOOR = Work(bytes=0, flops=0)
 
@@ -135,7 +133,7 @@ def gate(data: Inputs, results: Any) -> Accuracy:
         tolerance.error(result, truth) / torch.linalg.vector_norm(truth).item()
         for result, truth in list(zip(results, data.truth, strict=False))[:2]
     ]
-    return Accuracy(max(errors), TOLERANCE * (10 if data.training else 1))
+    return Accuracy(max(errors), GATE[torch.float32] * (10 if data.training else 1))
 
 
 # --- candidates -----------------------------------------------------------------------------------------

@@ -89,6 +89,10 @@ class Accuracy:
         return self.error <= self.allowed  # NaN fails
 
 
+#: Relative error (norm) that a gate lets pass of a peer, a module or a GPU: far above rounding, far below any mistake.
+GATE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to compute a case. ``build`` may raise: its message is printed in place of a time."""

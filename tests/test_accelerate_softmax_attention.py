@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from same import assert_same, is_same
 from tiers import full
 from torch import nn
 
@@ -197,10 +198,6 @@ def official(name: str) -> tuple[nn.Module, torch.Tensor]:
     return module, torch.randn(shape)
 
 
-def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
-
-
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_modules(name):
     module, x = official(name)
@@ -209,7 +206,7 @@ def test_official_modules(name):
         expected = module(x)
         report = effattn.accelerate(module)
         assert len(report.replaced) == 1 + ("window" in name) and not report.left_alone
-        close(module(x), expected)
+        assert_same(module(x), expected)
         assert list(module.state_dict()) == keys
     out = module(x.requires_grad_())
     out.sum().backward()
@@ -240,7 +237,7 @@ def test_official_modules_equal_in_float64(name):
             if theirs is None:  # the bias that the original gathered, once, in evaluation
                 without += 1
             else:
-                close(mine, theirs, 1e-10)
+                assert_same(mine, theirs)
         assert without == (0 if training else 1)
 
 
@@ -280,7 +277,7 @@ def test_official_state_dicts_load(name):
     ours.load_state_dict(module.state_dict())
     nn.Sequential(ours).load_state_dict(nn.Sequential(module).state_dict())  # with a prefix
     with torch.no_grad():
-        close(ours(x), module(x))
+        assert_same(ours(x), module(x))
 
 
 @pytest.mark.parametrize("name", ["windows", "efficientformer", "v2"])
@@ -294,7 +291,7 @@ def test_restored_modules_do_not_use_what_they_gathered_before(name):
             table.add_(torch.randn_like(table))
         expected = module(x)
         effattn.restore(module)
-        close(module(x), expected)
+        assert_same(module(x), expected)
 
 
 def test_restoring_keeps_the_mode_of_every_part():
@@ -357,7 +354,7 @@ def test_same_answers_and_back(name):
         expected = stock(x)
         report = effattn.accelerate(stock)
         assert len(report.replaced) == MODELS[name] and not report.left_alone, report
-        close(stock(x), expected, 1e-4)
+        assert_same(stock(x), expected)
         assert effattn.restore(stock) == MODELS[name]
         assert torch.equal(stock(x), expected)
 
@@ -379,7 +376,7 @@ def test_same_training_step(name):
         out.square().mean().backward()
         torch.optim.SGD(m.parameters(), lr=0.01).step()
     for (key, a), b in zip(stock.state_dict().items(), fast.state_dict().values(), strict=True):
-        assert torch.allclose(a.double(), b.double(), rtol=1e-7, atol=1e-8), key
+        assert is_same(a, b), key
 
 
 @pytest.mark.parametrize("name", [full("efficientvit_m0"), "efficientformer_l1", full("efficientformerv2_s0")])
@@ -388,7 +385,7 @@ def test_compile_fullgraph(name):
     effattn.accelerate(fast)
     compiled = torch.compile(copy.deepcopy(fast), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        close(compiled(x), fast(x), 1e-4)
+        assert_same(compiled(x), fast(x))
 
 
 def test_other_resolutions():
@@ -398,7 +395,7 @@ def test_other_resolutions():
     effattn.accelerate(fast)
     with torch.no_grad():
         for size in (160, 288):
-            close(fast(image(size=size)), stock(image(size=size)), 1e-4)
+            assert_same(fast(image(size=size)), stock(image(size=size)))
         for name in ("efficientformer_l1", "efficientformerv2_s0"):
             other = model(name)
             with pytest.raises(RuntimeError):

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from same import assert_same
 from torch import nn
 
 import effattn
@@ -174,8 +175,7 @@ def test_folded_convolution_in_transforms(dtype):
         together = torch.func.vmap(lambda weight: folded_convolution(x, weight, bias))(weights)
         one_by_one = torch.stack([folded_convolution(x, weight, bias) for weight in weights])
         _, tangent = torch.func.jvp(lambda bias: folded_convolution(x, weights[0], bias), (bias,), (bias,))
-    tolerance = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(together, one_by_one, rtol=tolerance, atol=tolerance)
+    assert_same(together, one_by_one)
     assert (tangent == 1).all()
 
 

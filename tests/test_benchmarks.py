@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from same import assert_same
 
 from benchmarks import environment, modules, peers, report, results
 from benchmarks import linear_attention as rla
@@ -209,7 +210,7 @@ def test_peers_that_torch_exports_to(name, package):
         for format_ in modules.FORMATS.values() if name == "tflite_call" else [torch.contiguous_format]:
             call = run(convolution, (x.to(memory_format=format_),))
             for _ in range(2):
-                torch.testing.assert_close(call(), convolution(x), rtol=1e-4, atol=1e-5)
+                assert_same(call(), convolution(x))
 
 
 def timed_row(suite, case, candidate, role, milliseconds, protocol="steady"):

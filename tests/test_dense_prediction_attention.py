@@ -12,15 +12,12 @@ import math
 
 import pytest
 import torch
+from same import assert_all_same, assert_same, is_same
 from torch import nn
 from torch.nn import functional
 
 import effattn
 from effattn.testing import randomise_batch_norm
-
-
-def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
 
 
 def bias_index(side: int, side_of_queries: int, stride: int) -> torch.Tensor:
@@ -193,10 +190,8 @@ def test_equal_in_float64(name, training, size):
         results.append([out, *torch.autograd.grad((out * weights).sum(), [x, *module.parameters()])])
         report = effattn.accelerate(module)
         assert len(report.replaced) == 2 - len(results)
-    # A gradient in front of a BatchNorm is zero but for rounding; it is measured by the largest of all.
-    largest = max(1, *(theirs.abs().max().item() for theirs in results[0]))
-    for theirs, mine in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10 * largest)
+    theirs, mine = results
+    assert_all_same(mine, theirs)
     assert not module.attention_biases.requires_grad
 
 
@@ -236,12 +231,12 @@ def test_their_state_dicts_load(name):
     state = module.state_dict()
     ours.load_state_dict(state)
     with torch.no_grad():
-        close(ours(image(name, (6, 10))), module(image(name, (6, 10))))
+        assert_same(ours(image(name, (6, 10))), module(image(name, (6, 10))))
     state["attention_biases"] = torch.randn(len(state["attention_biases"]), 196)  # of another classification
     state["attention_bias_idxs"] = bias_index(14, 14, 1)
     nn.Sequential(ours).load_state_dict({f"0.{key}": value for key, value in state.items()})
     with torch.no_grad():
-        close(ours(image(name, (6, 10))), module(image(name, (6, 10))))
+        assert_same(ours(image(name, (6, 10))), module(image(name, (6, 10))))
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
@@ -252,9 +247,9 @@ def test_the_table_is_never_stale(name):
         before = module(x)
         module.attention_biases_seg.mul_(3.0)
         after = module(x)
-        assert not torch.allclose(before, after, rtol=1e-3)
+        assert not is_same(before, after)
         effattn.restore(module)
-        close(after, module(x))
+        assert_same(after, module(x))
         effattn.accelerate(module)
         module.attention_biases.mul_(3.0)  # forward does not read it
         assert torch.equal(module(x), after)
@@ -267,7 +262,7 @@ def test_compiled(name):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for size in ((6, 10), (4, 4)):
-            close(compiled(image(name, size)), module(image(name, size)))
+            assert_same(compiled(image(name, size)), module(image(name, size)))
 
 
 def test_a_size_that_does_not_fit_is_refused():

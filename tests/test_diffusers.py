@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from same import assert_same, is_same
 from torch import nn
 
 import effattn
@@ -42,10 +43,6 @@ def x_for(name):
     return image(32, width=32) if name == "layer norm" else image()
 
 
-def close(a, b, scale=1e-5):
-    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
-
-
 # --- the attention of the autoencoder -----------------------------------------------------------------
 
 
@@ -57,7 +54,7 @@ def test_evaluation_and_back(name):
         report = effattn.accelerate(module)
         assert [entry.module for entry in report.replaced] == ["(model)"] and not report.left_alone
         assert type(module) is SanaMultiscaleLinearAttention
-        close(module(x), expected)
+        assert_same(module(x), expected)
         assert effattn.restore(module) == 1 and type(module) is STOCK
         assert torch.equal(module(x), expected)
 
@@ -70,7 +67,7 @@ def test_memory_formats_and_few_tokens(memory_format):
         for x in (image(memory_format=memory_format), image(1, memory_format)):
             expected = module(x)
             effattn.accelerate(module)
-            close(module(x), expected)
+            assert_same(module(x), expected)
             effattn.restore(module)
 
 
@@ -134,9 +131,9 @@ def test_nothing_kept_is_stale(change):
     change(module)
     with torch.no_grad():
         out = module(x)
-        assert not torch.allclose(out, before, rtol=1e-3)
+        assert not is_same(out, before)
         effattn.restore(module)
-        close(out, module(x))
+        assert_same(out, module(x))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -169,9 +166,9 @@ def test_whole_autoencoder_compiled():
     with torch.no_grad():
         expected = model(x).sample
         assert len(effattn.accelerate(model).replaced) == 2
-        close(model(x).sample, expected, 1e-4)
+        assert_same(model(x).sample, expected)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        close(compiled(x).sample, expected, 1e-4)
+        assert_same(compiled(x).sample, expected)
         assert effattn.restore(model) == 2
 
 
@@ -248,13 +245,13 @@ def test_a_processor_set_afterwards_is_called(change, name):
             module(x)
             for m in (module, stock):
                 PROCESSORS[change](m)
-            close(module(x), stock(x))
+            assert_same(module(x), stock(x))
     if change != "module":  # the stock one again; torch lets no other object take a module's place
         for m in (module, stock):
             m.processor = attention_processor.SanaMultiscaleAttnProcessor2_0()
             m.__dict__.pop("apply_linear_attention", None)
         with torch.no_grad():
-            close(module(image()), stock(image()))
+            assert_same(module(image()), stock(image()))
 
 
 def test_a_processor_whose_call_was_patched_is_called(monkeypatch):
@@ -265,7 +262,7 @@ def test_a_processor_whose_call_was_patched_is_called(monkeypatch):
         attention_processor.SanaMultiscaleAttnProcessor2_0, "__call__", lambda self, attn, x: 2 * own(self, attn, x)
     )
     with torch.no_grad():
-        close(module(image()), make()(image()))
+        assert_same(module(image()), make()(image()))
         assert not effattn.accelerate(make()).replaced
 
 
@@ -288,7 +285,7 @@ def test_adapters_put_in_before_count():
         by_an_adapter(m)
     assert len(effattn.accelerate(module).replaced) == 1
     with torch.no_grad():
-        close(module(image()), stock(image()))
+        assert_same(module(image()), stock(image()))
 
 
 # --- the processor of the transformer -------------------------------------------------------------------
@@ -334,11 +331,11 @@ def test_transformer(options):
         ]
         assert type(model.transformer_blocks[0].attn1.processor) is SanaLinearAttnProcessor
         assert list(model.state_dict()) == keys
-        close(model(**inputs())[0], expected)
+        assert_same(model(**inputs())[0], expected)
         twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-        close(twin(**inputs())[0], expected)
+        assert_same(twin(**inputs())[0], expected)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        close(compiled(**inputs())[0], expected)
+        assert_same(compiled(**inputs())[0], expected)
         assert effattn.restore(twin) == effattn.restore(model) == 2
         assert torch.equal(model(**inputs())[0], expected)
 
@@ -352,7 +349,7 @@ def test_transformer_trains_alike():
         model(**inputs())[0].square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for theirs, mine in zip(*grads, strict=True):
-        close(mine, theirs, 1e-4)
+        assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -377,7 +374,7 @@ def test_norms_may_be_wider_than_the_rest():
         effattn.accelerate(model)
         out = model(**inputs(torch.bfloat16))[0]
     assert out.dtype == expected.dtype
-    close(out.float(), expected.float(), 5e-2)
+    assert_same(out, expected)
 
 
 def test_a_processor_of_two_blocks_is_reported_once():
@@ -434,8 +431,8 @@ def test_changes_of_the_transformers_attention_count(change):
             else:
                 attention.heads = 6
             results.append(model(**inputs())[0])
-        assert (change in ("set", "fused")) == torch.allclose(results[-1], before, rtol=1e-4, atol=1e-5)
-    close(results[1], results[0])
+        assert (change in ("set", "fused")) == is_same(results[-1], before)
+    assert_same(results[1], results[0])
     assert len(calls) == (2 if change == "set" else 0)
 
 

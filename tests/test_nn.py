@@ -9,6 +9,7 @@ from types import MethodType
 
 import pytest
 import torch
+from same import assert_all_same, assert_same, is_same
 from tiers import full
 from torch import nn
 from torch.autograd import forward_ad
@@ -57,10 +58,6 @@ def image(batch=2, size=9, memory_format=torch.contiguous_format):
     return torch.randn(batch, 32, size, size + 2).to(memory_format=memory_format)
 
 
-def close(a, b, scale=1e-5):
-    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", OPTIONS)
@@ -69,7 +66,7 @@ def test_evaluation(name, batch, memory_format):
     x = image(batch, memory_format=memory_format)
     with torch.no_grad():
         expected, out = stock(x), ours(x)
-    close(out, expected)
+    assert_same(out, expected)
     assert out.is_contiguous(memory_format=memory_format)
 
 
@@ -88,8 +85,8 @@ def test_gradients(name, batch, training, memory_format):
         out = module(x)
         grads = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
         results.append([out, *grads, *module.buffers()])
-    for theirs, mine in zip(*results, strict=True):
-        close(mine.double(), theirs.double(), 1e-9)
+    theirs, mine = results
+    assert_all_same(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ["plain", "biases"])
@@ -123,7 +120,7 @@ def test_adapters_put_in_afterwards_count(part):
     for module in (stock, ours):
         setattr(module.get_submodule(parent), name, Adapted(module.get_submodule(part)))
     with torch.no_grad():
-        close(ours(image()), stock(image()))
+        assert_same(ours(image()), stock(image()))
 
 
 @pytest.mark.parametrize("part", ["qkv", "qkv.conv", "aggreg.1", "aggreg.0.0", "aggreg.1.1", "proj", "proj.norm"])
@@ -133,7 +130,7 @@ def test_hooks_on_parts_run(part, grad):
     for module in (stock, ours):
         module.get_submodule(part).register_forward_hook(lambda module, args, out: out * 1.5)
     with torch.set_grad_enabled(grad):
-        close(ours(image()), stock(image()))
+        assert_same(ours(image()), stock(image()))
 
 
 @pytest.mark.parametrize("hook", ["register_full_backward_pre_hook", "register_full_backward_hook"])
@@ -257,8 +254,8 @@ def test_folded_weights_are_never_stale(change, size):
         out = ours(x)
         stock.load_state_dict(ours.state_dict())
         stock.proj.norm.eps = ours.proj.norm.eps
-        close(out, stock(x))
-    assert not torch.allclose(out, before, rtol=1e-3)
+        assert_same(out, stock(x))
+    assert not is_same(out, before)
 
 
 def test_conversion_to_a_narrow_type_after_a_call():
@@ -268,7 +265,7 @@ def test_conversion_to_a_narrow_type_after_a_call():
         expected = ours(x)
         out = ours.bfloat16()(x.bfloat16())
     assert out.dtype == torch.bfloat16
-    close(out.float(), expected, 5e-2)
+    assert_same(out, expected.to(out.dtype))
 
 
 @pytest.mark.parametrize(("size", "name"), [(7, "at once"), (21, ("proj", torch.float32))])
@@ -306,9 +303,9 @@ def test_gradients_reach_the_weights_behind_a_folded_call():
 def test_inference_mode_and_inference_tensors():
     stock, ours = pair()
     with torch.inference_mode():
-        close(ours(image()), stock(image()))
+        assert_same(ours(image()), stock(image()))
         ours.load_state_dict({k: v.clone() for k, v in stock.state_dict().items()}, assign=True)
-        close(ours(image()), stock(image()))
+        assert_same(ours(image()), stock(image()))
 
 
 def test_copies_and_pickles_carry_no_folded_weights():
@@ -328,7 +325,7 @@ def test_fold_batch_norm(bias, affine):
     randomise_batch_norm(norm)
     norm.eval()
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(nn.functional.conv2d(x, *fold_batch_norm(conv, norm)), norm(conv(x)))
+    assert_same(nn.functional.conv2d(x, *fold_batch_norm(conv, norm)), norm(conv(x)))
 
 
 @pytest.mark.parametrize("bias", [None, torch.arange(5.0)], ids=["no bias", "bias"])
@@ -347,7 +344,7 @@ def test_pointwise_convolution(size, change, grad, bias, slow_products, monkeypa
     weight = torch.randn(5, 6, 1, 1)
     with torch.set_grad_enabled(grad):
         out = pointwise_convolution(x, weight, bias)
-    torch.testing.assert_close(out, nn.functional.conv2d(x, weight, bias) if x.numel() else x.new_empty(out.shape))
+    assert_same(out, nn.functional.conv2d(x, weight, bias) if x.numel() else x.new_empty(out.shape))
     assert out.shape == (size[0], 5, *size[2:])
 
 
@@ -374,12 +371,12 @@ def test_compile_fullgraph(training, backend):
     compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend=backend)
     with torch.set_grad_enabled(training):
         expected, out = ours(image()), compiled(image())
-    close(out, expected)
+    assert_same(out, expected)
     if training:
         out.square().sum().backward()
         expected.square().sum().backward()
         for theirs, mine in zip(ours.parameters(), compiled.parameters(), strict=True):
-            close(mine.grad, theirs.grad, 1e-4)
+            assert_same(mine.grad, theirs.grad)
 
 
 @pytest.mark.full
@@ -389,7 +386,7 @@ def test_compiled_weights_are_not_stale_either():
     with torch.no_grad():
         compiled(image())
         ours.load_state_dict(pair(seed=5)[1].state_dict())
-        close(compiled(image()), ours(image()))
+        assert_same(compiled(image()), ours(image()))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -399,7 +396,7 @@ def test_export(dynamic):
         sizes = {i: torch.export.Dim(name, min=2, max=200) for i, name in ((2, "height"), (3, "width"))}
         program = torch.export.export(ours, (image(),), dynamic_shapes={"x": sizes} if dynamic else None)
         for size in (9, 40) if dynamic else (9,):
-            close(program.module()(image(size=size)), ours(image(size=size)))
+            assert_same(program.module()(image(size=size)), ours(image(size=size)))
 
 
 def test_jit_trace():
@@ -407,14 +404,14 @@ def test_jit_trace():
     with torch.no_grad():
         ours(image())  # keeps its folded weights
         traced = torch.jit.trace(ours, (image(),))
-        close(traced(image()), ours(image()))
+        assert_same(traced(image()), ours(image()))
 
 
 def test_vmap():
     stock, ours = pair()
     x = image(3).unsqueeze(1)
     with torch.no_grad():
-        close(torch.func.vmap(ours)(x), torch.func.vmap(stock)(x))
+        assert_same(torch.func.vmap(ours)(x), torch.func.vmap(stock)(x))
 
 
 def test_forward_mode_by_the_weights():
@@ -431,7 +428,7 @@ def test_forward_mode_by_the_weights():
         _, expected = torch.func.jvp(call, primals, tangents)
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(*pair) for pair in zip(primals, tangents, strict=True)]
-            close(forward_ad.unpack_dual(call(*duals)).tangent, expected)
+            assert_same(forward_ad.unpack_dual(call(*duals)).tangent, expected)
 
 
 def test_meta_device():
@@ -447,7 +444,7 @@ def test_sizes(size):
     stock, ours = pair("dim 16")
     x = torch.randn(2, 32, *size)
     with torch.no_grad():
-        close(ours(x), stock(x))
+        assert_same(ours(x), stock(x))
         assert ("at once" in ours.__dict__["_effattn_fold_cache"]) == (size != (20, 21))
 
 

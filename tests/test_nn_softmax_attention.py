@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from same import assert_all_same, assert_same, is_same
 from tiers import full
 from torch import nn
 from torch.nn import functional
@@ -90,10 +91,6 @@ CASES = {
 IMAGES = [name for name in CASES if name != "efficientformer"]
 
 
-def close(a, b, scale=1e-5):
-    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation(name, memory_format):
@@ -101,7 +98,7 @@ def test_evaluation(name, memory_format):
     x = CASES[name].x(memory_format)
     with torch.no_grad():
         out, again = module(x), module(x)
-        close(out, stock(x))
+        assert_same(out, stock(x))
     assert torch.equal(out, again)
     if x.dim() == 4:
         assert out.is_contiguous(memory_format=memory_format)
@@ -110,7 +107,7 @@ def test_evaluation(name, memory_format):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", CASES)
 def test_equal_in_float64(name, training):
-    """Through the reference, to 1e-10: outputs, gradients of the input and of every parameter, statistics."""
+    """Through the reference: outputs, gradients of the input and of every parameter, statistics."""
     results = []
     for module in CASES[name].pair():
         module.double().train(training)
@@ -120,8 +117,8 @@ def test_equal_in_float64(name, training):
         grads = torch.autograd.grad((out * weights).sum(), [x, *module.parameters()])
         buffers = [b for n, b in module.named_buffers() if "attention_bias_idxs" not in n]
         results.append([out, *grads, *buffers])
-    for theirs, mine in zip(*results, strict=True):
-        close(mine.double(), theirs.double(), 1e-10)
+    theirs, mine = results
+    assert_all_same(mine, theirs)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -308,8 +305,8 @@ def test_biases_and_folds_are_never_stale(name, change):
         stock.load_state_dict(module.state_dict())
         stock.train()  # timm's own bias goes stale
         stock.eval()
-        close(out, stock(case.x()))
-    assert not torch.allclose(out, before, rtol=1e-3)
+        assert_same(out, stock(case.x()))
+    assert not is_same(out, before)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -347,7 +344,7 @@ def test_made_on_the_meta_device_and_loaded(name):
             part.init_non_persistent_buffers()
     module.load_state_dict(expected.state_dict())
     with torch.no_grad():
-        close(module(case.x()), expected(case.x()))
+        assert_same(module(case.x()), expected(case.x()))
 
 
 @pytest.mark.parametrize("name", ["windows", "v2", "efficientformer"])
@@ -357,7 +354,7 @@ def test_fake_tensors_leave_nothing_behind(name):
     with torch.no_grad():
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             module(mode.from_tensor(case.x()))
-        close(module(case.x()), case.pair()[1](case.x()))
+        assert_same(module(case.x()), case.pair()[1](case.x()))
 
 
 def test_pickles_and_copies_carry_nothing_derived():
@@ -406,7 +403,7 @@ def test_hooks_on_parts_run(name, part, grad):
     for module in pair:
         module.get_submodule(part).register_forward_hook(lambda module, args, out: out * 1.5)
     with torch.set_grad_enabled(grad):
-        close(pair[1](case.x()), pair[0](case.x()))
+        assert_same(pair[1](case.x()), pair[0](case.x()))
 
 
 class Adapted(nn.Module):
@@ -432,7 +429,7 @@ def test_adapters_put_in_afterwards_count(name, part):
     for module in pair:
         setattr(module.get_submodule(parent), last, Adapted(module.get_submodule(part)))
     with torch.no_grad():
-        close(pair[1](case.x()), pair[0](case.x()))
+        assert_same(pair[1](case.x()), pair[0](case.x()))
 
 
 class Twice(nn.Module):
@@ -477,7 +474,7 @@ def test_parts_that_are_exchanged_count(name, part, mode, change):
         module.train(mode == "train")
         setattr(module.get_submodule(parent), last, change(module.get_submodule(part)))
     with torch.set_grad_enabled(mode != "eval"):
-        close(pair[1](case.x()), pair[0](case.x()), 1e-4)
+        assert_same(pair[1](case.x()), pair[0](case.x()))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
@@ -487,7 +484,7 @@ def test_queries_of_another_kind_are_called(grad):
     for module in pair:
         module.q = Twice(module.q)
     with torch.set_grad_enabled(grad):
-        close(pair[1](case.x()), pair[0](case.x()))
+        assert_same(pair[1](case.x()), pair[0](case.x()))
 
 
 def test_tokens_come_out_as_they_lie_in_memory():
@@ -516,7 +513,7 @@ def test_cascade_of_an_image_of_another_size(size):
                 scale=module.scale,
             )
         )
-    close(out, expected)
+    assert_same(out, expected)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (9, 17), (3, 5)], ids=str)
@@ -525,7 +522,7 @@ def test_windows_of_an_image_of_another_size(size):
     stock, module = CASES["windows"].pair()
     x = torch.randn(2, 48, *size)
     with torch.no_grad():
-        close(module(x), stock(x))
+        assert_same(module(x), stock(x))
 
 
 def test_set_input_size_as_timm():
@@ -536,9 +533,9 @@ def test_set_input_size_as_timm():
             module(x)
             stock.set_input_size(resolution)
             module.set_input_size(resolution)
-            close(module(x), stock(x))
+            assert_same(module(x), stock(x))
             assert module.attn.resolution == stock.attn.resolution
-            close(module.attn.attention_biases, stock.attn.attention_biases)
+            assert_same(module.attn.attention_biases, stock.attn.attention_biases)
 
 
 def test_efficientformer_on_other_sizes():
@@ -553,7 +550,7 @@ def test_efficientformer_on_other_sizes():
         bias = brute_force_bias(module.attention_biases, (2, 8), size, 1)
         stock.get_attention_biases = lambda device, bias=bias: bias
         with torch.no_grad():
-            close(module(x, given), stock(x))
+            assert_same(module(x, given), stock(x))
     with pytest.raises(ValueError, match=r"x: expected \(B, tokens, C\), got shape \(2, 24, 4, 4\)"):
         module(torch.randn(2, 24, 4, 4))
     with pytest.raises(ValueError, match=r"x: expected a square number of tokens, got shape \(B, 15, C\)"):
@@ -578,7 +575,7 @@ def test_v2_on_other_sizes(name, size):
     if name == "v2, stride" and any(n % 2 for n in size):
         stock.upsample = nn.Upsample(size, mode="bilinear")
     with torch.no_grad():
-        close(module(x), stock(x))
+        assert_same(module(x), stock(x))
 
 
 def brute_force_table(table, own, size):
@@ -613,13 +610,11 @@ def test_compile_fullgraph(name, training):
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(training):
         expected, out = module(case.x()), compiled(case.x())
-    close(out, expected)
+    assert_same(out, expected)
     if training:
         out.square().sum().backward()
         expected.square().sum().backward()
-        scale = max(p.grad.abs().max().item() for p in module.parameters())
-        for theirs, mine in zip(module.parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5 * scale)
+        assert_all_same(*([p.grad for p in m.parameters()] for m in (compiled, module)))
 
 
 @pytest.mark.parametrize(
@@ -642,7 +637,7 @@ def test_compile_dynamic(name, training):
         torch.manual_seed(0)
         x = torch.randn(2, tokens, 24) if name == "efficientformer" else torch.randn(2, case.shape[1], *size)
         with torch.set_grad_enabled(training):
-            close(compiled(x), module(x))
+            assert_same(compiled(x), module(x))
 
 
 def test_compiled_biases_are_not_stale_either():
@@ -652,7 +647,7 @@ def test_compiled_biases_are_not_stale_either():
     with torch.no_grad():
         compiled(case.x())
         by_state_dict(case, module)
-        close(compiled(case.x()), module(case.x()))
+        assert_same(compiled(case.x()), module(case.x()))
 
 
 @pytest.mark.parametrize("name", ["windows", "v2"])
@@ -661,7 +656,7 @@ def test_export(name):
     _, module = case.pair()
     with torch.no_grad():
         program = torch.export.export(module, (case.x(),))
-        close(program.module()(case.x()), module(case.x()))
+        assert_same(program.module()(case.x()), module(case.x()))
 
 
 def test_export_of_windows_on_images_of_any_size():
@@ -672,7 +667,7 @@ def test_export_of_windows_on_images_of_any_size():
         program = torch.export.export(module, (case.x(),), dynamic_shapes={"x": sizes})
         for size in ((14, 14), (9, 30)):
             x = torch.randn(2, 48, *size)
-            close(program.module()(x), module(x))
+            assert_same(program.module()(x), module(x))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -682,7 +677,7 @@ def test_jit_trace(name):
     with torch.no_grad():
         module(case.x())
         traced = torch.jit.trace(module, (case.x(),))
-        close(traced(case.x()), module(case.x()))
+        assert_same(traced(case.x()), module(case.x()))
 
 
 @pytest.mark.parametrize("name", ["windows", "v2", "efficientformer"])
@@ -691,7 +686,7 @@ def test_vmap(name):
     _, module = case.pair()
     x = torch.stack([case.x(), case.x() * 0.5])
     with torch.no_grad():
-        close(torch.func.vmap(module)(x), torch.stack([module(image) for image in x]))
+        assert_same(torch.func.vmap(module)(x), torch.stack([module(image) for image in x]))
 
 
 @pytest.mark.parametrize("name", CASES)

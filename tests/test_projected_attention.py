@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from same import assert_same
 from torch.nn import functional
 
 from effattn import use_backend
@@ -158,7 +159,7 @@ def test_the_reference_is_what_it_says():
         if case.out_size:
             expected = functional.interpolate(expected, size=case.out_size, mode="bilinear")
         expected = conv(functional.gelu(expected) if case.activation == "gelu" else expected.relu(), w["proj"])
-        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        assert_same(out, expected)
 
 
 def test_same_bits_for_every_thread_count(isa, threads):

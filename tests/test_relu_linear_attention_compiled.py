@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from exported_to_onnx import export, run
+from same import assert_all_same, assert_same
 from specified import AsModule, with_gradients
 from tiers import full
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -117,11 +118,10 @@ def test_compile_fullgraph_forward_and_backward(backend):
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     x = torch.randn(2, 8, 9, 7)
     with torch.no_grad():
-        assert torch.allclose(compiled(x), eager(x), atol=1e-5)
+        assert_same(compiled(x), eager(x))
     for model in (compiled, eager):
         model(x).square().sum().backward()
-    for mine, expected in zip(module.parameters(), eager.parameters(), strict=True):
-        assert torch.allclose(mine.grad, expected.grad, rtol=1e-4, atol=1e-4)
+    assert_all_same(*([p.grad for p in model.parameters()] for model in (module, eager)))
 
 
 def test_the_compiled_backward_is_the_kernel():
@@ -202,7 +202,7 @@ def test_export_with_dynamic_shapes():
     )
     assert any("effattn" in str(node.target) for node in program.graph.nodes)
     x = torch.randn(3, 8, 5, 11)
-    assert torch.allclose(program.module()(x), module(x), atol=1e-5)
+    assert_same(program.module()(x), module(x))
 
 
 @pytest.mark.parametrize("exporter", ["traced", full("dynamo")])

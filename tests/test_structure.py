@@ -8,6 +8,7 @@ from types import MethodType
 
 import pytest
 import torch
+from same import assert_same, is_same
 from tiers import full
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -64,17 +65,13 @@ def reason(module: nn.Module) -> str:
     return next(entry.detail for entry in report.left_alone if entry.module == "0")
 
 
-def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=scale, atol=scale * max(1, b.abs().max().item()))
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_the_originals_are_replaced(name):
     module, x = make(name)
     with torch.no_grad():
         expected = module(x)
         assert not effattn.accelerate(module).left_alone
-        close(module(x), expected)
+        assert_same(module(x), expected)
 
 
 # --- something that the original has not -----------------------------------------------------------------------
@@ -217,7 +214,7 @@ def test_harmless_rewriting_is_taken():
     with torch.no_grad():
         expected = module(x)
         assert len(effattn.accelerate(module).replaced) == 1
-        close(module(x), expected)
+        assert_same(module(x), expected)
 
 
 def test_attributes_that_the_original_does_not_read():
@@ -355,7 +352,7 @@ def test_a_part_of_a_known_name_that_computes_something_else(name, owner, part, 
     if order == "before":
         reason(module)
     with torch.set_grad_enabled(grad):
-        close(module(x), stock(x))
+        assert_same(module(x), stock(x))
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -380,7 +377,7 @@ def test_a_frozen_norm_of_another_formula():
     module = copy.deepcopy(stock)
     reason(module)
     with torch.no_grad():
-        close(module(x), stock(x))
+        assert_same(module(x), stock(x))
 
 
 def test_a_class_without_a_module():
@@ -456,7 +453,7 @@ def test_weights_that_are_made_of_others(name, path, add, when):
     with torch.no_grad():
         out = module(x)
         effattn.restore(module)
-        close(out, module(x))
+        assert_same(out, module(x))
 
 
 def test_a_pruning_made_permanent_is_served():
@@ -468,7 +465,7 @@ def test_a_pruning_made_permanent_is_served():
     with torch.no_grad():
         expected = module(x)
         assert not effattn.accelerate(module).left_alone
-        close(module(x), expected)
+        assert_same(module(x), expected)
 
 
 def test_a_parametrised_table():
@@ -480,12 +477,12 @@ def test_a_parametrised_table():
         before = module(x)
         parametrize.register_parametrization(module, "attention_biases", nn.Tanh())
         out = module(x)
-        assert not torch.allclose(out, before, rtol=1e-3)
+        assert not is_same(out, before)
         assert effattn.restore(module) == 0
         assert torch.equal(module(x), out)
         parametrize.remove_parametrizations(module, "attention_biases")
         assert effattn.restore(module) == 1
-        close(module(x), out)
+        assert_same(module(x), out)
 
 
 # --- what forward asks of the module at every call -------------------------------------------------------------
@@ -593,8 +590,8 @@ def test_changes_after_accelerate_count(name, change, grad, size):
         stock.load_state_dict(module.state_dict())
     with torch.set_grad_enabled(grad):
         out = module(x)
-        assert not torch.allclose(out, before, rtol=1e-3)
-        close(out, stock(x))
+        assert not is_same(out, before)
+        assert_same(out, stock(x))
 
 
 # --- containers and orders of calls ----------------------------------------------------------------------------
@@ -612,7 +609,7 @@ def test_containers_and_copies(name):
         again = effattn.accelerate(model)
         assert not again.replaced and {entry.detail for entry in again.left_alone} == {"accelerated already"}
         for part in (model["a"], model["b"], model["c"][0], copy.deepcopy(model)["a"]):
-            close(part(x), expected)
+            assert_same(part(x), expected)
         assert effattn.restore(model["c"]) == count // 2
         assert torch.equal(model["c"][0](x), expected)
         assert effattn.restore(model) == count // 2
@@ -626,9 +623,9 @@ def test_compiled_before_and_replaced_then(name):
     with torch.no_grad():
         expected = compiled(x)
         assert effattn.accelerate(compiled).replaced
-        close(compiled(x), expected)
+        assert_same(compiled(x), expected)
         assert effattn.restore(compiled)
-        close(compiled(x), expected)
+        assert_same(compiled(x), expected)
 
 
 def test_scripted_modules_are_left_alone():
@@ -652,5 +649,5 @@ def test_a_replica_of_data_parallel():
             replica._modules[name] = twin
         replica.attention_biases_seg = module.attention_biases_seg.detach() * 2
         replica._buffers = dict(module._buffers)
-        assert not torch.allclose(replica(x), expected, rtol=1e-3)
-        close(module(x), expected)
+        assert not is_same(replica(x), expected)
+        assert_same(module(x), expected)

@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.floor import Work
 from benchmarks.gpu import turns
 from benchmarks.gpu.clock import SAMPLE_SECONDS, WallClock
-from benchmarks.runner import Accuracy, Role, Row, explain, new_row
+from benchmarks.runner import GATE, Accuracy, Role, Row, explain, new_row
 from effattn import testing, tolerance
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 Arguments = Sequence[Any]  # tensors, and lists of them
 Function = Callable[..., torch.Tensor]
 
-#: Relative error (norm) of an output or a gradient: far above its rounding, far below any mistake.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-#: The same of a peer's gradients in a narrow type: what it rounds between its parts opens and shuts relus.
+#: What GATE is for gradients in a narrow type: what it rounds between its parts opens and shuts relus.
 PEER_GRADIENTS = 0.5
 LEAST_NORM = 1e-3
 WARM_SECONDS = 20e-3
@@ -199,7 +197,7 @@ def expected(case: GpuCase, arguments: Arguments) -> tuple[torch.Tensor | None, 
 def accuracy(case: GpuCase, role: Role, results: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> Accuracy:
     """The largest relative error of the output and the gradients."""
     is_loose = case.training and role is not Role.OURS and case.dtype != torch.float32
-    allowed = PEER_GRADIENTS if is_loose else case.tolerance or TOLERANCE[case.dtype]
+    allowed = PEER_GRADIENTS if is_loose else case.tolerance or GATE[case.dtype]
     norms = [torch.linalg.vector_norm(exact).item() for exact in truth]
     # A gradient that vanishes identically has no digits: it is measured against the others.
     least = LEAST_NORM * max(norms)

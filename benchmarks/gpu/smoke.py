@@ -18,7 +18,7 @@ from benchmarks.gpu.clock import Call, CudaClock, WallClock
 from benchmarks.gpu.lines import Status
 from benchmarks.gpu.names import Kernel
 from benchmarks.gpu.runner import GpuCase
-from benchmarks.runner import Role, explain
+from benchmarks.runner import GATE, Role, explain
 from effattn import _library
 from effattn.backends.triton import is_interpreted
 
@@ -37,7 +37,7 @@ def check(kernel: Kernel, most: int | None = None) -> dict[str, Any]:
     """
     device, training = device_of(kernel.backend), kernel.direction == "backward"
     dtype = getattr(torch, kernel.dtype)
-    found: dict[str, Any] = {"status": str(Status.OK), "error": 0.0, "allowed_error": runner.TOLERANCE[dtype]}
+    found: dict[str, Any] = {"status": str(Status.OK), "error": 0.0, "allowed_error": GATE[dtype]}
     calls = []
     for case in source().smoke(kernel.operator, dtype, training)[:most]:
         arguments = case.make()

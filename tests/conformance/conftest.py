@@ -67,7 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     taken = [item for item in items if not _is_of_conformance(item) or _has_kernels(item)]
     if is_short:
         taken = [item for item in taken if not _is_of_conformance(item) or _is_first(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(taken)])
+    kept = set(taken)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = taken
     for item in items:
         if _is_of_conformance(item):
