@@ -20,6 +20,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 TIER := $(if $(FULL),--full)
 # A process a core, which takes tests from the others when it has none left.
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal $(TIER)
+# Two at a time, each with half of the cores: what one waits for, or does on one core, is filled by the other. The
+# longest first; the sanitized build behind the emulated one, which has some of the same objects.
+LANES := test-python test-cuda test-triton test-sanitizers test-aarch64 test-install docs
+HALF_THE_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # What the tests run has the CUDA kernels, and in the full tier for more GPUs.
 BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
@@ -35,8 +39,7 @@ demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock a
 
 test: ## what CI runs: the short tier of lint, docs and everything named test-..., but for test-wheel
 	$(MAKE) -j3 -O lint $(BUILD_TEST) downloads  # of which one waits for them
-	$(MAKE) test-python test-triton test-cuda test-sanitizers
-	$(MAKE) -j2 -O test-aarch64 test-install docs  # of which two run one process
+	PYTEST_XDIST_AUTO_NUM_WORKERS=$(HALF_THE_CORES) $(MAKE) -j2 -O $(LANES)
 	$(if $(FULL),$(MAKE) test-wheel)
 	@echo "all tests passed"
 

@@ -56,6 +56,8 @@ _OTHER = [("baseline", 4, ())]
 
 # What includes files that are made here.
 INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
+# What Python is told of the build is compiled in here.
+FACTS = "csrc/python/python.cpp"
 # What libeffattn is told of itself is compiled in here.
 IDENTITY = "csrc/core/digest.cpp"
 
@@ -249,7 +251,8 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     isas = [row for row in ISAS.get(target.architecture, _OTHER) if row[0] not in without]
     pybind11_folder = pybind11.get_include()
     rows = "".join(f" ROW({name}, {lanes}, __VA_ARGS__)" for name, lanes, _ in isas)
-    optimise = ["-Og", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else ["-O2", "-g0"]
+    optimised = ["-O2", "-g0"]
+    debugged = ["-Og", "-g1", "-fno-omit-frame-pointer", "-DEFFATTN_UNROLL="] if target.sanitize else optimised
     checks = [f"-fsanitize={target.sanitize}", "-fno-sanitize-recover=all"] if target.sanitize else []
     if "undefined" in target.sanitize:  # twice the build time for what crashes anyway, and what address finds too
         checks.append("-fno-sanitize=null,object-size")
@@ -270,8 +273,6 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         ),
         "-Wno-psabi",  # vectors wider than the baseline's registers never cross a function boundary
         f"'-DEFFATTN_ISA_LIST(ROW, ...)={rows}'",
-        *optimise,
-        *checks,
     ]
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[1]}", f"-isystem {target.torch_include}"]
     facts = {
@@ -280,11 +281,8 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         "ARCHITECTURE": target.architecture,
         "SANITIZER": target.sanitize,
     }
-    python_flags = [
-        f"-isystem {target.python_include}",
-        f"-isystem {pybind11_folder}",
-        *(f"'-DEFFATTN_{name}=\"{value}\"'" for name, value in facts.items()),
-    ]
+    python_flags = [f"-isystem {target.python_include}", f"-isystem {pybind11_folder}"]
+    facts_flags = [f"'-DEFFATTN_{name}=\"{value}\"'" for name, value in facts.items()]
 
     text = StringIO()
     ninja = ninja_syntax.Writer(text, width=1000)
@@ -300,10 +298,10 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     link = f"{target.compiler} -shared {' '.join(checks)} $in {portable} -o $out $flags"
     ninja.rule("link", link, description="link $out")
 
-    def compile(source: str, flags: list[str] | tuple[str, ...], name: str = "") -> str:
+    def compile(source: str, flags: Iterable[str], name: str = "", mode: Iterable[str] = (*debugged, *checks)) -> str:
         path = str(objects / (source.replace("/", "_") + (f".{name}" if name else "") + ".o"))
         generated = [f"-I{objects}"] if source in INCLUDE_GENERATED else []
-        return ninja.build(path, "compile", source, variables={"flags": " ".join([*flags, *generated])})[0]
+        return ninja.build(path, "compile", source, variables={"flags": " ".join([*mode, *flags, *generated])})[0]
 
     library = output / "libeffattn.so"
     outputs: list[Path] = []
@@ -313,7 +311,11 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
     ninja.build(
         str(extension),
         "link",
-        [compile(source, python_flags) for source in _sources("csrc/python/*.cpp")],
+        [
+            # Bindings are not sanitized: they hold no tensors, and are the objects of the ordinary build.
+            compile(source, [*python_flags, *(facts_flags if source == FACTS else [])], mode=optimised)
+            for source in _sources("csrc/python/*.cpp")
+        ],
         implicit=[str(library)],
         variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
     )

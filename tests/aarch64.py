@@ -32,8 +32,8 @@ from pathlib import Path
 from staged import marked
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What threads do is not the business of an instruction set, and takes minutes here.
-FULL = "numerics and not slow and not schedule"
+#: What threads do and what torch is told is not the business of an instruction set, and takes minutes here.
+FULL = "numerics and not slow and not schedule and not registration"
 #: Under emulation each test takes thirty times as long.
 SHORT = f"{FULL} and remainders"
 

@@ -19,7 +19,7 @@ def main() -> int:
     tier = [FULL] if FULL in sys.argv else []
     arguments = [argument for argument in sys.argv[1:] if argument != FULL]
     stage(STAGE, "--without", *(unsupported() if tier else all_but_the_widest()))
-    default = [*marked("numerics", "arguments"), "-m=(numerics or arguments) and not slow"]
+    default = [*marked("numerics", "arguments"), "-m=(numerics or arguments) and not slow and not registration"]
     return run(STAGE, [*tier, *(arguments or default)])
 
 

@@ -113,7 +113,10 @@ def test_a_file_a_layer_is_all_that_it_takes(tree):
         assert found.keys() - {"skipped"} == {"passed"}, found
         assert any("float64" in name for name in found["passed"]), found
 
-    # The same tests find out what is wrong.
+
+@pytest.mark.full
+def test_wrong_kernels_are_found_out(tree):
+    pytest.importorskip("triton")
     replace(tree / f"kernels/cpu/{NAME}/ukernels.cpp", "relu_gate(positive, factor", "relu_gate(positive, -factor")
     replace(tree / f"kernels/triton/{NAME}.py", "0.0, factor[None, :] * positive", "0.0, -factor[None, :] * positive")
     staged = build(tree)

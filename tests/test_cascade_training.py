@@ -171,6 +171,7 @@ def test_training_without_gradients_moves_the_statistics(calls):
     assert all((norm.running_mean != mean).all() for norm, mean in zip(norms(module), before, strict=True))
 
 
+@pytest.mark.registration
 @pytest.mark.parametrize("backend", ["aot_eager", full("inductor")])
 @pytest.mark.parametrize("size", [full((8, 8)), (7, 9)], ids=["whole windows", "windows that do not divide"])
 def test_compiled_steps_move_the_statistics_too(calls, size, backend):

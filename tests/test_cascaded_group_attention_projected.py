@@ -101,6 +101,7 @@ def test_empty(isa, size):
     assert cascade_op.projected(x, weights, *options).shape == (batch, OUT, height, width)
 
 
+@pytest.mark.registration
 def test_opcheck():
     x, weights, options = made(CASES["windows"], order="second")
     torch.library.opcheck(OP.default, (x, *weights, *options))

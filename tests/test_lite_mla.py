@@ -97,6 +97,7 @@ def test_nan_and_inf_come_out_as_in_the_reference(isa, value):
     assert out[1].isfinite().all() and not out[0].isfinite().any()
 
 
+@pytest.mark.registration
 def test_opcheck():
     for case in (CASES[2], sizes(0, 1, 4, 3, 3), CASES[5]):
         torch.library.opcheck(OP.default, arguments(case))

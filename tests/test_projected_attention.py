@@ -231,6 +231,7 @@ def test_gelu_everywhere(isa):
     assert out[-1] == 0 and out[-2] == 1e4
 
 
+@pytest.mark.registration
 def test_opcheck():
     for name in ("v2", "v2, enlarged", "v2, halved", "v2, all halved", "efficientformer"):
         case = ATTENTION[name]

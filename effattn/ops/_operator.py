@@ -28,6 +28,8 @@ from effattn.ops._signature import Signature
 _EAGER = (torch.Tensor, torch.nn.Parameter)
 #: A tensor, or a list of them.
 Argument = Any
+#: So many calls of an operator are remembered as right, before all are forgotten.
+MAX_KNOWN = 1024
 #: Every differentiable operator, by name.
 OPERATORS: dict[str, Operator] = {}
 #: Those for the inference of a module alone, by name.
@@ -83,6 +85,8 @@ class Operator:
         self._empty = empty_image_in_order_of if self.signature.is_of_images else empty_in_order_of
         #: By backend.
         self._fused: dict[str, Fused] = {}
+        #: Calls that are right, by what their check asks for, with the shapes of results: it takes as long as a launch.
+        self._right: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         OPERATORS[name] = self
         if name in triton.LAUNCHERS:
             self._define_for_triton(triton.LAUNCHERS[name])
@@ -161,7 +165,7 @@ class Operator:
 
         def outputs(*arguments: Any) -> list[torch.Tensor]:
             arguments = self.signature.without_none(arguments)
-            outs = self._new_outputs(arguments)
+            outs = self._new_outputs(arguments, self._right.get(_kinds(arguments)) or self._shapes(arguments))
             triton.launch(launchers, launchers.forward, outs[0], outs, arguments, self._images, has_rows)
             return outs
 
@@ -182,12 +186,23 @@ class Operator:
 
     def _check_for_triton(self, *arguments: Any) -> None:
         arguments = self.signature.without_none(arguments)
+        if (key := _kinds(arguments)) in self._right:
+            return
         self._refuse(self.signature.error(arguments, weights="float32"))
         reasons = beyond(self.limited(*arguments), triton.LIMITS)
         self._refuse(RuntimeError(f"the kernels take {reasons[0].removeprefix('takes ')}") if reasons else None)
+        self._remember(key, self._shapes(arguments))
 
     def _check_backward_for_triton(self, *arguments: Any) -> None:
+        if (key := _kinds(arguments)) in self._right:
+            return
         self._check_for_triton(*self._checked_backward(*arguments))
+        self._remember(key, [])
+
+    def _remember(self, key: tuple[Any, ...], shapes: list[tuple[Any, ...]]) -> None:
+        if len(self._right) >= MAX_KNOWN:
+            self._right.clear()
+        self._right[key] = shapes
 
     def _checked_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
         """The arguments of the forward among those of a backward that is called as it should be."""
@@ -201,11 +216,15 @@ class Operator:
         if error is not None:
             raise RuntimeError(f"{self.name}: {error}")
 
-    def _new_outputs(self, arguments: Sequence[Any]) -> list[torch.Tensor]:
-        """The output and what is kept, to be filled, of arguments that are right."""
+    def _shapes(self, arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Of the output and of what is kept, for arguments that are right."""
         sizes = self.signature.sizes(arguments)
-        out = self._empty(arguments[0], self.signature.out.shape.sizes(sizes))
-        return [out, *(out.new_empty(k.shape.sizes(sizes), dtype=torch.float32) for k in self.signature.kept)]
+        return [returned.shape.sizes(sizes) for returned in (self.signature.out, *self.signature.kept)]
+
+    def _new_outputs(self, arguments: Sequence[Any], shapes: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+        """The output and what is kept, to be filled."""
+        out = self._empty(arguments[0], shapes[0])
+        return [out, *(out.new_empty(shape, dtype=torch.float32) for shape in shapes[1:])]
 
     def _new_gradients(self, arguments: Sequence[Any]) -> list[Argument]:
         images = (self._empty(t, t.shape) for t in arguments[: self._images])
@@ -214,7 +233,7 @@ class Operator:
     def _fake_outputs(self, *arguments: Any) -> list[torch.Tensor]:
         arguments = self.signature.without_none(arguments)
         self._refuse(self.signature.error(arguments))
-        return self._new_outputs(arguments)
+        return self._new_outputs(arguments, self._shapes(arguments))
 
     def _fake(self, *arguments: Any) -> torch.Tensor:
         return self._fake_outputs(*arguments)[0]
@@ -336,6 +355,18 @@ def _to_float(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _new_empty(t: torch.Tensor) -> torch.Tensor:
     return t.new_empty(t.shape)
+
+
+def _kinds(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """All of a torch operator's arguments that decides whether they are right: of tensors not the numbers."""
+    return tuple(
+        (a.is_nested or a.shape, a.dtype, a.device, a.layout)
+        if isinstance(a, torch.Tensor)
+        else _kinds(a)
+        if isinstance(a, (list, tuple))
+        else a
+        for a in arguments
+    )
 
 
 def _mapped(function: Callable[..., torch.Tensor], argument: Argument, *more: Any) -> Argument:

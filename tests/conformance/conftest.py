@@ -21,8 +21,8 @@ ISAS = {row["name"]: row["supported"] for row in _C.isas()}
 #: By backend, the operators that it has kernels for.
 KERNELS = {"cpu": cpu.OPERATORS, "cuda": cuda.OPERATORS, "triton": LAUNCHERS}
 
-#: It has images, lists of weights, options, and keeps something for its backward.
-REPRESENTATIVE = list(OPERATORS)[-1]
+#: Of those that keep something for their backward, the one with the fewest arguments: interpreted, the fastest.
+REPRESENTATIVE = min((op for op in OPERATORS.values() if op.signature.kept), key=lambda op: len(op.signature.arguments)).name
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
 
