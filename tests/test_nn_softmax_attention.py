@@ -622,8 +622,7 @@ def test_compile_fullgraph(name, training):
     [
         ("windows", False),
         ("efficientformer", True),
-        ("v2, downsampling", False),
-        full("v2, stride", False),
+        *(full(name, False) for name in ("v2, stride", "v2, downsampling")),
         *(full(name, True) for name in ("windows", "cascade", "v2", "v2, stride", "v2, downsampling")),
     ],
 )

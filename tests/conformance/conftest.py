@@ -21,8 +21,9 @@ ISAS = {row["name"]: row["supported"] for row in _C.isas()}
 #: By backend, the operators that it has kernels for.
 KERNELS = {"cpu": cpu.OPERATORS, "cuda": cuda.OPERATORS, "triton": LAUNCHERS}
 
+_KEEPING = [op for op in OPERATORS.values() if op.signature.kept]
 #: Of those that keep something for their backward, the one with the fewest arguments: interpreted, the fastest.
-REPRESENTATIVE = min((op for op in OPERATORS.values() if op.signature.kept), key=lambda op: len(op.signature.arguments)).name
+REPRESENTATIVE = min(_KEEPING, key=lambda op: len(op.signature.arguments)).name
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
 
