@@ -94,7 +94,7 @@ def gpu(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results, emptied first; $OUT, or build/gpu.")
     ] = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="Stand-ins for the card and its kernels.")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Stand-ins for the GPU and its kernels.")] = False,
 ) -> None:
     """Tries every kernel on a GPU and measures it, each in a process of its own; gpu-report makes tables of it.
 

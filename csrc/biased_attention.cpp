@@ -42,7 +42,7 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   Call call(q, k, v, bias, given(talking_heads), scale);
   Tensor out = empty_in_order_of(q, shape_with_last(q, v.size(3)));
   call.p.out = operand(out);
-  kernels::biased_attention(call.p, execution(q, call.alive));
+  kernels::biased_attention(call.p, execution(q));
   return out;
 }
 
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> backward(const Tensor& grad_
                           &p.grad_mix.weights_bias};
   for (size_t i = 0; i < given(talking_heads).size(); ++i)
     grad_mix.push_back(new_floats(given(talking_heads)[i], *into[i]));
-  kernels::biased_attention_backward(p, execution(q, call.alive));
+  kernels::biased_attention_backward(p, execution(q));
   return {grad_q, grad_k, grad_v, grad_bias, grad_mix};
 }
 

@@ -4,7 +4,7 @@ Shared objects come out, side by side in the package folder:
 
 - ``libeffattn.so``: schemas, glue and CPU kernels, against the LibTorch stable ABI; needs no Python.
 - ``libeffattn_cuda.so``: glue and CUDA kernels, where there is an nvcc. ``EFFATTN_CUDA=0`` leaves it out, ``1`` asks
-  for it; ``EFFATTN_CUDA_ARCHS`` says for which GPUs, "80 90a 100+PTX".
+  for it; ``EFFATTN_CUDA_ARCHS`` says for which GPUs, "80 90a 100+PTX", ``EFFATTN_CUDA_CHANNELS`` for how wide heads.
 - ``_C.<tag>.so``: build facts, instruction sets and plans, with pybind11.
 
 ``setup.py`` uses this for wheels and editable installs. Run as a script it stages an importable copy
@@ -58,6 +58,8 @@ _OTHER = [("baseline", 4, ())]
 INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
 # What Python is told of the build is compiled in here.
 FACTS = "csrc/python/python.cpp"
+# Reads weights where they lie.
+FINGERPRINT = "csrc/python/fingerprint.cpp"
 # What libeffattn is told of itself is compiled in here.
 IDENTITY = "csrc/core/digest.cpp"
 
@@ -85,6 +87,7 @@ class Cuda:
     nvcc: str
     version: str
     archs: tuple[str, ...]
+    channels: int = 128  # of a head of linear attention, at most: half of the build time is for wide ones
 
     @classmethod
     def found(cls, torch_has_cuda: bool) -> Cuda | None:
@@ -113,10 +116,14 @@ class Cuda:
                     f"EFFATTN_CUDA_ARCHS: expected compute capabilities that {nvcc} knows, separated by spaces "
                     f"({', '.join(sorted(known, key=lambda arch: int(_capability(arch))))}; 90a, 100+PTX), got {arch!r}"
                 )
-        return cls(nvcc, _output(nvcc, "--version").split("release ")[1].split(",")[0], tuple(archs))
+        channels = os.environ.get("EFFATTN_CUDA_CHANNELS") or str(cls.channels)
+        if channels not in ("16", "32", "64", "128"):
+            raise SystemExit(f"EFFATTN_CUDA_CHANNELS: expected 16, 32, 64 or 128, got {channels!r}")
+        version = _output(nvcc, "--version").split("release ")[1].split(",")[0]
+        return cls(nvcc, version, tuple(archs), int(channels))
 
     def flags(self) -> list[str]:
-        flags = []
+        flags = [f"-DEFFATTN_CUDA_CHANNELS={self.channels}"]
         for arch in self.archs:
             name = arch.removesuffix("+PTX")
             flags.append(f"-gencode arch=compute_{name},code=sm_{name}")
@@ -312,8 +319,12 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         str(extension),
         "link",
         [
-            # Bindings are not sanitized: they hold no tensors, and are the objects of the ordinary build.
-            compile(source, [*python_flags, *(facts_flags if source == FACTS else [])], mode=optimised)
+            # Those that read no memory of tensors are not sanitized, but the objects of the ordinary build.
+            compile(
+                source,
+                [*python_flags, *(facts_flags if source == FACTS else [])],
+                mode=(*debugged, *checks) if source == FINGERPRINT else optimised,
+            )
             for source in _sources("csrc/python/*.cpp")
         ],
         implicit=[str(library)],
@@ -397,7 +408,8 @@ def _add_cuda(
     portable = f"-std=c++20 -O2 -Xcompiler -fPIC {ROOT / PORTABLE}" if target.portable else ""
     link = f"{cuda.nvcc} -ccbin {target.compiler} -shared $in {portable} -o $out $flags"
     ninja.rule("link_cuda", link, description="link $out")
-    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}')}"
+    narrower = "" if cuda.channels == Cuda.channels else f", {cuda.channels} channels"  # is no build for everybody
+    build = f"nvcc {cuda.version}; {' '.join(cuda.archs)}; {cuda_digest(f'nvcc {cuda.version}{narrower}')}"
     glue_flags = [*torch_flags, "-DEFFATTN_CUDA"]
     parts = []
     for source in (*cuda_sources(EMULATED), *shared_glue("cuda")):

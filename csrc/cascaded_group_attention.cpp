@@ -19,7 +19,7 @@ Tensor forward(const Tensor& x, Tensors qkv, MaybeTensors qkv_biases, Tensors dw
                   window_width);
   CascadeParams p = call.p;
   Tensor out = new_image(x, shape_of(x, x.size(1)), p.out);
-  kernels::cascaded_group_attention(p, execution(x, call.alive));
+  kernels::cascaded_group_attention(p, execution(x));
   return out;
 }
 
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
   allocate(given(dw_biases), std::get<4>(all), &W::depthwise_bias);
   std::get<5>(all) = new_floats(bias, p.grad_bias);
   p.gradients = gradients.data();
-  kernels::cascaded_group_attention_backward(p, execution(x, call.alive));
+  kernels::cascaded_group_attention_backward(p, execution(x));
   return all;
 }
 

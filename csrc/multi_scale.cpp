@@ -40,7 +40,7 @@ Tensor aggregation(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTen
                       &weights.pointwise_biases, head_dim});
   MultiScaleCall call(qkv, weights, head_dim);
   Tensor out = new_image(qkv, call.shape(true), call.p.out);
-  kernels::aggregate(call.p, execution(qkv, call.alive));
+  kernels::aggregate(call.p, execution(qkv));
   return out;
 }
 
@@ -54,7 +54,7 @@ Gradients aggregation_backward(const Tensor& grad_out, const Tensor& qkv, MaybeT
   MultiScaleCall call(qkv, weights, head_dim);
   take_grad_out(call, grad_out);
   Gradients gradients = new_gradients(call, qkv, weights);
-  kernels::aggregate_backward(call.p, execution(qkv, call.alive));
+  kernels::aggregate_backward(call.p, execution(qkv));
   return gradients;
 }
 
@@ -65,7 +65,7 @@ Tensor attention(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTenso
                     &weights.pointwise_biases, head_dim, eps});
   MultiScaleCall call(qkv, weights, head_dim, eps);
   Tensor out = new_image(qkv, call.shape(false), call.p.out);
-  kernels::attend(call.p, nullptr, execution(qkv, call.alive));
+  kernels::attend(call.p, nullptr, execution(qkv));
   return out;
 }
 
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, MaybeTensors dw,
   Tensor out = new_image(qkv, call.shape(false), call.p.out);
   const std::vector<int64_t> shape = call.kv_state_shape();
   Tensor kv_state = empty_floats(qkv, shape);
-  kernels::attend(call.p, static_cast<float*>(kv_state.mutable_data_ptr()), execution(qkv, call.alive));
+  kernels::attend(call.p, static_cast<float*>(kv_state.mutable_data_ptr()), execution(qkv));
   return {out, kv_state};
 }
 
@@ -95,7 +95,7 @@ Gradients attention_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTen
   take_grad_out(call, grad_out);
   Gradients gradients = new_gradients(call, qkv, weights);
   kernels::attend_backward(call.p, static_cast<const float*>(kv_state.const_data_ptr()),
-                           execution(qkv, call.alive, kv_state));
+                           execution(qkv));
   return gradients;
 }
 

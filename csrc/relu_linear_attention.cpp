@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor
   p.grad_q = operand(grad_q);
   p.grad_k = operand(grad_k);
   p.grad_v = operand(grad_v);
-  kernels::backward(p, static_cast<const float*>(kv_state.const_data_ptr()), execution(q, kv_state));
+  kernels::backward(p, static_cast<const float*>(kv_state.const_data_ptr()), execution(q));
   return {grad_q, grad_k, grad_v};
 }
 

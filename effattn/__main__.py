@@ -38,7 +38,7 @@ def _failed() -> list[str]:
     if not found:
         return []
     lines = [
-        "kernels that failed when they were tried on this card, for which the next backend serves "
+        "kernels that failed when they were tried on this GPU, for which the next backend serves "
         f"({registry.verdict_file()}; EFFATTN_VERDICTS overrides):"
     ]
     return lines + [f"  {v.backend:<10} {v.operator}, {v.text()}" for v in found]

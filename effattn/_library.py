@@ -62,7 +62,7 @@ def _load_cuda() -> tuple[str, str, str | None]:
 
 
 def cuda_driver_error() -> str | None:
-    """Why the driver cannot run the CUDA kernels; where there is a card, and the library is loaded."""
+    """Why the driver cannot run the CUDA kernels; where there is a GPU, and the library is loaded."""
     ask = ctypes.CDLL(str(library_path.with_name("libeffattn_cuda.so"))).effattn_cuda_driver
     ask.restype = ctypes.c_char_p
     return ask().decode() or None

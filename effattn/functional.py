@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from effattn._tracing import NOT_SCRIPTABLE, static_shape, untraced
+from effattn._tracing import NOT_SCRIPTABLE, static_shape
 from effattn.ops import OPERATORS
-from effattn.ops._operator import Operator
 
 
 def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, eps: float = 1e-15) -> torch.Tensor:
@@ -43,7 +42,7 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, 
         return handle_torch_function(relu_linear_attention, (q, k, v), q, k, v, eps=eps)
     if torch.compiler.is_compiling() or not _are_of_one_dtype(q, k, v):
         q, k, v = _promoted_by_autocast(q, k, v)
-    return _called(OPERATORS["relu_linear_attention"], q, k, v, eps)
+    return OPERATORS["relu_linear_attention"](q, k, v, eps)
 
 
 def multi_scale_aggregation(
@@ -83,8 +82,7 @@ def multi_scale_aggregation(
     if has_torch_function((qkv,)):
         weights = (dw_weights, pw_weights, dw_biases, pw_biases)
         return handle_torch_function(multi_scale_aggregation, (qkv,), qkv, *weights, head_dim=head_dim)
-    return _called(
-        OPERATORS["multi_scale_aggregation"],
+    return OPERATORS["multi_scale_aggregation"](
         qkv,
         dw_weights,
         pw_weights,
@@ -126,7 +124,7 @@ def multi_scale_linear_attention(
         weights = (dw_weights, pw_weights, dw_biases, pw_biases)
         return handle_torch_function(multi_scale_linear_attention, (qkv,), qkv, *weights, head_dim=head_dim, eps=eps)
     weights = (dw_weights, pw_weights, _or_empty(dw_biases), _or_empty(pw_biases))
-    return _called(OPERATORS["multi_scale_linear_attention"], qkv, *weights, head_dim, eps)
+    return OPERATORS["multi_scale_linear_attention"](qkv, *weights, head_dim, eps)
 
 
 def biased_attention(
@@ -174,7 +172,7 @@ def biased_attention(
         q, k, v = _promoted_by_autocast(q, k, v)
     if scale is None:
         scale = _default_scale(q, -1)
-    return _called(OPERATORS["biased_attention"], q, k, v, bias, _or_empty(talking_heads), scale)
+    return OPERATORS["biased_attention"](q, k, v, bias, _or_empty(talking_heads), scale)
 
 
 def cascaded_group_attention(
@@ -233,7 +231,7 @@ def cascaded_group_attention(
     if scale is None:
         scale = _default_scale(q_dw_weights[0], 0) if isinstance(q_dw_weights, Sequence) and q_dw_weights else 1.0
     weights = (qkv_weights, _or_empty(qkv_biases), q_dw_weights, _or_empty(q_dw_biases), attention_bias)
-    return _called(OPERATORS["cascaded_group_attention"], x, *weights, scale, height, width)
+    return OPERATORS["cascaded_group_attention"](x, *weights, scale, height, width)
 
 
 # Names, and not made of what is above: type checkers and the site read them without importing anything.
@@ -246,32 +244,6 @@ __all__ = [
 ]
 for _name in __all__:
     vars()[_name].__dict__["__script_unsupported"] = NOT_SCRIPTABLE  # where torch.jit.script looks for it
-
-
-def _called(operator: Operator, *arguments: Any) -> Any:
-    """Calls an operator, and says what is wrong with the arguments if it refuses them: TypeError or ValueError.
-
-    Operators check everything themselves, so a good call pays for no check here.
-    """
-    try:
-        return operator(*arguments)
-    except Exception:
-        if torch.compiler.is_compiling():
-            raise
-        _raise_if_wrong(operator, *arguments)
-        raise
-
-
-def _raise_if_wrong(operator: Operator, *arguments: Any) -> None:
-    if torch.jit.is_tracing():
-        with untraced():
-            # Sizes that a trace made tensors of are numbers again.
-            numbers = (a.item() if isinstance(a, torch.Tensor) and a.dim() == 0 else a for a in arguments)
-            error = operator.signature.error(tuple(numbers))
-    else:
-        error = operator.signature.error(arguments)
-    if error is not None:
-        raise error from None
 
 
 def _promoted_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

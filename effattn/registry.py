@@ -62,7 +62,7 @@ def explain_devices() -> dict[str, dict[str, list[str]]]:
 
 
 def failed() -> list[Verdict]:
-    """The kernels that were found to fail on a card of this machine, and for which the next backend serves."""
+    """The kernels that were found to fail on a GPU of this machine, and for which the next backend serves."""
     return verdicts.here()
 
 

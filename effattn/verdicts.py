@@ -1,7 +1,7 @@
-"""Kernels that were found to fail on a card, so that the registry passes over them.
+"""Kernels that were found to fail on a GPU, so that the registry passes over them.
 
-``make gpu`` tries every kernel on the card that is there and writes what failed into a file; the registry reads it. A
-verdict holds for one operator, dtype and backend, on one card with one driver, for kernels made of the same sources: it
+``make gpu`` tries every kernel on the GPU that is there and writes what failed into a file; the registry reads it. A
+verdict holds for one operator, dtype and backend, on one GPU with one driver, for kernels made of the same sources: it
 says nothing of kernels that have changed since. Without a file, nothing is asked.
 """
 
@@ -26,14 +26,14 @@ ENVIRONMENT_VARIABLE = "EFFATTN_VERDICTS"
 SCHEMA = 1
 #: A driver that cannot be asked: no two of them are known to be the same.
 UNKNOWN = "unknown"
-#: The card and the driver of kernels that run on the host, for tests.
+#: The GPU and the driver of kernels that run on the host, for tests.
 HOST = ("host", "none")
 
 
 class Verdict(NamedTuple):
     """A kernel that failed. ``identity`` is :attr:`effattn.backends.Backend.identity`'s answer at that time."""
 
-    card: str
+    gpu: str
     driver: str
     backend: str
     operator: str
@@ -97,7 +97,7 @@ def write(file: Path, verdicts: Sequence[Verdict]) -> None:
 
 @cache
 def _known() -> tuple[Verdict, ...]:
-    """Those of this process's file: read once, when the registry first looks for a backend with kernels for cards."""
+    """Those of this process's file: read once, when the registry first looks for a backend with kernels for GPUs."""
     if ENVIRONMENT_VARIABLE not in os.environ:
         # Nobody asked for the file in the user's cache: none where there is no home, or one that cannot be entered.
         try:
@@ -118,12 +118,12 @@ def _known() -> tuple[Verdict, ...]:
 @constant_result
 def reason(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend's kernels for ``op`` must not be used on the device, or None."""
-    if not identity(backend):  # none for cards: whatever is wrong with the file concerns no call of the CPU
+    if not identity(backend):  # none for GPUs: whatever is wrong with the file concerns no call of the CPU
         return None
     name = str(dtype).removeprefix("torch.")
     asked = [v for v in _known() if (v.backend, v.operator, v.dtype) == (backend, op, name)]
     against = [v.text() for v in asked if _counts(v, [device])]
-    return f"failed when {op} was tried on this card, {'; '.join(against)} (verdicts of {path()})" if against else None
+    return f"failed when {op} was tried on this GPU, {'; '.join(against)} (verdicts of {path()})" if against else None
 
 
 def here() -> list[Verdict]:
@@ -138,19 +138,19 @@ def _counts(verdict: Verdict, devices: Sequence[torch.device]) -> bool:
     """Whether it is about the kernels that are here, on one of the devices."""
     if verdict.driver == UNKNOWN or verdict.identity != identity(verdict.backend):
         return False
-    return (verdict.card, verdict.driver) in map(card_and_driver, devices)
+    return (verdict.gpu, verdict.driver) in map(gpu_and_driver, devices)
 
 
 @cache
 def identity(backend: str) -> str:
-    """What the kernels of the backend with this name are made of; "" of one that has none for cards."""
+    """What the kernels of the backend with this name are made of; "" of one that has none for GPUs."""
     found = [b.identity for b in ORDER if b.name == backend and b.identity is not None]
     return found[0]() if found else ""
 
 
 @cache
-def card_and_driver(device: torch.device) -> tuple[str, str]:
-    """The card's name and its driver's version."""
+def gpu_and_driver(device: torch.device) -> tuple[str, str]:
+    """The GPU's name and its driver's version."""
     return (torch.cuda.get_device_name(device), driver_version()) if device.type == "cuda" else HOST
 
 

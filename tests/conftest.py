@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis
 import pytest
 import skips
 import swept
@@ -43,9 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for tier, examples in (("short", 50), ("full", 300)):
-        hypothesis.settings.register_profile(tier, max_examples=examples)
-    hypothesis.settings.load_profile("full" if config.getoption("--full") else "short")
     swept.is_full = config.getoption("--full")
 
 
@@ -123,7 +119,7 @@ def nothing_compiled_before() -> None:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set compiled in, in use for the test."""
     if request.param in UNSUPPORTED:
-        pytest.skip(f"this processor has no {request.param}; its logic runs as avx2_wide")
+        pytest.skip(f"this processor has no {request.param} (its logic runs as avx2_wide)")
     before = _C.active_isa()
     _C.set_isa(request.param)
     yield request.param

@@ -16,7 +16,8 @@ from staged import ROOT, all_but_the_widest, marked, run, stage
 STAGE = ROOT / "build" / "emulated"
 FULL = "--full"
 TESTS = ["tests/device", "tests/conformance", *marked("emulated")]
-BACKWARDS = {"EFFATTN_EMULATOR_ORDER": "backwards", "EFFATTN_EMULATED_CAPABILITY": "80"}
+TESTED = {"EFFATTN_TESTED_BACKEND": "cuda"}
+BACKWARDS = TESTED | {"EFFATTN_EMULATOR_ORDER": "backwards", "EFFATTN_EMULATED_CAPABILITY": "80"}
 
 
 def main() -> int:
@@ -26,8 +27,8 @@ def main() -> int:
     # so that the two builds share objects.
     stage(STAGE, "--emulate-cuda", "--without", *all_but_the_widest())
     if arguments:
-        return run(STAGE, [*tier, *arguments])
-    status = run(STAGE, [*tier, *TESTS, "-m=emulated and not gpu"])
+        return run(STAGE, [*tier, *arguments], TESTED)
+    status = run(STAGE, [*tier, *TESTS, "-m=emulated and not gpu"], TESTED)
     if status or not tier:
         return status
     return run(STAGE, [*tier, *TESTS, "-m=emulated and numerics and not gpu"], BACKWARDS)

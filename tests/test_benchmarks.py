@@ -347,7 +347,7 @@ def test_everyone_can_be_compiled(monkeypatch):
     assert set(modes) == {"default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"}
 
 
-def test_every_backend_of_a_card_is_measured():
+def test_every_backend_of_a_gpu_is_measured():
     """Each under its name; of whole models, whatever serves."""
     case = tiny()
     found = runner.ours(case, ["cuda", "triton"])

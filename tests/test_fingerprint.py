@@ -7,6 +7,8 @@ import torch
 
 from effattn.nn import fold_cache
 
+pytestmark = pytest.mark.arguments
+
 
 def contents(*tensors, max_elements=100, with_checksum=False):
     return fold_cache._C.Contents([fold_cache._in_memory(t) for t in tensors], max_elements, with_checksum)

@@ -1,4 +1,4 @@
-"""How a run on a card starts processes: a crash, a hang or an error costs its own line, and nothing else."""
+"""How a run on a GPU starts processes: a crash, a hang or an error costs its own line, and nothing else."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_several_at_once(run):
 
 
 def test_what_a_process_leaves_behind_is_ended(run, tmp_path):
-    """Its children too, which would keep the card busy."""
+    """Its children too, which would keep the GPU busy."""
     code = "import subprocess; p = subprocess.Popen(['sleep', '300'])"
     run(f"{code}; open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(300)", limit=2.0)
     pid = int((tmp_path / "pid").read_text())
@@ -208,7 +208,7 @@ def overlap(a, b):
 
 def test_who_is_timed_is_alone(run, tmp_path):
     """Whatever others prepare, which they do side by side, and however long a turn is waited for."""
-    told = {"EFFATTN_CARD_LOCK": str(tmp_path / "lock")}
+    told = {"EFFATTN_GPU_LOCK": str(tmp_path / "lock")}
     code = TURNS + "steps(a=lambda: [during(k, 0.4) for k in [turns.preparing, turns.alone] * 3])"
     heard = run(*[code] * 3, at_once=3, environment=told, item_limit=4.0, line=False)
     assert statuses(heard) == [("a", "ok")] * 3, "2.4 s are its own, the others' turns are not"
@@ -220,7 +220,7 @@ def test_who_is_timed_is_alone(run, tmp_path):
 
 
 def test_who_waits_to_be_timed_goes_before_who_would_begin(tmp_path, monkeypatch):
-    monkeypatch.setenv(names.CARD_LOCK, str(tmp_path / "lock"))
+    monkeypatch.setenv(names.GPU_LOCK, str(tmp_path / "lock"))
     order = []
 
     def take(kind):
@@ -240,7 +240,7 @@ def test_who_waits_to_be_timed_goes_before_who_would_begin(tmp_path, monkeypatch
 
 def test_a_hang_in_a_turn_is_ended(run, tmp_path):
     """By its own limit, and then it is the next one's turn."""
-    told, held = {"EFFATTN_CARD_LOCK": str(tmp_path / "lock")}, str(tmp_path / "held")
+    told, held = {"EFFATTN_GPU_LOCK": str(tmp_path / "lock")}, str(tmp_path / "held")
     first = f"steps(a=lambda: during(turns.alone, 100, {held!r}))"
     second = f"wait_for({held!r}); steps(b=lambda: during(turns.alone, 0))"
     heard = run(TURNS + first, TURNS + second, at_once=2, environment=told, item_limit=2.0, line=False)
@@ -302,7 +302,7 @@ def test_tests_of_quarantined_kernels_are_left_out(tested):
 
 def test_lines_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "results.jsonl"
-    writer = lines.Writer(path, lambda: {"commit": "abc", "card": "a card"})
+    writer = lines.Writer(path, lambda: {"commit": "abc", "gpu": "a GPU"})
     writer.write("smoke", "a", Status.OK, error=0.5)
     writer.write("smoke", "b", "crashed", reason="SIGSEGV", row={"samples": [1.0, math.nan]})
     writer.write("smoke", "a", Status.WRONG)

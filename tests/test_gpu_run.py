@@ -1,4 +1,4 @@
-"""A run on a card, rehearsed without one: the plan is the same, cases are tiny, and kernels fail in every way."""
+"""A run on a GPU, rehearsed without one: the plan is the same, cases are tiny, and kernels fail in every way."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def check_that_a_verdict_counts(output, monkeypatch):
     file = output / "verdicts of an operator.json"
     verdicts.write(file, [wrong._replace(operator=operator)])
     monkeypatch.setenv("EFFATTN_VERDICTS", str(file))
-    assert f"failed when {operator} was tried on this card, forward in bfloat16: wrong" in why_not()
+    assert f"failed when {operator} was tried on this GPU, forward in bfloat16: wrong" in why_not()
     monkeypatch.setenv("EFFATTN_VERDICTS", "")
     assert why_not() is None
 
@@ -123,9 +123,9 @@ def of_stage(found, stage):
 def check_what_every_line_says(found):
     for line in found.values():
         assert line["commit"] == "0123456789abcdef" and line["at"] >= 0 and line["status"] in list(Status)
-        assert {"card", "driver", "versions", "sm_clock", "memory_clock"} <= set(line)
+        assert {"gpu", "driver", "versions", "sm_clock", "memory_clock"} <= set(line)
     later = [line for (stage, _), line in found.items() if stage != "machine"]
-    assert {line["card"] for line in later} == {"rehearsal"} or {line["driver"] for line in later} != {"none"}
+    assert {line["gpu"] for line in later} == {"rehearsal"} or {line["driver"] for line in later} != {"none"}
     assert all(line["versions"]["torch"] and line["versions"]["triton"] for line in later)
 
 
@@ -266,7 +266,7 @@ def test_a_run_ends_in_time(tmp_path, seconds):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_card_there_is_nothing_to_run(tmp_path):
+def test_without_a_gpu_there_is_nothing_to_run(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--seconds", "60", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -274,7 +274,7 @@ def test_without_a_card_there_is_nothing_to_run(tmp_path):
     assert {(line["stage"], line["name"]): line["status"] for line in found} == {
         ("machine", "run"): "ok",
         ("machine", "machine"): "ok",
-        ("machine", "card"): "error",
+        ("machine", "gpu"): "error",
         ("build", "build"): "not run",
     }
     assert "torch sees no GPU" in done.stdout
@@ -342,7 +342,7 @@ def test_a_build_that_fails_is_not_the_end(tmp_path, monkeypatch, outcomes, expe
     """Without CUDA's kernels, Triton's and the peers are still measured."""
     run = plan.Run(plan.Settings(tmp_path, seconds=520))
     run.stage, run.until, ran = "build", time.monotonic() + 200, []
-    run.machine = {"card": "NVIDIA H200", "capability": "9.0", "tools": ["nvcc"]}
+    run.machine = {"gpu": "NVIDIA H200", "capability": "9.0", "tools": ["nvcc"]}
     answers = list(outcomes.get("backends", [True]))
 
     def told(all_jobs, until, heard, *rest, **more):
@@ -372,7 +372,7 @@ def test_what_was_slow_is_tried_again_and_what_was_wrong_is_not(tmp_path, monkey
             "cases": [],
             "smoke": [WORKS],
             "unavailable": {},
-            "verdicts_of": ["card", "driver"],
+            "verdicts_of": ["gpu", "driver"],
         },
         "identities": {"triton": "0" * 16},
     }
@@ -407,7 +407,7 @@ def test_launches_of_one_kernel_overlap(tmp_path, monkeypatch):
             "cases": [],
             "smoke": [WORKS],
             "unavailable": {},
-            "verdicts_of": ["card", "driver"],
+            "verdicts_of": ["gpu", "driver"],
         },
         "identities": {"cuda": "0" * 16},
     }
@@ -490,7 +490,7 @@ def test_a_quarantined_kernel_is_not_measured(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """A card's clock without a card, and what was asked of the card, in turn."""
+    """A GPU's clock without a GPU, and what was asked of the GPU, in turn."""
     said = []
 
     class Event:
@@ -517,32 +517,32 @@ def pretended(monkeypatch):
 
 def test_a_cache_that_inputs_do_not_fill_is_cleared(pretended):
     """Before each pass over them, outside of its time; calls are not issued while it is."""
-    card, said = pretended
+    gpu, said = pretended
 
     def call():
         said.append("call")
 
     small, large = 64 * (1 << 20), 160 << 20
-    assert card.clearing(large, is_graph=True) is None and card.sets(1 << 20) == 64
-    assert card.seconds(call, 3) == pytest.approx(4e-3) and said == ["event", "call", "call", "call", "event"]
+    assert gpu.clearing(large, is_graph=True) is None and gpu.sets(1 << 20) == 64
+    assert gpu.seconds(call, 3) == pytest.approx(4e-3) and said == ["event", "call", "call", "call", "event"]
     for is_graph, clear in ((True, [150 << 20]), (False, [150 << 20, "wait"])):
         said.clear()
-        assert card.seconds(call, 2, card.clearing(small, is_graph)) == pytest.approx(4e-3)
+        assert gpu.seconds(call, 2, gpu.clearing(small, is_graph)) == pytest.approx(4e-3)
         assert said == [*clear, "event", "call", "event"] * 2
 
 
 def test_clocks_are_up_before_calls_are_counted(pretended, monkeypatch):
-    card, said = pretended
+    gpu, said = pretended
     monkeypatch.setattr(runner, "WARM_SECONDS", 0.005)
-    runner._warm(lambda: said.append("call"), card)
+    runner._warm(lambda: said.append("call"), gpu)
     assert said[:6] == ["event", "call", "event"] * 2
 
 
 def test_a_capture_that_fails_is_in_the_summary():
-    """And is no fault of the kernel, whatever the card says afterwards."""
+    """And is no fault of the kernel, whatever the GPU says afterwards."""
     told = smoke._replays(SimpleNamespace(replayed=fails), [(None, None, None)])
     assert told == {"not_captured": "RuntimeError: operation not permitted when stream is capturing"}
-    line = {"stage": "smoke", "name": "a kernel", "status": "ok", "card": "a card", "driver": "1", "commit": "abc"}
+    line = {"stage": "smoke", "name": "a kernel", "status": "ok", "gpu": "a GPU", "driver": "1", "commit": "abc"}
     assert "smoke, a kernel: ok: RuntimeError: operation not" in summary.of([{**line, "versions": {}, **told}], [], 1)
 
 
@@ -624,7 +624,7 @@ def test_commits(monkeypatch):
 
 def test_a_run_without_figures_leaves_the_readme_alone(tmp_path):
     source = tmp_path / "results.jsonl"
-    line = {"stage": "machine", "name": "card", "status": "error", "card": "unknown", "driver": "none", "commit": "c"}
+    line = {"stage": "machine", "name": "gpu", "status": "error", "gpu": "unknown", "driver": "none", "commit": "c"}
     source.write_text(json.dumps({**line, "versions": {}, "sm_clock": None}) + "\n")
     readme = tmp_path / "README.md"
     readme.write_text((ROOT / "README.md").read_text())
@@ -693,7 +693,7 @@ def test_which_libraries_are_taken(libraries, tmp_path):
 
 
 def what_fits(tree):
-    """What a CUDA library says that is made of these sources, for a card of 9.0."""
+    """What a CUDA library says that is made of these sources, for a GPU of 9.0."""
     builder = staging.native()
     builder.ROOT = tree
     return f"nvcc 13.0; 90a; {builder.cuda_digest('nvcc 13.0')}"
@@ -701,7 +701,7 @@ def what_fits(tree):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A copy of the sources, with libraries for a card of 9.0 that fit, and compilers that pretend."""
+    """A copy of the sources, with libraries for a GPU of 9.0 that fit, and compilers that pretend."""
     tree = tmp_path / "checkout"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
     for name in ("benchmarks", "csrc", "effattn", "kernels"):
@@ -759,7 +759,7 @@ def test_what_becomes_of_libraries(checkout, monkeypatch, given):
     refused, built = given(checkout)
     run = plan.Run(plan.Settings(checkout / "output", seconds=520))
     run.stage, run.until = "build", time.monotonic() + 200
-    run.machine = {"card": "NVIDIA H200", "capability": "9.0", "tools": ["nvcc"]}
+    run.machine = {"gpu": "NVIDIA H200", "capability": "9.0", "tools": ["nvcc"]}
     asked = []
     monkeypatch.setattr(run, "_ask_backends", lambda: asked.append(run.backends.update(devices={})))
     run.build()

@@ -155,7 +155,7 @@ def test_registry_names_what_triton_lacks(monkeypatch):
                 registry.find(name, CPU, torch.float32)
 
 
-def test_registry_names_a_card_that_is_too_old(monkeypatch):
+def test_registry_names_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -58,6 +58,16 @@ def image(batch=2, size=9, memory_format=torch.contiguous_format):
     return torch.randn(batch, 32, size, size + 2).to(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_more_scales_than_the_kernels_take(grad):
+    """Also where the whole module would be one operator."""
+    module, x = LiteMLA(32, 32, dim=8, scales=(3,) * 9).eval(), image()
+    with torch.set_grad_enabled(grad):
+        out = module(x)
+        with effattn.use_backend("reference"):
+            assert_same(out, module(x))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", OPTIONS)

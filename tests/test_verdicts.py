@@ -18,16 +18,16 @@ from effattn.backends import ORDER, triton
 from effattn.verdicts import Verdict
 
 CUDA = torch.device("cuda")
-CARD, DRIVER = "NVIDIA H200", "580.65.06"
+GPU, DRIVER = "NVIDIA H200", "580.65.06"
 #: Two operators that Triton has kernels for.
 OP, OTHER = sorted(triton.LAUNCHERS)[:2]
-#: A backend that serves everything on a card, in front of the reference, and what its kernels are made of.
+#: A backend that serves everything on a GPU, in front of the reference, and what its kernels are made of.
 IDENTITY = "0123456789abcdef"
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """A machine with a card, on which the Triton backend serves; what was chosen before is forgotten."""
+def gpu(monkeypatch):
+    """A machine with a GPU, on which the Triton backend serves; what was chosen before is forgotten."""
     by_name = {backend.name: backend for backend in ORDER}
     triton = by_name["triton"]._replace(unavailable=lambda: None, reasons=lambda *call: [], identity=lambda: IDENTITY)
     order = (triton, by_name["reference"])
@@ -35,7 +35,7 @@ def card(monkeypatch):
     monkeypatch.setattr(registry, "order", lambda *, is_small: order)
     monkeypatch.setattr(verdicts, "ORDER", order)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(verdicts, "driver_version", lambda: DRIVER)
     for table in ("_chosen", "_fused"):
         monkeypatch.setattr(registry, table, {})
@@ -45,13 +45,13 @@ def card(monkeypatch):
 
 
 def forget():
-    for cached in (verdicts._known, verdicts.identity, verdicts.card_and_driver):
+    for cached in (verdicts._known, verdicts.identity, verdicts.gpu_and_driver):
         cached.cache_clear()
 
 
 def verdict(**changes):
     fields = {
-        "card": CARD,
+        "gpu": GPU,
         "driver": DRIVER,
         "backend": "triton",
         "operator": OP,
@@ -66,7 +66,7 @@ def verdict(**changes):
 
 
 @pytest.fixture
-def told(card, tmp_path, monkeypatch):
+def told(gpu, tmp_path, monkeypatch):
     """Writes verdicts and has them read."""
 
     def write(*found):
@@ -91,7 +91,7 @@ def test_the_next_backend_serves_what_failed(told):
 
 
 @pytest.mark.parametrize(
-    "change", [{"card": "another"}, {"driver": "1"}, {"identity": "other kernels"}, {"backend": "cuda"}]
+    "change", [{"gpu": "another"}, {"driver": "1"}, {"identity": "other kernels"}, {"backend": "cuda"}]
 )
 def test_a_verdict_about_something_else_does_not_count(told, change):
     told(verdict(**change))
@@ -108,16 +108,16 @@ def test_a_forced_backend_says_what_failed(told):
     file = told(verdict())
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
         registry.find(OP, CUDA, torch.bfloat16)
-    expected = f"triton: failed when {OP} was tried on this card, backward in bfloat16: crashed (SIGSEGV)"
+    expected = f"triton: failed when {OP} was tried on this GPU, backward in bfloat16: crashed (SIGSEGV)"
     assert expected in str(error.value) and str(file) in str(error.value)
 
 
 def test_info_names_what_failed(told):
     assert "failed when" not in info() and "kernels that failed" not in info()
-    told(verdict(), verdict(operator=OTHER, card="another"))
+    told(verdict(), verdict(operator=OTHER, gpu="another"))
     lines = info().splitlines()
     (at,) = [
-        i for i, line in enumerate(lines) if line.startswith("kernels that failed when they were tried on this card")
+        i for i, line in enumerate(lines) if line.startswith("kernels that failed when they were tried on this GPU")
     ]
     assert lines[at + 1] == f"  triton     {OP}, backward in bfloat16: crashed (SIGSEGV)"
     assert "another" not in info() and OTHER not in info()
@@ -129,7 +129,7 @@ def test_info_names_what_failed(told):
         ("{", "got no JSON"),
         ("[]", "got list"),
         ('{"schema": 2, "verdicts": []}', "got schema 2"),
-        ('{"schema": 1, "verdicts": [{"card": "c"}]}', "each with texts for card, driver"),
+        ('{"schema": 1, "verdicts": [{"gpu": "c"}]}', "each with texts for gpu, driver"),
         ('{"schema": 1, "verdicts": [7]}', "got 7"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_file_that_is_none_is_named_and_ignored(told, text, message):
         assert served(dtype=torch.float32) == "triton", "it is said once"
 
 
-def test_a_file_that_is_asked_for_and_missing_is_said(card, tmp_path, monkeypatch):
+def test_a_file_that_is_asked_for_and_missing_is_said(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFATTN_VERDICTS", str(tmp_path / "none.json"))
     with pytest.warns(UserWarning, match=r"none\.json"):
         assert served() == "triton"
@@ -171,7 +171,7 @@ def test_a_home_that_is_none_concerns_no_call(monkeypatch, method, error):
         forget()
 
 
-def test_where_they_lie(card, tmp_path, monkeypatch):
+def test_where_they_lie(gpu, tmp_path, monkeypatch):
     monkeypatch.delenv("EFFATTN_VERDICTS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert served() == "triton", "no file, no verdict"
@@ -209,7 +209,7 @@ def test_identities_change_with_the_kernels(tmp_path, monkeypatch):
     assert triton._identity() != first
 
 
-def test_a_run_forgets_what_it_has_tried_again(card, monkeypatch):
+def test_a_run_forgets_what_it_has_tried_again(gpu, monkeypatch):
     from benchmarks.gpu.keep import merged
     from benchmarks.gpu.names import Kernel
 
@@ -217,13 +217,13 @@ def test_a_run_forgets_what_it_has_tried_again(card, monkeypatch):
         verdict(),
         verdict(operator=OTHER),
         verdict(identity="older kernels"),
-        verdict(card="another"),
+        verdict(gpu="another"),
         verdict(dtype="float16"),
     ]
     new = [verdict(dtype="float16", status="wrong")]
     tried = [Kernel(f"{OP} with talking heads", "triton", "bfloat16", "backward")]
     tried.append(Kernel(OP, "triton", "float16", "backward"))
-    assert merged(old, new, tried, CARD, DRIVER) == [*old[1:4], *new]
+    assert merged(old, new, tried, GPU, DRIVER) == [*old[1:4], *new]
 
 
 def test_what_may_be_others_fault_is_kept_after_a_second_try():
@@ -300,7 +300,7 @@ call = torch.compile(operator, fullgraph=True, backend="aot_eager")
 check(with_gradients(operator, call, arguments, torch.bfloat16), truth, allowed)
 graphs = torch._dynamo.explain(operator)(*arguments)
 print(graphs.graph_break_count, "effattn_triton" in str(graphs.graphs[0].code))
-print(*verdicts.card_and_driver(image.device), verdicts.identity("triton"))
+print(*verdicts.gpu_and_driver(image.device), verdicts.identity("triton"))
 """
 
 
@@ -320,10 +320,10 @@ def test_compiled_code_asks_too(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    name, breaks, is_fused, card, driver, identity = run()
+    name, breaks, is_fused, gpu, driver, identity = run()
     assert (name, breaks, is_fused) == ("triton", "0", "True")
     file = tmp_path / "verdicts.json"
-    failed = verdict(operator=OTHER, card=card, driver=driver, identity=identity)
+    failed = verdict(operator=OTHER, gpu=gpu, driver=driver, identity=identity)
     verdicts.write(file, [failed])
     assert json.loads(file.read_text())["verdicts"][0]["status"] == "crashed"
     name, breaks, is_fused, *_ = run(EFFATTN_VERDICTS=str(file))

@@ -1,4 +1,4 @@
-"""biased_attention on a card, with and without talking heads."""
+"""biased_attention on a GPU, with and without talking heads."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ MEASURED = Measured(
         Shape("1024 tokens, batch 16", _sizes(16, 8, 1024, 1024, 32, 64)),
     ),
     make=_make,
-    on_a_card={form: Shape("16 images", _sizes(16, 8, 49, 49, 32, 128, without)) for form, without in FORMS.items()},
+    on_a_gpu={form: Shape("16 images", _sizes(16, 8, 49, 49, 32, 128, without)) for form, without in FORMS.items()},
 )

@@ -1,4 +1,4 @@
-"""cascaded_group_attention on a card."""
+"""cascaded_group_attention on a GPU."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ MEASURED = Measured(
     ),
     main=(f"{SUITE}: {STAGE_1}, batch 1, bfloat16", f"{SUITE}: {STAGE_1}, batch 256, bfloat16"),
     profiled=(f"{SUITE}: {STAGE_1}, batch 256, bfloat16",),
-    on_a_card={"": Shape("eight images", _sizes(8, 128, 16, 14, 7, M4))},
+    on_a_gpu={"": Shape("eight images", _sizes(8, 128, 16, 14, 7, M4))},
     memory=1.1,  # the backward keeps what every head had, in float32
 )

@@ -79,7 +79,7 @@ class Telling:
         child.finish(name_of(self._case, row.candidate, row.variant), status, **figures, row=asdict(row))
         if error is not None and child.is_sticky(error):
             sys.stdout.flush()
-            os._exit(child.STICKY)  # what is on the card is beyond being freed
+            os._exit(child.STICKY)  # what is on the GPU is beyond being freed
 
 
 def profile(case: GpuCase, clock: WallClock) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
         profile(case, clock)
         return
     ways = [way for way in ways_of(part, case) if name_of(case, way.candidate, way.variant) not in done]
-    rates = f"{name}: rates of the card"
+    rates = f"{name}: rates of the GPU"
     child.plan(
         [*([] if part != "plain" or rates in done else [rates]), *(name_of(case, w.candidate, w.variant) for w in ways)]
     )

@@ -1,4 +1,4 @@
-"""What is measured on a card: the operators in the shapes of real models, from one image to 256, and whole models.
+"""What is measured on a GPU: the operators in the shapes of real models, from one image to 256, and whole models.
 
 Each operator has a file of its name beside this one, with ``MEASURED`` in it.
 """

@@ -26,7 +26,7 @@ from typing import Any
 
 VARIABLE = "EFFATTN_RECORDS"
 DONE_VARIABLE = "EFFATTN_DONE"
-#: The status of a process whose card, or whose use of it, is lost to it: the rest is for another one.
+#: The status of a process whose GPU, or whose use of it, is lost to it: the rest is for another one.
 STICKY = 75
 #: What CUDA says of errors after which every later call fails.
 _STICKY_TEXTS = re.compile(
@@ -78,7 +78,7 @@ def says_sticky(error: BaseException | str) -> bool:
 
 
 def is_sticky(error: BaseException | str) -> bool:
-    """The same, and the card is asked, whatever the text."""
+    """The same, and the GPU is asked, whatever the text."""
     if says_sticky(error):
         return True
     torch = sys.modules.get("torch")

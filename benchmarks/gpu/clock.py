@@ -1,4 +1,4 @@
-"""How calls are timed on a card: many of them between two events, over inputs that have left the cache.
+"""How calls are timed on a GPU: many of them between two events, over inputs that have left the cache.
 
 Inputs rotate over several sets. Where as many as may be do not fill the cache, it is filled with something else before
 each pass over them, outside of the time, as Triton's do_bench does before each call. A pass of many calls pays
@@ -20,13 +20,13 @@ Call = Callable[[], Any]
 
 #: A sample takes at least this long.
 SAMPLE_SECONDS = 5e-3
-#: Inputs of all sets together, as a multiple of the last cache; and what they may take of the card's memory.
+#: Inputs of all sets together, as a multiple of the last cache; and what they may take of the GPU's memory.
 COLD, MOST_MEMORY = 3.0, 0.2
 MOST_SETS = 64
 
 
 class WallClock:
-    """The rehearsal on a CPU, for tests: the same steps without a card; and what every clock can do."""
+    """The rehearsal on a CPU, for tests: the same steps without a GPU; and what every clock can do."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -59,7 +59,7 @@ class WallClock:
         return time.perf_counter() - start
 
     def rates(self, rates: Rates) -> None:
-        """Measures the card, and keeps the best."""
+        """Measures the GPU, and keeps the best."""
         rates.copy[1 << 20], rates.matmul[torch.float32] = 1e10, 1e11
         rates.matmul |= {torch.bfloat16: 1e11, torch.float16: 1e11}
 

@@ -312,7 +312,7 @@ class _Process:
         if code == 0:
             return Status.OK, None
         if code == child.STICKY:
-            return Status.ERROR, "the card is lost to this process"
+            return Status.ERROR, "the GPU is lost to this process"
         said = next((line.strip() for line in reversed(self._tail.splitlines()) if _says_something(line)), "")
         if code is not None and code < 0:
             return Status.CRASHED, f"{signal.Signals(-code).name}{f': {said[:300]}' if said else ''}"

@@ -1,7 +1,7 @@
 """Puts the verdicts of a run where the registry looks for them: ``python -m benchmarks.gpu.keep FILE TRIED AGAIN``.
 
 TRIED are the kernels that were tried, AGAIN those of them that were so twice, as JSON. What an earlier run said of
-them, made of the same sources, on this card with this driver, is forgotten.
+them, made of the same sources, on this GPU with this driver, is forgotten.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from effattn.verdicts import Verdict
 
 
 def merged(
-    old: Sequence[Verdict], new: Sequence[Verdict], tried: Sequence[Kernel], card: str, driver: str
+    old: Sequence[Verdict], new: Sequence[Verdict], tried: Sequence[Kernel], gpu: str, driver: str
 ) -> list[Verdict]:
     """The old ones that still count, and the new ones."""
 
     def is_forgotten(v: Verdict) -> bool:
-        is_same = (v.card, v.driver, v.identity) == (card, driver, verdicts.identity(v.backend))
+        is_same = (v.gpu, v.driver, v.identity) == (gpu, driver, verdicts.identity(v.backend))
         return is_same and is_of(v, tried)
 
     return list(dict.fromkeys([*(v for v in old if not is_forgotten(v)), *new]))
@@ -47,9 +47,9 @@ def main() -> None:
     tried, again = ([Kernel(*kernel) for kernel in json.loads(text)] for text in sys.argv[2:])
     target = verdicts.default_path()
     old = verdicts.read(target) if target.exists() else []
-    card, driver = verdicts.card_and_driver(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu, driver = verdicts.gpu_and_driver(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sure = [v for v in verdicts.read(source) if is_sure(v, again)]
-    found = merged(old, sure, tried, card, driver)
+    found = merged(old, sure, tried, gpu, driver)
     if found or old:
         verdicts.write(target, found)
     print(f"{target}: {len(found)} verdicts")

@@ -6,8 +6,8 @@ another one with all of them; the first one is ``provisional``. Every line has
 - ``stage``, ``name``: "main", "gpu-attention: b1 stage 3 @1024x2048, bfloat16: effattn cuda, graph"
 - ``status``: one of :class:`Status`; ``reason``: why it is not "ok"
 - ``at``: seconds since the run began
-- ``commit``, ``card``, ``driver``, ``versions`` (torch, triton, cuda, nvcc): "unknown" or None until the card was asked
-- ``sm_clock``, ``memory_clock``: MHz, of at most a second ago; None without a card
+- ``commit``, ``gpu``, ``driver``, ``versions`` (torch, triton, cuda, nvcc): "unknown" or None until the GPU was asked
+- ``sm_clock``, ``memory_clock``: MHz, of at most a second ago; None without a GPU
 
 and its figures: ``seconds`` of a process, ``error`` and ``allowed_error`` (relative to float64, by norm); of a
 measurement ``row``, a :class:`benchmarks.runner.Row` (milliseconds with samples, bytes, flops); of a rate ``rates``.

@@ -43,15 +43,15 @@ def facts() -> dict[str, Any]:
         "missing": sorted(package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None),
     }
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
+        gpu = torch.cuda.get_device_properties(0)
         found |= {
-            "card": card.name,
+            "gpu": gpu.name,
             "driver": (
                 _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
             ).split()[0],
-            "capability": f"{card.major}.{card.minor}",
-            "multiprocessors": card.multi_processor_count,
-            "memory_bytes": card.total_memory,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
+            "memory_bytes": gpu.total_memory,
             "tools": [tool for tool in ("nvcc", "compute-sanitizer", "ncu", "cuobjdump") if shutil.which(tool)],
         }
     return found

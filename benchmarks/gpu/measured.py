@@ -1,4 +1,4 @@
-"""What is said of an operator that is measured on a card, in a file of its own, and how its cases are made of that.
+"""What is said of an operator that is measured on a GPU, in a file of its own, and how its cases are made of that.
 
 Images are in a narrow type, weights in float32, as under autocast.
 """
@@ -52,7 +52,7 @@ class Measured:
         main: names of those of its cases that are measured before all others.
         profiled: and of those whose kernels a profiler looks at.
         make: (sizes, dtype, order) -> arguments.
-        on_a_card: large enough for what a card does beside a call, for tests, by form as ``smoke``.
+        on_a_gpu: large enough for what a GPU does beside a call, for tests, by form as ``smoke``.
         memory: what the peak of a training step of these may be, in units of plain PyTorch's.
     """
 
@@ -69,7 +69,7 @@ class Measured:
     main: Sequence[str] = ()
     profiled: Sequence[str] = ()
     make: Callable[[Sizes, torch.dtype, str], list[Any]] | None = None
-    on_a_card: Mapping[str, Shape] = field(default_factory=dict)
+    on_a_gpu: Mapping[str, Shape] = field(default_factory=dict)
     memory: float = 0.7
 
     def case(self, shape: Shape, training: bool, dtype: torch.dtype | None = None) -> GpuCase:

@@ -1,4 +1,4 @@
-"""multi_scale_aggregation on a card: it is tried, and measured as a part of what it is made for alone."""
+"""multi_scale_aggregation on a GPU: it is tried, and measured as a part of what it is made for alone."""
 
 from __future__ import annotations
 

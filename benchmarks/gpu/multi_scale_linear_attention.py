@@ -1,4 +1,4 @@
-"""multi_scale_linear_attention on a card."""
+"""multi_scale_linear_attention on a GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MEASURED = Measured(
         "": [
             Shape("one scale", _sizes(2, 2, 16, 9, 21)),
             Shape("two scales", _sizes(1, 1, 32, 33, 40, (3, 5))),
-            # Of a block: more than a card's multiprocessors take at once.
+            # Of a block: more than a GPU's multiprocessors take at once.
             Shape("several tiles", _sizes(8, 8, 16, 33, 40)),
         ]
     },
@@ -66,5 +66,5 @@ MEASURED = Measured(
     ),
     main=(f"{SUITE}: {LARGE}, bfloat16", f"{SUITE}: {SAM}, bfloat16"),
     profiled=(f"{SUITE}: {LARGE}, bfloat16",),
-    on_a_card={"": Shape("two images", _sizes(2, 8, 16, 32, 48))},
+    on_a_gpu={"": Shape("two images", _sizes(2, 8, 16, 32, 48))},
 )

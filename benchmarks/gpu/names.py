@@ -40,6 +40,6 @@ def kernel_of(case: str, backend: str, operators: Mapping[str, str]) -> Kernel |
 #: (programmatic dependent launch) overlap with it.
 OVERLAPPED = ", overlapped"
 #: A file that processes of a stage take turns by (benchmarks/gpu/turns.py); without one, nothing runs beside a process.
-CARD_LOCK = "EFFATTN_CARD_LOCK"
+GPU_LOCK = "EFFATTN_GPU_LOCK"
 #: Behind the name of a kernel that is tried a second time, beside fewer others.
 AGAIN = ", again"

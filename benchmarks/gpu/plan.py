@@ -1,8 +1,8 @@
-"""A run on a card: stages with budgets, one after the other, so that the whole ends in time whatever happens.
+"""A run on a GPU: stages with budgets, one after the other, so that the whole ends in time whatever happens.
 
 Every process is started by :mod:`benchmarks.gpu.jobs` with a timeout. A stage that is out of its time is ended, what
 it did not do gets lines that say so, and the next one begins. The time that a stage leaves over is the next one's. This
-process imports no torch and touches no card: nothing that happens on one can end it.
+process imports no torch and touches no GPU: nothing that happens on one can end it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BUDGETS = {
     "compiled": Budget(80),
     "tests": Budget(110),
     "profile": Budget(20),
-    "memcheck": Budget(40),  # torch is imported, and a card's context made, under a tool
+    "memcheck": Budget(40),  # torch is imported, and a GPU's context made, under a tool
     "cases": Budget(0),
 }
 #: Of a run without a limit: what is measured, and what that needs.
@@ -82,7 +82,7 @@ class Settings:
     """What a run is asked for.
 
     ``seconds`` of all of it, None for no limit; ``suites`` and ``only`` (parts of names) leave cases out; a
-    ``rehearsal`` takes stand-ins for the card, the kernels and the tests.
+    ``rehearsal`` takes stand-ins for the GPU, the kernels and the tests.
     """
 
     output: Path
@@ -117,7 +117,7 @@ class Run:
         for name in (RESULTS, LOG, SUMMARY, f"{SUMMARY}.new", PROFILE, SANITIZER, VERDICTS):
             (settings.output / name).unlink(missing_ok=True)  # of an earlier run
         # What every line has, as far as it is known.
-        self.facts: Line = {"commit": commit(), "card": "unknown", "driver": "unknown", "versions": {}}
+        self.facts: Line = {"commit": commit(), "gpu": "unknown", "driver": "unknown", "versions": {}}
         self.sensors = Sensors()
         self.writer = Writer(settings.output / RESULTS, lambda: self.facts | self.sensors.clocks)
         self.log = jobs.Log(settings.output / LOG)
@@ -265,7 +265,7 @@ class Run:
             if "versions" in figures:
                 self.machine = figures
                 self.facts["versions"] = {k: figures["versions"].get(k) for k in ("torch", "triton", "cuda", "nvcc")}
-                self.facts["card"] = figures.get("card", "rehearsal" if self.settings.rehearsal else "unknown")
+                self.facts["gpu"] = figures.get("gpu", "rehearsal" if self.settings.rehearsal else "unknown")
                 self.facts["driver"] = figures.get("driver", "none")
 
         asked = self.settings
@@ -285,21 +285,21 @@ class Run:
             self._look_without_torch()
         if self.machine.get("missing"):
             self.line("packages", Status.ERROR, reason=f"this Python lacks {', '.join(self.machine['missing'])}")
-        if "card" not in self.machine and not self.settings.rehearsal:
-            self.line("card", Status.ERROR, reason="torch sees no GPU")
+        if "gpu" not in self.machine and not self.settings.rehearsal:
+            self.line("gpu", Status.ERROR, reason="torch sees no GPU")
 
     def _look_without_torch(self) -> None:
         """What a build needs to know, where torch did not import in time: the next process may."""
         command = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
         try:
             told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=15).stdout.splitlines()
-            card, driver, capability = (part.strip() for part in told[0].split(","))
+            gpu, driver, capability = (part.strip() for part in told[0].split(","))
         except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
             self.line("nvidia-smi", Status.ERROR, reason=f"{type(error).__name__}: {error}")
             return
         tools = [tool for tool in ("nvcc", "ncu", "compute-sanitizer") if shutil.which(tool)]
-        self.machine = {"card": card, "driver": driver, "capability": capability, "tools": tools, "missing": []}
-        self.facts |= {"card": card, "driver": driver}
+        self.machine = {"gpu": gpu, "driver": driver, "capability": capability, "tools": tools, "missing": []}
+        self.facts |= {"gpu": gpu, "driver": driver}
         self.line("nvidia-smi", Status.OK, **self.machine)
 
     def build(self) -> None:
@@ -309,8 +309,8 @@ class Run:
         """
         if self.settings.rehearsal:
             self._ask_backends()
-        elif "card" not in self.machine:
-            self.line("build", Status.NOT_RUN, reason="there is no card to build for")
+        elif "gpu" not in self.machine:
+            self.line("build", Status.NOT_RUN, reason="there is no GPU to build for")
         else:
             with_cuda = "nvcc" in self.machine["tools"] and self._build(with_cuda=True, reserve=60)
             if with_cuda or self._build(with_cuda=False, reserve=0):
@@ -419,9 +419,9 @@ class Run:
 
     def _write_verdicts(self) -> None:
         """As effattn/verdicts.py reads them."""
-        card, driver = self.backends["verdicts_of"]
+        gpu, driver = self.backends["verdicts_of"]
         found = [
-            {"card": card, "driver": driver, **kernel._asdict(), "operator": names.operator_of(kernel)}
+            {"gpu": gpu, "driver": driver, **kernel._asdict(), "operator": names.operator_of(kernel)}
             | {"identity": self.backends["identities"][kernel.backend], "commit": self.facts["commit"]}
             | {"status": str(line["status"]), "reason": str(line["reason"])}
             for kernel, line in self.quarantine.items()
@@ -470,7 +470,7 @@ class Run:
                         # A model takes what serves; a case of a kernel asks for it by name.
                         EFFATTN_VERDICTS=str(self.settings.output / VERDICTS) if case.startswith("gpu-models") else "",
                         # A stage's own: a process that cannot be ended keeps its lock.
-                        **({names.CARD_LOCK: str(self._temporary / self.stage)} if self.stage in AT_ONCE else {}),
+                        **({names.GPU_LOCK: str(self._temporary / self.stage)} if self.stage in AT_ONCE else {}),
                         # Those that a process starts to compile for it know nothing of its turn.
                         **({"TORCHINDUCTOR_COMPILE_THREADS": "1"} if part == "compiled" else {}),
                     ),

@@ -1,4 +1,4 @@
-"""A plugin of pytest for a run on a card: ``-p benchmarks.gpu.pytest_plugin``.
+"""A plugin of pytest for a run on a GPU: ``-p benchmarks.gpu.pytest_plugin``.
 
 Tells of each test as it is done; leaves out what another process has done already; ends the process at an error after
 which no kernel runs, so that the rest is done by another one. A test that fails is shown at once.
@@ -85,7 +85,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if error is not None and child.is_sticky(error):
             _tell(item.nodeid)
             terminal.flush()
-            os._exit(child.STICKY)  # without teardown: what is on the card is beyond being freed
+            os._exit(child.STICKY)  # without teardown: what is on the GPU is beyond being freed
     if report.when == "teardown":
         _tell(item.nodeid)
     return report

@@ -1,4 +1,4 @@
-"""Stand-ins for a run without a card: tiny cases, and kernels that fail in every way that a card knows."""
+"""Stand-ins for a run without a GPU: tiny cases, and kernels that fail in every way that a GPU knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that fail in every way that a card knows, for a rehearsal; pytest collects them only when they are named."""
+"""Tests that fail in every way that a GPU knows, for a rehearsal; pytest collects them only when they are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""relu_linear_attention on a card."""
+"""relu_linear_attention on a GPU."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ MEASURED = Measured(
     ),
     profiled=(f"{SUITE}: {STAGE_3_LARGE}, bfloat16", f"{SUITE}: {SANA}, float16"),
     make=_make,
-    on_a_card={"": Shape("many tokens", _sizes(1, 16, 16, 8192), order="second")},
+    on_a_gpu={"": Shape("many tokens", _sizes(1, 16, 16, 8192), order="second")},
 )

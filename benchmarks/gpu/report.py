@@ -19,11 +19,11 @@ from benchmarks.runner import Row
 from benchmarks.suites import Settings
 
 README_BEGIN, README_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-NO_FIGURES = "No card has been measured yet: no figures."
+NO_FIGURES = "No GPU has been measured yet: no figures."
 
 
 def write(source: Path, folder: Path, readme: Path) -> list[Path]:
-    """Writes <card>-torch<version>-<commit>.json and .md into a folder, and the README's table; returns what it wrote.
+    """Writes <GPU>-torch<version>-<commit>.json and .md into a folder, and the README's table; returns what it wrote.
 
     Raises:
         ValueError: if ``source`` has no lines of a run that measured something, or the README has no markers; of a
@@ -104,7 +104,7 @@ def _facts(found: Sequence[Line]) -> dict[str, Any]:
     clocks = [line["sm_clock"] for line in found if line.get("row") and line.get("sm_clock")]
     return {
         "date": machine.get("date") or environment.now(),
-        "gpu": last["card"],
+        "gpu": last["gpu"],
         "driver": last["driver"],
         "commit": last["commit"],
         "dirty": machine.get("dirty"),

@@ -1,4 +1,4 @@
-"""The card's clocks while others use it, as nvidia-smi reads them twice a second: a line must not wait for them."""
+"""The GPU's clocks while others use it, as nvidia-smi reads them twice a second: a line must not wait for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _QUERY = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,nohead
 
 
 class Sensors:
-    """``clocks`` is what was last read: MHz, or None. Nothing on the card is changed."""
+    """``clocks`` is what was last read: MHz, or None. Nothing on the GPU is changed."""
 
     def __init__(self) -> None:
         self.clocks: dict[str, int | None] = {"sm_clock": None, "memory_clock": None}

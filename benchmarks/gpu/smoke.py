@@ -1,6 +1,6 @@
 """One kernel against float64, in this process: ``python -m benchmarks.gpu.smoke OPERATOR BACKEND DTYPE DIRECTION``.
 
-Then its calls are captured on a card, and a graph's replay must give the same bits. Whatever follows is put behind the
+Then its calls are captured on a GPU, and a graph's replay must give the same bits. Whatever follows is put behind the
 kernel's name in what is told of it.
 """
 
@@ -24,7 +24,7 @@ from effattn.backends.triton import is_interpreted
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend for cards runs: on the host if it is emulated or interpreted."""
+    """Where a backend for GPUs runs: on the host if it is emulated or interpreted."""
     on_host = is_interpreted() if backend == "triton" else _library.cuda_is_emulated
     return torch.device("cpu" if on_host else "cuda")
 
@@ -67,7 +67,7 @@ def _replays(clock: WallClock, calls: Sequence[tuple[GpuCase, Call, Sequence[tor
         try:
             is_same = runner.same_bits(results, clock.replayed(call))
         except RuntimeError as error:
-            if child.says_sticky(error):  # the card is not asked: a capture that broke off may answer for it
+            if child.says_sticky(error):  # the GPU is not asked: a capture that broke off may answer for it
                 raise
             return {"not_captured": explain(error)}
         if not is_same:

@@ -1,7 +1,7 @@
 """Builds what is tested and measured, or takes what was brought along: ``python -m benchmarks.gpu.staging FOLDER``.
 
-The package is staged in a folder of its own, whose libraries are for the card of EFFATTN_CUDA_ARCHS alone. Libraries in
-``effattn/`` are taken if they load here, have code for that card and are made of the sources that are here; then
+The package is staged in a folder of its own, whose libraries are for the GPU of EFFATTN_CUDA_ARCHS alone. Libraries in
+``effattn/`` are taken if they load here, have code for that GPU and are made of the sources that are here; then
 ``_C`` is all that is compiled.
 """
 
@@ -34,7 +34,7 @@ def native() -> ModuleType:
 
 
 def why_not(folder: Path, builder: ModuleType, arch: str) -> str | None:
-    """Why the libraries of a folder cannot be used on a card of this architecture ("90a"), or None."""
+    """Why the libraries of a folder cannot be used on a GPU of this architecture ("90a"), or None."""
     import torch
 
     library, cuda = folder / "libeffattn.so", folder / str(builder.CUDA_LIBRARY)
@@ -52,12 +52,12 @@ def why_not(folder: Path, builder: ModuleType, arch: str) -> str | None:
         if made != known:
             return f"they are made of other sources ({made or 'no digest'})"
     if arch not in archs.split():
-        return f"they are compiled for {archs or 'no card'}, not for {arch}"
+        return f"they are compiled for {archs or 'no GPU'}, not for {arch}"
     return None
 
 
 def _told(library: Path, name: str) -> list[str]:
-    """What a library says of itself: compiler, for CUDA the cards that it is for, and digest of sources."""
+    """What a library says of itself: compiler, for CUDA the GPUs that it is for, and digest of sources."""
     function = getattr(ctypes.CDLL(str(library)), name)
     function.restype = ctypes.c_char_p
     text: bytes = function()

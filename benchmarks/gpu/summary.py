@@ -36,7 +36,7 @@ def brief(lines: Iterable[Line], stages: Sequence[str], seconds: float) -> str:
     found = latest(lines)
     last = found[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
-    head = f"{last['card']}, driver {last['driver']}; {versions}; commit {last['commit'][:7]}; {seconds:.0f} s so far."
+    head = f"{last['gpu']}, driver {last['driver']}; {versions}; commit {last['commit'][:7]}; {seconds:.0f} s so far."
     failed = [line for line in found if line["status"] in FAILED]
     return "\n\n".join(["# GPU run", head, _counts(found, stages), *_list("Failed", failed)])
 

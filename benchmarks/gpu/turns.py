@@ -1,7 +1,7 @@
-"""Whose turn it is, where processes of a run share a card and its host: torch.compile of several cases, side by side.
+"""Whose turn it is, where processes of a run share a GPU and its host: torch.compile of several cases, side by side.
 
 Who prepares (inputs, compiling, checks, captures) holds a lock that others who prepare may hold too; who takes a time
-holds it alone. So nothing of the run compiles or uses the card while one of its processes is timed: a compiler on the
+holds it alone. So nothing of the run compiles or uses the GPU while one of its processes is timed: a compiler on the
 same host disturbs those above all whose launches cost more than their kernels.
 
 A process that waits for its samples goes before those that would begin to prepare. What it waits for is what others
@@ -41,7 +41,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def _held(kind: int) -> Iterator[None]:
-    path = os.environ.get(names.CARD_LOCK)
+    path = os.environ.get(names.GPU_LOCK)
     if path is None:
         yield
         return

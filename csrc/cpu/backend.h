@@ -50,10 +50,7 @@ inline cpu::Parallel torch_threads() {
           }};
 }
 
-// How a call on tensors is run; those that are kept for it lie where all CPU tensors lie.
-template <class... Kept>
-cpu::Parallel execution(const Tensor&, const Kept&...) {
-  return torch_threads();
-}
+// How a call on a tensor is run.
+inline cpu::Parallel execution(const Tensor&) { return torch_threads(); }
 
 }  // namespace effattn

@@ -144,22 +144,6 @@ class Execution {
   std::vector<Tensor> workspace_;
 };
 
-inline void require_together(const Tensor& first, const Tensor& t) {
-  if (t.get_device_index() != first.get_device_index()) {
-    throw std::runtime_error("effattn: weights, biases and sums must be on the device of the images, " +
-                             std::to_string(first.get_device_index()) + ", got " +
-                             std::to_string(t.get_device_index()));
-  }
-}
-inline void require_together(const Tensor& first, const std::vector<Tensor>& all) {
-  for (const Tensor& t : all) require_together(first, t);
-}
-
-// `kept`: what the call reads beside `of`.
-template <class... Kept>
-Execution execution(const Called& of, const Kept&... kept) {
-  (require_together(of.tensor, kept), ...);
-  return Execution(of);
-}
+inline Execution execution(const Called& of) { return Execution(of); }
 
 }  // namespace effattn

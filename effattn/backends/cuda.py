@@ -11,7 +11,7 @@ from effattn._tracing import constant_result
 from effattn.backends._base import Backend, beyond, refused_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Capabilities of systems on a chip, which are no later minors of the cards' (CUDA's guide, binary compatibility).
+#: Capabilities of systems on a chip, which are no later minors of the GPUs' (CUDA's guide, binary compatibility).
 _INTEGRATED = ((8, 7), (10, 1))
 
 
@@ -42,13 +42,13 @@ def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Se
         if not runs_on(capability, _library.cuda_archs):
             found = ".".join(map(str, capability))
             archs = ", ".join(_library.cuda_archs)
-            reasons.append(f"is compiled for {archs}, this card has {found} (EFFATTN_CUDA_ARCHS)")
+            reasons.append(f"is compiled for {archs}, this GPU has {found} (EFFATTN_CUDA_ARCHS)")
     return reasons + refused_dtype(dtype, DTYPES) + ([] if op is None else beyond(sizes, limits(op)))
 
 
 def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
-    """Whether a card can run what was compiled for these: "80" runs on 8.0 and later minors of 8, "90a" on 9.0 alone,
-    and what has "+PTX" on every later card. Those of ``_INTEGRATED`` run no other card's code."""
+    """Whether a GPU can run what was compiled for these: "80" runs on 8.0 and later minors of 8, "90a" on 9.0 alone,
+    and what has "+PTX" on every later GPU. Those of ``_INTEGRATED`` run no other GPU's code."""
     for arch in archs:
         compiled = divmod(int(arch.removesuffix("+PTX").rstrip("af")), 10)
         if arch.endswith("a"):

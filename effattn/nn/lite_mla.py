@@ -149,6 +149,7 @@ class LiteMLA(FxLeaf, FoldCache):
         first, last = (part._modules for part in parts)
         if (
             pairs is None
+            or len(pairs) > _lite_mla.MAX_SCALES
             or not all(_is_projection(part) and is_affine(part._modules.get("norm")) for part in parts)
             or not _is_nothing(first.get("act"))
             or any(t.dtype != torch.float32 for t in self.parameters())

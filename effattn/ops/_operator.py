@@ -96,26 +96,47 @@ class Operator:
             self._fused["cuda"] = self._fused["cpu"]
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the chosen backend."""
-        image, is_tracing = arguments[0], False
-        is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or torch._C._is_tracing():
-            fused, arguments, is_tracing = self._chosen(arguments)
-        else:  # what computes, as below; written for a call whose kernel is done in a microsecond
-            sizes, is_small = self.limited(*arguments), not image.is_cpu and is_small_call(arguments[: self._images])
-            backend = registry.choose(self.name, image.device, image.dtype, sizes, is_small=is_small)
-            fused = self._fused[backend.name] if backend.namespace is not None else self._fused_of(backend, arguments)
-        # torch.func and forward mode differentiate through plain operations, never through a kernel.
-        if fused is None or is_transformed:
-            return self.plain(*arguments)
-        if image.dtype != torch.float32:
-            weights = (_mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
-            arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
-        # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
-        if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in _flat(arguments[: self._tensors]))):
-            out = fused.forward(*arguments)
-            return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
-        return fused.inference(*arguments)
+        """Calls the chosen backend; TypeError or ValueError if an argument is wrong."""
+        try:
+            image, is_tracing = arguments[0], False
+            is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or torch._C._is_tracing():
+                fused, arguments, is_tracing = self._chosen(arguments)
+            else:  # what computes, as below; written for a call whose kernel is done in a microsecond
+                is_small = not image.is_cpu and is_small_call(arguments[: self._images])
+                backend = registry.choose(
+                    self.name, image.device, image.dtype, self.limited(*arguments), is_small=is_small
+                )
+                has_kernels = backend.namespace is not None
+                fused = self._fused[backend.name] if has_kernels else self._fused_of(backend, arguments)
+            # torch.func and forward mode differentiate through plain operations, never through a kernel.
+            if fused is None or is_transformed:
+                return self.plain(*arguments)
+            if image.dtype != torch.float32:
+                weights = (_mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
+                arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
+            # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
+            tensors = arguments[: self._tensors]
+            if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in _flat(tensors))):
+                out = fused.forward(*arguments)
+                return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
+            return fused.inference(*arguments)
+        except Exception:
+            # Kernels check everything themselves, so that a good call pays for no check here.
+            if not torch.compiler.is_compiling():
+                self._raise_if_wrong(arguments)
+            raise
+
+    def _raise_if_wrong(self, arguments: Sequence[Any]) -> None:
+        if torch.jit.is_tracing():
+            with untraced():
+                # Sizes that a trace made tensors of are numbers again.
+                numbers = (a.item() if isinstance(a, torch.Tensor) and a.dim() == 0 else a for a in arguments)
+                error = self.signature.error(tuple(numbers))
+        else:
+            error = self.signature.error(arguments)
+        if error is not None:
+            raise error from None
 
     def _chosen(self, arguments: tuple[Any, ...]) -> tuple[Fused | None, tuple[Any, ...], bool]:
         """What computes, its arguments, and whether torch.jit.trace records it; in a graph sizes may be no numbers."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from effattn.backends import cpu
 from effattn.ops import multi_scale_linear_attention
 from effattn.ops._operator import InferenceOperator
 from effattn.ops._plain import project
@@ -28,6 +29,9 @@ SIGNATURE = """
     ->
     out alone   (B, C_out, H, W)
 """
+
+#: Of a module with more, the parts are called.
+MAX_SCALES = cpu.LIMITS.get("scales", 0)
 
 
 class Weights(NamedTuple):

@@ -58,7 +58,7 @@ auto with(const char* argument, const std::string& path, F f) {
   }
 }
 
-// The library registers its operators with torch when it is loaded, and stays. Those for cards are in another
+// The library registers its operators with torch when it is loaded, and stays. Those for GPUs are in another
 // one beside it.
 void load_operators(const std::string& path) {
   // A name without a slash would be looked for in the system's folders only.

@@ -10,20 +10,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from gpu_backends import HERE, device_of
+from specified import REPRESENTATIVES
 
 from effattn import _library, use_backend
 from effattn.backends import cpu, cuda
 from effattn.backends.triton import LAUNCHERS, NAMESPACE
-from effattn.ops import OPERATORS
 
 _C = _library._C
 ISAS = {row["name"]: row["supported"] for row in _C.isas()}
 #: By backend, the operators that it has kernels for.
 KERNELS = {"cpu": cpu.OPERATORS, "cuda": cuda.OPERATORS, "triton": LAUNCHERS}
 
-_KEEPING = [op for op in OPERATORS.values() if op.signature.kept]
-#: Of those that keep something for their backward, the one with the fewest arguments: interpreted, the fastest.
-REPRESENTATIVE = min(_KEEPING, key=lambda op: len(op.signature.arguments)).name
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
 
@@ -49,7 +46,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         torch.backends.cudnn.allow_tf32 = before
         return
     if not ISAS[request.param]:
-        pytest.skip(f"this processor has no {request.param}; its logic runs as avx2_wide")
+        pytest.skip(f"this processor has no {request.param} (its logic runs as avx2_wide)")
     isa = _C.active_isa()
     _C.set_isa(request.param)
     with use_backend("cpu"):
@@ -61,8 +58,8 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Takes out what no backend here has: an operator or a dtype; and beside a backend for GPUs what is the CPU's.
 
-    Kernels for GPUs are slow where they are interpreted or emulated: the short tier takes an operator's first case but
-    for the comparison with float64, and each value of the parameters; and one operator of what is marked registration.
+    Kernels for GPUs are slow where they are interpreted or emulated: the short tier takes each value of the parameters,
+    of what is not marked every_case an operator's first case, and of what is marked registration the representatives.
     """
     is_short = bool(HERE) and not config.getoption("--full")
     taken = [item for item in items if not _is_of_conformance(item) or _has_kernels(item)]
@@ -84,18 +81,14 @@ def _is_of_conformance(item: pytest.Item) -> bool:
 
 def _is_first(item: Any) -> bool:
     values = item.callspec.params
-    return (
-        "float64" in item.name
-        or "zero" in item.name
-        or (
-            ("case" not in values or values["case"] == values["operator"].cases[0])
-            and (item.get_closest_marker("registration") is None or _represents(values))
-        )
+    return item.get_closest_marker("every_case") is not None or (
+        ("case" not in values or values["case"] == values["operator"].cases[0])
+        and (item.get_closest_marker("registration") is None or _represents(values))
     )
 
 
 def _represents(values: Any) -> bool:
-    return values["operator"].name == REPRESENTATIVE and values.get("order", "first") == "first"
+    return values["operator"].name in REPRESENTATIVES and values.get("order", "first") == "first"
 
 
 def _has_kernels(item: Any) -> bool:

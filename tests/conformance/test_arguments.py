@@ -13,7 +13,6 @@ from specified import mapped
 from wrong_calls import WRONG_CALLS, one_larger
 
 from effattn import use_backend
-from effattn.functional import _called
 from effattn.ops import OPERATORS
 from effattn.testing import make_arguments
 
@@ -25,7 +24,7 @@ def test_the_error_names_the_argument(operator, arguments, error, name, text):
     said = set()
     for backend in ("cpu", "reference"):
         with use_backend(backend), pytest.raises(error) as raised:
-            _called(operator, *arguments)
+            operator(*arguments)
         said.add(str(raised.value))
     (message,) = said
     argument = message.split(":")[0].split("[")[0]

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from specified import AsModule, first_of, flattened, mapped, of_other_sizes, publicly, with_gradients
+from specified import REPRESENTATIVES, AsModule, first_of, flattened, mapped, of_other_sizes, publicly, with_gradients
 from tiers import full
 from torch import fx
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,14 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effattn
 from effattn import use_backend
-from effattn.functional import _called
 from effattn.ops import OPERATORS
 from effattn.testing import ORDERS, make_arguments, moved
 
 CALLS = [pytest.param(op, case, id=f"{op.name}-{i}") for op in OPERATORS.values() for i, case in enumerate(op.cases)]
 FIRST = [pytest.param(op, op.cases[0], id=op.name) for op in OPERATORS.values()]
-#: Where no part of a specification has its own way: in the short tier, the last operator stands for all.
-REPRESENTED = [full(*call.values, id=call.id) for call in FIRST[:-1]] + FIRST[-1:]
+REPRESENTED = [call if call.id in REPRESENTATIVES else full(*call.values, id=call.id) for call in FIRST]
 NARROW = (torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.each_value  # nothing here hangs on an instruction set
@@ -127,8 +125,8 @@ def test_autocast_takes_weights_as_they_are(target, operator, case, dtype):
     """Images in the narrow type, weights and their gradients in float32; the same bits as without autocast."""
     arguments = made(target, operator, case, dtype, requires_grad=True)
     with torch.autocast(target.device.type, dtype=dtype):
-        out = _called(operator, *arguments)
-    assert out.dtype == dtype and torch.equal(out, _called(operator, *arguments))
+        out = operator(*arguments)
+    assert out.dtype == dtype and torch.equal(out, operator(*arguments))
     out.float().sum().backward()
     images = len(flattened(arguments[: operator.signature.images]))
     assert [t.grad.dtype for t in flattened(arguments)] == [t.dtype for t in flattened(arguments)]
@@ -279,7 +277,7 @@ def test_trace(target, operator, case):
 def test_wrong_arguments_in_a_trace(operator, case):
     arguments = make_arguments(operator, case)
     images = arguments[: operator.signature.images]
-    module = AsModule(operator, arguments, lambda *a: _called(operator, *a))
+    module = AsModule(operator, arguments)
     with pytest.raises(ValueError, match=r"^\w+: expected .* got "):
         torch.jit.trace(module, (images[0][0], *images[1:]))
 

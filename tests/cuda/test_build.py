@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, for cards that need not be here; and how it is asked."""
+"""What the compiler made of the CUDA kernels, for GPUs that need not be here; and how it is asked."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_products_run_on_tensor_cores(arch):
 
 
 @compiled
-def test_the_library_loads_without_a_card(archs):
+def test_the_library_loads_without_a_gpu(archs):
     assert _library.cuda_error is None
     assert {arch.removesuffix("+PTX") for arch in _library.cuda_archs} >= archs
     for name in cuda.OPERATORS:
@@ -100,7 +100,7 @@ def test_the_library_loads_without_a_card(archs):
 
 @compiled
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_card_the_backend_says_so():
+def test_without_a_gpu_the_backend_says_so():
     reason = cuda.BACKEND.unavailable()
     assert reason == ("torch sees no CUDA device" if torch.version.cuda else "this torch is built without CUDA")
 
@@ -114,7 +114,7 @@ def test_a_driver_that_is_too_old_is_a_reason(monkeypatch):
     assert re.fullmatch(r"is compiled with CUDA \d+, the driver knows CUDA 0", cuda.BACKEND.unavailable())
 
 
-def test_which_cards_run_what():
+def test_which_gpus_run_what():
     assert cuda.runs_on((8, 0), ["80"]) and cuda.runs_on((8, 9), ["80"]) and not cuda.runs_on((7, 5), ["80"])
     assert not cuda.runs_on((9, 0), ["80"]) and cuda.runs_on((9, 0), ["80+PTX"])
     assert cuda.runs_on((9, 0), ["90a"]) and not cuda.runs_on((10, 0), ["90a"]) and not cuda.runs_on((8, 9), ["90a"])
@@ -140,7 +140,7 @@ def found(monkeypatch):
     monkeypatch.setattr(build, "_output", lambda nvcc, option: says[option])
 
     def search(nvcc="/somewhere/nvcc", torch_has_cuda=True, **environment):
-        for name in ("EFFATTN_CUDA", "EFFATTN_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
+        for name in ("EFFATTN_CUDA", "EFFATTN_CUDA_ARCHS", "EFFATTN_CUDA_CHANNELS", "CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -168,6 +168,7 @@ def test_archs_are_those_asked_for(found):
     assert found(EFFATTN_CUDA_ARCHS="80 100+PTX").archs == ("80", "100+PTX")
     flags = found(EFFATTN_CUDA_ARCHS="90a 100+PTX").flags()
     assert flags == [
+        "-DEFFATTN_CUDA_CHANNELS=128",
         "-gencode arch=compute_90a,code=sm_90a",
         "-gencode arch=compute_100,code=sm_100",
         "-gencode arch=compute_100,code=compute_100",
@@ -177,7 +178,13 @@ def test_archs_are_those_asked_for(found):
             found(EFFATTN_CUDA_ARCHS=wrong)
 
 
-def test_an_older_compiler_has_code_for_newer_cards_too(found, monkeypatch):
+def test_how_wide_heads_may_be(found):
+    assert found(EFFATTN_CUDA_CHANNELS="32").flags()[0] == "-DEFFATTN_CUDA_CHANNELS=32"
+    with pytest.raises(SystemExit, match="EFFATTN_CUDA_CHANNELS: expected 16, 32, 64 or 128, got '48'"):
+        found(EFFATTN_CUDA_CHANNELS="48")
+
+
+def test_an_older_compiler_has_code_for_newer_gpus_too(found, monkeypatch):
     build = sys.modules["effattn_build"]
     says = {"--list-gpu-code": "sm_80\nsm_86\nsm_89\nsm_90\n", "--version": "Cuda tools, release 12.4, V12.4.1\n"}
     monkeypatch.setattr(build, "_output", lambda nvcc, option: says[option])

@@ -23,11 +23,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(params=HERE or ["none"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend for cards that can run here, in use."""
+    """Each backend for GPUs that can run here, in use."""
     if HERE and request.param not in HERE:
         pytest.skip(f"is of {request.param} alone, where {' and '.join(HERE)} runs")
     if request.param not in HERE:
-        pytest.skip("; ".join(f"the {name} backend: {reason}" for name, reason in REASONS.items()))
+        pytest.skip("\n".join(f"the {name} backend: {reason}" for name, reason in REASONS.items()))
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # or convolutions of what is compared with are off by 1e-3
     with use_backend(request.param):

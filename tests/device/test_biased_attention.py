@@ -1,4 +1,4 @@
-"""biased_attention on cards, as its kernels are made, with and without talking heads: tiles, parts, masks, extremes."""
+"""biased_attention on GPUs, as its kernels are made, with and without talking heads: tiles, parts, masks, extremes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cascaded_group_attention on cards, as its kernels are made: windows, sizes beyond a tile, long chains, extremes."""
+"""cascaded_group_attention on GPUs, as its kernels are made: windows, sizes beyond a tile, long chains, extremes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a card can show: graphs, streams, no waiting for the host, memory, and the same bits under load."""
+"""What only a GPU can show: graphs, streams, no waiting for the host, memory, and the same bits under load."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ pytestmark = [
 CALLS = {
     measured.operator.name + form: (measured, shape)
     for measured in cases.MEASURED
-    for form, shape in measured.on_a_card.items()
+    for form, shape in measured.on_a_gpu.items()
 }
 every_operator = pytest.mark.parametrize("name", CALLS)
 
 
 def prepared(name, dtype=torch.bfloat16, device="cuda"):
-    """The function, its arguments as leaves on the card, and those leaves."""
+    """The function, its arguments as leaves on the GPU, and those leaves."""
     measured, shape = CALLS[name]
     case = measured.case(shape, training=True, dtype=dtype)
     arguments = mapped(lambda t: t.requires_grad_(), runner.on(torch.device(device), case.make()))
@@ -91,7 +91,7 @@ def test_training_waits_for_nothing(name, backend):
 
 
 @every_operator
-def test_same_bits_while_the_card_is_busy(name, backend):
+def test_same_bits_while_the_gpu_is_busy(name, backend):
     function, arguments, leaves = prepared(name, torch.float32)
     noise, other = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
     with use_backend(backend):
@@ -123,7 +123,7 @@ def test_another_stream_is_used(name, backend):
 
 @every_operator
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_card_is_used(name, backend):
+def test_another_gpu_is_used(name, backend):
     results = []
     for device in ("cuda:0", "cuda:1"):
         with use_backend(backend):

@@ -1,4 +1,4 @@
-"""Modules on the kernels of cards: in training, with BatchNorm between the parts, and in evaluation."""
+"""Modules on the kernels of GPUs: in training, with BatchNorm between the parts, and in evaluation."""
 
 from __future__ import annotations
 

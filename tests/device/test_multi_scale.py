@@ -1,4 +1,4 @@
-"""The multi-scale operators on cards, as their kernels are made: tiles and rows of vectors, parts, kernel sizes."""
+"""The multi-scale operators on GPUs, as their kernels are made: tiles and rows of vectors, parts, kernel sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ATTENTION, AGGREGATION = (OPERATORS[f"multi_scale_{name}"] for name in ("linear_
 NARROW = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *NARROW)
 
-both = pytest.mark.parametrize("operator", [ATTENTION, AGGREGATION], ids=["attention", "aggregation"])
+both = pytest.mark.parametrize("operator", [ATTENTION, AGGREGATION], ids=lambda operator: operator.name)
 
 
 def case(batch, heads, head_dim, height, width, kernels=(5,), biases=False):
@@ -100,7 +100,7 @@ def test_narrow_attention_of_views(device, backend, view, dtype):
 @pytest.mark.parametrize(("head_dim", "kernels"), [(13, (3, 5)), (32, (5,))], ids=str)
 def test_blocks_that_take_several_tiles_of_queries(device, backend, head_dim, kernels, order, dtype, monkeypatch):
     monkeypatch.setenv("EFFATTN_EMULATED_MULTIPROCESSORS", "4")
-    batch = 1 if device.type == "cpu" else 64  # of a card's multiprocessors more are wanted
+    batch = 1 if device.type == "cpu" else 64  # of a GPU's multiprocessors more are wanted
     sizes = case(batch, 1, head_dim, 26, 40, kernels, biases=True)
     check_against_float64(ATTENTION, sizes, dtype, order, backend, device)
 

@@ -1,4 +1,4 @@
-"""relu_linear_attention on cards, as its kernels are made: sizes around tiles, sums in parts, strides, no eps."""
+"""relu_linear_attention on GPUs, as its kernels are made: sizes around tiles, sums in parts, strides, no eps."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_wide_heads_of_narrow_types(device, backend, dtype, order, channels):
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_a_long_sum_in_one_part(device, backend, monkeypatch):
-    """What each program does where there are more groups than a card runs at once."""
+    """What each program does where there are more groups than a GPU runs at once."""
     monkeypatch.setattr(configs, "PROGRAMS", 1)
     sizes = case(70, 3000, 16, 16, ())
     check_against_float64(OPERATOR, sizes, torch.float32, "second", backend, device, away_from_zero)

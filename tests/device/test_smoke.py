@@ -1,4 +1,4 @@
-"""What a run on a card tries first is right where it is interpreted and emulated."""
+"""What a run on a GPU tries first is right where it is interpreted and emulated."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-#: In place of all backends for cards, on what has the fixture ``backend``.
+#: In place of all backends for GPUs, on what has the fixture ``backend``.
 cuda_only = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 
 

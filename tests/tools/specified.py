@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import effattn
 from effattn import use_backend
+from effattn.ops import OPERATORS
 from effattn.ops._operator import Operator
 from effattn.testing import laid_out, make_arguments, moved
 from effattn.tolerance import (
@@ -26,6 +28,27 @@ from effattn.tolerance import (
     check_against,
     too_large,
 )
+
+
+def _has_lists(operator: Operator) -> bool:
+    return any(argument.is_list for argument in operator.signature.arguments)
+
+
+def _representatives() -> set[str]:
+    """One operator that keeps something for its backward, and one of images with lists of weights.
+
+    Of each, the one with the fewest arguments, which is the fastest where kernels are interpreted or emulated.
+    """
+    keeping = [op for op in OPERATORS.values() if op.signature.kept]
+    listing = [
+        op for op in OPERATORS.values() if op.signature.is_of_images and any(a.is_list for a in op.signature.arguments)
+    ]
+    groups = [group for group in (keeping, listing) if group] or [OPERATORS.values()]
+    return {min(group, key=lambda op: len(op.signature.arguments)).name for group in groups}
+
+
+#: The operators that stand for all, in the short tier, where no part of a specification has its own way.
+REPRESENTATIVES = _representatives()
 
 
 class Expected(NamedTuple):
@@ -208,6 +231,18 @@ def of_other_sizes(operator: Operator, case: Mapping[str, Any], count: int, *, f
     unused = itertools.count(2)  # sizes of 0 and 1 have graphs of their own
     names = free_sizes(operator, case)[: 1 if few else None]
     return [{**case, **{name: next(unused) for name in names}} for _ in range(count)]
+
+
+def of_at_least(operator: Operator, case: Mapping[str, Any], flops: int) -> dict[str, Any]:
+    """The case with its free sizes doubled in turn until the forward has so many FLOPs; 20 times where it has none."""
+    enlarged = dict(case)
+    for name in itertools.islice(itertools.cycle(free_sizes(operator, case)), 20):
+        with FlopCounterMode(display=False) as counter:
+            operator.plain(*mapped(lambda t: t.to("meta"), make_arguments(operator, enlarged)))
+        if counter.get_total_flops() >= flops:
+            break
+        enlarged[name] *= 2
+    return enlarged
 
 
 def first_of(out: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from effattn._triton import autotune, configs
 from effattn._triton.configs import Launch
 
-CARD = "a card"
+GPU = "a GPU"
 OP = {"attend": {16: Launch(64, 16), 128: Launch(32, 32, keys=32)}, "multiply": {128: Launch(32, 32, keys=32)}}
 
 
@@ -26,11 +26,11 @@ TABLES = {
 
 @pytest.fixture(autouse=True)
 def nothing_found_before(monkeypatch):
-    by_card: dict = {}
+    by_gpu: dict = {}
     of_files = configs.launches
     monkeypatch.setattr(configs, "launches", lambda op: OP if op == "op" else of_files(op))
-    monkeypatch.setattr(configs, "BY_GPU", by_card)
-    monkeypatch.setattr(autotune, "BY_GPU", by_card)
+    monkeypatch.setattr(configs, "BY_GPU", by_gpu)
+    monkeypatch.setattr(autotune, "BY_GPU", by_gpu)
 
 
 def test_a_size_takes_the_first_entry_that_is_large_enough(monkeypatch):
@@ -75,7 +75,7 @@ def test_tuning_descends_and_remembers():
     looked_up = []
 
     def call():
-        looked_up.append(configs.find("op", "attend", 64, CARD))
+        looked_up.append(configs.find("op", "attend", 64, GPU))
 
     def seconds(call):
         call()
@@ -83,35 +83,35 @@ def test_tuning_descends_and_remembers():
             raise RuntimeError("out of shared memory")
         return 1.0 / looked_up[-1].num_warps
 
-    found = autotune.tune(call, CARD, seconds)
+    found = autotune.tune(call, GPU, seconds)
     ((key, launch),) = found.items()
     assert key == ("op", "attend", 128)
-    assert launch.num_warps == 8 and configs.find("op", "attend", 64, CARD) == launch
+    assert launch.num_warps == 8 and configs.find("op", "attend", 64, GPU) == launch
     assert configs.find("op", "attend", 64) != launch, "found for another GPU"
-    assert configs.find("op", "multiply", 64, CARD) != launch, "found for another kernel"
-    assert autotune.tune(call, CARD, seconds) == {}, "looked for again"
+    assert configs.find("op", "multiply", 64, GPU) != launch, "found for another kernel"
+    assert autotune.tune(call, GPU, seconds) == {}, "looked for again"
 
 
 def test_noise_changes_nothing():
     moments = iter([1.0, *[0.99] * 50])
-    found = autotune.tune(lambda: configs.find("op", "attend", 8, CARD), CARD, lambda call: next(moments))
+    found = autotune.tune(lambda: configs.find("op", "attend", 8, GPU), GPU, lambda call: next(moments))
     assert list(found.values()) == [OP["attend"][16]]
 
 
 def test_launches_are_kept_in_a_file(tmp_path):
     file = tmp_path / "launches.json"
     mine = {("op", "attend", 16): Launch(128, 16), ("op", "multiply", 128): Launch(keys=16)}
-    configs.BY_GPU[CARD] = dict(mine)
+    configs.BY_GPU[GPU] = dict(mine)
     autotune.write(file)
     configs.BY_GPU.clear()
     autotune.read(file)
-    assert {CARD: mine} == configs.BY_GPU
+    assert {GPU: mine} == configs.BY_GPU
     assert [path.name for path in tmp_path.iterdir()] == ["launches.json"]
 
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", "{", '{"card": [{}]}', json.dumps({"card": [{"op": "no such", "kernel": "attend", "size": 16}]})],
+    ["[]", "{", '{"gpu": [{}]}', json.dumps({"gpu": [{"op": "no such", "kernel": "attend", "size": 16}]})],
 )
 def test_files_of_something_else_are_refused(tmp_path, content):
     file = tmp_path / "launches.json"

@@ -1,4 +1,4 @@
-"""What the launches of all operators share: how results are filled, and for which card kernels are."""
+"""What the launches of all operators share: how results are filled, and for which GPU kernels are."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def _contiguous(argument: Any) -> Any:
 
 
 def target(t: torch.Tensor) -> Any:
-    """What a card wants, and what torch is told of products in float32."""
+    """What a GPU wants, and what torch is told of products in float32."""
     from effattn._triton.numerics import TargetOptions
 
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     backend = "cuda" if torch.version.hip is None else "hip"
-    return TargetOptions.of(backend, relaxed=is_relaxed, gpu=card(t.device))
+    return TargetOptions.of(backend, relaxed=is_relaxed, gpu=gpu_name(t.device))
 
 
 @cache
-def card(device: torch.device) -> str:
+def gpu_name(device: torch.device) -> str:
     """The name under which launches are kept; none of a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -1,4 +1,4 @@
-"""Whether launches are looked for on the card at hand: if ``EFFATTN_TRITON_AUTOTUNE`` names a file to keep them in."""
+"""Whether launches are looked for on the GPU at hand: if ``EFFATTN_TRITON_AUTOTUNE`` names a file to keep them in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effattn.backends.triton._launch import card
+from effattn.backends.triton._launch import gpu_name
 
 ENVIRONMENT_VARIABLE = "EFFATTN_TRITON_AUTOTUNE"
 
@@ -41,7 +41,7 @@ def before(name: str, kernel: Callable[..., Any], arguments: tuple[Any, ...]) ->
     if key not in _seen:
         _seen.add(key)
         with torch.cuda.device(first.device):
-            if autotune.tune(lambda: kernel(*arguments), card(first.device), _seconds):
+            if autotune.tune(lambda: kernel(*arguments), gpu_name(first.device), _seconds):
                 autotune.write(_file)
 
 

@@ -11,7 +11,10 @@
 
 namespace effattn::cuda {
 
-constexpr int kMaxChannels = 128;  // of a head of linear attention
+#ifndef EFFATTN_CUDA_CHANNELS
+#define EFFATTN_CUDA_CHANNELS 128
+#endif
+constexpr int kMaxChannels = EFFATTN_CUDA_CHANNELS;  // of a head of linear attention
 constexpr int kMaxGroups = 12;     // leading dimensions, after merging those that lie behind each other
 
 // Leading dimensions, merged where all tensors of a call allow it.
@@ -79,13 +82,13 @@ void with_dtype(DType dtype, F f) {
   return f(Float16{});
 }
 
-// With the least number of channels, as a type, that holds so many.
-template <class F>
+// With the smallest padded number of channels, as a type, that holds so many.
+template <int kPadded = 16, class F>
 void with_channels(int64_t channels, F f) {
-  if (channels <= 16) return f(std::integral_constant<int, 16>{});
-  if (channels <= 32) return f(std::integral_constant<int, 32>{});
-  if (channels <= 64) return f(std::integral_constant<int, 64>{});
-  return f(std::integral_constant<int, kMaxChannels>{});
+  if constexpr (kPadded < kMaxChannels) {
+    if (channels > kPadded) return with_channels<2 * kPadded>(channels, f);
+  }
+  f(std::integral_constant<int, kPadded>{});
 }
 
 }  // namespace effattn::cuda

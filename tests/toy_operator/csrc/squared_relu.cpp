@@ -35,7 +35,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, double scale) {
   kSignature.check({&x, &weight, scale});
   Call call(x, weight, scale);
   Tensor out = new_image(x, shape_of(x), call.p.out);
-  kernels::squared_relu(call.p, execution(x, call.alive));
+  kernels::squared_relu(call.p, execution(x));
   return out;
 }
 
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& x, con
   call.p.grad_out = image(call.alive.back());
   Tensor grad_x = new_image(x, shape_of(x), call.p.grad_x);
   Tensor grad_weight = new_floats(weight, call.p.grad_weight);
-  kernels::squared_relu_backward(call.p, execution(x, call.alive));
+  kernels::squared_relu_backward(call.p, execution(x));
   return {grad_x, grad_weight};
 }
 

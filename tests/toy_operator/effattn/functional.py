@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from effattn.functional import _called
 from effattn.ops import OPERATORS
 
 
@@ -30,4 +29,4 @@ def squared_relu(x: torch.Tensor, weight: torch.Tensor, *, scale: float = 1.0) -
     """
     if has_torch_function((x, weight)):
         return handle_torch_function(squared_relu, (x, weight), x, weight, scale=scale)
-    return _called(OPERATORS["squared_relu"], x, weight, scale)
+    return OPERATORS["squared_relu"](x, weight, scale)

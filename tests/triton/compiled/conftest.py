@@ -1,4 +1,4 @@
-"""Every kernel as it is launched, compiled ahead of time for cards that need not be there; a file an operator.
+"""Every kernel as it is launched, compiled ahead of time for GPUs that need not be there; a file an operator.
 
 Each is compiled for its smallest and largest heads, and for those of the models, in both memory orders; in the short
 tier for the largest and one of the models. Of the main kernels there are budgets for sm_90, an instance each, read from

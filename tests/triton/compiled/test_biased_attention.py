@@ -1,4 +1,4 @@
-"""biased_attention, compiled for cards that need not be there: no register is spilled."""
+"""biased_attention, compiled for GPUs that need not be there: no register is spilled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cascaded_group_attention, compiled for cards that need not be there: nothing is spilled, and what its loop takes."""
+"""cascaded_group_attention, compiled for GPUs that need not be there: nothing is spilled, and what its loop takes."""
 
 from __future__ import annotations
 

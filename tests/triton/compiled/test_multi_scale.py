@@ -1,4 +1,4 @@
-"""Multi-scale attention, compiled for cards that need not be there: no register is spilled, and what its loops take."""
+"""Multi-scale attention, compiled for GPUs that need not be there: no register is spilled, and what its loops take."""
 
 from __future__ import annotations
 
