@@ -94,8 +94,7 @@ Gradients attention_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTen
   MultiScaleCall call(qkv, weights, head_dim, eps);
   take_grad_out(call, grad_out);
   Gradients gradients = new_gradients(call, qkv, weights);
-  kernels::attend_backward(call.p, static_cast<const float*>(kv_state.const_data_ptr()),
-                           execution(qkv));
+  kernels::attend_backward(call.p, static_cast<const float*>(kv_state.const_data_ptr()), execution(qkv));
   return gradients;
 }
 

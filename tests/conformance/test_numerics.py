@@ -89,7 +89,7 @@ def test_the_same_bits_in_the_same_places(target, operator, case, order):
 @pytest.mark.parametrize(("operator", "case"), CALLS)
 def test_the_same_bits_for_every_number_of_threads(threads, operator, case):
     """Of so much work that there is some for each of them (kernels/cpu/core/parallel.h)."""
-    arguments, results = make_arguments(operator, of_at_least(operator, case, 10**7)), []
+    arguments, results = make_arguments(operator, of_at_least(operator, case, 4 * 10**6)), []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
         results.append(with_gradients(operator, operator, arguments, torch.float32))

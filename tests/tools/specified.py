@@ -233,16 +233,17 @@ def of_other_sizes(operator: Operator, case: Mapping[str, Any], count: int, *, f
     return [{**case, **{name: next(unused) for name in names}} for _ in range(count)]
 
 
-def of_at_least(operator: Operator, case: Mapping[str, Any], flops: int) -> dict[str, Any]:
-    """The case with its free sizes doubled in turn until the forward has so many FLOPs; 20 times where it has none."""
+def of_at_least(operator: Operator, case: Mapping[str, Any], work: int) -> dict[str, Any]:
+    """The case with its free sizes doubled in turn until the forward has so many FLOPs, or numbers in its arguments."""
     enlarged = dict(case)
-    for name in itertools.islice(itertools.cycle(free_sizes(operator, case)), 20):
+    for name in itertools.cycle(free_sizes(operator, case)):
+        arguments = mapped(lambda t: t.to("meta"), make_arguments(operator, enlarged))
         with FlopCounterMode(display=False) as counter:
-            operator.plain(*mapped(lambda t: t.to("meta"), make_arguments(operator, enlarged)))
-        if counter.get_total_flops() >= flops:
-            break
+            operator.plain(*arguments)
+        if max(counter.get_total_flops(), sum(t.numel() for t in flattened(arguments))) >= work:
+            return enlarged
         enlarged[name] *= 2
-    return enlarged
+    raise ValueError(f"{operator.name}: no size of {case} is free")
 
 
 def first_of(out: Any) -> torch.Tensor:

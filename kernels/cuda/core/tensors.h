@@ -15,7 +15,7 @@ namespace effattn::cuda {
 #define EFFATTN_CUDA_CHANNELS 128
 #endif
 constexpr int kMaxChannels = EFFATTN_CUDA_CHANNELS;  // of a head of linear attention
-constexpr int kMaxGroups = 12;     // leading dimensions, after merging those that lie behind each other
+constexpr int kMaxGroups = 12;  // leading dimensions, after merging those that lie behind each other
 
 // Leading dimensions, merged where all tensors of a call allow it.
 struct Groups {
