@@ -482,7 +482,7 @@ def _table(signature: Any) -> str:
         parts += [".is_list = true"] if a.length else []
         parts += [".may_be_empty = true"] if a.may_be_empty else []
         parts += [f".length = {dim(a.length)}"] if a.length else []
-        parts += [f".{name} = {getattr(a, name)}" for name in ("least", "most") if math.isfinite(getattr(a, name))]
+        parts += [f".{name} = {getattr(a, name)}" for name in ("minimum", "maximum") if math.isfinite(getattr(a, name))]
         return _list(parts)
 
     return _list(

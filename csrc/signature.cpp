@@ -116,9 +116,9 @@ class Signature::Check {
   void kind(const Line& line, const Argument& given) {
     if (const auto* const number = std::get_if<double>(&given)) return check_number(line, -1, *number);
     if (const auto* const integer = std::get_if<int64_t>(&given)) {
-      if (*integer >= line.least && *integer <= line.most) return;
-      const std::string most = std::isinf(line.most) ? "" : " and <= " + number_text(line.most);
-      wrong(line, -1, "expected an int >= ", number_text(line.least), most, ", got ", *integer);
+      if (*integer >= line.minimum && *integer <= line.maximum) return;
+      const std::string maximum = std::isinf(line.maximum) ? "" : " and <= " + number_text(line.maximum);
+      wrong(line, -1, "expected an int >= ", number_text(line.minimum), maximum, ", got ", *integer);
     }
     if (const auto* const numbers = std::get_if<const std::vector<double>*>(&given)) {
       for (size_t i = 0; i < (*numbers)->size(); ++i) check_number(line, static_cast<int>(i), (**numbers)[i]);
@@ -129,10 +129,10 @@ class Signature::Check {
   }
 
   void check_number(const Line& line, int element, double number) const {
-    if (number >= line.least && std::isfinite(number)) return;
-    const std::string least = std::isinf(line.least) ? "" : " >= " + number_text(line.least);
+    if (number >= line.minimum && std::isfinite(number)) return;
+    const std::string minimum = std::isinf(line.minimum) ? "" : " >= " + number_text(line.minimum);
     const char* const fraction = number == std::floor(number) && std::isfinite(number) ? ".0" : "";
-    wrong(line, element, "expected a finite number", least, ", got ", number_text(number), fraction);
+    wrong(line, element, "expected a finite number", minimum, ", got ", number_text(number), fraction);
   }
 
   void tensor(const Line& line, int element, const Shape& shape, const Tensor& t) {

@@ -58,7 +58,8 @@ class Signature {
     std::vector<Shape> shapes{};
     bool is_list = false, may_be_empty = false;
     Dim length{};
-    double least = -std::numeric_limits<double>::infinity(), most = std::numeric_limits<double>::infinity();
+    double minimum = -std::numeric_limits<double>::infinity(),
+           maximum = std::numeric_limits<double>::infinity();
 
     const Shape& shape(size_t element) const { return shapes[element % shapes.size()]; }
   };

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from same import assert_same
+from same import assert_same, is_same
 from tiers import full
 from torch import nn
 
@@ -92,23 +92,23 @@ def test_same_answers_in_eval_and_back(name):
 
 
 @pytest.mark.parametrize("name", ["official", "efficientvit_b0"])
-def test_same_training_step(name):
-    """Of all weights and statistics after two steps, an error from float64 no larger than twice the original's."""
+def test_same_training_steps(name):
+    """Two, so short that the second does not multiply the roundings of the first."""
     model, x = make(name)
     fast = copy.deepcopy(model)
     effattn.accelerate(fast)
     exact = copy.deepcopy(fast).double()
     for m in (model, fast, exact):
         m.train()
-        optimiser = torch.optim.SGD(m.parameters(), lr=1.0 if name == "official" else 0.01)
+        optimiser = torch.optim.SGD(m.parameters(), lr=1e-3)
         for _ in range(2):
             optimiser.zero_grad()
             m(x.to(next(m.parameters()).dtype)).square().mean().backward()
             optimiser.step()
-    stock, mine, truth = (
-        torch.cat([t.double().flatten() for t in m.state_dict().values()]) for m in (model, fast, exact)
-    )
-    assert error(mine, truth) <= 2 * error(stock, truth)
+    for (key, a), b in zip(model.state_dict().items(), fast.state_dict().values(), strict=True):
+        assert is_same(b, a), key
+    stock, mine, truth = (torch.cat([p.grad.double().flatten() for p in m.parameters()]) for m in (model, fast, exact))
+    assert error(mine, truth) <= 3 * error(stock, truth)
 
 
 def test_in_float64_the_answers_are_the_official_ones():

@@ -34,7 +34,7 @@ from effattn.nn.projection import (
 )
 from effattn.nn.recorded import FxLeaf
 from effattn.ops import projected_attention as _operator
-from effattn.ops._operator import widened
+from effattn.ops._operator import at_least_float32
 
 # What makes the queries where the image is halved, by class: timm's, ours and the official one.
 QUERIES = ("LocalGlobalQuery", "_LocalGlobalQuery", "LGQuery")
@@ -116,7 +116,7 @@ class EfficientFormerAttention(FxLeaf, FoldCache):
             if packed is not None:
                 # As an image of one row: of one column, neither memory order would be the tokens'.
                 return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
-        bias = cached(folds, ("bias", tokens, size), lambda: widened(self._bias(tokens, size)))
+        bias = cached(folds, ("bias", tokens, size), lambda: at_least_float32(self._bias(tokens, size)))
         heads = self.qkv(x).reshape(x.shape[0], tokens, self.num_heads, -1).transpose(1, 2)
         q, k, v = heads.split([self.key_dim, self.key_dim, static_shape(heads)[3] - 2 * self.key_dim], dim=3)
         out = biased_attention(q, k, v, bias, scale=self.scale)
@@ -314,7 +314,7 @@ class _V2(FxLeaf, FoldCache):
         return out.transpose(-2, -1).reshape(batch, *static_shape(local)[1:]) + local
 
     def _bias(self, size: Size, folds: Folds | None = None) -> torch.Tensor:
-        bias: torch.Tensor = cached(folds, ("bias", *size), lambda: widened(self._gathered(size)))
+        bias: torch.Tensor = cached(folds, ("bias", *size), lambda: at_least_float32(self._gathered(size)))
         return bias
 
     def _gathered(self, size: Size) -> torch.Tensor:
@@ -469,7 +469,7 @@ class EfficientFormerV2Attention(_V2):
     def _kept_mixing(self) -> list[torch.Tensor] | None:
         """As the operator takes it, and no views of parameters, which torch could not swap."""
         mixing = self._mixing()
-        return None if mixing is None else [widened(t.detach()) for t in mixing]
+        return None if mixing is None else [at_least_float32(t.detach()) for t in mixing]
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, folds: Folds | None

@@ -35,7 +35,7 @@ from effattn.nn.projection import (
 )
 from effattn.nn.recorded import FxLeaf
 from effattn.ops import lite_mla as _lite_mla
-from effattn.ops._operator import widened
+from effattn.ops._operator import at_least_float32
 
 # Images of up to so many tokens are taken from input to output by one operator, which keeps them in cache; for larger
 # ones torch's matrix products around the attention are faster.
@@ -246,7 +246,7 @@ def _scale_weights(scales: nn.ModuleList, are_kept: bool) -> tuple[list[torch.Te
     depthwise, pointwise = ([pair[i] for pair in pairs] for i in (0, 1))
     weights = ([conv.weight for conv in depthwise], [conv.weight for conv in pointwise])
     lists = (*weights, _biases(depthwise), _biases(pointwise))
-    return tuple(None if ts is None else [widened(t) for t in ts] for ts in lists) if are_kept else lists
+    return tuple(None if ts is None else [at_least_float32(t) for t in ts] for ts in lists) if are_kept else lists
 
 
 def _attend_to_any(

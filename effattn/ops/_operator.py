@@ -337,7 +337,11 @@ class InferenceOperator:
     def _fake(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         if self.signature is None:
             assert self.shape is not None
-            return empty_image_in_order_of(x, self.shape(x, *rest))
+            try:
+                return empty_image_in_order_of(x, self.shape(x, *rest))
+            except IndexError:
+                shapes = [tuple(t.shape) for t in (x, *rest) if isinstance(t, torch.Tensor)]
+                raise RuntimeError(f"{self.name}: a tensor has too few dimensions, got shapes {shapes}") from None
         arguments = self.signature.without_none((x, *rest))
         error = self.signature.error(arguments)
         if error is not None:
@@ -365,7 +369,7 @@ class InferenceOperator:
         return out
 
 
-def widened(weight: torch.Tensor) -> torch.Tensor:
+def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
     """A weight in float32, as operators take it, or in float64: kept, it spares calls on narrow images the cast."""
     return weight.float() if weight.dtype.itemsize < 4 else weight
 

@@ -18,7 +18,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def larger(a: Any, b: Any) -> Any:
+def max_size(a: Any, b: Any) -> Any:
     """Of two sizes: torch.sym_max takes longer than a small call's other checks together."""
     return max(a, b) if type(a) is int and type(b) is int else torch.sym_max(a, b)
 

@@ -179,8 +179,8 @@ class Argument:
     shapes: tuple[Shape, ...] = ()
     length: Dim | None = None  # of a list
     may_be_empty: bool = False
-    least: float = -math.inf
-    most: float = math.inf
+    minimum: float = -math.inf
+    maximum: float = math.inf
 
     @property
     def is_list(self) -> bool:
@@ -407,6 +407,8 @@ def _names_of(length: Dim | None) -> tuple[str, ...]:
 def _wrong_option(argument: Argument, given: Any) -> Exception | None:
     name = argument.name
     if argument.kind == "numbers":
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            return TypeError(f"{name}: expected a sequence of numbers, got {type(given).__name__}")
         for i, number in enumerate(given):
             wrong = _wrong_number(f"{name}[{i}]", argument, number)
             if wrong is not None:
@@ -416,18 +418,18 @@ def _wrong_option(argument: Argument, given: Any) -> Exception | None:
         return _wrong_number(name, argument, given)
     if not isinstance(given, (int, torch.SymInt)) or isinstance(given, bool):
         return TypeError(f"{name}: expected an int, got {type(given).__name__}")
-    if not argument.least <= given <= argument.most:
-        most = "" if argument.most == math.inf else f" and <= {argument.most:.0f}"
-        return ValueError(f"{name}: expected an int >= {argument.least:.0f}{most}, got {given}")
+    if not argument.minimum <= given <= argument.maximum:
+        maximum = "" if argument.maximum == math.inf else f" and <= {argument.maximum:.0f}"
+        return ValueError(f"{name}: expected an int >= {argument.minimum:.0f}{maximum}, got {given}")
     return None
 
 
 def _wrong_number(name: str, argument: Argument, given: Any) -> Exception | None:
     if not isinstance(given, (Real, torch.SymFloat, torch.SymInt)) or isinstance(given, bool):
         return TypeError(f"{name}: expected a number, got {type(given).__name__}")
-    least = "" if argument.least == -math.inf else f" >= {argument.least:.0f}"
-    if not argument.least <= float(given) < math.inf or given == -math.inf:
-        return ValueError(f"{name}: expected a finite number{least}, got {given}")
+    minimum = "" if argument.minimum == -math.inf else f" >= {argument.minimum:.0f}"
+    if not argument.minimum <= float(given) < math.inf or given == -math.inf:
+        return ValueError(f"{name}: expected a finite number{minimum}, got {given}")
     return None
 
 
@@ -446,19 +448,19 @@ def _argument(line: str) -> Argument:
     kind, rest, length = found["kind"].removesuffix("s"), found["rest"], found["length"]
     if kind not in ("tensor", "image", "weight", "integer", "number"):
         raise ValueError(f"no kind of an argument: {line!r}")
-    least, most = -math.inf, math.inf
+    minimum, maximum = -math.inf, math.inf
     if rest.startswith(">="):
-        least = float(rest[2:])
+        minimum = float(rest[2:])
     elif ".." in rest and "(" not in rest:
-        least, most = map(float, rest.split(".."))
+        minimum, maximum = map(float, rest.split(".."))
     return Argument(
         found["name"],
         "numbers" if kind == "number" and length else kind,
         tuple(Shape.of(text) for text in _SHAPE.findall(rest)),
         Dim.of(length) if length else None,
         bool(found["empty"]),
-        least,
-        most,
+        minimum,
+        maximum,
     )
 
 

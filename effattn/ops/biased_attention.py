@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effattn.ops._operator import Operator
-from effattn.ops._plain import larger, mix_heads, without_autocast
+from effattn.ops._plain import max_size, mix_heads, without_autocast
 
 Tensors = Sequence[torch.Tensor]
 
@@ -32,7 +32,7 @@ class Limited(NamedTuple):
 def limited(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
 ) -> Limited:
-    return Limited(larger(q.shape[3], v.shape[3]), q.shape[1] if talking_heads else 0)
+    return Limited(max_size(q.shape[3], v.shape[3]), q.shape[1] if talking_heads else 0)
 
 
 def plain(

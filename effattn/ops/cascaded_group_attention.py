@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from effattn._tracing import static_shape
 from effattn.ops._operator import Operator
-from effattn.ops._plain import depthwise, larger, partition, reverse_partition, without_autocast
+from effattn.ops._plain import depthwise, max_size, partition, reverse_partition, without_autocast
 
 Tensors = Sequence[torch.Tensor]
 
@@ -40,7 +40,7 @@ class Limited(NamedTuple):
 def limited(
     x: torch.Tensor, qkv: Tensors, qkv_biases: Tensors, dw: Tensors, dw_biases: Tensors, bias: torch.Tensor, *_: float
 ) -> Limited:
-    channels = larger(x.shape[1] // len(qkv), dw[0].shape[0])
+    channels = max_size(x.shape[1] // len(qkv), dw[0].shape[0])
     return Limited(channels, max([weight.shape[-1] for weight in dw]), len(qkv))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from effattn.ops._operator import Operator
-from effattn.ops._plain import larger, without_autocast
+from effattn.ops._plain import max_size, without_autocast
 
 SIGNATURE = """
     q   tensor (..., N, D)
@@ -27,7 +27,7 @@ class Limited(NamedTuple):
 
 
 def limited(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> Limited:
-    return Limited(larger(q.shape[-1], v.shape[-1]), q.dim())
+    return Limited(max_size(q.shape[-1], v.shape[-1]), q.dim())
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:

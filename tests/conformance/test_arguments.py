@@ -13,7 +13,7 @@ from specified import mapped
 from wrong_calls import WRONG_CALLS, one_larger
 
 from effattn import use_backend
-from effattn.ops import OPERATORS
+from effattn.ops import INFERENCE_OPERATORS, OPERATORS
 from effattn.testing import make_arguments
 
 pytestmark = pytest.mark.arguments
@@ -33,19 +33,35 @@ def test_the_error_names_the_argument(operator, arguments, error, name, text):
     assert text in message or argument != name
 
 
+def there(target, arguments):
+    """On the target's device, but for what is wrong because of where or how it lies."""
+    return mapped(
+        lambda t: t if t.device.type == "meta" or t.layout != torch.strided else t.to(target.device), arguments
+    )
+
+
 @pytest.mark.each_value
 @pytest.mark.parametrize(("operator", "arguments", "error", "name", "text"), WRONG_CALLS)
 def test_the_torch_operators_refuse_in_the_same_words(target, operator, arguments, error, name, text):
     expected = str(operator.signature.error(arguments, weights="float32"))
-    there = mapped(
-        lambda t: t if t.device.type == "meta" or t.layout != torch.strided else t.to(target.device), arguments
-    )
     kinds = ("_forward",) if operator.signature.out.kind == "kept" else ("", "_forward")
     for kind in kinds:
         with pytest.raises(RuntimeError) as raised:
-            getattr(target.ops, operator.name + kind)(*there)
+            getattr(target.ops, operator.name + kind)(*there(target, arguments))
         if error is ValueError and "device" not in expected:
             assert str(raised.value).endswith(f"{operator.name}: {expected}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_a_call_that_was_right_excuses_no_other(target, operator):
+    """A backend may remember what it has checked: all that its check asks for counts."""
+    forward = getattr(target.ops, f"{operator.name}_forward")
+    forward(*mapped(lambda t: t.to(target.device), make_arguments(operator, operator.cases[0])))
+    for call in WRONG_CALLS:
+        of, arguments, *_ = call.values
+        if of is operator:
+            with pytest.raises(RuntimeError):
+                forward(*there(target, arguments))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -144,5 +160,28 @@ def test_operators_survive_anything(name, examples):
             rest = [out, *rest] if operator.signature.out.kind == "kept" else rest
             grads = getattr(torch.ops.effattn, f"{name}_backward")(out, *tensors, *rest, *options)
             assert (grads if isinstance(grads, torch.Tensor) else grads[0]).shape == arguments[0].shape
+
+    survives()
+
+
+def anything(kind):
+    """Of a type of a schema."""
+    numbers = {"int": st.sampled_from([-1, 0, 1, 2, 7, 2**31, 2**62, -(2**63)]), "float": st.floats()}
+    if kind.startswith("Optional["):
+        return st.one_of(st.none(), anything(kind[len("Optional[") : -1]))
+    if kind.startswith("List["):
+        return st.lists(anything(kind[len("List[") : -1]), max_size=5)
+    return any_tensor() if kind == "Tensor" else numbers[kind]
+
+
+@pytest.mark.parametrize("name", INFERENCE_OPERATORS)
+def test_inference_operators_survive_anything(name, examples):
+    operator = getattr(torch.ops.effattn, name).default
+
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(st.tuples(*(anything(str(argument.type)) for argument in operator._schema.arguments)))
+    def survives(arguments):
+        with contextlib.suppress(RuntimeError):
+            operator(*arguments)
 
     survives()

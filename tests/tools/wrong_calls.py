@@ -69,13 +69,19 @@ def wrong_options(argument, given):
     if argument.kind == "integer":
         yield f"{name} float", 1.5, TypeError, f"{name}: expected an int, got float"
         yield f"{name} text", "1", TypeError, f"{name}: expected an int, got str"
-        yield f"{name} small", int(argument.least) - 1, ValueError, f"{name}: expected an int >= {argument.least:.0f}"
-        if argument.most < float("inf"):
-            yield f"{name} large", int(argument.most) + 1, ValueError, f"and <= {argument.most:.0f}, got"
+        too_small = int(argument.minimum) - 1
+        yield f"{name} small", too_small, ValueError, f"{name}: expected an int >= {argument.minimum:.0f}"
+        if argument.maximum < float("inf"):
+            yield f"{name} large", int(argument.maximum) + 1, ValueError, f"and <= {argument.maximum:.0f}, got"
+    elif argument.kind == "numbers":
+        yield f"{name} number", 1.0, TypeError, f"{name}: expected a sequence of numbers, got float"
+        yield f"{name} element", [*given[:-1], "1"], TypeError, f"{name}[{len(given) - 1}]: expected a number, got str"
+        yield f"{name} nan", [*given[:-1], float("nan")], ValueError, "expected a finite number"
+        yield f"{name} short", given[:-1], ValueError, f"{name}: expected"
     elif argument.kind == "number":
         yield f"{name} None", None, TypeError, f"{name}: expected a number, got NoneType"
         yield f"{name} text", "1", TypeError, f"{name}: expected a number, got str"
-        for number in (float("nan"), float("inf"), -float("inf"), *([-1.0] if argument.least == 0 else [])):
+        for number in (float("nan"), float("inf"), -float("inf"), *([-1.0] if argument.minimum == 0 else [])):
             yield f"{name} {number}", number, ValueError, f"{name}: expected a finite number"
 
 
