@@ -6,10 +6,6 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 # Everything, or the short tier (CONTRIBUTING.md, "Tests").
 FULL ?=
-# The GPUs that CUDA kernels are compiled for here; a wheel has more (csrc/build.py).
-export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
-# And for how wide heads: where nothing runs on a GPU, the short tier leaves the wide ones to the emulator.
-export EFFATTN_CUDA_CHANNELS ?= $(if $(or $(FULL),$(shell command -v nvidia-smi)),128,32)
 # The tests compile the CUDA kernels wherever there is an nvcc, whatever torch there is.
 WITH_CUDA := $(or $(EFFATTN_CUDA),$(if $(shell command -v nvcc),1,0))
 BIN := $(VENV)/bin
@@ -28,6 +24,10 @@ LANES := test-python test-cuda test-triton test-sanitizers test-aarch64 test-ins
 HALF_THE_CORES := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 )))
 # What the tests run has the CUDA kernels, and in the full tier for more GPUs.
 BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
+# For these GPUs; what is built for users has more (csrc/build.py).
+$(BUILD_TEST) test-install: export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
+# Where no GPU is, the short tier leaves the kernels of wide heads to the emulator: a third of nvcc's time.
+$(BUILD_TEST) test-install: export EFFATTN_CUDA_CHANNELS ?= $(if $(or $(FULL),$(shell command -v nvidia-smi)),128,32)
 NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
 .PHONY: help demo train test test-full downloads bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
