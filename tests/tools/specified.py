@@ -235,14 +235,14 @@ def of_other_sizes(operator: Operator, case: Mapping[str, Any], count: int, *, f
 
 def of_at_least(operator: Operator, case: Mapping[str, Any], work: int) -> dict[str, Any]:
     """The case with its free sizes doubled in turn until the forward has so many FLOPs, or numbers in its arguments."""
-    enlarged = dict(case)
+    grown = dict(case)
     for name in itertools.cycle(free_sizes(operator, case)):
-        arguments = mapped(lambda t: t.to("meta"), make_arguments(operator, enlarged))
+        arguments = mapped(lambda t: t.to("meta"), make_arguments(operator, grown))
         with FlopCounterMode(display=False) as counter:
             operator.plain(*arguments)
         if max(counter.get_total_flops(), sum(t.numel() for t in flattened(arguments))) >= work:
-            return enlarged
-        enlarged[name] *= 2
+            return grown
+        grown[name] *= 2
     raise ValueError(f"{operator.name}: no size of {case} is free")
 
 
