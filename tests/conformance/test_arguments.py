@@ -56,7 +56,7 @@ def test_the_torch_operators_refuse_in_the_same_words(target, operator, argument
 def test_a_call_that_was_right_excuses_no_other(target, operator):
     """A backend may remember what it has checked: all that its check asks for counts."""
     forward = getattr(target.ops, f"{operator.name}_forward")
-    forward(*mapped(lambda t: t.to(target.device), make_arguments(operator, operator.cases[0])))
+    forward(*there(target, make_arguments(operator, operator.cases[0])))
     for call in WRONG_CALLS:
         of, arguments, *_ = call.values
         if of is operator:

@@ -30,10 +30,6 @@ from effattn.tolerance import (
 )
 
 
-def _has_lists(operator: Operator) -> bool:
-    return any(argument.is_list for argument in operator.signature.arguments)
-
-
 def _representatives() -> set[str]:
     """One operator that keeps something for its backward, and one of images with lists of weights.
 
