@@ -37,13 +37,16 @@ template <class... Parts>
       ::effattn::fail(__VA_ARGS__);     \
   } while (false)
 
-inline std::string shape_text(const Tensor& t) {
+template <class Sizes>
+std::string sizes_text(const Sizes& sizes) {
   std::ostringstream text;
   text << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << ')';
   return text.str();
 }
+
+inline std::string shape_text(const Tensor& t) { return sizes_text(t.sizes()); }
 
 // The storage type of a kernel's argument. float64 is not among them: the reference serves it.
 inline DType kernel_dtype(const Tensor& t) {
@@ -82,6 +85,19 @@ inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& size
   return Tensor(handle);
 }
 
+// Strides of a dense tensor of `sizes`, the dimension at(0) outermost in memory.
+template <class At>
+std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const At& at) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[at(i)] = step;
+    EFFATTN_REQUIRE(!__builtin_mul_overflow(step, std::max<int64_t>(sizes[at(i)], 1), &step),
+                    "expected a result whose elements can be counted, not one of shape ", sizes_text(sizes));
+  }
+  return strides;
+}
+
 // Strides of a dense tensor of `sizes` whose dimensions lie in memory in the order of `like`'s: what
 // makes the reshape behind an attention free. Expanded dimensions (stride 0) come outermost.
 // Of images (B, C, H, W), rows must follow each other: where those of `like` do not, as in a transposed one,
@@ -101,13 +117,7 @@ inline std::vector<int64_t> strides_in_order_of(const Tensor& like, const std::v
     const auto rows = std::find(order.begin(), order.end(), 2);
     if (rows + 1 == order.end() || rows[1] != 3) std::iota(order.begin(), order.end(), 0);
   }
-  std::vector<int64_t> dense(sizes.size());
-  int64_t step = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    dense[order[i]] = step;
-    step *= sizes[order[i]] > 1 ? sizes[order[i]] : 1;
-  }
-  return dense;
+  return dense_strides(sizes, [&](size_t i) { return order[i]; });
 }
 
 inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& sizes,
@@ -116,13 +126,7 @@ inline Tensor empty_in_order_of(const Tensor& like, const std::vector<int64_t>& 
 }
 
 inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = step;
-    step *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  return strides;
+  return dense_strides(sizes, [](size_t i) { return i; });
 }
 
 // Contiguous, in float32.

@@ -84,3 +84,11 @@ def test_fake_tensors_say_the_same_strides(name, memory_format):
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = CALLS[name](mode.from_tensor(x))
     assert fake.shape == real.shape and fake.stride() == real.stride()
+
+
+def test_more_elements_than_can_be_counted():
+    """A fake tensor has no memory that would run out first."""
+    x, bias = torch.empty(0, 2, 2, 2, device="meta"), torch.empty(4, device="meta")
+    weights = [None] * 4 + [bias] * 3 + [[], None, None, bias, bias]
+    with pytest.raises(RuntimeError, match="elements can be counted, not one of shape"):
+        torch.ops.effattn.projected_attention(x, *weights, 1, 1, 1.0, 0, 2**40, 2**40)

@@ -486,6 +486,14 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_more_elements_than_can_be_counted(device):
+    """Of arguments that have none: the output's strides would be beyond an int64."""
+    q, k, v = (torch.empty(0, *size, device=device) for size in ((2**62, 1), (1, 1), (1, 4)))
+    with pytest.raises(RuntimeError, match=r"elements can be counted, not one of shape \(0, 4611686018427387904, 4\)"):
+        torch.ops.effattn.relu_linear_attention(q, k, v, 1e-5)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its memory as Linux does")
 @pytest.mark.skipif(_library._C.build["sanitizer"] != "", reason="an address sanitizer reserves the address space")
 def test_too_little_memory_is_a_runtime_error():

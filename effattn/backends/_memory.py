@@ -39,4 +39,6 @@ def _empty(like: torch.Tensor, sizes: Sequence[int], order: Sequence[int]) -> to
     for dim in reversed(order):
         dense[dim] = step
         step = step * torch.sym_max(sizes[dim], 1)
+    if type(step) is int and step > torch.iinfo(torch.int64).max:
+        raise RuntimeError(f"expected a result whose elements can be counted, not one of shape {tuple(sizes)}")
     return like.new_empty_strided(sizes, dense)

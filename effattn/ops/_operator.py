@@ -9,7 +9,7 @@ small, and under autocast they are float32 already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +19,14 @@ from torch.autograd import forward_ad
 from effattn import _library, registry
 from effattn._tracing import untraced
 from effattn.backends import Backend, is_small_call, triton
-from effattn.backends._base import beyond
-from effattn.backends._memory import empty_image_in_order_of, empty_in_order_of
+from effattn.backends._memory import empty_image_in_order_of
 from effattn.ops import _recording
+from effattn.ops._glue import Argument, Glue, flat, mapped
 from effattn.ops._signature import Signature
+from effattn.ops._triton_operators import TritonOperators
 
 #: Types of tensors that hold numbers, where nothing records the call.
 _EAGER = (torch.Tensor, torch.nn.Parameter)
-#: A tensor, or a list of them.
-Argument = Any
-#: So many calls of an operator are remembered as right, before all are forgotten.
-MAX_KNOWN = 1024
 #: Every differentiable operator, by name.
 OPERATORS: dict[str, Operator] = {}
 #: Those for the inference of a module alone, by name.
@@ -80,16 +77,14 @@ class Operator:
         self.longest_sum = longest_sum
         self.dtypes = tuple(dtypes)
         self.plain_backward = plain_backward or self._autograd_of_plain
+        self.glue = Glue(name, self.signature)
         self._returns_all = self.signature.out.kind == "kept"
         self._images, self._tensors = self.signature.images, self.signature.tensors
-        self._empty = empty_image_in_order_of if self.signature.is_of_images else empty_in_order_of
         #: By backend.
         self._fused: dict[str, Fused] = {}
-        #: Calls that are right, by what their check asks for, with the shapes of results: it takes as long as a launch.
-        self._right: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         OPERATORS[name] = self
         if name in triton.LAUNCHERS:
-            self._define_for_triton(triton.LAUNCHERS[name])
+            TritonOperators(self.glue, limited, triton.LAUNCHERS[name])
             self._register("triton", triton.NAMESPACE)
         if _library.error is None:
             self._register("cpu", "effattn")
@@ -113,11 +108,11 @@ class Operator:
             if fused is None or is_transformed:
                 return self.plain(*arguments)
             if image.dtype != torch.float32:
-                weights = (_mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
+                weights = (mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
                 arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
             # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
             tensors = arguments[: self._tensors]
-            if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in _flat(tensors))):
+            if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in flat(tensors))):
                 out = fused.forward(*arguments)
                 return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
             return fused.inference(*arguments)
@@ -166,112 +161,19 @@ class Operator:
 
     def _register(self, backend: str, namespace: str) -> None:
         """Tells torch of the fake kernels, the autograd formula, ONNX and FLOPs."""
+        self.glue.register_fakes(namespace)
         operators, name = getattr(torch.ops, namespace), f"{namespace}::{self.name}"
         forward = getattr(operators, f"{self.name}_forward").default
         inference = forward if self._returns_all else getattr(operators, self.name).default
         self._fused[backend] = Fused(inference, forward)
         if not self._returns_all:
-            torch.library.register_fake(name, self._fake)
             _recording.register(name, self.plain)
-        torch.library.register_fake(f"{name}_forward", self._fake_forward)
-        torch.library.register_fake(f"{name}_backward", self._fake_backward)
         formula = partial(self._backward, getattr(operators, f"{self.name}_backward").default)
         torch.library.register_autograd(f"{name}_forward", formula, setup_context=self._setup_context)
         _recording.register(f"{name}_forward", self.plain, outputs=2 if self.signature.kept else 1)
-        _recording.register_backward(f"{name}_backward", self.plain, self._split_backward)
-
-    def _define_for_triton(self, launchers: triton.Launchers) -> None:
-        *inference, forward, backward = self.signature.schemas(self.name)
-        has_rows = self.signature.is_of_images
-
-        def outputs(*arguments: Any) -> list[torch.Tensor]:
-            arguments = self.signature.without_none(arguments)
-            outs = self._new_outputs(arguments, self._right.get(_kinds(arguments)) or self._shapes(arguments))
-            triton.launch(launchers, launchers.forward, outs[0], outs, arguments, self._images, has_rows)
-            return outs
-
-        def gradients(grad_out: torch.Tensor, *rest: Any) -> list[Argument]:
-            _, arguments = self._split_backward(grad_out, *rest)
-            grads = self._new_gradients(arguments)
-            given = (grad_out, *arguments[: self._tensors], *rest[self._tensors :])
-            triton.launch(launchers, launchers.backward, grad_out, grads, given, 1 + self._images, has_rows)
-            return grads
-
-        def inferred(*arguments: Any) -> torch.Tensor:
-            return outputs(*arguments)[0]
-
-        for schema in inference:  # none where the output is kept
-            triton.define(schema, self._check_for_triton, inferred)
-        triton.define(forward, self._check_for_triton, outputs if self.signature.kept else inferred)
-        triton.define(backward, self._check_backward_for_triton, gradients)
-
-    def _check_for_triton(self, *arguments: Any) -> None:
-        arguments = self.signature.without_none(arguments)
-        if (key := _kinds(arguments)) in self._right:
-            return
-        self._refuse(self.signature.error(arguments, weights="float32"))
-        reasons = beyond(self.limited(*arguments), triton.LIMITS)
-        self._refuse(RuntimeError(f"the kernels take {reasons[0].removeprefix('takes ')}") if reasons else None)
-        self._remember(key, self._shapes(arguments))
-
-    def _check_backward_for_triton(self, *arguments: Any) -> None:
-        if (key := _kinds(arguments)) in self._right:
-            return
-        self._check_for_triton(*self._checked_backward(*arguments))
-        self._remember(key, [])
-
-    def _remember(self, key: tuple[Any, ...], shapes: list[tuple[Any, ...]]) -> None:
-        if len(self._right) >= MAX_KNOWN:
-            self._right.clear()
-        self._right[key] = shapes
-
-    def _checked_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
-        """The arguments of the forward among those of a backward that is called as it should be."""
-        _, arguments = self._split_backward(grad_out, *rest)
-        kept = rest[self._tensors :][: len(self.signature.backward_takes)]
-        self._refuse(self.signature.error(arguments))
-        self._refuse(self.signature.error_of_backward(grad_out, arguments, kept))
-        return arguments
-
-    def _refuse(self, error: Exception | None) -> None:
-        if error is not None:
-            raise RuntimeError(f"{self.name}: {error}")
-
-    def _shapes(self, arguments: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """Of the output and of what is kept, for arguments that are right."""
-        sizes = self.signature.sizes(arguments)
-        return [returned.shape.sizes(sizes) for returned in (self.signature.out, *self.signature.kept)]
-
-    def _new_outputs(self, arguments: Sequence[Any], shapes: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
-        """The output and what is kept, to be filled."""
-        out = self._empty(arguments[0], shapes[0])
-        return [out, *(out.new_empty(shape, dtype=torch.float32) for shape in shapes[1:])]
-
-    def _new_gradients(self, arguments: Sequence[Any]) -> list[Argument]:
-        images = (self._empty(t, t.shape) for t in arguments[: self._images])
-        return [*images, *(_mapped(_new_empty, a) for a in arguments[self._images : self._tensors])]
-
-    def _fake_outputs(self, *arguments: Any) -> list[torch.Tensor]:
-        arguments = self.signature.without_none(arguments)
-        self._refuse(self.signature.error(arguments))
-        return self._new_outputs(arguments, self._shapes(arguments))
-
-    def _fake(self, *arguments: Any) -> torch.Tensor:
-        return self._fake_outputs(*arguments)[0]
-
-    def _fake_forward(self, *arguments: Any) -> Any:
-        outs = self._fake_outputs(*arguments)
-        return tuple(outs) if self.signature.kept else outs[0]
-
-    def _fake_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Argument, ...]:
-        return tuple(self._new_gradients(self._checked_backward(grad_out, *rest)))
+        _recording.register_backward(f"{name}_backward", self.plain, self.glue.split_backward)
 
     # --- autograd -----------------------------------------------------------------------------------------------
-
-    def _split_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """The arguments of the forward among those of the backward."""
-        options = rest[self._tensors + len(self.signature.backward_takes) :]
-        return grad_out, self.signature.without_none((*rest[: self._tensors], *options))
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inputs = self.signature.without_none(inputs)
@@ -283,7 +185,7 @@ class Operator:
             kept = output if self._returns_all else output[1:]
             ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*_flat(arguments), *kept)
+        ctx.save_for_backward(*flat(arguments), *kept)
 
     def _backward(
         self, backward: Callable[..., Any], ctx: Any, grad_out: torch.Tensor | None, *_: None
@@ -297,7 +199,7 @@ class Operator:
         return *backward(grad_out, *arguments, *kept, *ctx.options), *no_options
 
     def _autograd_of_plain(self, grad_out: torch.Tensor, *arguments: Any) -> list[Argument]:
-        tensors = _flat(arguments[: self._tensors])
+        tensors = flat(arguments[: self._tensors])
         out = self.plain(*arguments)
         wanted = [t for t in tensors if t.requires_grad]
         out = out[0] if self._returns_all else out
@@ -326,27 +228,16 @@ class InferenceOperator:
     ) -> None:
         self.name = name
         self.plain = plain
-        self.shape = shape
         self.signature = None if signature is None else Signature(signature)
         INFERENCE_OPERATORS[name] = self
         if _library.error is None:
             self._operator = getattr(torch.ops.effattn, name).default
-            torch.library.register_fake(f"effattn::{name}", self._fake)
+            if self.signature is not None:
+                Glue(name, self.signature).register_fakes("effattn")
+            else:
+                assert shape is not None
+                torch.library.register_fake(f"effattn::{name}", partial(_fake_of_packed, name, shape))
             _recording.register(f"effattn::{name}", plain)
-
-    def _fake(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if self.signature is None:
-            assert self.shape is not None
-            try:
-                return empty_image_in_order_of(x, self.shape(x, *rest))
-            except IndexError:
-                shapes = [tuple(t.shape) for t in (x, *rest) if isinstance(t, torch.Tensor)]
-                raise RuntimeError(f"{self.name}: a tensor has too few dimensions, got shapes {shapes}") from None
-        arguments = self.signature.without_none((x, *rest))
-        error = self.signature.error(arguments)
-        if error is not None:
-            raise RuntimeError(f"{self.name}: {error}")
-        return empty_image_in_order_of(x, self.signature.out.shape.sizes(self.signature.sizes(arguments)))
 
     def serves(self, x: torch.Tensor) -> bool:
         """Whether a kernel takes ``x``; a plain formulation is no faster here than the parts one by one.
@@ -369,6 +260,14 @@ class InferenceOperator:
         return out
 
 
+def _fake_of_packed(name: str, shape: Callable[..., Sequence[int]], x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    try:
+        return empty_image_in_order_of(x, shape(x, *rest))
+    except IndexError:
+        shapes = [tuple(t.shape) for t in (x, *rest) if isinstance(t, torch.Tensor)]
+        raise RuntimeError(f"{name}: a tensor has too few dimensions, got shapes {shapes}") from None
+
+
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
     """A weight in float32, as operators take it, or in float64: kept, it spares calls on narrow images the cast."""
     return weight.float() if weight.dtype.itemsize < 4 else weight
@@ -376,30 +275,6 @@ def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
 
 def _to_float(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return t.float() if t.dtype == dtype else t
-
-
-def _new_empty(t: torch.Tensor) -> torch.Tensor:
-    return t.new_empty(t.shape)
-
-
-def _kinds(arguments: Iterable[Any]) -> tuple[Any, ...]:
-    """All of a torch operator's arguments that decides whether they are right: of tensors not the numbers."""
-    return tuple(
-        (a.is_nested or a.shape, a.dtype, a.device, a.layout)
-        if isinstance(a, torch.Tensor)
-        else _kinds(a)
-        if isinstance(a, (list, tuple))
-        else a
-        for a in arguments
-    )
-
-
-def _mapped(function: Callable[..., torch.Tensor], argument: Argument, *more: Any) -> Argument:
-    return function(argument, *more) if isinstance(argument, torch.Tensor) else [function(t, *more) for t in argument]
-
-
-def _flat(arguments: Iterable[Argument]) -> list[torch.Tensor]:
-    return [t for a in arguments for t in ((a,) if isinstance(a, torch.Tensor) else a)]
 
 
 def _grouped(tensors: Sequence[Any], lengths: Sequence[int | None]) -> tuple[list[Argument], list[Any]]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels/triton, as torch operators in a namespace of their own.
+"""The Triton kernels of kernels/triton; effattn/ops makes torch operators of them, in ``NAMESPACE``.
 
 Every other file here launches the kernels of some operators, which its ``LAUNCHERS`` names; ``LIMITS`` are theirs.
 Nothing of triton is imported before the first call.
@@ -10,11 +10,10 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,6 @@ from effattn._tracing import constant_result
 from effattn._triton import configs
 from effattn._triton.configs import MAX_CHANNELS
 from effattn.backends._base import Backend, beyond, refused_dtype
-from effattn.backends.triton import _tuning
 from effattn.backends.triton._launch import Launchers, is_interpreted, launch
 
 NAMESPACE = "effattn_triton"
@@ -36,27 +34,6 @@ LAUNCHERS: dict[str, Launchers] = {}
 for _module in map(importlib.import_module, (m.name for m in pkgutil.iter_modules(__path__, f"{__name__}."))):
     LAUNCHERS |= getattr(_module, "LAUNCHERS", {})
     LIMITS |= getattr(_module, "LIMITS", {})
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
-def define(schema: str, check: Callable[..., None], launcher: Callable[..., Any]) -> None:
-    """Makes a torch operator of a launcher.
-
-    Args:
-        schema: without the namespace.
-        check: raises for wrong arguments.
-        launcher: of the operator's arguments, returns its results.
-    """
-    name = schema.split("(")[0]
-
-    def implementation(*arguments: Any) -> Any:
-        check(*arguments)
-        if _tuning.is_on():
-            _tuning.before(name, launcher, arguments)
-        return launcher(*arguments)
-
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, implementation, "CPU" if is_interpreted() else "CUDA")
 
 
 def _unavailable() -> str | None:
@@ -98,4 +75,4 @@ def _identity() -> str:
 
 BACKEND = Backend("triton", _unavailable, _reasons, NAMESPACE, _identity)
 
-__all__ = ["BACKEND", "DTYPES", "LAUNCHERS", "LIMITS", "NAMESPACE", "Launchers", "define", "is_interpreted", "launch"]
+__all__ = ["BACKEND", "DTYPES", "LAUNCHERS", "LIMITS", "NAMESPACE", "Launchers", "is_interpreted", "launch"]

@@ -6,12 +6,12 @@ import importlib
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from effattn._triton.layout import clear, with_mergeable_rows
+from effattn.backends.triton import _tuning
 
 
 class Launchers(NamedTuple):
@@ -55,7 +55,10 @@ def launch(
     first = [with_mergeable_rows(t) for t in arguments[:images]] if has_rows else arguments[:images]
     # Triton launches on the current device.
     with torch.cuda.device(like_out.device) if like_out.is_cuda else nullcontext():
-        launcher(results, *first, *map(_contiguous, arguments[images:]), target(like_out))
+        given = (results, *first, *map(_contiguous, arguments[images:]), target(like_out))
+        if _tuning.is_on():
+            _tuning.before(launcher, like_out.device, given)
+        launcher(*given)
 
 
 def _contiguous(argument: Any) -> Any:
@@ -70,10 +73,4 @@ def target(t: torch.Tensor) -> Any:
 
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     backend = "cuda" if torch.version.hip is None else "hip"
-    return TargetOptions.of(backend, relaxed=is_relaxed, gpu=gpu_name(t.device))
-
-
-@cache
-def gpu_name(device: torch.device) -> str:
-    """The name under which launches are kept; none of a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return TargetOptions.of(backend, relaxed=is_relaxed, gpu=_tuning.gpu_name(t.device))

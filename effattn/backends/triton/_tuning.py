@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from effattn.backends.triton._launch import gpu_name
 
 ENVIRONMENT_VARIABLE = "EFFATTN_TRITON_AUTOTUNE"
 
@@ -21,8 +20,17 @@ def is_on() -> bool:
     return ENVIRONMENT_VARIABLE in os.environ
 
 
-def before(name: str, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Of a call with sizes that have not been seen: looks for launches, and keeps them.
+@cache
+def gpu_name(device: torch.device) -> str:
+    """The name under which launches are kept; none of a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def before(launcher: Callable[..., None], device: torch.device, given: tuple[Any, ...]) -> None:
+    """Of a launch with sizes that have not been seen: looks for faster ones, and keeps them.
+
+    Args:
+        given: to the launcher, which may be called any number of times with it.
 
     Raises:
         ValueError: if the file is one of something else.
@@ -34,15 +42,13 @@ def before(name: str, kernel: Callable[..., Any], arguments: tuple[Any, ...]) ->
         _file = Path(os.environ[ENVIRONMENT_VARIABLE])
         if _file.exists():
             autotune.read(_file)
-    first = arguments[0]
-    if not first.is_cuda or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
-    key = (name, first.device, *_signature(arguments))
+    key = (launcher, device, *_signature(given))
     if key not in _seen:
         _seen.add(key)
-        with torch.cuda.device(first.device):
-            if autotune.tune(lambda: kernel(*arguments), gpu_name(first.device), _seconds):
-                autotune.write(_file)
+        if autotune.tune(lambda: launcher(*given), gpu_name(device), _seconds):
+            autotune.write(_file)
 
 
 def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,88 @@
+"""Triton's kernels as torch operators: those of csrc once more, in a namespace of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from effattn.backends import triton
+from effattn.backends._base import beyond
+from effattn.ops._glue import Argument, Glue, Shapes
+
+#: So many calls of an operator are remembered as right, before all are forgotten.
+MAX_KNOWN = 1024
+_LIBRARY = torch.library.Library(triton.NAMESPACE, "FRAGMENT")
+
+
+class TritonOperators:
+    """The operators for inference, the forward and the backward of one specification: checked, allocated, launched."""
+
+    def __init__(self, glue: Glue, limited: Callable[..., Sequence[int]], launchers: triton.Launchers) -> None:
+        self._glue, self._limited, self._launchers = glue, limited, launchers
+        self._images, self._has_rows = glue.signature.images, glue.signature.is_of_images
+        #: Of calls that are right, the shapes of results: a check takes as long as a launch.
+        self._known: dict[tuple[Any, ...], Shapes] = {}
+        *inference, forward, backward = glue.signature.schemas(glue.name)
+        for schema in inference:  # none where the output is kept
+            _define(schema, self._inference)
+        _define(forward, self._forward if glue.signature.kept else self._inference)
+        _define(backward, self._backward)
+
+    def _inference(self, *arguments: Any) -> torch.Tensor:
+        return self._forward(*arguments)[0]
+
+    def _forward(self, *arguments: Any) -> list[torch.Tensor]:
+        arguments = self._glue.signature.without_none(arguments)
+        outs = self._glue.new_outputs(arguments, self._shapes(arguments))
+        triton.launch(self._launchers, self._launchers.forward, outs[0], outs, arguments, self._images, self._has_rows)
+        return outs
+
+    def _backward(self, grad_out: torch.Tensor, *rest: Any) -> list[Argument]:
+        key = _kinds((grad_out, *rest))
+        if key not in self._known:
+            self._shapes(self._glue.check_backward(grad_out, *rest))
+            self._remember(key, ())
+        _, arguments = self._glue.split_backward(grad_out, *rest)
+        grads = self._glue.new_gradients(arguments)
+        tensors = self._glue.signature.tensors
+        given = (grad_out, *arguments[:tensors], *rest[tensors:])
+        triton.launch(
+            self._launchers, self._launchers.backward, grad_out, grads, given, 1 + self._images, self._has_rows
+        )
+        return grads
+
+    def _shapes(self, arguments: Sequence[Any]) -> Shapes:
+        """Of the results; RuntimeError if an argument is wrong, or more than the kernels take."""
+        key = _kinds(arguments)
+        shapes = self._known.get(key)
+        if shapes is None:
+            shapes = self._glue.check(arguments, weights="float32")
+            reasons = beyond(self._limited(*arguments), triton.LIMITS)
+            if reasons:
+                self._glue.refuse(RuntimeError(f"the kernels take {reasons[0].removeprefix('takes ')}"))
+            self._remember(key, shapes)
+        return shapes
+
+    def _remember(self, key: tuple[Any, ...], shapes: Shapes) -> None:
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        self._known[key] = shapes
+
+
+def _define(schema: str, implementation: Callable[..., Any]) -> None:
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(schema.split("(")[0], implementation, "CPU" if triton.is_interpreted() else "CUDA")
+
+
+def _kinds(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    """All of a torch operator's arguments that decides whether they are right: of tensors not the numbers."""
+    return tuple(
+        (a.is_nested or a.shape, a.dtype, a.device, a.layout)
+        if isinstance(a, torch.Tensor)
+        else _kinds(a)
+        if isinstance(a, (list, tuple))
+        else a
+        for a in arguments
+    )
