@@ -18,6 +18,7 @@ import torch
 
 from effattn import verdicts
 from effattn.backends import ORDER, SMALL_CALL, Backend, order
+from effattn.backends._base import refused_dtype
 from effattn.verdicts import Verdict
 
 ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
@@ -79,6 +80,9 @@ def _named(name: str, asked_by: str) -> Backend:
     raise ValueError(f"{asked_by}: expected one of {names}, got {name!r}")
 
 
+#: By operator, the dtypes of images that kernels take of it; fewer, perhaps, than those of their backend.
+DTYPES: dict[str, Sequence[torch.dtype]] = {}
+
 # The backend that use_backend() or the environment asks for; None lets the registry pick.
 _forced: str | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE):
@@ -112,6 +116,8 @@ def use_backend(name: str) -> Iterator[None]:
 def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
     unavailable = backend.unavailable()
     reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
+    if backend is not ORDER[-1] and op in DTYPES:
+        reasons = list(dict.fromkeys(reasons + refused_dtype(dtype, DTYPES[op])))
     if not reasons:
         verdict = verdicts.reason(backend.name, op, device, dtype)
         reasons = [] if verdict is None else [verdict]

@@ -129,6 +129,17 @@ def test_registry_prefers_the_kernels():
         assert registry.choose(op, CUDA, torch.float16).name == "reference"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_serves_dtypes_of_which_there_are_no_kernels(name, dtype):
+    operator = OPERATORS[name]
+    arguments = make_arguments(operator, operator.cases[0], dtype)
+    expected = "cpu" if dtype in operator.dtypes else "reference"
+    assert registry.choose(name, CPU, dtype, operator.limited(*arguments)).name == expected
+    out = operator(*arguments)
+    assert (out[0] if isinstance(out, tuple) else out).dtype == dtype
+
+
 def test_registry_gives_every_reason():
     with effattn.use_backend("cpu"), pytest.raises(RuntimeError) as error:
         registry.choose(OP, CUDA, torch.float64)

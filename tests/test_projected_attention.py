@@ -98,14 +98,14 @@ ATTENTION = {
     "efficientformer": AttentionCase(2, 24, 3, 5, 10, 12, 1),
     "whole vectors": AttentionCase(1, 64, 2, 16, 32, 7, 7),
     "v2": AttentionCase(2, 24, 4, 5, 10, 7, 7, 3, True, "gelu"),
-    "v2, enlarged": AttentionCase(2, 24, 3, 8, 16, 4, 3, 3, True, "gelu", out_size=(7, 6)),
+    "v2, upsampled": AttentionCase(2, 24, 3, 8, 16, 4, 3, 3, True, "gelu", out_size=(7, 6)),
     "v2, halved": AttentionCase(2, 24, 4, 5, 10, 7, 6, 3, False, "relu", "queries"),
     "v2, all halved": AttentionCase(2, 40, 4, 5, 10, 7, 6, 3, True, "gelu", "all", out_size=(7, 6)),
     "5x5, halved, one row": AttentionCase(1, 20, 2, 16, 16, 1, 9, 5, False, "gelu", "queries"),
     "no kernel, all halved": AttentionCase(2, 33, 2, 8, 16, 1, 1, 0, False, "none", "all"),
     "one token": AttentionCase(2, 8, 2, 4, 4, 1, 1, 3, True, "none"),
     "many queries": AttentionCase(1, 16, 2, 4, 20, 13, 12, 0, True, "relu"),
-    "enlarged, no kernel": AttentionCase(1, 16, 2, 4, 20, 3, 3, 0, False, "relu", out_size=(5, 9)),
+    "upsampled, no kernel": AttentionCase(1, 16, 2, 4, 20, 3, 3, 0, False, "relu", out_size=(5, 9)),
 }
 
 
@@ -131,7 +131,7 @@ def test_attention_against_float64(isa, name, memory_format, dtype):
 
 def test_the_reference_is_what_it_says():
     """From the weights as they came, in float64: the truth of all the others."""
-    for name in ("v2, halved", "v2, enlarged", "v2, all halved"):
+    for name in ("v2, halved", "v2, upsampled", "v2, all halved"):
         case = ATTENTION[name]
         x = case.x().double()
         w = {key: in_float64(list(t) if isinstance(t, tuple) else t) for key, t in case.weights().items()}
@@ -233,7 +233,7 @@ def test_gelu_everywhere(isa):
 
 @pytest.mark.registration
 def test_opcheck():
-    for name in ("v2", "v2, enlarged", "v2, halved", "v2, all halved", "efficientformer"):
+    for name in ("v2", "v2, upsampled", "v2, halved", "v2, all halved", "efficientformer"):
         case = ATTENTION[name]
         size = case.out_size or case.queries
         number = attention_op.ACTIVATIONS[case.activation]

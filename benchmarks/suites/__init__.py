@@ -1,25 +1,16 @@
-"""The suites, in the order in which a full run takes them. Another operator, module or model adds its own."""
+"""The suites by name: those that the files here define. Another operator, module or model adds a file."""
 
 from __future__ import annotations
 
-from benchmarks.suites.attention import ATTENTION, NARROW_TRAINING, NARROW_TYPES, TRAINING
+import importlib
+import pkgutil
+
 from benchmarks.suites.base import Settings, TimedSuite
-from benchmarks.suites.call import CALL
-from benchmarks.suites.lite_mla import EFFICIENTVIT, LITE_MLA, LITE_MLA_TRAINING
-from benchmarks.suites.processes import ALLOCATOR, MEMORY, ProcessSuite
-from benchmarks.suites.rests import RESTED_CALLS, RESTS
-from benchmarks.suites.scaling import SCALING
-from benchmarks.suites.softmax_attention import SOFTMAX, SOFTMAX_MODELS, SOFTMAX_TRAINING
+from benchmarks.suites.processes import ProcessSuite
 
 __all__ = ["SUITES", "Settings", "TimedSuite"]
 
-SUITES: dict[str, TimedSuite | ProcessSuite] = {
-    suite.name: suite
-    for suite in (
-        *(ATTENTION, NARROW_TYPES, TRAINING, NARROW_TRAINING),
-        *(LITE_MLA, LITE_MLA_TRAINING, EFFICIENTVIT),
-        *(SOFTMAX, SOFTMAX_TRAINING, SOFTMAX_MODELS),
-        *(RESTED_CALLS, RESTS, SCALING, CALL),
-        *(MEMORY, ALLOCATOR),
-    )
-}
+SUITES: dict[str, TimedSuite | ProcessSuite] = {}
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    _defined = vars(importlib.import_module(_module.name)).values()
+    SUITES |= {suite.name: suite for suite in _defined if isinstance(suite, (TimedSuite, ProcessSuite))}

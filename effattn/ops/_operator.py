@@ -75,7 +75,7 @@ class Operator:
         self.limited = limited
         self.cases = tuple(cases)
         self.longest_sum = longest_sum
-        self.dtypes = tuple(dtypes)
+        self.dtypes = registry.DTYPES[name] = tuple(dtypes)
         self.plain_backward = plain_backward or self._autograd_of_plain
         self.glue = Glue(name, self.signature)
         self._returns_all = self.signature.out.kind == "kept"

@@ -131,14 +131,14 @@ def projected_attention(
     activation: str = "none",
     out_size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """1x1 convolution, biased_attention, the values' depthwise convolution, enlargement, activation, 1x1 convolution.
+    """1x1 convolution, biased_attention, the values' depthwise convolution, upsampling, activation, 1x1 convolution.
 
     Args:
         x: (B, C, H, W).
         packed: the weights.
         scale: of the logits.
         activation: one of ACTIVATIONS.
-        out_size: enlarges the image bilinearly; by default that of the queries.
+        out_size: upsamples the image bilinearly; by default that of the queries.
 
     Returns:
         (B, outputs, *out_size)

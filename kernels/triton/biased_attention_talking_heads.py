@@ -25,7 +25,7 @@ Tensors = Sequence[torch.Tensor]
 
 #: By the number of heads.
 LAUNCHES = {
-    "talk": {
+    "talking_heads": {
         8: Launch(keys=64),
         16: Launch(keys=64),
         32: Launch(keys=32),
@@ -144,7 +144,7 @@ def _talking_heads_backward(
 
 
 def _options(heads: int, target: TargetOptions) -> dict[str, Any]:
-    options = target.options("biased_attention_talking_heads", "talk", heads)
+    options = target.options("biased_attention_talking_heads", "talking_heads", heads)
     return {"HEADS": triton.next_power_of_2(heads), **options}
 
 

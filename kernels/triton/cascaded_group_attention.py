@@ -30,9 +30,9 @@ Tensors = Sequence[torch.Tensor]
 #: Programs of the forward, at most: each has memory of its own, which should stay in the GPU's cache.
 CASCADE_PROGRAMS = 1024
 
-#: Of the walk by the tokens of a window.
+#: Of forward and backward by the tokens of a window.
 LAUNCHES = {
-    "walk": {
+    "cga": {
         16: Launch(16, 32, keys=16),
         32: Launch(16, 32, num_warps=8, keys=32),
         64: Launch(64, 16, num_warps=8, keys=16),
@@ -321,7 +321,7 @@ class _LaunchPlan:
             "MAX_KERNEL": max(self.kernels),
             "QKV_BIAS": int(len(weights.qkv_biases) > 0),
             "PRECISION": target.precision,
-            **target.options("cascaded_group_attention", "walk", self.tokens, CHUNK=max(self.key_dim, self.value_dim)),
+            **target.options("cascaded_group_attention", "cga", self.tokens, CHUNK=max(self.key_dim, self.value_dim)),
         }
 
     def new(self, slots: int, *sizes: int) -> torch.Tensor:
