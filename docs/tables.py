@@ -22,9 +22,10 @@ import torch  # noqa: E402
 import effattn  # noqa: E402
 from effattn import integrations, registry  # noqa: E402
 from effattn.backends import ORDER, Backend  # noqa: E402
+from effattn.backends._base import NamedSizes  # noqa: E402
 from effattn.ops import INFERENCE_OPERATORS, OPERATORS  # noqa: E402
 from effattn.ops._operator import InferenceOperator, Operator  # noqa: E402
-from effattn.testing import import_timm, make_arguments  # noqa: E402
+from effattn.testing import import_timm  # noqa: E402
 
 # --- operators and backends -----------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ def is_public(op: Operator | InferenceOperator) -> bool:
 
 
 def reasons(
-    backend: Backend, op: Operator | InferenceOperator, dtype: torch.dtype, sizes: Sequence[int] = ()
+    backend: Backend, op: Operator | InferenceOperator, dtype: torch.dtype, sizes: NamedSizes = ()
 ) -> list[str]:
     return backend.reasons(op.name, torch.device(DEVICES[backend.name]), dtype, sizes)
 
@@ -77,8 +78,7 @@ def dtypes(backend: Backend, op: Operator | InferenceOperator) -> list[str]:
 def limits(backend: Backend, op: Operator) -> list[str]:
     """As the backend words them when it refuses a call: "heads of up to 128 channels"."""
     base = reasons(backend, op, torch.float32)
-    sizes = op.limited(*make_arguments(op, op.cases[0]))
-    huge = type(sizes)(*(HUGE,) * len(sizes))
+    huge = [(name, HUGE) for name in dict.fromkeys(op.limits)]
     refused = [r for r in reasons(backend, op, torch.float32, huge) if r not in base]
     return [r.removeprefix("takes ").removesuffix(f", not {HUGE}") for r in refused]
 

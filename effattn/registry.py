@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -80,8 +81,20 @@ def _named(name: str, asked_by: str) -> Backend:
     raise ValueError(f"{asked_by}: expected one of {names}, got {name!r}")
 
 
-#: By operator, the dtypes of images that kernels take of it; fewer, perhaps, than those of their backend.
-DTYPES: dict[str, Sequence[torch.dtype]] = {}
+class Facts(NamedTuple):
+    """What an operator tells the registry of itself.
+
+    Args:
+        dtypes: of images, which its kernels take; fewer, perhaps, than those of their backend.
+        limits: of each of the sizes that :func:`find` is given, the name of the limit that a backend may have for it.
+    """
+
+    dtypes: Sequence[torch.dtype]
+    limits: Sequence[str]
+
+
+#: By operator.
+FACTS: dict[str, Facts] = {}
 
 # The backend that use_backend() or the environment asks for; None lets the registry pick.
 _forced: str | None = None
@@ -115,9 +128,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
     unavailable = backend.unavailable()
-    reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, sizes)
-    if backend is not ORDER[-1] and op in DTYPES:
-        reasons = list(dict.fromkeys(reasons + refused_dtype(dtype, DTYPES[op])))
+    facts = FACTS.get(op, Facts((), ()))
+    named = list(zip(facts.limits, sizes, strict=False))  # sizes are left out where they do not matter
+    reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, named)
+    if backend is not ORDER[-1] and facts.dtypes:
+        reasons += refused_dtype(dtype, facts.dtypes)
+    reasons = list(dict.fromkeys(reasons))
     if not reasons:
         verdict = verdicts.reason(backend.name, op, device, dtype)
         reasons = [] if verdict is None else [verdict]
@@ -132,7 +148,7 @@ def find(
     For an ONNX exporter it is the reference, whose operations every runtime has.
 
     Args:
-        sizes: a NamedTuple of those that backends may have a limit for; empty where they do not matter.
+        sizes: those that backends may have a limit for, in the order of :class:`Facts`; empty where they do not matter.
         is_small: what :func:`effattn.backends.is_small_call` says of the call.
 
     Raises:
@@ -146,7 +162,7 @@ def find(
 
 
 def choose(
-    op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = (), *, is_small: bool = False
+    op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = (), is_small: bool = False
 ) -> Backend:
     """:func:`find` that remembers: for eager calls, which it must not hold up.
 

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -117,9 +116,10 @@ OP = OPERATOR.name
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def limited(operator):
-    """What an operator tells of its first case to those that have limits."""
-    return operator.limited(*make_arguments(operator, operator.cases[0]))
+def limited(operator, **larger):
+    """The sizes of an operator's first case that may have limits, with others for those of the limits named."""
+    sizes = operator.named_sizes(*make_arguments(operator, operator.cases[0]))
+    return tuple(larger.get(name, size) for name, size in sizes)
 
 
 def test_registry_prefers_the_kernels():
@@ -150,7 +150,7 @@ def test_registry_names_what_triton_lacks(monkeypatch):
     """Reasons of this machine, of the op, the device, the dtype and the size, in one message."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    too_large = limited(OPERATOR)._replace(channels=200)
+    too_large = limited(OPERATOR, channels=200)
     with effattn.use_backend("triton"), pytest.raises(RuntimeError) as error:
         registry.find(OP, CPU, torch.float64, too_large)
     for reason in (
@@ -192,7 +192,7 @@ def test_the_next_backend_serves_what_the_cuda_kernels_do_not_take(monkeypatch):
         sizes = limited(OPERATORS[op])
         assert registry.find(op, CUDA, torch.float16, sizes).name == "cuda"
         for name, most in cuda.limits(op).items():
-            at_most, beyond_it = (sizes._replace(**{name: size}) for size in (most, most + 1))
+            at_most, beyond_it = (limited(OPERATORS[op], **{name: size}) for size in (most, most + 1))
             assert registry.find(op, CUDA, torch.float16, at_most).name == "cuda"
             assert registry.find(op, CUDA, torch.float16, beyond_it).name == "reference"
 
@@ -200,15 +200,13 @@ def test_the_next_backend_serves_what_the_cuda_kernels_do_not_take(monkeypatch):
 def test_limits_have_names():
     named = [(name, most) for limits in (cuda.limits(op) for op in OPERATORS) for name, most in limits.items()]
     for name, most in (*_library._C.limits.items(), *named):
-        size = namedtuple("size", [name])
-        assert not beyond(size(most), {name: most})
-        assert f"not {most + 1}" in beyond(size(most + 1), {name: most})[0]
+        assert not beyond([(name, most)], {name: most})
+        assert f"not {most + 1}" in beyond([(name, most + 1)], {name: most})[0]
 
 
 def test_a_limit_that_nobody_has_words_for_is_called_by_its_name():
-    size = namedtuple("size", ["window_width"])
-    assert beyond(size(65), {"window_width": 64}) == ["takes a window width of up to 64, not 65"]
-    assert beyond(size(64), {"window_width": 64}) == []
+    assert beyond([("window_width", 65)], {"window_width": 64}) == ["takes a window width of up to 64, not 65"]
+    assert beyond([("window_width", 64)], {"window_width": 64}) == []
 
 
 def test_use_backend_nests_and_recovers():

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+#: Sizes of a call that backends may have a limit for, by the limit's name; several may have one.
+NamedSizes = Sequence[tuple[str, int]]
+
 
 class Backend(NamedTuple):
     """A way to compute; see :mod:`effattn.registry` for how one is chosen."""
@@ -14,9 +17,8 @@ class Backend(NamedTuple):
     name: str
     #: Why nothing can be served on this machine, or None.
     unavailable: Callable[[], str | None]
-    #: Every reason why (op, device, dtype, sizes) cannot be served; None for an op is any. Sizes are a NamedTuple of
-    #: what an operator says backends may have a limit for, or empty.
-    reasons: Callable[[str | None, torch.device, torch.dtype, Sequence[int]], list[str]]
+    #: Every reason why (op, device, dtype, sizes) cannot be served; None for an op is any.
+    reasons: Callable[[str | None, torch.device, torch.dtype, NamedSizes], list[str]]
     #: Where its torch operators are; None of the reference, which has the plain formulations.
     namespace: str | None = None
     #: Of kernels for GPUs: what they are made of, so that no verdict about others counts (:mod:`effattn.verdicts`).
@@ -42,15 +44,14 @@ _PHRASES = {
 }
 
 
-def beyond(sizes: Sequence[int], limits: Mapping[str, int]) -> list[str]:
+def beyond(sizes: NamedSizes, limits: Mapping[str, int]) -> list[str]:
     """What of a call is more than a backend takes, each as "takes heads of up to 128 channels, not 129".
 
     Args:
-        sizes: a NamedTuple, or empty.
         limits: the most that the backend takes, by name; no entry where anything goes.
     """
     return [
         f"takes {_PHRASES.get(name, 'a {1} of up to {0}').format(limits[name], name.replace('_', ' '))}, not {size}"
-        for name, size in zip(getattr(sizes, "_fields", ()), sizes, strict=False)
+        for name, size in sizes
         if name in limits and size > limits[name]
     ]

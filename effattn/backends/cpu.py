@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from effattn import _library
-from effattn.backends._base import Backend, beyond, refused_dtype
+from effattn.backends._base import Backend, NamedSizes, beyond, refused_dtype
 
 NAMESPACE = "effattn"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,7 +14,7 @@ OPERATORS = _library.operators("CPU")
 LIMITS: dict[str, int] = {} if _library._C is None else _library._C.limits
 
 
-def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: NamedSizes) -> list[str]:
     reasons = [] if op is None or op in OPERATORS else [f"has no {op}"]
     if device.type != "cpu":
         reasons.append(f"takes CPU tensors, not {device.type}")

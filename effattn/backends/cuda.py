@@ -8,7 +8,7 @@ import torch
 
 from effattn import _library
 from effattn._tracing import constant_result
-from effattn.backends._base import Backend, beyond, refused_dtype
+from effattn.backends._base import Backend, NamedSizes, beyond, refused_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Capabilities of systems on a chip, which are no later minors of the GPUs' (CUDA's guide, binary compatibility).
@@ -32,7 +32,7 @@ def limits(op: str) -> dict[str, int]:
     return _library.cuda_limits.get(op, {})
 
 
-def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: NamedSizes) -> list[str]:
     reasons = [] if op is None or op in OPERATORS else [f"has no {op}"]
     mine = "cpu" if _library.cuda_is_emulated else "cuda"
     if device.type != mine:

@@ -9,7 +9,7 @@ small, and under autocast they are float32 already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,7 +47,8 @@ class Operator:
         name: of the torch operators, and of the files of kernels.
         signature: what it takes and returns (:mod:`effattn.ops._signature`).
         plain: the equation in differentiable torch operations, of all arguments; returns the output.
-        limited: of all arguments, a NamedTuple of what backends may have a limit for.
+        limited: of all arguments, the sizes that backends may have a limit for.
+        limits: of each of these, the name of its limit.
         cases: of calls for tests, the size of every name (of a name that differs from element to element of a list, one
             each) and the options. ``make_arguments`` of :mod:`effattn.testing` makes the tensors.
         longest_sum: of a case, how many terms are added up at most for one number of any result; an error may grow with
@@ -64,6 +65,7 @@ class Operator:
         plain: Callable[..., Any],
         limited: Callable[..., Sequence[int]] = lambda *_: (),
         *,
+        limits: Sequence[str] = (),
         cases: Sequence[Mapping[str, Any]],
         longest_sum: Callable[[Mapping[str, Any]], int],
         dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
@@ -75,7 +77,9 @@ class Operator:
         self.limited = limited
         self.cases = tuple(cases)
         self.longest_sum = longest_sum
-        self.dtypes = registry.DTYPES[name] = tuple(dtypes)
+        self.limits = tuple(limits)
+        self.dtypes = tuple(dtypes)
+        registry.FACTS[name] = registry.Facts(self.dtypes, self.limits)
         self.plain_backward = plain_backward or self._autograd_of_plain
         self.glue = Glue(name, self.signature)
         self._returns_all = self.signature.out.kind == "kept"
@@ -84,7 +88,7 @@ class Operator:
         self._fused: dict[str, Fused] = {}
         OPERATORS[name] = self
         if name in triton.LAUNCHERS:
-            TritonOperators(self.glue, limited, triton.LAUNCHERS[name])
+            TritonOperators(self.glue, self.named_sizes, triton.LAUNCHERS[name])
             self._register("triton", triton.NAMESPACE)
         if _library.error is None:
             self._register("cpu", "effattn")
@@ -99,9 +103,7 @@ class Operator:
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # what computes, as below; written for a call whose kernel is done in a microsecond
                 is_small = not image.is_cpu and is_small_call(arguments[: self._images])
-                backend = registry.choose(
-                    self.name, image.device, image.dtype, self.limited(*arguments), is_small=is_small
-                )
+                backend = registry.choose(self.name, image.device, image.dtype, self.limited(*arguments), is_small)
                 has_kernels = backend.namespace is not None
                 fused = self._fused[backend.name] if has_kernels else self._fused_of(backend, arguments)
             # torch.func and forward mode differentiate through plain operations, never through a kernel.
@@ -112,7 +114,7 @@ class Operator:
                 arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
             # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
             tensors = arguments[: self._tensors]
-            if is_tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in flat(tensors))):
+            if is_tracing or (torch.is_grad_enabled() and _require_grad(tensors)):
                 out = fused.forward(*arguments)
                 return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
             return fused.inference(*arguments)
@@ -121,6 +123,10 @@ class Operator:
             if not torch.compiler.is_compiling():
                 self._raise_if_wrong(arguments)
             raise
+
+    def named_sizes(self, *arguments: Any) -> list[tuple[str, int]]:
+        """The sizes of a call that backends may have a limit for, each with the limit's name."""
+        return list(zip(self.limits, self.limited(*arguments), strict=True))
 
     def _raise_if_wrong(self, arguments: Sequence[Any]) -> None:
         if torch.jit.is_tracing():
@@ -271,6 +277,15 @@ def _fake_of_packed(name: str, shape: Callable[..., Sequence[int]], x: torch.Ten
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
     """A weight in float32, as operators take it, or in float64: kept, it spares calls on narrow images the cast."""
     return weight.float() if weight.dtype.itemsize < 4 else weight
+
+
+def _require_grad(arguments: Iterable[Argument]) -> bool:
+    for argument in arguments:
+        # Of a tensor by its type: isinstance takes as long as all three of a call's other questions.
+        is_list = type(argument) not in _EAGER and not isinstance(argument, torch.Tensor)
+        if any(t.requires_grad for t in argument) if is_list else argument.requires_grad:
+            return True
+    return False
 
 
 def _to_float(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -18,11 +18,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def max_size(a: Any, b: Any) -> Any:
-    """Of two sizes: torch.sym_max takes longer than a small call's other checks together."""
-    return max(a, b) if type(a) is int and type(b) is int else torch.sym_max(a, b)
-
-
 def mix_heads(x: torch.Tensor, matrix_and_bias: Sequence[torch.Tensor]) -> torch.Tensor:
     """A 1x1 convolution over the heads of (B, heads, N, M), or nothing."""
     if not matrix_and_bias:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from effattn.backends import triton
-from effattn.backends._base import beyond
+from effattn.backends._base import NamedSizes, beyond
 from effattn.ops._glue import Argument, Glue, Shapes
 
 #: So many calls of an operator are remembered as right, before all are forgotten.
@@ -19,8 +19,8 @@ _LIBRARY = torch.library.Library(triton.NAMESPACE, "FRAGMENT")
 class TritonOperators:
     """The operators for inference, the forward and the backward of one specification: checked, allocated, launched."""
 
-    def __init__(self, glue: Glue, limited: Callable[..., Sequence[int]], launchers: triton.Launchers) -> None:
-        self._glue, self._limited, self._launchers = glue, limited, launchers
+    def __init__(self, glue: Glue, named_sizes: Callable[..., NamedSizes], launchers: triton.Launchers) -> None:
+        self._glue, self._named_sizes, self._launchers = glue, named_sizes, launchers
         self._images, self._has_rows = glue.signature.images, glue.signature.is_of_images
         #: Of calls that are right, the shapes of results: a check takes as long as a launch.
         self._known: dict[tuple[Any, ...], Shapes] = {}
@@ -59,7 +59,7 @@ class TritonOperators:
         shapes = self._known.get(key)
         if shapes is None:
             shapes = self._glue.check(arguments, weights="float32")
-            reasons = beyond(self._limited(*arguments), triton.LIMITS)
+            reasons = beyond(self._named_sizes(*arguments), triton.LIMITS)
             if reasons:
                 self._glue.refuse(RuntimeError(f"the kernels take {reasons[0].removeprefix('takes ')}"))
             self._remember(key, shapes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from effattn.ops._operator import Operator
-from effattn.ops._plain import max_size, mix_heads, without_autocast
+from effattn.ops._plain import mix_heads, without_autocast
 
 Tensors = Sequence[torch.Tensor]
 
@@ -24,15 +24,13 @@ SIGNATURE = """
 """
 
 
-class Limited(NamedTuple):
-    channels: int
-    talking_heads: int
+LIMITED = ("channels", "channels", "talking_heads")
 
 
 def limited(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
-) -> Limited:
-    return Limited(max_size(q.shape[3], v.shape[3]), q.shape[1] if talking_heads else 0)
+) -> tuple[int, ...]:
+    return q.shape[3], v.shape[3], q.shape[1] if talking_heads else 0
 
 
 def plain(
@@ -62,4 +60,4 @@ CASES = (
     {"B": 1, "heads": 8, "N": 49, "M": 49, "D": 32, "Dv": 128, "scale": 32**-0.5, "without": ("talking_heads",)},
     {"B": 3, "heads": 1, "N": 1, "M": 33, "D": 7, "Dv": 1, "scale": 0.4},
 )
-OPERATOR = Operator("biased_attention", SIGNATURE, plain, limited, cases=CASES, longest_sum=longest_sum)
+OPERATOR = Operator("biased_attention", SIGNATURE, plain, limited, limits=LIMITED, cases=CASES, longest_sum=longest_sum)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from effattn._tracing import static_shape
 from effattn.ops._operator import Operator
-from effattn.ops._plain import depthwise, max_size, partition, reverse_partition, without_autocast
+from effattn.ops._plain import depthwise, partition, reverse_partition, without_autocast
 
 Tensors = Sequence[torch.Tensor]
 
@@ -31,17 +31,13 @@ SIGNATURE = """
 """
 
 
-class Limited(NamedTuple):
-    channels: int
-    kernel: int
-    heads: int
+LIMITED = ("channels", "channels", "kernel", "heads")
 
 
 def limited(
     x: torch.Tensor, qkv: Tensors, qkv_biases: Tensors, dw: Tensors, dw_biases: Tensors, bias: torch.Tensor, *_: float
-) -> Limited:
-    channels = max_size(x.shape[1] // len(qkv), dw[0].shape[0])
-    return Limited(channels, max([weight.shape[-1] for weight in dw]), len(qkv))
+) -> tuple[int, ...]:
+    return x.shape[1] // len(qkv), dw[0].shape[0], max([weight.shape[-1] for weight in dw]), len(qkv)
 
 
 def plain(
@@ -109,4 +105,6 @@ CASES = (
     {"B": 1, "heads": 1, "d": 3, "key_dim": 5, "H": 1, "W": 9, "k": (7,), "window_height": 2, "window_width": 4}
     | {"scale": 0.4, "without": ("qkv_biases", "q_dw_biases")},
 )
-OPERATOR = Operator("cascaded_group_attention", SIGNATURE, plain, limited, cases=CASES, longest_sum=longest_sum)
+OPERATOR = Operator(
+    "cascaded_group_attention", SIGNATURE, plain, limited, limits=LIMITED, cases=CASES, longest_sum=longest_sum
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,16 +27,13 @@ SIGNATURE = """
 """
 
 
-class Limited(NamedTuple):
-    channels: int
-    kernel: int
-    scales: int
+LIMITED = ("channels", "kernel", "scales")
 
 
 def limited(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, *_: float
-) -> Limited:
-    return Limited(head_dim, max([0, *(weight.shape[-1] for weight in dw)]), len(dw))
+) -> tuple[int, ...]:
+    return head_dim, max([0, *(weight.shape[-1] for weight in dw)]), len(dw)
 
 
 def plain(
@@ -72,4 +69,6 @@ CASES = (
     {"B": 1, "heads": 3, "head_dim": 16, "H": 7, "W": 7, "S": 1, "k": (5,), "without": ("dw_biases", "pw_biases")},
     {"B": 1, "heads": 1, "head_dim": 7, "H": 1, "W": 9, "S": 0, "k": ()},
 )
-OPERATOR = Operator("multi_scale_aggregation", SIGNATURE, plain, limited, cases=CASES, longest_sum=longest_sum)
+OPERATOR = Operator(
+    "multi_scale_aggregation", SIGNATURE, plain, limited, limits=LIMITED, cases=CASES, longest_sum=longest_sum
+)

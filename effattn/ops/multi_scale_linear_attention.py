@@ -50,6 +50,7 @@ OPERATOR = Operator(
     SIGNATURE,
     plain,
     multi_scale_aggregation.limited,
+    limits=multi_scale_aggregation.LIMITED,
     cases=CASES,
     longest_sum=multi_scale_aggregation.longest_sum,
 )

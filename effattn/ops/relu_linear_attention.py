@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from effattn.ops._operator import Operator
-from effattn.ops._plain import max_size, without_autocast
+from effattn.ops._plain import without_autocast
 
 SIGNATURE = """
     q   tensor (..., N, D)
@@ -21,13 +21,11 @@ SIGNATURE = """
 """
 
 
-class Limited(NamedTuple):
-    channels: int
-    dimensions: int
+LIMITED = ("channels", "channels", "dimensions")
 
 
-def limited(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> Limited:
-    return Limited(max_size(q.shape[-1], v.shape[-1]), q.dim())
+def limited(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[int, ...]:
+    return q.shape[-1], v.shape[-1], q.dim()
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
@@ -77,6 +75,7 @@ OPERATOR = Operator(
     SIGNATURE,
     plain,
     limited,
+    limits=LIMITED,
     cases=CASES,
     longest_sum=longest_sum,
     plain_backward=plain_backward,

@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from effattn._tracing import constant_result
 from effattn._triton import configs
 from effattn._triton.configs import MAX_CHANNELS
-from effattn.backends._base import Backend, beyond, refused_dtype
+from effattn.backends._base import Backend, NamedSizes, beyond, refused_dtype
 from effattn.backends.triton._launch import Launchers, is_interpreted, launch
 
 NAMESPACE = "effattn_triton"
@@ -44,7 +43,7 @@ def _unavailable() -> str | None:
     return None
 
 
-def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
+def _reasons(op: str | None, device: torch.device, dtype: torch.dtype, sizes: NamedSizes) -> list[str]:
     reasons = [] if op is None or op in LAUNCHERS else [f"has no {op}"]
     mine = "cpu" if is_interpreted() else "cuda"
     if device.type != mine:
