@@ -428,18 +428,18 @@ def _add_cuda(
 def generated() -> dict[str, str]:
     """By name, what sources include of the signatures and schemas that stand in effattn/ops, a file an operator."""
     reader = _signature_reader()
-    tables, schemas = [], []
+    tables, schemas = _Tables(), []
     for path in sorted((ROOT / "effattn" / "ops").glob("[!_]*.py")):
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
                 continue
             if node.targets[0].id == "SIGNATURE":
                 signature = reader.Signature(ast.literal_eval(node.value))
-                tables.append(f"{{{_quoted(path.stem)}, {_table(signature)}}}")
+                tables.add(path.stem, signature)
                 schemas += signature.schemas(path.stem)
             elif node.targets[0].id == "SCHEMA":
                 schemas.append(f"{path.stem}{ast.literal_eval(node.value)}")
-    return {"signatures.inc": ",\n".join(tables), "schemas.inc": ",\n".join(map(_quoted, schemas))}
+    return {"signatures.inc": tables.source(), "schemas.inc": ",\n".join(map(_quoted, schemas))}
 
 
 def _signature_reader() -> Any:
@@ -455,50 +455,64 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
-def _list(items: Iterable[str]) -> str:
-    return f"{{{', '.join(items)}}}"
+class _Tables:
+    """``kTables`` of csrc/signature.cpp: arrays of constants, which cost neither code nor time at start-up."""
 
-
-def _table(signature: Any) -> str:
-    """The ``Signature::Table`` of csrc/signature.h."""
-    returned = (signature.out, *signature.kept)
-    shapes = [shape for a in signature.arguments for shape in a.shapes] + [r.shape for r in returned]
-    dims = [a.length for a in signature.arguments if a.length] + [dim for shape in shapes for dim in shape.dims]
-    names = list(dict.fromkeys(name for dim in dims for name in dim.names))
-    integers = (names.index(a.name) if a.kind == "integer" and a.name in names else -1 for a in signature.arguments)
-
-    def dim(d: Any) -> str:
-        terms = (_list((str(factor), _list(str(names.index(name)) for name in of))) for factor, of in d.sum)
-        needs = f", .{d.needs} = true" if d.needs else ""
-        return f"{{.text = {_quoted(d.text)}, .sum = {_list(terms)}{needs}}}"
-
-    def shape(s: Any) -> str:
-        leading = ", .has_leading = true" if s.has_leading else ""
-        return f"{{.text = {_quoted(s.text)}, .dims = {_list(map(dim, s.dims))}{leading}}}"
-
-    def line(a: Any) -> str:
-        parts = [f".name = {_quoted(a.name)}", f".kind = Kind::{_KINDS[a.kind]}"]
-        parts += [f".shapes = {_list(map(shape, a.shapes))}"] if a.shapes else []
-        parts += [".is_list = true"] if a.length else []
-        parts += [".may_be_empty = true"] if a.may_be_empty else []
-        parts += [f".length = {dim(a.length)}"] if a.length else []
-        parts += [f".{name} = {getattr(a, name)}" for name in ("minimum", "maximum") if math.isfinite(getattr(a, name))]
-        return _list(parts)
-
-    return _list(
-        (
-            _list(map(_quoted, names)),
-            _list(str(name in signature.local).lower() for name in names),
-            _list(map(str, integers)),
-            _list(map(line, signature.arguments)),
-            _list(_list((f".name = {_quoted(r.name)}", f".shapes = {_list([shape(r.shape)])}")) for r in returned),
-        )
+    KINDS = {"tensor": "kTensor", "image": "kTensor", "weight": "kWeight", "integer": "kInteger"} | dict.fromkeys(
+        ("number", "numbers"), "kNumber"
     )
 
+    def __init__(self) -> None:
+        self.arrays: dict[str, str] = {}  # names by definition
+        self.tables: list[str] = []
 
-_KINDS = {"tensor": "kTensor", "image": "kTensor", "weight": "kWeight", "integer": "kInteger"} | dict.fromkeys(
-    ("number", "numbers"), "kNumber"
-)
+    def source(self) -> str:
+        lines = [definition.replace("[]", f" {name}[]", 1) for definition, name in self.arrays.items()]
+        return "\n".join([*lines, f"constexpr Table kTables[] = {{{', '.join(self.tables)}}};"])
+
+    def add(self, op: str, signature: Any) -> None:
+        returned = (signature.out, *signature.kept)
+        shapes = [shape for a in signature.arguments for shape in a.shapes] + [r.shape for r in returned]
+        dims = [a.length for a in signature.arguments if a.length] + [dim for shape in shapes for dim in shape.dims]
+        names = list(dict.fromkeys(name for dim in dims for name in dim.names))
+        integers = [names.index(a.name) if a.kind == "integer" and a.name in names else -1 for a in signature.arguments]
+
+        def dim(d: Any) -> str:
+            terms = [f"{{{factor}, {self._array('int', [str(names.index(n)) for n in of])}}}" for factor, of in d.sum]
+            needs = f", .{d.needs} = true" if d.needs else ""
+            return f"{{.text = {_quoted(d.text)}, .sum = {self._array('Term', terms)}{needs}}}"
+
+        def shape(s: Any) -> str:
+            leading = ", .has_leading = true" if s.has_leading else ""
+            return f"{{.text = {_quoted(s.text)}, .dims = {self._array('Dim', map(dim, s.dims))}{leading}}}"
+
+        def line(a: Any) -> str:
+            parts = [f".name = {_quoted(a.name)}", f".kind = ArgumentKind::{self.KINDS[a.kind]}"]
+            parts += [f".shapes = {self._array('Shape', map(shape, a.shapes))}"] if a.shapes else []
+            parts += [".is_list = true"] if a.length else []
+            parts += [".may_be_empty = true"] if a.may_be_empty else []
+            parts += [f".length = {dim(a.length)}"] if a.length else []
+            ends = {name: getattr(a, name) for name in ("minimum", "maximum")}
+            parts += [f".{name} = {end}" for name, end in ends.items() if math.isfinite(end)]
+            return f"{{{', '.join(parts)}}}"
+
+        outs = [f"{{.name = {_quoted(r.name)}, .shapes = {self._array('Shape', [shape(r.shape)])}}}" for r in returned]
+        parts = [
+            _quoted(op),
+            self._array("Text", map(_quoted, names)),
+            self._array("bool", (str(name in signature.local).lower() for name in names)),
+            self._array("int", map(str, integers)),
+            self._array("Line", map(line, signature.arguments)),
+            self._array("Line", outs),
+        ]
+        self.tables.append(f"{{{', '.join(parts)}}}")
+
+    def _array(self, kind: str, items: Iterable[str]) -> str:
+        """The name of an array of constants; what is the same is one."""
+        text = ", ".join(items)
+        if not text:
+            return "{}"
+        return self.arrays.setdefault(f"constexpr {kind}[] = {{{text}}};", f"k{kind.title()}{len(self.arrays)}")
 
 
 def _write_if_changed(path: Path, text: str) -> None:

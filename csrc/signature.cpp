@@ -1,12 +1,63 @@
 #include "signature.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
-#include <map>
+#include <limits>
 #include <set>
+#include <span>
 #include <sstream>
+#include <string_view>
 
 namespace effattn {
 namespace {
+
+constexpr int kMaxNames = 24;
+constexpr int64_t kUnknown = -1;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A sum of products of names.
+struct Term {
+  int64_t factor;
+  std::span<const int> names;
+};
+struct Dim {
+  std::string_view text;
+  std::span<const Term> sum;
+  bool odd = false, positive = false;
+};
+struct Shape {
+  std::string_view text;
+  std::span<const Dim> dims;
+  bool has_leading = false;
+};
+enum class ArgumentKind { kTensor, kWeight, kInteger, kNumber };
+struct Line {
+  std::string_view name;
+  ArgumentKind kind = ArgumentKind::kTensor;
+  std::span<const Shape> shapes{};
+  bool is_list = false, may_be_empty = false;
+  Dim length{};
+  double minimum = -kInfinity, maximum = kInfinity;
+
+  const Shape& shape(size_t element) const { return shapes[element % shapes.size()]; }
+};
+
+}  // namespace
+
+struct Signature::Table {
+  std::string_view op;
+  std::span<const std::string_view> names;  // of sizes
+  std::span<const bool> is_local;  // of each: whether it may differ from element to element of a list
+  std::span<const int> integers;   // of each argument: the name that it is itself, or -1
+  std::span<const Line> arguments, returned;
+};
+
+namespace {
+
+using Text = std::string_view;
+using Table = Signature::Table;
+#include "signatures.inc"  // made by csrc/build.py
 
 const char* dtype_name(ScalarType type) {
   switch (type) {
@@ -35,12 +86,9 @@ std::string number_text(double number) {
 }  // namespace
 
 Signature::Signature(const char* name) : name_(name) {
-  static const std::map<std::string, Table> tables = {
-#include "signatures.inc"  // made by csrc/build.py
-  };
-  const auto found = tables.find(name_);
-  if (found == tables.end()) fail("effattn/ops has no ", name, ".py with a SIGNATURE");
-  table_ = &found->second;
+  table_ =
+      std::find_if(std::begin(kTables), std::end(kTables), [&](const Table& t) { return t.op == name_; });
+  if (table_ == std::end(kTables)) fail("effattn/ops has no ", name, ".py with a SIGNATURE");
   if (table_->names.size() > kMaxNames) fail(name_, ": a signature with too many names");
 }
 
@@ -69,16 +117,15 @@ class Signature::Check {
     }
   }
 
-  void like_output(const char* argument, const Tensor& t) {
-    Line line;
-    line.name = argument;
+  void like_output(std::string_view argument, const Tensor& t) {
+    const Line line{.name = argument};
     tensor(line, -1, s_.returned[0].shapes[0], t);
     sizes(line, -1, s_.returned[0].shapes[0], t);
   }
 
   void kept(const Line& line, const Tensor& t) {
     Line of = line;
-    of.kind = Kind::kWeight;
+    of.kind = ArgumentKind::kWeight;
     tensor(of, -1, line.shapes[0], t);
     sizes(of, -1, line.shapes[0], t);
     if (!t.is_contiguous()) wrong(line, -1, "expected a contiguous tensor");
@@ -136,7 +183,7 @@ class Signature::Check {
   }
 
   void tensor(const Line& line, int element, const Shape& shape, const Tensor& t) {
-    const std::string& of = s_.arguments[0].name;
+    const std::string_view of = s_.arguments[0].name;
     if (first_ == nullptr) {
       first_ = &t;
       const auto type = t.scalar_type();
@@ -145,10 +192,10 @@ class Signature::Check {
               dtype_name(type));
       if (!is_here(t)) wrong(line, element, "expected a tensor on ", kHere);
     } else {
-      if (line.kind == Kind::kTensor && t.scalar_type() != first_->scalar_type())
+      if (line.kind == ArgumentKind::kTensor && t.scalar_type() != first_->scalar_type())
         wrong(line, element, "expected the dtype of ", of, ", ", dtype_name(first_->scalar_type()), ", got ",
               dtype_name(t.scalar_type()));
-      if (line.kind == Kind::kWeight && t.scalar_type() != ScalarType::Float)
+      if (line.kind == ArgumentKind::kWeight && t.scalar_type() != ScalarType::Float)
         wrong(line, element, "expected float32, got ", dtype_name(t.scalar_type()));
       if (!is_here(t) || t.get_device_index() != first_->get_device_index())
         wrong(line, element, "expected the device of ", of);
@@ -165,7 +212,7 @@ class Signature::Check {
       const Line& line = s_.arguments[i];
       if (s_.integers[i] >= 0) sizes_[s_.integers[i]] = std::get<int64_t>(arguments_[i]);
       const int64_t length = count(arguments_[i]);
-      if (line.is_list && line.kind == Kind::kWeight && !(line.may_be_empty && length == 0))
+      if (line.is_list && line.kind == ArgumentKind::kWeight && !(line.may_be_empty && length == 0))
         solve(line.length, length);
     }
     for (const Line& line : s_.arguments)
@@ -224,7 +271,7 @@ class Signature::Check {
   }
 
   void length(const Line& line, int64_t count) const {
-    const std::string of = line.kind == Kind::kNumber ? "number" : "tensor";
+    const std::string_view of = line.kind == ArgumentKind::kNumber ? "number" : "tensor";
     if (line.length.positive && count == 0) wrong(line, -1, "expected at least one ", of, ", got none");
     const int64_t expected = value(line.length);
     if (count == expected || (count == 0 && line.may_be_empty)) return;
@@ -258,8 +305,8 @@ class Signature::Check {
 
   std::string known(const Shape& shape) const {
     std::string text;
-    const auto add = [&](const std::string& name, const std::string& value) {
-      text += (text.empty() ? " with " : ", ") + name + " = " + value;
+    const auto add = [&](std::string_view name, const std::string& value) {
+      text += (text.empty() ? " with " : ", ") + std::string(name) + " = " + value;
     };
     if (shape.has_leading) {
       std::string leading;
@@ -279,7 +326,7 @@ class Signature::Check {
   const std::string& name_;
   const Table& s_;
   const Argument* arguments_;
-  Sizes sizes_;
+  std::array<int64_t, kMaxNames> sizes_;
   const Tensor* first_ = nullptr;
   const Tensor* leading_ = nullptr;  // whose leading sizes all have
   size_t trailing_ = 0;              // its other dimensions
@@ -294,7 +341,7 @@ void Signature::check_backward(const Tensor& grad_out, Arguments arguments,
   check.like_output("grad_out", grad_out);
   size_t at = table_->returned.size() - kept.size();
   for (const Tensor* const t : kept) {
-    at == 0 ? check.like_output(table_->returned[0].name.c_str(), *t) : check.kept(table_->returned[at], *t);
+    at == 0 ? check.like_output(table_->returned[0].name, *t) : check.kept(table_->returned[at], *t);
     ++at;
   }
 }
