@@ -56,17 +56,17 @@ _OTHER = [("baseline", 4, ())]
 
 # What includes files that are made here.
 INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
-# What Python is told of the build is compiled in here.
+# Compiled with macros for what effattn._C.build says.
 FACTS = "csrc/python/python.cpp"
 # Reads weights where they lie.
 FINGERPRINT = "csrc/python/fingerprint.cpp"
-# What libeffattn is told of itself is compiled in here.
+# Compiled with what libeffattn says it was built of.
 IDENTITY = "csrc/core/digest.cpp"
 
 # Every source under these folders is part of the CUDA library; what is in a folder of the second name is for a GPU
 # alone, of the third for the host alone, where the threads of a block are emulated.
 CUDA, DEVICE_ONLY, EMULATED = ("kernels/cuda", "csrc/cuda"), "device_only", "emulated"
-# What the library is told of itself is compiled in here.
+# Compiled with what libeffattn_cuda says it was built of.
 CUDA_IDENTITY = "csrc/cuda/library.cpp"
 # Compute capabilities; of the last one also code that newer GPUs can translate.
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
@@ -347,22 +347,22 @@ def _add_libraries(
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = ["csrc/signature.cpp"] if target.emulate_cuda else [*shared_glue("cpu"), *_sources("csrc/cpu/*.cpp")]
     compiler = compiler_of(target)
-    told = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
+    identity = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     ukernels = _sources("kernels/cpu/**/ukernels*.cpp")
     once = [*_sources("csrc/core/*.cpp"), *glue, *set(_sources("kernels/cpu/**/*.cpp")).difference(ukernels)]
     parts = []
     for source, (name, lanes, flags) in itertools.product(ukernels, isas):  # first what takes longest
         parts.append(compile(source, [*flags, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
-    parts += [compile(source, [*torch_flags, told] if source == IDENTITY else torch_flags) for source in sorted(once)]
+    parts += [compile(source, [*torch_flags, identity] if source == IDENTITY else torch_flags) for source in sorted(once)]
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
     outputs = [library]
     if target.emulate_cuda:
         emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
-        told = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
+        identity = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
         parts = [
-            compile(source, [*emulated, told] if source == CUDA_IDENTITY else emulated, "emulated")
+            compile(source, [*emulated, identity] if source == CUDA_IDENTITY else emulated, "emulated")
             for source in (*cuda_sources(DEVICE_ONLY), *shared_glue("cuda"))
         ]
         outputs.append(library.with_name(CUDA_LIBRARY))
@@ -417,8 +417,8 @@ def _add_cuda(
             path = str(objects / (source.replace("/", "_") + ".o"))
             parts += ninja.build(path, "compile_cuda", source)
         else:
-            told = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source == CUDA_IDENTITY else []
-            parts.append(compile(source, [*glue_flags, *told], "cuda"))
+            identity = [f"'-DEFFATTN_CUDA_BUILD=\"{build}\"'"] if source == CUDA_IDENTITY else []
+            parts.append(compile(source, [*glue_flags, *identity], "cuda"))
     through_nvcc = " ".join(
         f"-Xlinker {flag.removeprefix('-Wl,')}" if flag.startswith("-Wl,") else flag for flag in link_torch.split()
     )

@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_map_only
 #: By name.
 Results = dict[str, torch.Tensor]
 ROUNDING = 2.0**-24  # the largest of float32's, relative to the largest number of a binade
-#: Four draws tell the noise of many numbers. That of a few, all of which may be small by chance in four draws, is told
-#: by more, which are drawn where a result is beyond the first estimate.
+#: Four draws are enough to estimate the noise of many numbers. Of a few numbers, all draws may be small by chance: more
+#: are made where a result is beyond the first estimate.
 DRAWS, MANY_DRAWS = 4, 64
 CPU_ROUNDINGS, GPU_ROUNDINGS = 1, 4
 #: Of a relu's argument, relative to the largest: below it, a rounding decides about a gradient.

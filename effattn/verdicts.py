@@ -56,8 +56,8 @@ def default_path() -> Path:
 
 def path() -> Path | None:
     """The file that is read here, which need not exist; None if EFFATTN_VERDICTS is empty."""
-    told = os.environ.get(ENVIRONMENT_VARIABLE)
-    return default_path() if told is None else Path(told) if told else None
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    return default_path() if named is None else Path(named) if named else None
 
 
 def read(file: Path) -> list[Verdict]:

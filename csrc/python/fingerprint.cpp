@@ -216,7 +216,7 @@ class Contents {
   std::optional<uint64_t> checksum_;
 };
 
-const Shown shown([](py::module_& m) {
+const Bindings bindings([](py::module_& m) {
   m.def("same_emptiness", &same_emptiness, "Whether dictionaries are empty or not, as they were.");
   m.def("same_modules", &same_modules,
         "Whether modules have these classes, and dictionaries so many entries.");

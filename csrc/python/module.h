@@ -1,4 +1,4 @@
-// What effattn._C is made of: a static Shown in every other file here adds its part.
+// What effattn._C is made of: a static Bindings in every other file here adds its part.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,8 +11,8 @@
 
 namespace effattn {
 
-struct Shown {
-  explicit Shown(void (*bind)(pybind11::module_& m));
+struct Bindings {
+  explicit Bindings(void (*add)(pybind11::module_& m));
 };
 
 // Both throw Python's ValueError.

@@ -39,7 +39,7 @@ py::dict shown_plan(int64_t batch, int64_t heads, int64_t head_dim, int64_t heig
   return out;
 }
 
-const Shown shown([](py::module_& m) {
+const Bindings bindings([](py::module_& m) {
   m.attr("limits")["scales"] = MultiScaleParams::kMaxScales;
   m.def("multi_scale_plan", &shown_plan, py::kw_only(), py::arg("batch"), py::arg("heads"),
         py::arg("head_dim"), py::arg("height"), py::arg("width"), py::arg("kernels"));

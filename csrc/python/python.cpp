@@ -11,7 +11,7 @@ using namespace effattn;
 
 namespace {
 
-std::vector<void (*)(py::module_&)>& shown() {
+std::vector<void (*)(py::module_&)>& all_bindings() {
   static std::vector<void (*)(py::module_&)> all;
   return all;
 }
@@ -32,7 +32,7 @@ py::list isas() {
 
 }  // namespace
 
-Shown::Shown(void (*bind)(py::module_&)) { shown().push_back(bind); }
+Bindings::Bindings(void (*add)(py::module_&)) { all_bindings().push_back(add); }
 
 DType effattn::dtype_named(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
@@ -56,5 +56,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", [] { return std::string(cpu::info(cpu::active_isa()).name); });
   m.def("set_isa", &cpu::set_active_isa, py::arg("name"));
   m.def("is_amd", &cpu::is_amd, "Whether the processor is one of AMD's.");
-  for (const auto bind : shown()) bind(m);
+  for (const auto add : all_bindings()) add(m);
 }

@@ -1,4 +1,4 @@
-"""What torch is told of an operator, all of it read from its specification.
+"""An operator's specification, and its registration with torch: fake kernels, autograd, ONNX, FLOPs.
 
 Of a differentiable operator there is ``effattn::<name>`` for inference, ``effattn::<name>_forward``, which computes
 the same, may return what the backward needs beside the output, and carries the autograd formula, because one in Python
@@ -166,7 +166,7 @@ class Operator:
     # --- registration -------------------------------------------------------------------------------------------
 
     def _register(self, backend: str, namespace: str) -> None:
-        """Tells torch of the fake kernels, the autograd formula, ONNX and FLOPs."""
+        """Registers fake kernels, the autograd formula, the ONNX translation and FLOPs."""
         self.glue.register_fakes(namespace)
         operators, name = getattr(torch.ops, namespace), f"{namespace}::{self.name}"
         forward = getattr(operators, f"{self.name}_forward").default

@@ -1,5 +1,5 @@
-// The GPU that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 unless told, and
-// EFFATTN_EMULATED_MULTIPROCESSORS, 132 unless told.
+// The GPU that tests emulate: EFFATTN_EMULATED_CAPABILITY, 90 by default, and
+// EFFATTN_EMULATED_MULTIPROCESSORS, 132 by default.
 #include <cstdlib>
 #include <cstring>
 
@@ -9,11 +9,11 @@
 namespace effattn {
 
 cuda::Gpu OnDevice::gpu() const {
-  const auto told = [](const char* name, int otherwise) {
+  const auto setting = [](const char* name, int otherwise) {
     const char* const value = std::getenv(name);
     return value != nullptr ? std::atoi(value) : otherwise;
   };
-  return {told("EFFATTN_EMULATED_CAPABILITY", 90), told("EFFATTN_EMULATED_MULTIPROCESSORS", 132)};
+  return {setting("EFFATTN_EMULATED_CAPABILITY", 90), setting("EFFATTN_EMULATED_MULTIPROCESSORS", 132)};
 }
 
 void OnDevice::poison(float* workspace, int64_t floats) const { std::memset(workspace, 0xff, 4 * floats); }

@@ -68,7 +68,7 @@ def _contiguous(argument: Any) -> Any:
 
 
 def target(t: torch.Tensor) -> Any:
-    """What a GPU wants, and what torch is told of products in float32."""
+    """The GPU of a tensor, and whether torch allows TF32 for products in float32."""
     from effattn._triton.numerics import TargetOptions
 
     is_relaxed = t.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

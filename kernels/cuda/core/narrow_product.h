@@ -137,7 +137,7 @@ struct NarrowSums {
       for (int e = 0; e < 2; ++e) x[i][j][2 * half + e] = g(at + e);
     });
   }
-  // The same, told (col, sums of two neighbours from an even column on, the same of others).
+  // The same, with f(col, sums of two neighbours from an even column on, the same of others).
   template <class F>
   EFFATTN_DEVICE void each_pair(const NarrowSums& others, int row, int col, int groups, F f) const {
     each_place(row, col, groups, f, [&](auto& g, int at, int i, int j, int half) {

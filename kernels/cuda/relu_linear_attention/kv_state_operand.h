@@ -41,7 +41,7 @@ class KvStateOperand {
   EFFATTN_DEVICE explicit KvStateOperand(char* shared) : shared_(shared) {}
 
   // By all threads of a block, and there after a barrier. What stands at (k, n) is the sum of get(row, k, n)
-  // over the rows, in their order, and put(k, n, sum) is told once; n is kZ for the vector.
+  // over the rows, in their order; put(k, n, sum) is called once with it. n is kZ for the vector.
   template <int kThreads, class Get, class Put>
   EFFATTN_DEVICE void place(int rows, Get get, Put put) const {
     // So many at a time, all of whose loads are in flight together.
