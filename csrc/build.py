@@ -353,7 +353,8 @@ def _add_libraries(
     parts = []
     for source, (name, lanes, flags) in itertools.product(ukernels, isas):  # first what takes longest
         parts.append(compile(source, [*flags, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
-    parts += [compile(source, [*torch_flags, identity] if source == IDENTITY else torch_flags) for source in sorted(once)]
+    for source in sorted(once):
+        parts.append(compile(source, [*torch_flags, identity] if source == IDENTITY else torch_flags))
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": link_torch})
