@@ -110,9 +110,9 @@ class Signature::Check {
     for (size_t i = 0; i < s_.arguments.size(); ++i) {
       const Line& line = s_.arguments[i];
       each(line, arguments_[i], [&](const Tensor& t, const Shape& shape, int element) {
-        solve(shape, t);
+        if (line.is_list) solve(shape, t);  // names that each element may have its own size for
         sizes(line, element, shape, t);
-        forget_local();
+        if (line.is_list) forget_local();
       });
     }
   }
@@ -186,18 +186,20 @@ class Signature::Check {
     const std::string_view of = s_.arguments[0].name;
     if (first_ == nullptr) {
       first_ = &t;
-      const auto type = t.scalar_type();
-      if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half)
+      type_ = t.scalar_type();
+      device_index_ = t.get_device_index();
+      if (type_ != ScalarType::Float && type_ != ScalarType::BFloat16 && type_ != ScalarType::Half)
         wrong(line, element, "expected float32, bfloat16 or float16 for the ", kBackend, " backend, got ",
-              dtype_name(type));
+              dtype_name(type_));
       if (!is_here(t)) wrong(line, element, "expected a tensor on ", kHere);
     } else {
-      if (line.kind == ArgumentKind::kTensor && t.scalar_type() != first_->scalar_type())
-        wrong(line, element, "expected the dtype of ", of, ", ", dtype_name(first_->scalar_type()), ", got ",
-              dtype_name(t.scalar_type()));
-      if (line.kind == ArgumentKind::kWeight && t.scalar_type() != ScalarType::Float)
-        wrong(line, element, "expected float32, got ", dtype_name(t.scalar_type()));
-      if (!is_here(t) || t.get_device_index() != first_->get_device_index())
+      const ScalarType type = t.scalar_type();
+      if (line.kind == ArgumentKind::kTensor && type != type_)
+        wrong(line, element, "expected the dtype of ", of, ", ", dtype_name(type_), ", got ",
+              dtype_name(type));
+      if (line.kind == ArgumentKind::kWeight && type != ScalarType::Float)
+        wrong(line, element, "expected float32, got ", dtype_name(type));
+      if (!is_here(t) || t.get_device_index() != device_index_)
         wrong(line, element, "expected the device of ", of);
     }
     const int64_t rank = t.dim(), dims = static_cast<int64_t>(shape.dims.size());
@@ -222,7 +224,7 @@ class Signature::Check {
     for (size_t i = 0; i < s_.arguments.size(); ++i) {
       each(s_.arguments[i], arguments_[i], [&](const Tensor& t, const Shape& shape, int) {
         solve(shape, t);
-        forget_local();
+        if (s_.arguments[i].is_list) forget_local();
       });
     }
   }
@@ -328,6 +330,8 @@ class Signature::Check {
   const Argument* arguments_;
   std::array<int64_t, kMaxNames> sizes_;
   const Tensor* first_ = nullptr;
+  ScalarType type_ = ScalarType::Undefined;  // of the first
+  int32_t device_index_ = 0;
   const Tensor* leading_ = nullptr;  // whose leading sizes all have
   size_t trailing_ = 0;              // its other dimensions
 };

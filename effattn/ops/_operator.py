@@ -25,6 +25,8 @@ from effattn.ops._glue import Argument, Glue, flat, mapped
 from effattn.ops._signature import Signature
 from effattn.ops._triton_operators import TritonOperators
 
+# Looked up once: a call on one token is made in a few microseconds.
+_is_transforming, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 #: Types of tensors that hold numbers, where nothing records the call.
 _EAGER = (torch.Tensor, torch.nn.Parameter)
 #: Every differentiable operator, by name.
@@ -98,14 +100,13 @@ class Operator:
         """Calls the chosen backend; TypeError or ValueError if an argument is wrong."""
         try:
             image, is_tracing = arguments[0], False
-            is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or torch._C._is_tracing():
+            is_transformed = _is_transforming() or forward_ad._current_level >= 0
+            if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # what computes, as below; written for a call whose kernel is done in a microsecond
                 is_small = not image.is_cpu and is_small_call(arguments[: self._images])
                 backend = registry.choose(self.name, image.device, image.dtype, self.limited(*arguments), is_small)
-                has_kernels = backend.namespace is not None
-                fused = self._fused[backend.name] if has_kernels else self._fused_of(backend, arguments)
+                fused = self._fused.get(backend.name) or self._fused_of(backend, arguments)
             # torch.func and forward mode differentiate through plain operations, never through a kernel.
             if fused is None or is_transformed:
                 return self.plain(*arguments)
@@ -113,8 +114,7 @@ class Operator:
                 weights = (mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
                 arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
             # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
-            tensors = arguments[: self._tensors]
-            if is_tracing or (torch.is_grad_enabled() and _require_grad(tensors)):
+            if is_tracing or (torch.is_grad_enabled() and _require_grad(arguments[: self._tensors])):
                 out = fused.forward(*arguments)
                 return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
             return fused.inference(*arguments)
@@ -142,7 +142,7 @@ class Operator:
     def _chosen(self, arguments: tuple[Any, ...]) -> tuple[Fused | None, tuple[Any, ...], bool]:
         """What computes, its arguments, and whether torch.jit.trace records it; in a graph sizes may be no numbers."""
         image, is_compiling = arguments[0], torch.compiler.is_compiling()
-        if not is_compiling and torch._C._is_tracing():
+        if not is_compiling and _is_tracing():
             with untraced():
                 options = arguments[self._tensors :]
                 numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
@@ -251,9 +251,9 @@ class InferenceOperator:
         None does in torch.jit.trace, whose graph would pack the weights at every call.
         """
         is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and torch._C._is_tracing():
+        if not is_compiling and _is_tracing():
             return False
-        is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        is_transformed = _is_transforming() or forward_ad._current_level >= 0
         find = registry.find_fused if is_compiling else registry.choose_fused
         return not is_transformed and find(self.name, x.device, x.dtype)
 
@@ -281,9 +281,10 @@ def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
 
 def _require_grad(arguments: Iterable[Argument]) -> bool:
     for argument in arguments:
-        # Of a tensor by its type: isinstance takes as long as all three of a call's other questions.
-        is_list = type(argument) not in _EAGER and not isinstance(argument, torch.Tensor)
-        if any(t.requires_grad for t in argument) if is_list else argument.requires_grad:
+        if type(argument) in _EAGER:  # isinstance takes longer than all of a call's other questions
+            if argument.requires_grad:
+                return True
+        elif any(t.requires_grad for t in flat((argument,))):
             return True
     return False
 
