@@ -28,7 +28,7 @@ BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 $(BUILD_TEST) test-install: export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
 # Where no GPU is, the short tier leaves the kernels of wide heads to the emulator: a third of nvcc's time.
 $(BUILD_TEST) test-install: export EFFATTN_CUDA_CHANNELS ?= $(if $(or $(FULL),$(shell command -v nvidia-smi)),128,32)
-NATIVE := $(shell find csrc kernels -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
+NATIVE := $(shell find csrc kernels effattn/ops -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
 .PHONY: help demo train test test-full downloads bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
 .DELETE_ON_ERROR:
@@ -45,7 +45,7 @@ test: ## what CI runs: the short tier of lint, docs and everything named test-..
 	$(if $(FULL),$(MAKE) test-wheel)
 	@echo "all tests passed"
 
-test-full: ## every test on every combination, and test-wheel: an hour and more; FULL=1 makes any other target do the same
+test-full: ## every test on every combination, and test-wheel: three to four hours; FULL=1 makes any other target do the same
 	$(MAKE) FULL=1 test
 
 train: $(VENV)/.build $(VENV)/.demo ## training on digits, stock and accelerated: minutes

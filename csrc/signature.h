@@ -25,7 +25,8 @@ class Signature {
   const char* name() const { return name_.c_str(); }
 
   // Throws std::runtime_error for the first thing that is wrong, naming operator, argument, what is expected
-  // and what came; Python says the same in the same words.
+  // and what came; Python's messages are alike, with TypeError or ValueError;
+  // float64 and what is kept but not contiguous are refused here only.
   void check(Arguments arguments) const;
   void check_backward(const Tensor& grad_out, Arguments arguments,
                       std::initializer_list<const Tensor*> kept) const;

@@ -82,7 +82,7 @@ def _named(name: str, asked_by: str) -> Backend:
 
 
 class Facts(NamedTuple):
-    """What an operator tells the registry of itself.
+    """What dispatch needs to know of an operator.
 
     Args:
         dtypes: of images, which its kernels take; fewer, perhaps, than those of their backend.
@@ -101,7 +101,7 @@ _forced: str | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE):
     _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
 
-# What choose() and choose_fused() found, for eager calls, under what was asked for then.
+# Caches of choose() and choose_fused(), for eager calls; the first of a key is the forced backend.
 _chosen: dict[tuple[str | None, str, torch.device, torch.dtype, Sequence[int], bool], Backend] = {}
 _fused: dict[tuple[str | None, str, torch.device, torch.dtype], bool] = {}
 
@@ -129,7 +129,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
     unavailable = backend.unavailable()
     facts = FACTS.get(op, Facts((), ()))
-    named = list(zip(facts.limits, sizes, strict=False))  # sizes are left out where they do not matter
+    named = list(zip(facts.limits, sizes, strict=True)) if sizes else []
     reasons = ([unavailable] if unavailable is not None else []) + backend.reasons(op, device, dtype, named)
     if backend is not ORDER[-1] and facts.dtypes:
         reasons += refused_dtype(dtype, facts.dtypes)
@@ -154,7 +154,19 @@ def find(
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    backend, refusals = _search(_forced, op, device, dtype, sizes, is_small)
+    return _find(_forced, torch.onnx.is_in_onnx_export(), op, device, dtype, sizes, is_small)
+
+
+def _find(
+    forced: str | None,
+    is_exporting: bool,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    is_small: bool,
+) -> Backend:
+    backend, refusals = _search(forced, is_exporting, op, device, dtype, sizes, is_small)
     if backend is None:
         message = f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n"
         raise RuntimeError(message + "\n".join(refusals))
@@ -168,33 +180,51 @@ def choose(
 
     Not while compiling or tracing, where a table that grows would be a guard that fails, and sizes are no numbers.
     """
-    key = (_forced, op, device, dtype, sizes, is_small)
+    forced = _forced  # which another thread may change
+    key = (forced, op, device, dtype, sizes, is_small)
     backend = _chosen.get(key)
     if backend is None:
-        backend = _chosen[key] = find(op, device, dtype, sizes, is_small=is_small)
+        is_exporting = torch.onnx.is_in_onnx_export()
+        backend = _find(forced, is_exporting, op, device, dtype, sizes, is_small)
+        if not is_exporting:
+            _chosen[key] = backend
     return backend
 
 
 def find_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend with kernels serves ``op``; for operators of whole modules, made of others where none does."""
-    backend, _ = _search(_forced, op, device, dtype, (), is_small=False)
+    return _is_fused(_forced, torch.onnx.is_in_onnx_export(), op, device, dtype)
+
+
+def _is_fused(forced: str | None, is_exporting: bool, op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    backend, _ = _search(forced, is_exporting, op, device, dtype, (), is_small=False)
     return backend is not None and backend is not ORDER[-1]
 
 
 def choose_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """:func:`find_fused` that remembers, like :func:`choose`."""
-    key = (_forced, op, device, dtype)
+    forced = _forced
+    key = (forced, op, device, dtype)
     is_fused = _fused.get(key)
     if is_fused is None:
-        is_fused = _fused[key] = find_fused(op, device, dtype)
+        is_exporting = torch.onnx.is_in_onnx_export()
+        is_fused = _is_fused(forced, is_exporting, op, device, dtype)
+        if not is_exporting:
+            _fused[key] = is_fused
     return is_fused
 
 
 def _search(
-    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int], is_small: bool
+    forced: str | None,
+    is_exporting: bool,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    is_small: bool,
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
-    if torch.onnx.is_in_onnx_export():
+    if is_exporting:
         candidates = ORDER[-1:]
     else:
         candidates = order(is_small=is_small) if forced is None else (_named(forced, "use_backend"),)

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 #: By name.
 Results = dict[str, torch.Tensor]
-ROUNDING = 2.0**-24  # the largest of float32's, relative to the largest number of a binade
+ROUNDING = 2.0**-24  # float32's unit roundoff: half an ulp, relative to the smallest number of its binade
 #: Four draws are enough to estimate the noise of many numbers. Of a few numbers, all draws may be small by chance: more
 #: are made where a result is beyond the first estimate.
 DRAWS, MANY_DRAWS = 4, 64

@@ -92,3 +92,11 @@ def test_more_elements_than_can_be_counted():
     weights = [None] * 4 + [bias] * 3 + [[], None, None, bias, bias]
     with pytest.raises(RuntimeError, match="elements can be counted, not one of shape"):
         torch.ops.effattn.projected_attention(x, *weights, 1, 1, 1.0, 0, 2**40, 2**40)
+
+
+def test_taps_of_more_than_can_be_counted():
+    """A square whose side would be looked for until an int64 overflows."""
+    taps, weights = torch.empty(0, 1, 1).expand(0, 2**63 - 1, 1), torch.empty(4)
+    arguments = [taps, weights, None, None, weights, weights, torch.empty(1, 1, 1), [], None, None, weights, weights]
+    with pytest.raises(RuntimeError, match=r"halving_taps: expected shape \(blocks, k \* k, 32\) with an odd k"):
+        torch.ops.effattn.projected_attention(torch.empty(1, 2, 2, 2), *arguments, 1, 1, 1.0, 0, 2, 2)

@@ -209,6 +209,17 @@ def test_a_limit_that_nobody_has_words_for_is_called_by_its_name():
     assert beyond([("window_width", 64)], {"window_width": 64}) == []
 
 
+def test_what_is_chosen_during_an_export_is_not_remembered(monkeypatch):
+    """An exporter in another thread has every call take the reference, until it is done."""
+    sizes = limited(OPERATOR, channels=7)
+    with monkeypatch.context() as exporting:
+        exporting.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+        assert registry.choose(OP, CPU, torch.float16, sizes).name == "reference"
+        assert not registry.choose_fused(OP, CPU, torch.float16)
+    assert registry.choose(OP, CPU, torch.float16, sizes).name == "cpu"
+    assert registry.choose_fused(OP, CPU, torch.float16)
+
+
 def test_use_backend_nests_and_recovers():
     with pytest.raises(RuntimeError, match="inside"), effattn.use_backend("reference"):
         with effattn.use_backend("cpu"):

@@ -16,7 +16,7 @@ namespace {
 // The odd k whose square it is, or 0.
 int64_t side_of(int64_t square) {
   int64_t k = 1;
-  while (k * k < square) k += 2;
+  while (k < kMaxChannels && k * k < square) k += 2;
   return k * k == square ? k : 0;
 }
 

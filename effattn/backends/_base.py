@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-#: Sizes of a call that backends may have a limit for, by the limit's name; several may have one.
+#: Sizes of a call that backends may have a limit for, by the limit's name; several sizes may have the same.
 NamedSizes = Sequence[tuple[str, int]]
 
 
@@ -26,14 +26,14 @@ class Backend(NamedTuple):
 
 
 def refused_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> list[str]:
-    """That a backend takes others, if it does."""
+    """The refusal of a dtype that is not among them, or []."""
     if dtype in dtypes:
         return []
     got, *names = (str(d).removeprefix("torch.") for d in (dtype, *dtypes))
     return [f"takes {', '.join([*names[:-2], ' and '.join(names[-2:])])}, not {got}"]
 
 
-#: What each size is called, in the words of a refusal; "a size of up to 64" where nothing stands here.
+#: What each size is called, in the words of a refusal; "a window width of up to 64" for a name without an entry.
 _PHRASES = {
     "channels": "heads of up to {0} channels",
     "dimensions": "tensors of up to {0} dimensions",

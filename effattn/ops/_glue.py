@@ -19,7 +19,7 @@ Shapes = Sequence[tuple[Any, ...]]
 
 
 class Glue:
-    """Of the operators ``<name>``, ``<name>_forward`` and ``<name>_backward``, which have one signature."""
+    """Checks and allocation for ``<name>``, ``<name>_forward`` and ``<name>_backward``, which have one signature."""
 
     def __init__(self, name: str, signature: Signature) -> None:
         self.name = name
@@ -27,13 +27,13 @@ class Glue:
         self._empty = empty_image_in_order_of if signature.is_of_images else empty_in_order_of
 
     def check(self, arguments: Sequence[Any], weights: str = "any") -> Shapes:
-        """Of the output and of what is kept; RuntimeError if an argument is wrong (:meth:`Signature.error`)."""
+        """Returns the shapes of the output and of what is kept; RuntimeError if an argument is wrong."""
         self.refuse(self.signature.error(arguments, weights))
         sizes = self.signature.sizes(arguments)
         return [returned.shape.sizes(sizes) for returned in (self.signature.out, *self.signature.kept)]
 
     def check_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
-        """The arguments of the forward among those of a backward; RuntimeError if one is wrong."""
+        """Returns the forward's arguments, which a backward takes too; RuntimeError if one is wrong."""
         _, arguments = self.split_backward(grad_out, *rest)
         kept = rest[self.signature.tensors :][: len(self.signature.backward_takes)]
         self.refuse(self.signature.error(arguments))

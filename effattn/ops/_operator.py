@@ -27,7 +27,7 @@ from effattn.ops._triton_operators import TritonOperators
 
 # Looked up once: a call on one token is made in a few microseconds.
 _is_transforming, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
-#: Types of tensors that hold numbers, where nothing records the call.
+#: Plain types of tensors: any other (fake, functional, a subclass) takes the slow path.
 _EAGER = (torch.Tensor, torch.nn.Parameter)
 #: Every differentiable operator, by name.
 OPERATORS: dict[str, Operator] = {}
@@ -53,8 +53,8 @@ class Operator:
         limits: of each of these, the name of its limit.
         cases: of calls for tests, the size of every name (of a name that differs from element to element of a list, one
             each) and the options. ``make_arguments`` of :mod:`effattn.testing` makes the tensors.
-        longest_sum: of a case, how many terms are added up at most for one number of any result; an error may grow with
-            its root.
+        longest_sum: of a case, the number of terms in the longest sum behind any element of any result, of which the
+            tolerance is made (:mod:`effattn.tolerance`).
         dtypes: of images, which backends with kernels take; ``plain`` takes float64 too.
         plain_backward: (grad_out, *arguments) -> gradients of the tensors, in operations that can be differentiated
             again; by default autograd's of ``plain``.
@@ -103,12 +103,14 @@ class Operator:
             is_transformed = _is_transforming() or forward_ad._current_level >= 0
             if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
                 fused, arguments, is_tracing = self._chosen(arguments)
-            else:  # what computes, as below; written for a call whose kernel is done in a microsecond
+            else:  # _chosen, inlined for a call whose kernel is done in a microsecond
                 is_small = not image.is_cpu and is_small_call(arguments[: self._images])
                 backend = registry.choose(self.name, image.device, image.dtype, self.limited(*arguments), is_small)
                 fused = self._fused.get(backend.name) or self._fused_of(backend, arguments)
             # torch.func and forward mode differentiate through plain operations, never through a kernel.
             if fused is None or is_transformed:
+                if fused is not None:
+                    self._check(arguments)
                 return self.plain(*arguments)
             if image.dtype != torch.float32:
                 weights = (mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
@@ -119,7 +121,7 @@ class Operator:
                 return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
             return fused.inference(*arguments)
         except Exception:
-            # Kernels check everything themselves, so that a good call pays for no check here.
+            # csrc and _triton_operators.py check arguments, so a valid call is not checked in Python as well.
             if not torch.compiler.is_compiling():
                 self._raise_if_wrong(arguments)
             raise
@@ -158,10 +160,14 @@ class Operator:
     def _fused_of(self, backend: Backend, arguments: Sequence[Any]) -> Fused | None:
         if backend.namespace is not None:
             return self._fused[backend.name]
-        error = self.signature.error(arguments)  # plain operations would broadcast instead of complaining
+        self._check(arguments)
+        return None
+
+    def _check(self, arguments: Sequence[Any]) -> None:
+        """In front of plain operations, which would broadcast instead of complaining."""
+        error = self.signature.error(arguments)
         if error is not None:
             raise error
-        return None
 
     # --- registration -------------------------------------------------------------------------------------------
 
@@ -209,7 +215,9 @@ class Operator:
         out = self.plain(*arguments)
         wanted = [t for t in tensors if t.requires_grad]
         out = out[0] if self._returns_all else out
-        grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+        # Of an empty image, no weight is used.
+        options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        grads = iter(torch.autograd.grad(out, wanted, grad_out, **options))
         lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments[: self._tensors]]
         return _grouped([next(grads) if t.requires_grad else None for t in tensors], lengths)[0]
 

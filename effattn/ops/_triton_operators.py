@@ -11,7 +11,7 @@ from effattn.backends import triton
 from effattn.backends._base import NamedSizes, beyond
 from effattn.ops._glue import Argument, Glue, Shapes
 
-#: So many calls of an operator are remembered as right, before all are forgotten.
+#: Of the cache of validated calls of an operator, which is cleared when it is full.
 MAX_KNOWN = 1024
 _LIBRARY = torch.library.Library(triton.NAMESPACE, "FRAGMENT")
 
@@ -22,7 +22,7 @@ class TritonOperators:
     def __init__(self, glue: Glue, named_sizes: Callable[..., NamedSizes], launchers: triton.Launchers) -> None:
         self._glue, self._named_sizes, self._launchers = glue, named_sizes, launchers
         self._images, self._has_rows = glue.signature.images, glue.signature.is_of_images
-        #: Of calls that are right, the shapes of results: a check takes as long as a launch.
+        #: Shapes of results by what validation depends on, of valid calls: a check takes as long as a launch.
         self._known: dict[tuple[Any, ...], Shapes] = {}
         *inference, forward, backward = glue.signature.schemas(glue.name)
         for schema in inference:  # none where the output is kept
@@ -77,7 +77,7 @@ def _define(schema: str, implementation: Callable[..., Any]) -> None:
 
 
 def _kinds(arguments: Iterable[Any]) -> tuple[Any, ...]:
-    """All of a torch operator's arguments that decides whether they are right: of tensors not the numbers."""
+    """The cache's key: what validation depends on, of tensors shape, dtype, device and layout, not the numbers."""
     return tuple(
         (a.is_nested or a.shape, a.dtype, a.device, a.layout)
         if isinstance(a, torch.Tensor)

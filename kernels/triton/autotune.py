@@ -1,4 +1,4 @@
-"""Looks for faster launches on the GPU at hand, for those who ask; see ``EFFATTN_TRITON_AUTOTUNE`` in the README.
+"""Looks for faster launches on the GPU at hand, if asked (``EFFATTN_TRITON_AUTOTUNE``, docs/environment.md).
 
 Off unless asked for: tiles decide in which order is summed, so that a choice made by the clock would change the last
 bits of results from one process to the next. What is found is kept in a file, with which results are the same again.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -88,7 +89,7 @@ def read(file: Path) -> None:
 
 
 def write(file: Path) -> None:
-    """Keeps all launches of all gpus."""
+    """Keeps all launches of all GPUs."""
     data = {
         gpu: [
             {"op": op, "kernel": kernel, "size": size, **asdict(launch)}
@@ -97,6 +98,6 @@ def write(file: Path) -> None:
         for gpu, entries in BY_GPU.items()
     }
     # Never half a file, should two processes write at once.
-    beside = file.with_name(f"{file.name}.{id(data)}.new")
+    beside = file.with_name(f"{file.name}.{os.getpid()}.new")
     beside.write_text(json.dumps(data, indent=1) + "\n")
     beside.replace(file)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from specified import mapped
+from torch.autograd import forward_ad
 from wrong_calls import WRONG_CALLS, one_larger
 
 from effattn import use_backend
@@ -26,6 +27,9 @@ def test_the_error_names_the_argument(operator, arguments, error, name, text):
         with use_backend(backend), pytest.raises(error) as raised:
             operator(*arguments)
         said.add(str(raised.value))
+    with forward_ad.dual_level(), pytest.raises(error) as raised:  # as under any transform, where no kernel refuses
+        operator(*arguments)
+    said.add(str(raised.value))
     (message,) = said
     argument = message.split(":")[0].split("[")[0]
     # A size may be said to be wrong of the other argument that has it.

@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specified import check_against_float64, mapped, of_at_least, second_derivatives, with_gradients
+from specified import (
+    check_against_float64,
+    first_of,
+    flattened,
+    mapped,
+    of_at_least,
+    second_derivatives,
+    with_gradients,
+)
 
 from effattn import use_backend
 from effattn.ops import OPERATORS
@@ -137,6 +145,10 @@ def test_sizes_of_zero(target, operator, case, dtype):
     error = operator.signature.error(arguments)
     if error is None:
         check_against_float64(operator, case, dtype, "first", target.backend, target.device)
+        leaves = mapped(lambda t: t.detach().requires_grad_(), there(target, arguments))
+        with use_backend(target.backend):
+            grads = torch.autograd.grad(first_of(operator(*leaves)).sum(), flattened(leaves), create_graph=True)
+        assert all(grad.shape == leaf.shape for grad, leaf in zip(grads, flattened(leaves), strict=True))
         return
     for backend in (target.backend, "reference"):
         with use_backend(backend), pytest.raises(ValueError) as raised:

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from effattn._triton import autotune, configs
 from effattn._triton.configs import Launch
+from effattn.backends.triton import _tuning
 
 GPU = "a GPU"
 OP = {"attend": {16: Launch(64, 16), 128: Launch(32, 32, keys=32)}, "multiply": {128: Launch(32, 32, keys=32)}}
@@ -118,3 +120,16 @@ def test_files_of_something_else_are_refused(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=r"launches\.json: expected launches that were written here, got"):
         autotune.read(file)
+
+
+def test_a_file_of_something_else_is_never_written_over(tmp_path, monkeypatch):
+    file = tmp_path / "launches.json"
+    file.write_text("mine")
+    monkeypatch.setenv(_tuning.ENVIRONMENT_VARIABLE, str(file))
+    monkeypatch.setattr(_tuning, "_file", None)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected launches that were written here"):
+            _tuning.before(lambda: None, torch.device("cpu"), ())
+    assert file.read_text() == "mine"
+    monkeypatch.setenv(_tuning.ENVIRONMENT_VARIABLE, "")
+    assert not _tuning.is_on()

@@ -17,7 +17,7 @@ _seen: set[Any] = set()
 
 
 def is_on() -> bool:
-    return ENVIRONMENT_VARIABLE in os.environ
+    return bool(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
 @cache
@@ -39,9 +39,10 @@ def before(launcher: Callable[..., None], device: torch.device, given: tuple[Any
     from effattn._triton import autotune
 
     if _file is None:
-        _file = Path(os.environ[ENVIRONMENT_VARIABLE])
-        if _file.exists():
-            autotune.read(_file)
+        file = Path(os.environ[ENVIRONMENT_VARIABLE])
+        if file.exists():
+            autotune.read(file)
+        _file = file  # now that it is known to be one of launches, which may be written over
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     key = (launcher, device, *_signature(given))

@@ -1,4 +1,4 @@
-"""biased_attention, launched."""
+"""The entry points of biased_attention; without talking heads they call kernels/triton/biased_attention.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Arena of matrices in the registers of a warp, as mma.sync takes them (device.h).
+// Fragments of matrices in the registers of a warp, as mma.sync takes them (device.h).
 //
 // Of a matrix, 8 lanes share the rows and 4 the columns. What index a register stands for is free wherever a
 // product sums over it or its result keeps it, so that a lane holds neighbours, and loads and stores them as

@@ -15,7 +15,7 @@ inline std::map<std::string, std::string>& registered_limits() {
 }
 
 struct Limit {
-  const char* size;  // as the operator's Limited in effattn/ops calls it
+  const char* size;  // a name of the operator's LIMITED in effattn/ops
   int max;
 };
 
