@@ -38,14 +38,14 @@ def both_serve(monkeypatch):
 @pytest.fixture
 def asked(both_serve, monkeypatch):
     """Who was found, call after call."""
-    chosen, find = [], registry.find
+    chosen, find = [], registry._find
 
     def noting(*arguments, **options):
         backend = find(*arguments, **options)
         chosen.append(backend.name)
         return backend
 
-    monkeypatch.setattr(registry, "find", noting)
+    monkeypatch.setattr(registry, "_find", noting)
     return chosen
 
 
