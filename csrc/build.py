@@ -487,7 +487,7 @@ class _Tables:
             leading = ", .has_leading = true" if s.has_leading else ""
             return f"{{.text = {_quoted(s.text)}, .dims = {self._array('Dim', map(dim, s.dims))}{leading}}}"
 
-        def line(a: Any) -> str:
+        def argument(a: Any) -> str:
             parts = [f".name = {_quoted(a.name)}", f".kind = ArgumentKind::{self.KINDS[a.kind]}"]
             parts += [f".shapes = {self._array('Shape', map(shape, a.shapes))}"] if a.shapes else []
             parts += [".is_list = true"] if a.length else []
@@ -503,8 +503,8 @@ class _Tables:
             self._array("Text", map(_quoted, names)),
             self._array("bool", (str(name in signature.local).lower() for name in names)),
             self._array("int", map(str, integers)),
-            self._array("Line", map(line, signature.arguments)),
-            self._array("Line", outs),
+            self._array("ArgumentSpec", map(argument, signature.arguments)),
+            self._array("ArgumentSpec", outs),
         ]
         self.tables.append(f"{{{', '.join(parts)}}}")
 

@@ -38,7 +38,7 @@ Tensor aggregation(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTen
   const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
   kAggregation.check({&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
                       &weights.pointwise_biases, head_dim});
-  MultiScaleCall call(qkv, weights, head_dim);
+  MultiScaleCall call(kAggregation.name(), qkv, weights, head_dim);
   Tensor out = new_image(qkv, call.shape(true), call.p.out);
   kernels::aggregate(call.p, execution(qkv));
   return out;
@@ -51,7 +51,7 @@ Gradients aggregation_backward(const Tensor& grad_out, const Tensor& qkv, MaybeT
                               {&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
                                &weights.pointwise_biases, head_dim},
                               {});
-  MultiScaleCall call(qkv, weights, head_dim);
+  MultiScaleCall call(kAggregation.name(), qkv, weights, head_dim);
   take_grad_out(call, grad_out);
   Gradients gradients = new_gradients(call, qkv, weights);
   kernels::aggregate_backward(call.p, execution(qkv));
@@ -63,7 +63,7 @@ Tensor attention(const Tensor& qkv, MaybeTensors dw, MaybeTensors pw, MaybeTenso
   const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
   kAttention.check({&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
                     &weights.pointwise_biases, head_dim, eps});
-  MultiScaleCall call(qkv, weights, head_dim, eps);
+  MultiScaleCall call(kAttention.name(), qkv, weights, head_dim, eps);
   Tensor out = new_image(qkv, call.shape(false), call.p.out);
   kernels::attend(call.p, nullptr, execution(qkv));
   return out;
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, MaybeTensors dw,
   const Weights weights{given(dw), given(pw), given(dw_biases), given(pw_biases)};
   kAttention.check({&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
                     &weights.pointwise_biases, head_dim, eps});
-  MultiScaleCall call(qkv, weights, head_dim, eps);
+  MultiScaleCall call(kAttention.name(), qkv, weights, head_dim, eps);
   Tensor out = new_image(qkv, call.shape(false), call.p.out);
   const std::vector<int64_t> shape = call.kv_state_shape();
   Tensor kv_state = empty_floats(qkv, shape);
@@ -91,7 +91,7 @@ Gradients attention_backward(const Tensor& grad_out, const Tensor& qkv, MaybeTen
                             {&qkv, &weights.depthwise, &weights.pointwise, &weights.depthwise_biases,
                              &weights.pointwise_biases, head_dim, eps},
                             {&kv_state});
-  MultiScaleCall call(qkv, weights, head_dim, eps);
+  MultiScaleCall call(kAttention.name(), qkv, weights, head_dim, eps);
   take_grad_out(call, grad_out);
   Gradients gradients = new_gradients(call, qkv, weights);
   kernels::attend_backward(call.p, static_cast<const float*>(kv_state.const_data_ptr()), execution(qkv));

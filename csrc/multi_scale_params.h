@@ -19,17 +19,18 @@ struct MultiScaleCall {
   MultiScaleParams p{};
   Tensors alive;
 
-  MultiScaleCall(const Tensor& qkv, const Weights& weights, int64_t head_dim, double eps = 0)
-      : MultiScaleCall(qkv, qkv.size(1), weights, head_dim, eps) {
+  MultiScaleCall(const char* op, const Tensor& qkv, const Weights& weights, int64_t head_dim, double eps = 0)
+      : MultiScaleCall(op, qkv, qkv.size(1), weights, head_dim, eps) {
     alive.push_back(with_mergeable_rows(qkv));
     p.qkv = image(alive.back());
   }
 
   // Of `channels` channels that are made of those of `x`, an image of the same size.
-  MultiScaleCall(const Tensor& x, int64_t channels, const Weights& weights, int64_t head_dim, double eps) {
+  MultiScaleCall(const char* op, const Tensor& x, int64_t channels, const Weights& weights, int64_t head_dim,
+                 double eps) {
     const size_t scales = weights.depthwise.size();
-    EFFATTN_REQUIRE(head_dim <= kMaxDim, "effattn: head_dim: expected at most ", kMaxDim, ", got ", head_dim);
-    EFFATTN_REQUIRE(scales <= MultiScaleParams::kMaxScales, "effattn: dw_weights: expected at most ",
+    EFFATTN_REQUIRE(head_dim <= kMaxDim, op, ": head_dim: expected at most ", kMaxDim, ", got ", head_dim);
+    EFFATTN_REQUIRE(scales <= MultiScaleParams::kMaxScales, op, ": dw_weights: expected at most ",
                     MultiScaleParams::kMaxScales, " scales, got ", scales);
     p.dtype = kernel_dtype(x);
     p.batch = x.size(0);

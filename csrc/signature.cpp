@@ -6,13 +6,13 @@
 #include <limits>
 #include <set>
 #include <span>
-#include <sstream>
 #include <string_view>
+
+#include "names.h"
 
 namespace effattn {
 namespace {
 
-constexpr int kMaxNames = 24;
 constexpr int64_t kUnknown = -1;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -32,7 +32,7 @@ struct Shape {
   bool has_leading = false;
 };
 enum class ArgumentKind { kTensor, kWeight, kInteger, kNumber };
-struct Line {
+struct ArgumentSpec {
   std::string_view name;
   ArgumentKind kind = ArgumentKind::kTensor;
   std::span<const Shape> shapes{};
@@ -50,7 +50,7 @@ struct Signature::Table {
   std::span<const std::string_view> names;  // of sizes
   std::span<const bool> is_local;  // of each: whether it may differ from element to element of a list
   std::span<const int> integers;   // of each argument: the name that it is itself, or -1
-  std::span<const Line> arguments, returned;
+  std::span<const ArgumentSpec> arguments, returned;
 };
 
 namespace {
@@ -59,37 +59,26 @@ using Text = std::string_view;
 using Table = Signature::Table;
 #include "signatures.inc"  // made by csrc/build.py
 
-const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "torch.float32";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
-    case ScalarType::Half:
-      return "torch.float16";
-    case ScalarType::Double:
-      return "torch.float64";
-    default:
-      return "another dtype";
-  }
-}
+constexpr size_t kMaxNames = [] {  // of any operator
+  size_t most = 0;
+  for (const Table& table : kTables) most = std::max(most, table.names.size());
+  return most;
+}();
 
-std::string number_text(double number) {
-  std::ostringstream text;
-  if (number == std::floor(number) && std::fabs(number) < 1e15)
-    text << static_cast<int64_t>(number);
-  else
-    text << number;
-  return text.str();
-}
+// An end of an option's range, which is an integer.
+std::string end_text(double end) { return std::to_string(static_cast<int64_t>(end)); }
 
 }  // namespace
 
 Signature::Signature(const char* name) : name_(name) {
   table_ =
       std::find_if(std::begin(kTables), std::end(kTables), [&](const Table& t) { return t.op == name_; });
-  if (table_ == std::end(kTables)) fail("effattn/ops has no ", name, ".py with a SIGNATURE");
-  if (table_->names.size() > kMaxNames) fail(name_, ": a signature with too many names");
+}
+
+// Not in the constructor: an exception while the library is loaded would end the process.
+const Signature::Table& Signature::table() const {
+  if (table_ == std::end(kTables)) fail("effattn/ops has no ", name_, ".py with a SIGNATURE");
+  return *table_;
 }
 
 // --- a call
@@ -102,52 +91,53 @@ class Signature::Check {
     sizes_.fill(kUnknown);
   }
 
-  void all() {
-    for (size_t i = 0; i < s_.arguments.size(); ++i) kind(s_.arguments[i], arguments_[i]);
+  void check_all() {
+    for (size_t i = 0; i < s_.arguments.size(); ++i) check_kind(s_.arguments[i], arguments_[i]);
     solve();
     for (size_t i = 0; i < s_.arguments.size(); ++i)
-      if (s_.arguments[i].is_list) length(s_.arguments[i], count(arguments_[i]));
+      if (s_.arguments[i].is_list) check_length(s_.arguments[i], count(arguments_[i]));
     for (size_t i = 0; i < s_.arguments.size(); ++i) {
-      const Line& line = s_.arguments[i];
-      each(line, arguments_[i], [&](const Tensor& t, const Shape& shape, int element) {
-        if (line.is_list) solve(shape, t);  // names that each element may have its own size for
-        sizes(line, element, shape, t);
-        if (line.is_list) forget_local();
+      const ArgumentSpec& spec = s_.arguments[i];
+      each(spec, arguments_[i], [&](const Tensor& t, const Shape& shape, int element) {
+        if (spec.is_list) solve(shape, t);  // names that each element may have its own size for
+        check_sizes(spec, element, shape, t);
+        if (spec.is_list) forget_local();
       });
     }
   }
 
-  void like_output(std::string_view argument, const Tensor& t) {
-    const Line line{.name = argument};
-    tensor(line, -1, s_.returned[0].shapes[0], t);
-    sizes(line, -1, s_.returned[0].shapes[0], t);
+  void check_like_output(std::string_view argument, const Tensor& t) {
+    const ArgumentSpec spec{.name = argument};
+    check_tensor(spec, -1, s_.returned[0].shapes[0], t);
+    check_sizes(spec, -1, s_.returned[0].shapes[0], t);
   }
 
-  void kept(const Line& line, const Tensor& t) {
-    Line of = line;
+  void check_kept(const ArgumentSpec& spec, const Tensor& t) {
+    ArgumentSpec of = spec;
     of.kind = ArgumentKind::kWeight;
-    tensor(of, -1, line.shapes[0], t);
-    sizes(of, -1, line.shapes[0], t);
-    if (!t.is_contiguous()) wrong(line, -1, "expected a contiguous tensor");
+    check_tensor(of, -1, spec.shapes[0], t);
+    check_sizes(of, -1, spec.shapes[0], t);
+    if (!t.is_contiguous())
+      wrong(spec, -1, "expected a contiguous tensor, got strides ", sizes_text(t.strides()));
   }
 
  private:
   template <class... Parts>
-  [[noreturn]] void wrong(const Line& line, int element, const Parts&... parts) const {
+  [[noreturn]] void wrong(const ArgumentSpec& spec, int element, const Parts&... parts) const {
     const std::string at = element < 0 ? "" : "[" + std::to_string(element) + "]";
-    fail(name_, ": ", line.name, at, ": ", parts...);
+    fail(name_, ": ", spec.name, at, ": ", parts...);
   }
 
   template <class F>
-  void each(const Line& line, const Argument& given, const F& f) {
+  void each(const ArgumentSpec& spec, const Argument& given, const F& f) {
     if (const auto* const t = std::get_if<const Tensor*>(&given)) {
-      if (*t != nullptr) f(**t, line.shapes[0], -1);
+      if (*t != nullptr) f(**t, spec.shapes[0], -1);
       return;
     }
     if (const auto* const list = std::get_if<const std::vector<Tensor>*>(&given)) {
       int element = 0;
       for (const Tensor& t : **list) {
-        f(t, line.shape(element), element);
+        f(t, spec.shape(element), element);
         ++element;
       }
     }
@@ -160,65 +150,68 @@ class Signature::Check {
     return numbers == nullptr ? 0 : static_cast<int64_t>((*numbers)->size());
   }
 
-  void kind(const Line& line, const Argument& given) {
-    if (const auto* const number = std::get_if<double>(&given)) return check_number(line, -1, *number);
+  void check_kind(const ArgumentSpec& spec, const Argument& given) {
+    if (const auto* const number = std::get_if<double>(&given)) return check_number(spec, -1, *number);
     if (const auto* const integer = std::get_if<int64_t>(&given)) {
-      if (*integer >= line.minimum && *integer <= line.maximum) return;
-      const std::string maximum = std::isinf(line.maximum) ? "" : " and <= " + number_text(line.maximum);
-      wrong(line, -1, "expected an int >= ", number_text(line.minimum), maximum, ", got ", *integer);
+      if (*integer >= spec.minimum && *integer <= spec.maximum) return;
+      const std::string maximum = std::isinf(spec.maximum) ? "" : " and <= " + end_text(spec.maximum);
+      wrong(spec, -1, "expected an int >= ", end_text(spec.minimum), maximum, ", got ", *integer);
     }
     if (const auto* const numbers = std::get_if<const std::vector<double>*>(&given)) {
-      for (size_t i = 0; i < (*numbers)->size(); ++i) check_number(line, static_cast<int>(i), (**numbers)[i]);
+      for (size_t i = 0; i < (*numbers)->size(); ++i) check_number(spec, static_cast<int>(i), (**numbers)[i]);
       return;
     }
-    each(line, given,
-         [&](const Tensor& t, const Shape& shape, int element) { tensor(line, element, shape, t); });
+    each(spec, given,
+         [&](const Tensor& t, const Shape& shape, int element) { check_tensor(spec, element, shape, t); });
   }
 
-  void check_number(const Line& line, int element, double number) const {
-    if (number >= line.minimum && std::isfinite(number)) return;
-    const std::string minimum = std::isinf(line.minimum) ? "" : " >= " + number_text(line.minimum);
-    const char* const fraction = number == std::floor(number) && std::isfinite(number) ? ".0" : "";
-    wrong(line, element, "expected a finite number", minimum, ", got ", number_text(number), fraction);
+  void check_number(const ArgumentSpec& spec, int element, double number) const {
+    if (number >= spec.minimum && fits_float(number)) return;
+    const std::string minimum = std::isinf(spec.minimum) ? "" : " >= " + end_text(spec.minimum);
+    wrong(spec, element, "expected a finite float32", minimum, ", got ", number_text(number));
   }
 
-  void tensor(const Line& line, int element, const Shape& shape, const Tensor& t) {
+  void check_tensor(const ArgumentSpec& spec, int element, const Shape& shape, const Tensor& t) {
+    // None, and a list's sparse tensor, come through torch's dispatcher.
+    if (!t.defined()) wrong(spec, element, "expected a torch.Tensor, got NoneType");
+    if (layout_of(t) != aoti_torch_layout_strided())
+      wrong(spec, element, "expected a dense (strided) tensor, got layout ", layout_name(t));
     const std::string_view of = s_.arguments[0].name;
     if (first_ == nullptr) {
       first_ = &t;
       type_ = t.scalar_type();
       device_index_ = t.get_device_index();
       if (type_ != ScalarType::Float && type_ != ScalarType::BFloat16 && type_ != ScalarType::Half)
-        wrong(line, element, "expected float32, bfloat16 or float16 for the ", kBackend, " backend, got ",
-              dtype_name(type_));
-      if (!is_here(t)) wrong(line, element, "expected a tensor on ", kHere);
+        wrong(spec, element, "expected float32, bfloat16 or float16, got ", dtype_name(type_));
+      if (!is_here(t)) wrong(spec, element, "expected a tensor on ", kHere, ", got ", device_name(t));
     } else {
       const ScalarType type = t.scalar_type();
-      if (line.kind == ArgumentKind::kTensor && type != type_)
-        wrong(line, element, "expected the dtype of ", of, ", ", dtype_name(type_), ", got ",
+      if (spec.kind == ArgumentKind::kTensor && type != type_)
+        wrong(spec, element, "expected the dtype of ", of, ", ", dtype_name(type_), ", got ",
               dtype_name(type));
-      if (line.kind == ArgumentKind::kWeight && type != ScalarType::Float)
-        wrong(line, element, "expected float32, got ", dtype_name(type));
+      if (spec.kind == ArgumentKind::kWeight && type != ScalarType::Float)
+        wrong(spec, element, "expected float32, got ", dtype_name(type));
       if (!is_here(t) || t.get_device_index() != device_index_)
-        wrong(line, element, "expected the device of ", of);
+        wrong(spec, element, "expected the device of ", of, ", ", device_name(*first_), ", got ",
+              device_name(t));
     }
     const int64_t rank = t.dim(), dims = static_cast<int64_t>(shape.dims.size());
     if (shape.has_leading ? rank >= dims : rank == dims) return;
-    wrong(line, element, "expected ", shape.has_leading ? "at least " : "", dims,
+    wrong(spec, element, "expected ", shape.has_leading ? "at least " : "", dims,
           dims == 1 && !shape.has_leading ? " dimension " : " dimensions ", shape.text, ", got shape ",
           shape_text(t));
   }
 
   void solve() {
     for (size_t i = 0; i < s_.arguments.size(); ++i) {
-      const Line& line = s_.arguments[i];
+      const ArgumentSpec& spec = s_.arguments[i];
       if (s_.integers[i] >= 0) sizes_[s_.integers[i]] = std::get<int64_t>(arguments_[i]);
       const int64_t length = count(arguments_[i]);
-      if (line.is_list && line.kind == ArgumentKind::kWeight && !(line.may_be_empty && length == 0))
-        solve(line.length, length);
+      if (spec.is_list && spec.kind == ArgumentKind::kWeight && !(spec.may_be_empty && length == 0))
+        solve(spec.length, length);
     }
-    for (const Line& line : s_.arguments)
-      for (const Term& term : line.length.sum)
+    for (const ArgumentSpec& spec : s_.arguments)
+      for (const Term& term : spec.length.sum)
         for (const int name : term.names)
           if (sizes_[name] == kUnknown) sizes_[name] = 0;
     for (size_t i = 0; i < s_.arguments.size(); ++i) {
@@ -272,18 +265,18 @@ class Signature::Check {
     return total;
   }
 
-  void length(const Line& line, int64_t count) const {
-    const std::string_view of = line.kind == ArgumentKind::kNumber ? "number" : "tensor";
-    if (line.length.positive && count == 0) wrong(line, -1, "expected at least one ", of, ", got none");
-    const int64_t expected = value(line.length);
-    if (count == expected || (count == 0 && line.may_be_empty)) return;
-    const bool has_names = !line.length.sum[0].names.empty();
+  void check_length(const ArgumentSpec& spec, int64_t count) const {
+    const std::string_view of = spec.kind == ArgumentKind::kNumber ? "number" : "tensor";
+    if (spec.length.positive && count == 0) wrong(spec, -1, "expected at least one ", of, ", got none");
+    const int64_t expected = value(spec.length);
+    if (count == expected || (count == 0 && spec.may_be_empty)) return;
+    const bool has_names = !spec.length.sum[0].names.empty();
     const std::string meant = has_names ? " = " + std::to_string(expected) : "";
-    wrong(line, -1, "expected ", line.may_be_empty ? "none or " : "", line.length.text, meant, " ", of,
+    wrong(spec, -1, "expected ", spec.may_be_empty ? "none or " : "", spec.length.text, meant, " ", of,
           "s, got ", count);
   }
 
-  void sizes(const Line& line, int element, const Shape& shape, const Tensor& t) const {
+  void check_sizes(const ArgumentSpec& spec, int element, const Shape& shape, const Tensor& t) const {
     const auto sizes = t.sizes();
     const size_t before = sizes.size() - shape.dims.size();
     bool fits = true;
@@ -291,9 +284,9 @@ class Signature::Check {
       const Dim& dim = shape.dims[i];
       const int64_t size = sizes[before + i];
       if (dim.odd && size % 2 != 1)
-        wrong(line, element, "expected an odd ", dim.text, " in ", shape.text, ", got shape ", shape_text(t));
+        wrong(spec, element, "expected an odd ", dim.text, " in ", shape.text, ", got shape ", shape_text(t));
       if (dim.positive && size < 1)
-        wrong(line, element, "expected a positive ", dim.text, " in ", shape.text, ", got shape ",
+        wrong(spec, element, "expected a positive ", dim.text, " in ", shape.text, ", got shape ",
               shape_text(t));
       fits = fits && value(dim) == size;
     }
@@ -302,7 +295,7 @@ class Signature::Check {
       fits = fits && leading.size() - trailing_ == before;
       for (size_t i = 0; fits && i < before; ++i) fits = sizes[i] == leading[i];
     }
-    if (!fits) wrong(line, element, "expected shape ", shape.text, known(shape), ", got ", shape_text(t));
+    if (!fits) wrong(spec, element, "expected shape ", shape.text, known(shape), ", got ", shape_text(t));
   }
 
   std::string known(const Shape& shape) const {
@@ -336,16 +329,17 @@ class Signature::Check {
   size_t trailing_ = 0;              // its other dimensions
 };
 
-void Signature::check(Arguments arguments) const { Check(name_, *table_, arguments).all(); }
+void Signature::check(Arguments arguments) const { Check(name_, table(), arguments).check_all(); }
 
 void Signature::check_backward(const Tensor& grad_out, Arguments arguments,
                                std::initializer_list<const Tensor*> kept) const {
-  Check check(name_, *table_, arguments);
-  check.all();
-  check.like_output("grad_out", grad_out);
-  size_t at = table_->returned.size() - kept.size();
+  Check check(name_, table(), arguments);
+  check.check_all();
+  check.check_like_output("grad_out", grad_out);
+  size_t at = table().returned.size() - kept.size();
   for (const Tensor* const t : kept) {
-    at == 0 ? check.like_output(table_->returned[0].name, *t) : check.kept(table_->returned[at], *t);
+    at == 0 ? check.check_like_output(table().returned[0].name, *t)
+            : check.check_kept(table().returned[at], *t);
     ++at;
   }
 }

@@ -36,6 +36,8 @@ class Signature {
  private:
   class Check;
 
+  const Table& table() const;
+
   std::string name_;
   const Table* table_;
 };

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -47,6 +49,9 @@ std::string sizes_text(const Sizes& sizes) {
 }
 
 inline std::string shape_text(const Tensor& t) { return sizes_text(t.sizes()); }
+
+// Whether a number is finite in float32, as kernels take it.
+inline bool fits_float(double number) { return std::abs(number) <= std::numeric_limits<float>::max(); }
 
 // The storage type of a kernel's argument. float64 is not among them: the reference serves it.
 inline DType kernel_dtype(const Tensor& t) {

@@ -1,5 +1,4 @@
-"""Which backend serves a call: a pure function of the operator, the device, the dtype, a few sizes and whether the call
-is small.
+"""Which backend serves a call, by the operator, the device, the dtype, a few sizes and whether the call is small.
 
 One check both chooses and explains: a backend answers with every reason why it cannot serve, and no
 reason means that it can. The first that can, in the order of
@@ -9,11 +8,12 @@ reason means that it can. The first that can, in the order of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from effattn.backends._base import refused_dtype
 from effattn.verdicts import Verdict
 
 ENVIRONMENT_VARIABLE = "EFFATTN_BACKEND"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def backends() -> list[BackendStatus]:
 def explain_order() -> str:
     """What the order of :func:`backends` leaves out, in a line."""
     return (
-        f"on a GPU cuda is asked before triton, whose launches cost more, if a call's images (or q, k and v together) "
+        f"on a GPU cuda is asked before triton, whose launches cost more, if a call's activations together "
         f"have fewer than {SMALL_CALL} elements"
     )
 
@@ -85,7 +86,7 @@ class Facts(NamedTuple):
     """What dispatch needs to know of an operator.
 
     Args:
-        dtypes: of images, which its kernels take; fewer, perhaps, than those of their backend.
+        dtypes: of activations, which its kernels take; fewer, perhaps, than those of their backend.
         limits: of each of the sizes that :func:`find` is given, the name of the limit that a backend may have for it.
     """
 
@@ -96,10 +97,15 @@ class Facts(NamedTuple):
 #: By operator.
 FACTS: dict[str, Facts] = {}
 
-# The backend that use_backend() or the environment asks for; None lets the registry pick.
-_forced: str | None = None
+# What the environment asks for; None lets the registry pick.
+_default: str | None = None
 if os.environ.get(ENVIRONMENT_VARIABLE):
-    _forced = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
+    _default = _named(os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE).name
+# The blocks of use_backend() that are open, whichever threads opened them, by a key of their own; the latest last.
+_blocks: dict[object, str] = {}
+_lock = threading.Lock()
+# The backend of the latest block, or the default.
+_forced = _default
 
 # Caches of choose() and choose_fused(), for eager calls; the first of a key is the forced backend.
 _chosen: dict[tuple[str | None, str, torch.device, torch.dtype, Sequence[int], bool], Backend] = {}
@@ -110,6 +116,8 @@ _fused: dict[tuple[str | None, str, torch.device, torch.dtype], bool] = {}
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for every call inside the block, in all threads.
 
+    Of blocks that several threads have open, the one opened last decides.
+
     Args:
         name: ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"reference"`` (see :func:`backends`).
 
@@ -118,12 +126,15 @@ def use_backend(name: str) -> Iterator[None]:
             :class:`RuntimeError` with all its reasons.
     """
     global _forced
-    before = _forced
-    _forced = _named(name, "use_backend").name
+    block, backend = object(), _named(name, "use_backend").name
+    with _lock:
+        _blocks[block] = _forced = backend
     try:
         yield
     finally:
-        _forced = before
+        with _lock:
+            del _blocks[block]
+            _forced = next(reversed(_blocks.values()), _default)
 
 
 def _reasons(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int]) -> list[str]:
@@ -154,19 +165,13 @@ def find(
     Raises:
         RuntimeError: if none can, listing every candidate with all its reasons.
     """
-    return _find(_forced, torch.onnx.is_in_onnx_export(), op, device, dtype, sizes, is_small)
+    return _find(_wanted(), op, device, dtype, sizes, is_small)
 
 
 def _find(
-    forced: str | None,
-    is_exporting: bool,
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sequence[int],
-    is_small: bool,
+    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int], is_small: bool
 ) -> Backend:
-    backend, refusals = _search(forced, is_exporting, op, device, dtype, sizes, is_small)
+    backend, refusals = _search(forced, op, device, dtype, sizes, is_small)
     if backend is None:
         message = f"effattn.{op}: no backend can serve {dtype} on {device.type}:\n"
         raise RuntimeError(message + "\n".join(refusals))
@@ -180,54 +185,46 @@ def choose(
 
     Not while compiling or tracing, where a table that grows would be a guard that fails, and sizes are no numbers.
     """
-    forced = _forced  # which another thread may change
-    key = (forced, op, device, dtype, sizes, is_small)
+    key = (_forced, op, device, dtype, sizes, is_small)
     backend = _chosen.get(key)
-    if backend is None:
-        is_exporting = torch.onnx.is_in_onnx_export()
-        backend = _find(forced, is_exporting, op, device, dtype, sizes, is_small)
-        if not is_exporting:
-            _chosen[key] = backend
-    return backend
+    return _remembered(_chosen, key, _find) if backend is None else backend
 
 
 def find_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend with kernels serves ``op``; for operators of whole modules, made of others where none does."""
-    return _is_fused(_forced, torch.onnx.is_in_onnx_export(), op, device, dtype)
+    return _is_fused(_wanted(), op, device, dtype)
 
 
-def _is_fused(forced: str | None, is_exporting: bool, op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    backend, _ = _search(forced, is_exporting, op, device, dtype, (), is_small=False)
+def _is_fused(forced: str | None, op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    backend, _ = _search(forced, op, device, dtype, (), is_small=False)
     return backend is not None and backend is not ORDER[-1]
 
 
 def choose_fused(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """:func:`find_fused` that remembers, like :func:`choose`."""
-    forced = _forced
-    key = (forced, op, device, dtype)
+    key = (_forced, op, device, dtype)
     is_fused = _fused.get(key)
-    if is_fused is None:
-        is_exporting = torch.onnx.is_in_onnx_export()
-        is_fused = _is_fused(forced, is_exporting, op, device, dtype)
-        if not is_exporting:
-            _fused[key] = is_fused
-    return is_fused
+    return _remembered(_fused, key, _is_fused) if is_fused is None else is_fused
+
+
+def _wanted() -> str | None:
+    """The one backend to be asked, if any: in an ONNX export the reference, whose operations every runtime has."""
+    return ORDER[-1].name if torch.onnx.is_in_onnx_export() else _forced
+
+
+def _remembered(cache: dict[Any, Result], key: tuple[Any, ...], answer: Callable[..., Result]) -> Result:
+    """The answer, which the cache gets too; an ONNX export's is no other call's."""
+    if torch.onnx.is_in_onnx_export():
+        return answer(ORDER[-1].name, *key[1:])
+    result = cache[key] = answer(*key)
+    return result
 
 
 def _search(
-    forced: str | None,
-    is_exporting: bool,
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sequence[int],
-    is_small: bool,
+    forced: str | None, op: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int], is_small: bool
 ) -> tuple[Backend | None, list[str]]:
     """The backend, if any, and what those in front of it said."""
-    if is_exporting:
-        candidates = ORDER[-1:]
-    else:
-        candidates = order(is_small=is_small) if forced is None else (_named(forced, "use_backend"),)
+    candidates = order(is_small=is_small) if forced is None else (_named(forced, "use_backend"),)
     refusals: list[str] = []
     for backend in candidates:
         reasons = _reasons(backend, op, device, dtype, sizes)

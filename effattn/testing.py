@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the demo share: operator cases, inputs, tolerances, and model loading.
+"""Helpers of tests, benchmarks and the demo: random inputs, import of timm and diffusers, random weights.
 
 Nothing here is needed to use effattn.
 """
@@ -98,8 +98,8 @@ def make_arguments(
     Args:
         operator: whose.
         case: one of its ``cases``, or another with the same names.
-        dtype: of images; weights are float32.
-        order: of images, one of ``ORDERS``.
+        dtype: of activations; weights are float32.
+        order: of activations, one of ``ORDERS``.
         seed: other numbers for each.
     """
     arguments: list[Any] = []
@@ -114,7 +114,7 @@ def make_arguments(
             declared = argument.shapes[element % len(argument.shapes)]
             own = {name: case[name][element] for name in declared.names if name in operator.signature.local}
             shape, number = declared.sizes({**case, **own}), 1000 * seed + 10 * i + element
-            if argument.is_image:
+            if argument.is_activation:
                 tensors.append(laid_out(shape, order, argument.kind == "image", dtype, number))
             else:
                 t = make_tensor(*((1, *shape) if len(shape) < 2 else shape), seed=number).reshape(shape)

@@ -38,7 +38,7 @@ class Operators(nn.Module):
             optional = [a.name for a in operator.signature.arguments if a.may_be_empty]
             arguments = make_arguments(operator, {**operator.cases[0], "without": optional})
             self.calls.append(AsModule(operator, arguments))
-            self.images.append(nn.ParameterList(arguments[: operator.signature.images]))
+            self.images.append(nn.ParameterList(arguments[: operator.signature.num_activations]))
 
     def forward(self, times: torch.Tensor) -> tuple[torch.Tensor, ...]:
         pairs = zip(self.calls, self.images, strict=True)

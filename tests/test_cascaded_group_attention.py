@@ -154,14 +154,17 @@ WRONG = {
     "window float": (
         cascade(window_size=3.0),
         TypeError,
-        "window_height: expected an int, got float",
+        "window_size: expected an int, two of them or None, got 3.0",
     ),
+    "window of floats": (cascade(window_size=[2, 2.5]), TypeError, "window_size: expected an int, two of them or None"),
+    "window of text": (cascade(window_size="22"), TypeError, "window_size: expected an int, two of them or None"),
     "window of three": (
         cascade(window_size=(3, 3, 3)),
         ValueError,
         "window_size: expected an int, two of them or None",
     ),
-    "scale": (cascade(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
+    "scale beyond float32": (cascade(scale=-1e39), ValueError, "scale: expected a finite float32, got -1e+39"),
+    "scale": (cascade(scale=float("nan")), ValueError, "scale: expected a finite float32, got nan"),
 }
 
 

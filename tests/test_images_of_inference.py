@@ -7,61 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from inference_calls import CALLS, CHANNELS, HEIGHT, WIDTH
 
-from effattn.ops import INFERENCE_OPERATORS
-from effattn.ops import projected_attention as attention_op
-from effattn.testing import make_arguments, make_image, make_tensor
+from effattn.testing import make_image
 from effattn.tolerance import check_against
 
 pytestmark = [pytest.mark.arguments, pytest.mark.pairwise]
 
-CHANNELS, HEIGHT, WIDTH = 24, 7, 5
 FORMATS = ("channels_last", "channel slice", "crop", "transposed", "equal rows", "equal columns")
-LITE_MLA = {"B": 2, "C": CHANNELS, "H": HEIGHT, "W": WIDTH, "C_out": 9, "heads": 2, "head_dim": 4, "S": 1, "k": (5,)}
-
-
-def call_lite_mla(x):
-    operator = INFERENCE_OPERATORS["lite_mla"]
-    return operator(x, *make_arguments(operator, LITE_MLA | {"eps": 1e-15})[1:])
-
-
-def call_projected_attention(x):
-    def convolution(outputs, inputs, seed):
-        return make_tensor(outputs, inputs, seed=seed), make_tensor(1, outputs, seed=seed + 1)[0]
-
-    q, k, v, proj = (
-        convolution(*sizes) for sizes in ((8, CHANNELS, 10), (8, CHANNELS, 20), (12, CHANNELS, 30), (9, 12, 40))
-    )
-    weights = attention_op.pack(q, k, v, make_tensor(2, HEIGHT * WIDTH, HEIGHT * WIDTH, seed=50), proj)
-    return attention_op.projected_attention(x, weights, 0.5)
-
-
-def call_halved_attention(x, queries_alone):
-    def convolution(outputs, inputs, seed):
-        return make_tensor(outputs, inputs, seed=seed), make_tensor(1, outputs, seed=seed + 1)[0]
-
-    queries = -(-HEIGHT // 2) * -(-WIDTH // 2)
-    keys = HEIGHT * WIDTH if queries_alone else queries
-    parts = [convolution(*sizes) for sizes in ((8, CHANNELS, 10), (8, CHANNELS, 20), (12, CHANNELS, 30), (9, 12, 40))]
-    depthwise = [(make_tensor(c, 1, 3, 3, seed=60), make_tensor(1, c, seed=61)[0]) for c in (12, CHANNELS)]
-    weights = attention_op.pack(
-        *parts[:3],
-        make_tensor(2, queries, keys, seed=50),
-        parts[3],
-        local=depthwise[0],
-        halving=depthwise[1],
-        halves_queries_alone=queries_alone,
-    )
-    out_size = None if queries_alone else (HEIGHT, WIDTH)
-    return attention_op.projected_attention(x, weights, 0.1, activation="gelu", out_size=out_size)
-
-
-CALLS = {
-    "lite_mla": call_lite_mla,
-    "projected attention": call_projected_attention,
-    "halved attention": lambda x: call_halved_attention(x, False),
-    "halved queries": lambda x: call_halved_attention(x, True),
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

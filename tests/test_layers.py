@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,18 @@ from effattn.testing import make_arguments
 
 _C = _library._C
 PACKAGE = Path(effattn.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 # Who may import whom, top to bottom; a part may always import itself.
 ALLOWED = {
+    "_cache": set(),
     "_library": set(),
     "_tracing": set(),
-    "backends": {"_library", "_tracing", "_triton"},
+    "backends": {"_cache", "_library", "_tracing", "_triton"},
     "_triton": set(),
     "registry": {"backends", "verdicts"},
     "verdicts": {"backends", "_tracing"},
-    "ops": {"registry", "backends", "_library", "_tracing"},
+    "ops": {"registry", "backends", "_cache", "_library", "_tracing"},
     "functional": {"ops", "_tracing"},
     "nn": {"functional", "ops", "_library", "_tracing"},
     "integrations": {"functional", "nn"},
@@ -83,20 +86,34 @@ def test_kernels_know_no_torch():
             assert "torch/" not in path.read_text(), path
 
 
-#: By operator, what its own files have in their paths, if not its name.
-OWN = {"multi_scale_linear_attention": "multi_scale", "multi_scale_aggregation": "multi_scale"}
-OWN |= {"cascaded_group_attention": "cascade"}
+#: By operator, what its own files are called, if not by its name.
+OWN = {
+    "multi_scale_linear_attention": ("multi_scale",),
+    "multi_scale_aggregation": ("multi_scale",),
+    "cascaded_group_attention": ("cascade_params", "cascade_training", "cascade_projected", "cascade"),
+    "cascaded_group_attention_batch_norm": ("cascade_training",),
+    "cascaded_group_attention_projected": ("cascade_projected",),
+}
 #: Prose, which names operators where it speaks of them.
 PROSE = ("docs/", "mkdocs.yml", "benchmarks/results/", "benchmarks/NOTES.md")
 
 
-@pytest.mark.skipif(not (PACKAGE.parent / ".git").exists(), reason="looks into a repository")
-@pytest.mark.parametrize("name", OPERATORS)
+def is_own(path: str, name: str) -> bool:
+    """Whether a folder or the file is the operator's, or that of tests of a part of it."""
+    parts = [part.split(".")[0].removeprefix("test_") for part in Path(path).parts]
+    return any(part == own or parts[-1].startswith(f"{own}_") for own in (name, *OWN.get(name, ())) for part in parts)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="looks into a repository")
+@pytest.mark.parametrize("name", [*OPERATORS, *INFERENCE_OPERATORS])
 def test_few_files_but_its_own_name_an_operator(name):
     """What must be touched for one: its own files, and at most six that call it or are made of it."""
-    command = ["git", "grep", "-lw", name]
-    found = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout.split()
-    others = [path for path in found if OWN.get(name, name) not in path and not path.endswith(".md")]
+    # The operator, not a Python module of the same name: nn.lite_mla, benchmarks.lite_mla.
+    is_module = (PACKAGE / "nn" / f"{name}.py").exists() and name in INFERENCE_OPERATORS
+    pattern = rf'(effattn(::|\.)|"){name}\b|ops import {name}\b' if is_module else rf"\b{name}\b"
+    command = ["git", "grep", "-lE", pattern]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    others = [path for path in found if not is_own(path, name) and not path.endswith(".md")]
     others = [path for path in others if not path.startswith(PROSE)]
     assert found and len(others) <= 6, others
 
@@ -218,6 +235,33 @@ def test_what_is_chosen_during_an_export_is_not_remembered(monkeypatch):
         assert not registry.choose_fused(OP, CPU, torch.float16)
     assert registry.choose(OP, CPU, torch.float16, sizes).name == "cpu"
     assert registry.choose_fused(OP, CPU, torch.float16)
+
+
+def test_use_backend_of_several_threads_leaves_nothing_behind():
+    """Blocks that overlap: the first one opened is closed first."""
+
+    def hold(name: str, opened: threading.Event, close: threading.Event) -> None:
+        with effattn.use_backend(name):
+            opened.set()
+            close.wait()
+
+    def chosen() -> str:
+        return registry.choose(OP, CPU, torch.float32).name
+
+    threads = []
+    for name in ("reference", "cpu"):
+        opened, close = threading.Event(), threading.Event()
+        thread = threading.Thread(target=hold, args=(name, opened, close))
+        thread.start()
+        opened.wait()
+        threads.append((thread, close))
+        assert chosen() == name
+    default = "cpu"
+    for (thread, close), left in zip(threads, ("cpu", default), strict=True):
+        close.set()
+        thread.join()
+        assert chosen() == left
+    assert registry._forced is None and not registry._blocks
 
 
 def test_use_backend_nests_and_recovers():

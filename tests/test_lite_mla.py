@@ -120,7 +120,7 @@ WRONG = {
     "proj_weight of other inputs": (7, torch.ones(OUT, 47), r"proj_weight: expected shape"),
     "proj_bias too short": (8, torch.ones(OUT - 1), r"proj_bias: expected shape"),
     "head_dim of zero": (9, 0, "head_dim: expected an int >= 1"),
-    "eps below zero": (10, -1.0, "eps: expected a finite number >= 0"),
+    "eps below zero": (10, -1.0, "eps: expected a finite float32 >= 0"),
 }
 
 

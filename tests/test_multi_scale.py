@@ -185,7 +185,7 @@ WRONG = {
         TypeError,
         "dw_weights[0]: expected the dtype of qkv, torch.float32, or float32, got torch.float16",
     ),
-    "scale eps": (scales(options={"eps": -1.0}), ValueError, "eps: expected a finite number >= 0, got -1.0"),
+    "scale eps": (scales(options={"eps": -1.0}), ValueError, "eps: expected a finite float32 >= 0, got -1.0"),
 }
 
 
@@ -197,5 +197,5 @@ def test_more_scales_than_the_kernels_take():
     assert torch.equal(AGGREGATION(*arguments), AGGREGATION.plain(*arguments))
     with use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: takes up to 8 scales, not 9"):
         AGGREGATION(*arguments)
-    with pytest.raises(RuntimeError, match="dw_weights: expected at most 8 scales, got 9"):
+    with pytest.raises(RuntimeError, match="multi_scale_aggregation: dw_weights: expected at most 8 scales, got 9"):
         torch.ops.effattn.multi_scale_aggregation(*arguments)

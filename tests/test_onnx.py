@@ -34,7 +34,7 @@ def of_operator(operator, case, dtype=torch.float32):
     """A call as a module, its images, and the dimensions of those that may have any size, by number."""
     arguments = make_arguments(operator, case, dtype)
     free = set(free_sizes(operator, case))
-    images = tuple(arguments[: operator.signature.images])
+    images = tuple(arguments[: operator.signature.num_activations])
     dims = (argument.shapes[0].dims for argument in operator.signature.arguments)
     dynamic = [
         {i: dim.text for i, dim in enumerate(of_one, start=image.dim() - len(of_one)) if dim.text in free}

@@ -423,7 +423,7 @@ WRONG = {
         "v: expected shape (..., M, Dv) with ... = (2), M = 7, Dv = 5, got (2, 6, 5)",
     ),
     "dtype": (linear(k=K.half()), TypeError, "k: expected the dtype of q, torch.float32, got torch.float16"),
-    "boolean": (linear(Q > 0), TypeError, "q: expected float16, bfloat16, float32 or float64, got torch.bool"),
+    "boolean": (linear(Q > 0), TypeError, "q: expected float32, bfloat16, float16 or float64, got torch.bool"),
     "complex": (linear(v=V.cfloat()), TypeError, "v: expected the dtype of q, torch.float32, got torch.complex64"),
     "device": (linear(v=V.to("meta")), ValueError, "v: expected the device of q, cpu, got meta"),
     "sparse": (
@@ -437,7 +437,9 @@ WRONG = {
         TypeError,
         "q: expected a dense (strided) tensor, got layout torch.jagged",
     ),
-    "eps": (linear(eps=-1e-5), ValueError, "eps: expected a finite number >= 0, got -1e-05"),
+    "huge eps": (linear(eps=1e39), ValueError, "eps: expected a finite float32 >= 0, got 1e+39"),
+    "eps beyond a float": (linear(eps=10**400), ValueError, "eps: expected a finite float32 >= 0, got 1000"),
+    "eps": (linear(eps=-1e-5), ValueError, "eps: expected a finite float32 >= 0, got -1e-05"),
     "text eps": (linear(eps="small"), TypeError, "eps: expected a number, got str"),
     "no eps": (linear(eps=None), TypeError, "eps: expected a number, got NoneType"),
 }
@@ -447,7 +449,7 @@ test_what_the_function_says = refused(WRONG)
 
 
 def test_float64_names_the_way_out():
-    with pytest.raises(RuntimeError, match="q: expected float32, bfloat16 or float16 for the cpu backend"):
+    with pytest.raises(RuntimeError, match="q: expected float32, bfloat16 or float16, got torch.float64"):
         torch.ops.effattn.relu_linear_attention(Q.double(), K.double(), V.double(), 1e-15)
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: takes float32, .*, not float64"):
         relu_linear_attention(Q.double(), K.double(), V.double())
@@ -465,9 +467,16 @@ def test_empty_tensors_may_claim_any_size():
     """Nothing is allocated for them, but head_dim * value_dim counts the kernels' memory and must not overflow."""
     wide, wider = torch.empty(0, 2**30), torch.empty(0, 2**31)
     with pytest.raises(RuntimeError, match="q, v: expected at most 65536 channels, got 1073741824 and 2147483648"):
-        relu_linear_attention(wide, wide, wider)
+        torch.ops.effattn.relu_linear_attention(wide, wide, wider, 1e-15)
     many = torch.empty(2**40, 0, 4)
     assert relu_linear_attention(many, many, many).shape == many.shape
+
+
+def test_more_channels_than_the_kernels_take():
+    q, v = make_tensor(2, 2**16 + 1), make_tensor(2, 3)
+    assert torch.equal(relu_linear_attention(q, q, v), OPERATOR.plain(q, q, v, 1e-15))
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: takes heads of up to 65536 channels, not 65537"):
+        relu_linear_attention(q, q, v)
 
 
 OUT_OF_MEMORY = """

@@ -64,7 +64,7 @@ def call(operator, batch=None):
 
 def elements(operator, batch):
     """Of the call's images."""
-    return sum(t.numel() for t in arguments(operator, batch)[: operator.signature.images])
+    return sum(t.numel() for t in arguments(operator, batch)[: operator.signature.num_activations])
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_compiled_call_serves_small_and_large(small, dynamic):
         return graph
 
     small(elements(FIRST, 100))
-    count = FIRST.signature.images
+    count = FIRST.signature.num_activations
     rest = mapped(lambda t: t.to("meta"), arguments(FIRST)[count:])
     compiled = torch.compile(lambda *images: FIRST(*images, *rest), backend=backend, dynamic=dynamic, fullgraph=True)
     for batch in (50, 60, 200, 70):
@@ -147,7 +147,7 @@ def test_a_compiled_call_serves_small_and_large(small, dynamic):
 
 
 def test_info_explains_it():
-    assert "cuda is asked before triton, whose launches cost more, if a call's images" in info()
+    assert "cuda is asked before triton, whose launches cost more, if a call's activations" in info()
     assert f"fewer than {SMALL_CALL} elements" in info()
 
 

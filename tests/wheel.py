@@ -36,6 +36,10 @@ GLIBC = 28
 # What is in the process already, or on every machine of that platform.
 EXCLUDED = ("libtorch*.so", "libc10*.so", "libcuda.so.1")
 
+# The one that pyproject.toml names, and the one that is installed.
+(OLDEST_TORCH,) = re.findall(r"^torch *>= *([\d.]+)", "\n".join(importlib.metadata.requires("effattn")), re.MULTILINE)
+NEWEST_TORCH = importlib.metadata.version("torch").split("+")[0]
+
 USE = """
 import copy, shutil, sys, torch, effattn
 from effattn.ops import OPERATORS
@@ -216,7 +220,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder for the wheels")
     parser.add_argument("--build-only", action="store_true", help="for this machine, and not tried")
     parser.add_argument("--cache", type=Path, default=ROOT / "build/aarch64", help="as of tests/aarch64.py")
-    parser.add_argument("--torch", default=importlib.metadata.version("torch").split("+")[0], help="to try it with")
+    parser.add_argument("--torch", nargs="*", default=[OLDEST_TORCH, NEWEST_TORCH], help="versions to try it with")
     arguments = parser.parse_args()
     machine, has_cuda = platform.machine(), os.environ.get("EFFATTN_CUDA") == "1"
 
@@ -226,7 +230,8 @@ def main() -> None:
         check(wheel, machine, has_cuda)
         if arguments.build_only:
             return
-        try_native(wheel, arguments.torch)
+        for torch in dict.fromkeys(arguments.torch):
+            try_native(wheel, torch)
         if machine == "x86_64" and not has_cuda:
             (Path(name) / "aarch64").mkdir()
             crossed = build_aarch64(native, Path(name) / "aarch64", arguments.cache.resolve())

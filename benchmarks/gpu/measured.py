@@ -75,7 +75,7 @@ class Measured:
     def case(self, shape: Shape, training: bool, dtype: torch.dtype | None = None) -> GpuCase:
         """In the dtype of the shape, or another."""
         operator, sizes, dtype = self.operator, shape.sizes, dtype or shape.dtype
-        tensors = operator.signature.tensors
+        tensors = operator.signature.num_tensors
         options = [sizes[argument.name] for argument in operator.signature.arguments[tensors:]]
         make = self.make or partial(make_arguments, operator)
 
@@ -107,7 +107,7 @@ class Measured:
         """Elements that are read and written; a training step also reads the output's gradient, and writes the inputs'
         gradients."""
         signature = self.operator.signature
-        shapes = [argument.shapes[0] for argument in signature.arguments if argument.is_image]
+        shapes = [argument.shapes[0] for argument in signature.arguments if argument.is_activation]
         inputs = sum(math.prod(shape.sizes(dict(sizes))) for shape in shapes)
         outputs = math.prod(signature.out.shape.sizes(dict(sizes)))
         elements = 2 * (inputs + outputs) + inputs if training else inputs + outputs

@@ -18,7 +18,6 @@ namespace effattn {
 using torch::stable::Tensor;
 namespace kernels = cpu;
 
-constexpr const char* kBackend = "cpu";
 constexpr const char* kHere = "the CPU";
 inline bool is_here(const Tensor& t) { return t.is_cpu(); }
 inline int32_t device_type() { return aoti_torch_device_type_cpu(); }

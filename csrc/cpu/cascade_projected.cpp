@@ -2,8 +2,6 @@
 // registration.
 #include "../../kernels/cpu/cascaded_group_attention/plan.h"
 
-#include <cmath>
-
 #include "../cascade_params.h"
 #include "packed.h"
 
@@ -34,7 +32,7 @@ Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, con
       window_height > 0 && window_width > 0 && window_height < kMaxSide && window_width < kMaxSide, op,
       ": window_height, window_width: expected positive numbers below ", kMaxSide, ", got ", window_height,
       " and ", window_width);
-  EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale: expected a finite number, got ", scale);
+  EFFATTN_REQUIRE(fits_float(scale), op, ": scale: expected a finite float32, got ", scale);
   const int64_t tokens = window_height * window_width;
   Tensors alive;
   floats(op, "attention_bias", bias, {heads, tokens, tokens}, alive);

@@ -21,7 +21,7 @@ Tensor lite_mla(const Tensor& x, const Tensor& qkv_weight, std::optional<Tensor>
                     &weights.depthwise_biases, &weights.pointwise_biases, &proj_weight,
                     given_or_null(proj_bias), head_dim, eps});
   const int64_t out_channels = proj_weight.size(0);
-  MultiScaleCall call(x, qkv_weight.size(0), weights, head_dim, eps);
+  MultiScaleCall call(kSignature.name(), x, qkv_weight.size(0), weights, head_dim, eps);
   cpu::LiteMLAParams p{};
   p.in_channels = x.size(1);
   p.out_channels = out_channels;

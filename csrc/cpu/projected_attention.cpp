@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <optional>
 
 #include "../images.h"
@@ -50,7 +49,7 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
   EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0 && key_dim < kMaxChannels && value_dim < kMaxChannels, op,
                   ": key_dim, value_dim: expected positive numbers up to 65535, got ", key_dim, " and ",
                   value_dim);
-  EFFATTN_REQUIRE(std::isfinite(scale), op, ": scale: expected a finite number, got ", scale);
+  EFFATTN_REQUIRE(fits_float(scale), op, ": scale: expected a finite float32, got ", scale);
   EFFATTN_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kGelu), op,
                   ": activation: expected 0 (none), 1 (relu) or 2 (gelu), got ", activation);
   EFFATTN_REQUIRE(q.has_value() == q_bias.has_value(), op, ": q, q_bias: expected both or None for both");

@@ -28,8 +28,6 @@ namespace effattn {
 using torch::stable::Tensor;
 namespace kernels = cuda;
 
-constexpr const char* kBackend = "cuda";
-
 #ifdef EFFATTN_EMULATED
 
 constexpr const char* kHere = "the CPU";

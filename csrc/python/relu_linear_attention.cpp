@@ -27,6 +27,7 @@ py::dict shown_plan(int64_t groups, int64_t queries, int64_t keys, int64_t head_
 }
 
 const Bindings bindings([](py::module_& m) {
+  m.attr("limits")["channels"] = kMaxDim;
   m.def("relu_linear_attention_plan", &shown_plan, py::kw_only(), py::arg("groups"), py::arg("queries"),
         py::arg("keys"), py::arg("head_dim"), py::arg("value_dim"), py::arg("dtype"));
 });

@@ -26,23 +26,23 @@ class Glue:
         self.signature = signature
         self._empty = empty_image_in_order_of if signature.is_of_images else empty_in_order_of
 
-    def check(self, arguments: Sequence[Any], weights: str = "any") -> Shapes:
+    def check(self, arguments: Sequence[Any], *, of_kernels: bool = False) -> Shapes:
         """Returns the shapes of the output and of what is kept; RuntimeError if an argument is wrong."""
-        self.refuse(self.signature.error(arguments, weights))
+        self.refuse(self.signature.error(arguments, of_kernels=of_kernels))
         sizes = self.signature.sizes(arguments)
         return [returned.shape.sizes(sizes) for returned in (self.signature.out, *self.signature.kept)]
 
     def check_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
         """Returns the forward's arguments, which a backward takes too; RuntimeError if one is wrong."""
         _, arguments = self.split_backward(grad_out, *rest)
-        kept = rest[self.signature.tensors :][: len(self.signature.backward_takes)]
+        kept = rest[self.signature.num_tensors :][: len(self.signature.backward_takes)]
         self.refuse(self.signature.error(arguments))
         self.refuse(self.signature.error_of_backward(grad_out, arguments, kept))
         return arguments
 
     def split_backward(self, grad_out: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """The arguments of the forward among those of the backward."""
-        tensors = self.signature.tensors
+        tensors = self.signature.num_tensors
         options = rest[tensors + len(self.signature.backward_takes) :]
         return grad_out, self.signature.without_none((*rest[:tensors], *options))
 
@@ -56,9 +56,9 @@ class Glue:
         return [out, *(out.new_empty(shape, dtype=torch.float32) for shape in shapes[1:])]
 
     def new_gradients(self, arguments: Sequence[Any]) -> list[Argument]:
-        images, tensors = self.signature.images, self.signature.tensors
-        grads = (self._empty(t, t.shape) for t in arguments[:images])
-        return [*grads, *(mapped(_new_empty, a) for a in arguments[images:tensors])]
+        activations, rest = arguments[: self.signature.num_activations], arguments[self.signature.num_activations :]
+        weights = rest[: self.signature.num_tensors - self.signature.num_activations]
+        return [*(self._empty(t, t.shape) for t in activations), *(mapped(_new_empty, a) for a in weights)]
 
     # --- fake kernels -------------------------------------------------------------------------------------------
 

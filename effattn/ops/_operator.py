@@ -3,7 +3,7 @@
 Of a differentiable operator there is ``effattn::<name>`` for inference, ``effattn::<name>_forward``, which computes
 the same, may return what the backward needs beside the output, and carries the autograd formula, because one in Python
 triples the cost of a call that needs none, and ``effattn::<name>_backward``. Triton's kernels stand behind the same
-three names in a namespace of their own. Operators take weights in float32 only, whatever the images are: they are
+three names in a namespace of their own. Operators take weights in float32 only, whatever the activations are: they are
 small, and under autocast they are float32 already.
 """
 
@@ -55,7 +55,7 @@ class Operator:
             each) and the options. ``make_arguments`` of :mod:`effattn.testing` makes the tensors.
         longest_sum: of a case, the number of terms in the longest sum behind any element of any result, of which the
             tolerance is made (:mod:`effattn.tolerance`).
-        dtypes: of images, which backends with kernels take; ``plain`` takes float64 too.
+        dtypes: of activations, which backends with kernels take; ``plain`` takes float64 too.
         plain_backward: (grad_out, *arguments) -> gradients of the tensors, in operations that can be differentiated
             again; by default autograd's of ``plain``.
     """
@@ -85,7 +85,7 @@ class Operator:
         self.plain_backward = plain_backward or self._autograd_of_plain
         self.glue = Glue(name, self.signature)
         self._returns_all = self.signature.out.kind == "kept"
-        self._images, self._tensors = self.signature.images, self.signature.tensors
+        self._num_activations, self._num_tensors = self.signature.num_activations, self.signature.num_tensors
         #: By backend.
         self._fused: dict[str, Fused] = {}
         OPERATORS[name] = self
@@ -99,24 +99,25 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         """Calls the chosen backend; TypeError or ValueError if an argument is wrong."""
         try:
-            image, is_tracing = arguments[0], False
+            first, is_tracing = arguments[0], False
             is_transformed = _is_transforming() or forward_ad._current_level >= 0
-            if is_transformed or type(image) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
+            if is_transformed or type(first) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # _chosen, inlined for a call whose kernel is done in a microsecond
-                is_small = not image.is_cpu and is_small_call(arguments[: self._images])
-                backend = registry.choose(self.name, image.device, image.dtype, self.limited(*arguments), is_small)
+                is_small = not first.is_cpu and is_small_call(arguments[: self._num_activations])
+                backend = registry.choose(self.name, first.device, first.dtype, self.limited(*arguments), is_small)
                 fused = self._fused.get(backend.name) or self._fused_of(backend, arguments)
             # torch.func and forward mode differentiate through plain operations, never through a kernel.
             if fused is None or is_transformed:
                 if fused is not None:
                     self._check(arguments)
                 return self.plain(*arguments)
-            if image.dtype != torch.float32:
-                weights = (mapped(_to_float, a, image.dtype) for a in arguments[self._images : self._tensors])
-                arguments = (*arguments[: self._images], *weights, *arguments[self._tensors :])
+            if first.dtype != torch.float32:
+                before, behind = self._num_activations, self._num_tensors
+                weights = (mapped(_to_float, a, first.dtype) for a in arguments[before:behind])
+                arguments = (*arguments[:before], *weights, *arguments[behind:])
             # A trace holds what can be differentiated, however it is made: torch checks it by one without gradients.
-            if is_tracing or (torch.is_grad_enabled() and _require_grad(arguments[: self._tensors])):
+            if is_tracing or (torch.is_grad_enabled() and _require_grad(arguments[: self._num_tensors])):
                 out = fused.forward(*arguments)
                 return out if self._returns_all or isinstance(out, torch.Tensor) else out[0]
             return fused.inference(*arguments)
@@ -143,18 +144,18 @@ class Operator:
 
     def _chosen(self, arguments: tuple[Any, ...]) -> tuple[Fused | None, tuple[Any, ...], bool]:
         """What computes, its arguments, and whether torch.jit.trace records it; in a graph sizes may be no numbers."""
-        image, is_compiling = arguments[0], torch.compiler.is_compiling()
+        first, is_compiling = arguments[0], torch.compiler.is_compiling()
         if not is_compiling and _is_tracing():
             with untraced():
-                options = arguments[self._tensors :]
+                options = arguments[self._num_tensors :]
                 numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
-                arguments = (*arguments[: self._tensors], *numbers)
-                backend = registry.find(self.name, image.device, image.dtype, self.limited(*arguments))
+                arguments = (*arguments[: self._num_tensors], *numbers)
+                backend = registry.find(self.name, first.device, first.dtype, self.limited(*arguments))
                 return self._fused_of(backend, arguments), arguments, True
         sizes = self.limited(*arguments)
         find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
-        is_small = is_small_call(arguments[: self._images])
-        backend = find(self.name, image.device, image.dtype, sizes, is_small=is_small)
+        is_small = is_small_call(arguments[: self._num_activations])
+        backend = find(self.name, first.device, first.dtype, sizes, is_small=is_small)
         return self._fused_of(backend, arguments), arguments, False
 
     def _fused_of(self, backend: Backend, arguments: Sequence[Any]) -> Fused | None:
@@ -189,7 +190,7 @@ class Operator:
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inputs = self.signature.without_none(inputs)
-        arguments, ctx.options = inputs[: self._tensors], inputs[self._tensors :]
+        arguments, ctx.options = inputs[: self._num_tensors], inputs[self._num_tensors :]
         # A list by its length, a tensor by None.
         ctx.lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments]
         kept: tuple[torch.Tensor, ...] = ()
@@ -211,14 +212,14 @@ class Operator:
         return *backward(grad_out, *arguments, *kept, *ctx.options), *no_options
 
     def _autograd_of_plain(self, grad_out: torch.Tensor, *arguments: Any) -> list[Argument]:
-        tensors = flat(arguments[: self._tensors])
+        tensors = flat(arguments[: self._num_tensors])
         out = self.plain(*arguments)
         wanted = [t for t in tensors if t.requires_grad]
         out = out[0] if self._returns_all else out
         # Of an empty image, no weight is used.
         options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
         grads = iter(torch.autograd.grad(out, wanted, grad_out, **options))
-        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments[: self._tensors]]
+        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments[: self._num_tensors]]
         return _grouped([next(grads) if t.requires_grad else None for t in tensors], lengths)[0]
 
 
@@ -283,7 +284,7 @@ def _fake_of_packed(name: str, shape: Callable[..., Sequence[int]], x: torch.Ten
 
 
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
-    """A weight in float32, as operators take it, or in float64: kept, it spares calls on narrow images the cast."""
+    """A weight in float32, as operators take it, or in float64: kept, it spares 16-bit calls the cast."""
     return weight.float() if weight.dtype.itemsize < 4 else weight
 
 

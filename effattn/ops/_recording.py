@@ -13,6 +13,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils import _pytree as pytree
 
+from effattn._cache import BoundedCache
 from effattn._tracing import NOT_IN_A_TRACE, when_imported
 
 #: (arguments of a backward operator) -> (gradient of the output, arguments of the plain function).
@@ -68,7 +69,7 @@ def _register_flops(operator: str, prepared: Callable[[Sequence[Any]], Callable[
     """``prepared`` makes of the operator's arguments, on the meta device, what is to be counted."""
     namespace, name = operator.split("::")
     packet = getattr(getattr(torch.ops, namespace), name)
-    known: dict[Any, int] = {}
+    known: BoundedCache[str, int] = BoundedCache()
 
     def register_formula(flop_counter: ModuleType) -> None:
         @flop_counter.register_flop_formula(packet, get_raw=True)

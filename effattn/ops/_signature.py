@@ -16,7 +16,8 @@ Kinds of arguments:
 - ``tensor``, ``image``: of one dtype, which is the output's; images (B, C, H, W) have rows that follow each other
 - ``weight``, ``weight?``, ``weights[n]``, ``weights[n]?``: float32, one or a list of n, which may be missing where
   there is a ``?``. Several shapes are those of the list's elements in turn. Operators take None for an empty list.
-- ``integer >= 1``, ``integer 1..32767``, ``number``, ``number >= 0``, ``numbers[n]``: options; numbers are finite
+- ``integer >= 1``, ``integer 1..32767``, ``number``, ``number >= 0``, ``numbers[n]``: options; numbers are finite in
+  float32
 
 An output that the backward takes too is ``out kept (shape)``: callers then get all that is returned, and there is no
 operator for inference. ``out alone (shape)`` is that of an operator for inference alone.
@@ -39,7 +40,8 @@ import torch
 
 #: A sum of products: (factor, names) each.
 Sum = tuple[tuple[int, tuple[str, ...]], ...]
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_IN_KERNELS = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_FLOAT = torch.finfo(torch.float32).max
 _TOKENS = re.compile(r"\d+|\w+|[()+*]")
 
 
@@ -187,7 +189,7 @@ class Argument:
         return self.length is not None
 
     @property
-    def is_image(self) -> bool:
+    def is_activation(self) -> bool:
         """Whether it has the dtype of the output."""
         return self.kind in ("tensor", "image")
 
@@ -216,7 +218,8 @@ class Signature:
 
     Attributes:
         arguments: all of them, options last.
-        images: how many leading arguments have the dtype of the output.
+        num_activations: how many leading arguments have the dtype of the output.
+        num_tensors: how many leading arguments are tensors or lists of them.
         out: the output, in the memory order of the first argument.
         kept: what the backward needs beside the arguments and the output, in float32.
     """
@@ -228,8 +231,8 @@ class Signature:
         self.kept: tuple[Returned, ...] = tuple(kept)
         #: What the backward takes between the tensors and the options.
         self.backward_takes = (self.out, *kept) if self.out.kind == "kept" else self.kept
-        self.images = sum(argument.is_image for argument in self.arguments)
-        self.tensors = sum(not argument.is_option for argument in self.arguments)
+        self.num_activations = sum(argument.is_activation for argument in self.arguments)
+        self.num_tensors = sum(not argument.is_option for argument in self.arguments)
         self.is_of_images = self.arguments[0].kind == "image"
         stands_in: dict[str, set[str]] = {}
         for argument in self.arguments:
@@ -279,16 +282,16 @@ class Signature:
         self._solve(arguments, sizes)
         return sizes
 
-    def error(self, arguments: Sequence[Any], weights: str = "any") -> Exception | None:
+    def error(self, arguments: Sequence[Any], *, of_kernels: bool = False) -> Exception | None:
         """The first thing wrong with the arguments, as the error to raise; None if nothing is.
 
         Args:
             arguments: as the operator for inference takes them; what has a ``?`` may be None.
-            weights: "float32", or "any" if they may have the dtype of the first argument too.
+            of_kernels: as a backend's torch operator has it: no float64, and weights in float32 alone.
         """
         first: torch.Tensor | None = None
         for argument, given in zip(self.arguments, arguments, strict=True):
-            wrong = self._wrong_kind(argument, given, first, weights)
+            wrong = self._wrong_kind(argument, given, first, of_kernels)
             if wrong is not None:
                 return wrong
             first = given if first is None else first
@@ -310,7 +313,7 @@ class Signature:
             *((line, line.name, t) for line, t in zip(self.backward_takes, kept, strict=True)),
         ):
             of = Argument(name, "tensor" if line is self.out else "weight")
-            wrong = self._wrong_tensor(name, of, t, line.shape, first, "float32")
+            wrong = self._wrong_tensor(name, of, t, line.shape, first, of_kernels=True)
             if wrong is not None:
                 return wrong
             sizes_wrong = line.shape.wrong_sizes(t.shape, sizes)
@@ -318,7 +321,9 @@ class Signature:
                 return ValueError(f"{name}: {sizes_wrong}")
         return None
 
-    def _wrong_kind(self, argument: Argument, given: Any, first: torch.Tensor | None, weights: str) -> Exception | None:
+    def _wrong_kind(
+        self, argument: Argument, given: Any, first: torch.Tensor | None, of_kernels: bool
+    ) -> Exception | None:
         if argument.is_option:
             return _wrong_option(argument, given)
         if argument.is_list:
@@ -327,28 +332,30 @@ class Signature:
             if not isinstance(given, Sequence) or isinstance(given, str):
                 return TypeError(f"{argument.name}: expected a sequence of tensors, got {type(given).__name__}")
         for name, t, shape in argument.elements(given):
-            wrong = self._wrong_tensor(name, argument, t, shape, first, weights)
+            wrong = self._wrong_tensor(name, argument, t, shape, first, of_kernels)
             if wrong is not None:
                 return wrong
         return None
 
     def _wrong_tensor(
-        self, name: str, argument: Argument, t: Any, shape: Shape, first: torch.Tensor | None, weights: str
+        self, name: str, argument: Argument, t: Any, shape: Shape, first: torch.Tensor | None, of_kernels: bool
     ) -> Exception | None:
         if not isinstance(t, torch.Tensor):
             return TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
         if t.layout != torch.strided or t.is_nested:
             return TypeError(f"{name}: expected a dense (strided) tensor, got layout {t.layout}")
         if first is None:
-            if t.dtype not in _FLOATING:
-                return TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
+            *others, last = _IN_KERNELS if of_kernels else (*_IN_KERNELS, torch.float64)
+            if t.dtype not in (*others, last):
+                dtypes = f"{', '.join(map(_dtype_name, others))} or {_dtype_name(last)}"
+                return TypeError(f"{name}: expected {dtypes}, got {t.dtype}")
         else:
             of = self.arguments[0].name
-            if argument.is_image:
+            if argument.is_activation:
                 if t.dtype != first.dtype:
                     return TypeError(f"{name}: expected the dtype of {of}, {first.dtype}, got {t.dtype}")
-            elif t.dtype != torch.float32 and (weights == "float32" or t.dtype != first.dtype):
-                like = "" if weights == "float32" else f"the dtype of {of}, {first.dtype}, or "
+            elif t.dtype != torch.float32 and (of_kernels or t.dtype != first.dtype):
+                like = "" if of_kernels else f"the dtype of {of}, {first.dtype}, or "
                 return TypeError(f"{name}: expected {like}float32, got {t.dtype}")
             if t.device != first.device:
                 return ValueError(f"{name}: expected the device of {of}, {first.device}, got {t.device}")
@@ -427,10 +434,16 @@ def _wrong_option(argument: Argument, given: Any) -> Exception | None:
 def _wrong_number(name: str, argument: Argument, given: Any) -> Exception | None:
     if not isinstance(given, (Real, torch.SymFloat, torch.SymInt)) or isinstance(given, bool):
         return TypeError(f"{name}: expected a number, got {type(given).__name__}")
-    minimum = "" if argument.minimum == -math.inf else f" >= {argument.minimum:.0f}"
-    if not argument.minimum <= float(given) < math.inf or given == -math.inf:
-        return ValueError(f"{name}: expected a finite number{minimum}, got {given}")
+    # Not float() of an int, which may be too large for it; of all else, so that NumPy's float16 can be compared.
+    number = given if isinstance(given, int) else float(given)
+    if not max(argument.minimum, -_MAX_FLOAT) <= number <= _MAX_FLOAT:  # kernels take it as a float32
+        minimum = "" if argument.minimum == -math.inf else f" >= {argument.minimum:.0f}"
+        return ValueError(f"{name}: expected a finite float32{minimum}, got {given}")
     return None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shown(shape: Sequence[Any]) -> str:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from effattn._cache import BoundedCache
 from effattn.backends import triton
 from effattn.backends._base import NamedSizes, beyond
 from effattn.ops._glue import Argument, Glue, Shapes
 
-#: Of the cache of validated calls of an operator, which is cleared when it is full.
-MAX_KNOWN = 1024
 _LIBRARY = torch.library.Library(triton.NAMESPACE, "FRAGMENT")
 
 
@@ -21,9 +20,9 @@ class TritonOperators:
 
     def __init__(self, glue: Glue, named_sizes: Callable[..., NamedSizes], launchers: triton.Launchers) -> None:
         self._glue, self._named_sizes, self._launchers = glue, named_sizes, launchers
-        self._images, self._has_rows = glue.signature.images, glue.signature.is_of_images
+        self._activations = glue.signature.num_activations, glue.signature.is_of_images
         #: Shapes of results by what validation depends on, of valid calls: a check takes as long as a launch.
-        self._known: dict[tuple[Any, ...], Shapes] = {}
+        self._known: BoundedCache[tuple[Any, ...], Shapes] = BoundedCache()
         *inference, forward, backward = glue.signature.schemas(glue.name)
         for schema in inference:  # none where the output is kept
             _define(schema, self._inference)
@@ -36,21 +35,20 @@ class TritonOperators:
     def _forward(self, *arguments: Any) -> list[torch.Tensor]:
         arguments = self._glue.signature.without_none(arguments)
         outs = self._glue.new_outputs(arguments, self._shapes(arguments))
-        triton.launch(self._launchers, self._launchers.forward, outs[0], outs, arguments, self._images, self._has_rows)
+        triton.launch(self._launchers, self._launchers.forward, outs[0], outs, arguments, *self._activations)
         return outs
 
     def _backward(self, grad_out: torch.Tensor, *rest: Any) -> list[Argument]:
         key = _kinds((grad_out, *rest))
         if key not in self._known:
             self._shapes(self._glue.check_backward(grad_out, *rest))
-            self._remember(key, ())
+            self._known[key] = ()
         _, arguments = self._glue.split_backward(grad_out, *rest)
         grads = self._glue.new_gradients(arguments)
-        tensors = self._glue.signature.tensors
+        tensors = self._glue.signature.num_tensors
         given = (grad_out, *arguments[:tensors], *rest[tensors:])
-        triton.launch(
-            self._launchers, self._launchers.backward, grad_out, grads, given, 1 + self._images, self._has_rows
-        )
+        count, are_images = self._activations
+        triton.launch(self._launchers, self._launchers.backward, grad_out, grads, given, 1 + count, are_images)
         return grads
 
     def _shapes(self, arguments: Sequence[Any]) -> Shapes:
@@ -58,17 +56,12 @@ class TritonOperators:
         key = _kinds(arguments)
         shapes = self._known.get(key)
         if shapes is None:
-            shapes = self._glue.check(arguments, weights="float32")
+            shapes = self._glue.check(arguments, of_kernels=True)
             reasons = beyond(self._named_sizes(*arguments), triton.LIMITS)
             if reasons:
                 self._glue.refuse(RuntimeError(f"the kernels take {reasons[0].removeprefix('takes ')}"))
-            self._remember(key, shapes)
+            self._known[key] = shapes
         return shapes
-
-    def _remember(self, key: tuple[Any, ...], shapes: Shapes) -> None:
-        if len(self._known) >= MAX_KNOWN:
-            self._known.clear()
-        self._known[key] = shapes
 
 
 def _define(schema: str, implementation: Callable[..., Any]) -> None:

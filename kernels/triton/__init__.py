@@ -1,4 +1,4 @@
-"""Triton kernels and what launches them: tensors in, tensors out, which the caller allocates, but for what is between.
+"""Triton kernels and the functions that launch them. Callers allocate the outputs, launchers the workspace.
 
 The files of the operators import triton. Nothing of effattn outside of this folder is imported.
 """

@@ -46,7 +46,7 @@ def test_opcheck(target, operator, case, order):
         torch.library.opcheck(getattr(target.ops, operator.name).default, arguments)
     forward = getattr(target.ops, f"{operator.name}_forward").default
     out, *kept = torch.utils._pytree.tree_leaves(forward(*arguments))
-    tensors, options = arguments[: operator.signature.tensors], arguments[operator.signature.tensors :]
+    tensors, options = arguments[: operator.signature.num_tensors], arguments[operator.signature.num_tensors :]
     kept = [out, *kept] if operator.signature.out.kind == "kept" else kept
     torch.library.opcheck(getattr(target.ops, f"{operator.name}_backward").default, (out, *tensors, *kept, *options))
     torch.library.opcheck(forward, made(target, operator, case, order=order, requires_grad=True))
@@ -75,13 +75,13 @@ def test_fake_outputs_have_the_strides_of_real_ones(target, operator, case):
 def test_gradcheck_of_the_plain_formulation(operator, case):
     """What all others are compared with; in float64, and its second derivatives as well."""
     arguments = mapped(lambda t: t.double().requires_grad_(), make_arguments(operator, case))
-    lengths = [len(a) if isinstance(a, list) else None for a in arguments[: operator.signature.tensors]]
+    lengths = [len(a) if isinstance(a, list) else None for a in arguments[: operator.signature.num_tensors]]
 
     def call(*tensors):
         rest, grouped = list(tensors), []
         for length in lengths:
             grouped.append(rest.pop(0) if length is None else [rest.pop(0) for _ in range(length)])
-        return first_of(operator(*grouped, *arguments[operator.signature.tensors :]))
+        return first_of(operator(*grouped, *arguments[operator.signature.num_tensors :]))
 
     tensors = flattened(arguments)
     assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
@@ -128,7 +128,7 @@ def test_autocast_takes_weights_as_they_are(target, operator, case, dtype):
         out = operator(*arguments)
     assert out.dtype == dtype and torch.equal(out, operator(*arguments))
     out.float().sum().backward()
-    images = len(flattened(arguments[: operator.signature.images]))
+    images = len(flattened(arguments[: operator.signature.num_activations]))
     assert [t.grad.dtype for t in flattened(arguments)] == [t.dtype for t in flattened(arguments)]
     assert all(t.dtype == torch.float32 for t in flattened(arguments)[images:])
 
@@ -201,7 +201,7 @@ def test_torch_counts_the_flops_of_the_plain_formulation(target, operator, case)
 @torch.fx.experimental._config.patch(use_duck_shape=False)
 def test_compile_without_graph_breaks(target, operator, case):
     """Sizes that change, in one graph, which holds the kernels; their gradients too."""
-    tensors, options = operator.signature.tensors, make_arguments(operator, case)[operator.signature.tensors :]
+    tensors, options = operator.signature.num_tensors, make_arguments(operator, case)[operator.signature.num_tensors :]
     cases = of_other_sizes(operator, case, 2, few=target.backend != "cpu")
     for requires_grad in (False, True):
         counter = CompileCounterWithBackend("aot_eager")
@@ -231,7 +231,7 @@ def test_compile_without_graph_breaks(target, operator, case):
 @by_operator
 def test_export(target, operator, case):
     arguments = made(target, operator, case)
-    images = tuple(arguments[: operator.signature.images])
+    images = tuple(arguments[: operator.signature.num_activations])
     module = AsModule(operator, arguments)
     program = torch.export.export(module, images)
     assert torch.equal(program.module()(*images), module(*images))
@@ -259,7 +259,7 @@ class SizesOfTheImage(torch.nn.Module):
 def test_trace(target, operator, case):
     """torch.jit.trace, without gradients; the graph holds the kernels, can be differentiated, and takes more images."""
     arguments = made(target, operator, case)
-    images = tuple(arguments[: operator.signature.images])
+    images = tuple(arguments[: operator.signature.num_activations])
     module = SizesOfTheImage(operator, arguments)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
@@ -276,7 +276,7 @@ def test_trace(target, operator, case):
 @by_operator
 def test_wrong_arguments_in_a_trace(operator, case):
     arguments = make_arguments(operator, case)
-    images = arguments[: operator.signature.images]
+    images = arguments[: operator.signature.num_activations]
     module = AsModule(operator, arguments)
     with pytest.raises(ValueError, match=r"^\w+: expected .* got "):
         torch.jit.trace(module, (images[0][0], *images[1:]))

@@ -74,7 +74,7 @@ def test_far_apart(device, memories, name, dim):
     if dim == "pixels":  # of one image
         case[operator.signature.arguments[0].shapes[0].dims[0].text] = 1
     arguments, truth, allowed = expected(operator, case, DTYPE, roundings=GPU_ROUNDINGS)
-    images = operator.signature.images
+    images = operator.signature.num_activations
     there = [far(t, dim, memories[device], number) for number, t in enumerate(arguments[:images])]
     there += mapped(lambda t: t.to(device), arguments[images:])
 

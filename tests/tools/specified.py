@@ -150,7 +150,7 @@ def _bounds(
     draws: int,
 ) -> tuple[Results, dict[str, float], bool]:
     wide = mapped(torch.Tensor.double, arguments)
-    own_dtype = {f"grad_{a.name}" for a in operator.signature.arguments if a.is_image} | {"out"}
+    own_dtype = {f"grad_{a.name}" for a in operator.signature.arguments if a.is_activation} | {"out"}
     return bounds(
         lambda: with_gradients(operator, operator.plain, wide, dtype, order, grad_out),
         operator.longest_sum(case),
@@ -217,8 +217,8 @@ def flattened(arguments: Sequence[Any]) -> list[torch.Tensor]:
 def free_sizes(operator: Operator, case: Mapping[str, Any]) -> list[str]:
     """The names of sizes that images may have any of, whatever the weights and options are."""
     arguments = operator.signature.arguments
-    fixed = {name for a in arguments if not a.is_image for shape in a.shapes for name in shape.names}
-    of_images = dict.fromkeys(name for a in arguments if a.is_image for shape in a.shapes for name in shape.names)
+    fixed = {name for a in arguments if not a.is_activation for shape in a.shapes for name in shape.names}
+    of_images = dict.fromkeys(name for a in arguments if a.is_activation for shape in a.shapes for name in shape.names)
     return [name for name in of_images if name not in fixed and isinstance(case[name], int)]
 
 
@@ -254,11 +254,11 @@ class AsModule(torch.nn.Module):
     def __init__(self, operator: Operator, arguments: Sequence[Any], call: Callable[..., Any] | None = None) -> None:
         super().__init__()
         signature = operator.signature
-        weights = arguments[signature.images : signature.tensors]
+        weights = arguments[signature.num_activations : signature.num_tensors]
         self.call = call or operator
         self.weights = torch.nn.ParameterList(flattened(weights))
         self.lengths = [len(w) if isinstance(w, list) else None for w in weights]
-        self.options = arguments[signature.tensors :]
+        self.options = arguments[signature.num_tensors :]
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         weights, grouped = list(self.weights), []
@@ -325,8 +325,14 @@ def module_results(module: torch.nn.Module, x: torch.Tensor, grad_out: torch.Ten
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def check_gradients(results: Results, module: torch.nn.Module, x: torch.Tensor, grad_out: torch.Tensor) -> None:
-    """Compares :func:`module_results` of kernels for GPUs with those of the module in float64."""
+def check_gradients(
+    results: Results,
+    module: torch.nn.Module,
+    x: torch.Tensor,
+    grad_out: torch.Tensor,
+    roundings: int = GPU_ROUNDINGS,
+) -> None:
+    """Compares :func:`module_results` of kernels with those of the module in float64."""
     exact, wide, grad = copy.deepcopy(module).cpu().double(), x.cpu().double(), grad_out.cpu().double()
     with use_backend("reference"):
-        check_against(lambda: module_results(exact, wide, grad), results, longest_sum(exact, x), GPU_ROUNDINGS)
+        check_against(lambda: module_results(exact, wide, grad), results, longest_sum(exact, x), roundings)

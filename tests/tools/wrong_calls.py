@@ -76,13 +76,14 @@ def wrong_options(argument, given):
     elif argument.kind == "numbers":
         yield f"{name} number", 1.0, TypeError, f"{name}: expected a sequence of numbers, got float"
         yield f"{name} element", [*given[:-1], "1"], TypeError, f"{name}[{len(given) - 1}]: expected a number, got str"
-        yield f"{name} nan", [*given[:-1], float("nan")], ValueError, "expected a finite number"
+        yield f"{name} nan", [*given[:-1], float("nan")], ValueError, "expected a finite float32"
         yield f"{name} short", given[:-1], ValueError, f"{name}: expected"
     elif argument.kind == "number":
         yield f"{name} None", None, TypeError, f"{name}: expected a number, got NoneType"
         yield f"{name} text", "1", TypeError, f"{name}: expected a number, got str"
-        for number in (float("nan"), float("inf"), -float("inf"), *([-1.0] if argument.minimum == 0 else [])):
-            yield f"{name} {number}", number, ValueError, f"{name}: expected a finite number"
+        negative = (-1.0, -2.5e-7, -123456.75, -1e16) if argument.minimum == 0 else ()
+        for number in (float("nan"), float("inf"), -float("inf"), 3.5e38, -1e39, *negative):
+            yield f"{name} {number}", number, ValueError, f"{name}: expected a finite float32"
 
 
 def wrong_calls():

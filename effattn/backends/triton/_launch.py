@@ -38,24 +38,26 @@ def launch(
     like_out: torch.Tensor,
     results: Sequence[Any],
     arguments: Sequence[Any],
-    images: int,
-    has_rows: bool,
+    num_activations: int,
+    are_images: bool,
 ) -> None:
     """Fills the results, tensors or lists of them; with zeros where there is nothing to compute.
 
     Args:
         name: of the function.
         like_out: the output or its gradient.
-        arguments: of a torch operator, the first ``images`` of which, (B, C, H, W) if it ``has_rows``, are no weights.
+        arguments: of a torch operator.
+        num_activations: how many of them, the first, are activations; the rest are weights and options.
+        are_images: whether activations are (B, C, H, W).
     """
     if like_out.numel() == 0:
         clear(results)
         return
     launcher = getattr(importlib.import_module(f"effattn._triton.{launchers.file}"), name)  # imports triton
-    first = [with_mergeable_rows(t) for t in arguments[:images]] if has_rows else arguments[:images]
+    first = [with_mergeable_rows(t) for t in arguments[:num_activations]] if are_images else arguments[:num_activations]
     # Triton launches on the current device.
     with torch.cuda.device(like_out.device) if like_out.is_cuda else nullcontext():
-        given = (results, *first, *map(_contiguous, arguments[images:]), target(like_out))
+        given = (results, *first, *map(_contiguous, arguments[num_activations:]), target(like_out))
         if _tuning.is_on():
             _tuning.before(launcher, like_out.device, given)
         launcher(*given)

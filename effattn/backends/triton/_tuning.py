@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from effattn._cache import BoundedCache
+
 ENVIRONMENT_VARIABLE = "EFFATTN_TRITON_AUTOTUNE"
 
 _file: Path | None = None
-_seen: set[Any] = set()
+_seen: BoundedCache[Any, None] = BoundedCache()
 
 
 def is_on() -> bool:
@@ -47,7 +49,7 @@ def before(launcher: Callable[..., None], device: torch.device, given: tuple[Any
         return
     key = (launcher, device, *_signature(given))
     if key not in _seen:
-        _seen.add(key)
+        _seen[key] = None
         if autotune.tune(lambda: launcher(*given), gpu_name(device), _seconds):
             autotune.write(_file)
 
