@@ -224,8 +224,9 @@ def cascaded_group_attention(
     if window_size is None:
         height, width = (max(size, 1) for size in static_shape(x)[2:]) if _has_dims(x, 4) else (1, 1)
     else:
-        window = [window_size] * 2 if isinstance(window_size, (int, torch.SymInt)) else window_size
-        if not isinstance(window, Sequence) or not all(isinstance(size, (int, torch.SymInt)) for size in window):
+        window = window_size if isinstance(window_size, Sequence) else (window_size, window_size)
+        # In torch.jit.trace sizes are tensors, which the operator makes numbers of.
+        if not all(isinstance(size, (int, torch.SymInt, torch.Tensor)) for size in window):
             raise TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
         if len(window) != 2:
             raise ValueError(f"window_size: expected an int, two of them or None, got {window_size!r}")

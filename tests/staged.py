@@ -48,10 +48,14 @@ def _isas() -> list[dict[str, Any]]:
 
 
 def marked(*markers: str) -> list[str]:
-    """The files with tests of one of these markers, but for those of GPUs: no other needs to be imported."""
+    """The files with tests of one of these markers: no other needs to be imported.
+
+    Without tests/device, which its users name, and without the files of the toy operator.
+    """
     pattern = re.compile(rf"\bmark\.({'|'.join(markers)})\b")
     files = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
-    return [str(path) for path in files if path.parts[1] != "device" and pattern.search((ROOT / path).read_text())]
+    others = ("device", "toy_operator")
+    return [str(path) for path in files if path.parts[1] not in others and pattern.search((ROOT / path).read_text())]
 
 
 def stage(folder: Path, *options: str) -> None:

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from same import assert_same, is_same
+from same import assert_all_same, assert_same, is_same
 from tiers import full
 from torch import nn
 
@@ -232,13 +232,10 @@ def test_official_modules_equal_in_float64(name):
             weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape)
             leaves = [image, *twin.parameters()]
             results.append([out, *torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)])
-        without = 0
-        for theirs, mine in zip(*results, strict=True):
-            if theirs is None:  # the bias that the original gathered, once, in evaluation
-                without += 1
-            else:
-                assert_same(mine, theirs)
-        assert without == (0 if training else 1)
+        pairs = [(mine, theirs) for theirs, mine in zip(*results, strict=True) if theirs is not None]
+        assert_all_same(*zip(*pairs, strict=True))
+        # But the bias that the original gathered, once, in evaluation.
+        assert len(pairs) == len(results[0]) - (0 if training else 1)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])

@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
-from same import assert_same, is_same
+from same import assert_as_near, assert_same, is_same
+from specified import check_gradients, module_results
 from torch import nn
 
 import effattn
 from effattn.integrations.sana import SanaLinearAttnProcessor, SanaMultiscaleLinearAttention
 from effattn.testing import import_diffusers, randomise_batch_norm
+from effattn.tolerance import CPU_ROUNDINGS
 
 diffusers = import_diffusers()
 from diffusers.models import attention_processor  # noqa: E402  (after the import that makes it loadable)
@@ -40,7 +42,7 @@ def image(size=9, memory_format=torch.contiguous_format, width=None):
 
 
 def x_for(name):
-    return image(32, width=32) if name == "layer norm" else image()
+    return image(width=32) if name == "layer norm" else image()
 
 
 # --- the attention of the autoencoder -----------------------------------------------------------------
@@ -74,19 +76,13 @@ def test_memory_formats_and_few_tokens(memory_format):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradients(name, training):
-    """Within a few times the error that the stock module has itself."""
-    results = []
-    for kind in ("truth", "stock", "ours"):
-        module, x = make(name).train(training), x_for(name)
-        if kind != "stock":
-            effattn.accelerate(module)
-        if kind == "truth":  # diffusers' own casts to float32 in the middle
-            module, x = module.double(), x.double()
-        x.requires_grad_()
-        out = module(x)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
-    for truth, theirs, mine in zip(*results, strict=True):
-        assert (mine - truth).norm() <= 3 * (theirs - truth).norm() + 1e-5 * truth.norm()
+    """Of ours and of the stock module, against ours in float64: diffusers' own casts to float32 in the middle."""
+    stock, x = make(name).train(training), x_for(name)
+    ours = copy.deepcopy(stock)
+    effattn.accelerate(ours)
+    grad_out = torch.randn(stock(x).shape)
+    for module in (stock, ours):
+        check_gradients(module_results(module, x, grad_out), ours, x, grad_out, CPU_ROUNDINGS)
 
 
 def by_state_dict(module):
@@ -145,7 +141,7 @@ def test_autocast(training):
         effattn.accelerate(module)
         mine = module(x)
     assert mine.dtype == theirs.dtype
-    assert (mine - truth).norm() <= 1.1 * (theirs - truth).norm()
+    assert_as_near(mine, theirs, truth)
 
 
 def test_whole_autoencoder_compiled():
@@ -312,8 +308,8 @@ def transformer(**options):
 def inputs(dtype=torch.float32):
     torch.manual_seed(1)
     return {
-        "hidden_states": torch.randn(2, 4, 8, 8, dtype=dtype),
-        "encoder_hidden_states": torch.randn(2, 5, 10, dtype=dtype),
+        "hidden_states": torch.randn(2, 4, 8, 8).to(dtype),  # the same numbers in each dtype
+        "encoder_hidden_states": torch.randn(2, 5, 10).to(dtype),
         "timestep": torch.tensor([3, 7]),
         "return_dict": False,
     }
@@ -347,9 +343,12 @@ def test_transformer_trains_alike():
         if fast:
             effattn.accelerate(model)
         model(**inputs())[0].square().sum().backward()
-        grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    for theirs, mine in zip(*grads, strict=True):
-        assert_same(mine, theirs)
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    theirs, mine = grads
+    largest = max(t.abs().max().item() for t in theirs.values())
+    for name, t in theirs.items():
+        is_zero = name.endswith("attn2.to_k.bias")  # a softmax takes differences
+        assert_same(mine[name], t, largest if is_zero else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -362,7 +361,7 @@ def test_transformer_in_narrow_types(dtype):
         effattn.accelerate(model)
         mine = model(**inputs(dtype))[0]
     assert mine.dtype == theirs.dtype
-    assert (mine - truth).norm() <= 1.1 * (theirs - truth).norm()
+    assert_as_near(mine, theirs, truth)
 
 
 def test_norms_may_be_wider_than_the_rest():

@@ -449,7 +449,7 @@ test_what_the_function_says = refused(WRONG)
 
 
 def test_float64_names_the_way_out():
-    with pytest.raises(RuntimeError, match="q: expected float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"q: expected float32, bfloat16 or float16, got torch\.float64"):
         torch.ops.effattn.relu_linear_attention(Q.double(), K.double(), V.double(), 1e-15)
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: takes float32, .*, not float64"):
         relu_linear_attention(Q.double(), K.double(), V.double())
