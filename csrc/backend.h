@@ -1,4 +1,5 @@
-// The backend that an operator's glue is compiled for: that of the differentiable ones is the same for all.
+// Selects the backend of this compilation: the glue of differentiable operators is one source for CPU and
+// CUDA.
 #pragma once
 
 // The entry points of an operator's kernels, as its glue includes them: #include EFFATTN_KERNELS(operator).

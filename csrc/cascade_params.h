@@ -10,8 +10,6 @@
 
 namespace effattn::cascade {
 
-constexpr int64_t kMaxSide = 1 << 15;  // of a kernel: products of a few are far from overflowing
-
 struct Weights {
   const Tensors &qkv, &qkv_biases, &depthwise, &depthwise_biases;
 };

@@ -25,8 +25,8 @@ class Signature {
   const char* name() const { return name_.c_str(); }
 
   // Throws std::runtime_error for the first thing that is wrong, naming operator, argument, what is expected
-  // and what came; Python's messages are alike, with TypeError or ValueError;
-  // float64 and what is kept but not contiguous are refused here only.
+  // and what came. Python raises the same texts as TypeError or ValueError. Two refusals are these alone:
+  // float64, and tensors kept for the backward that are not contiguous.
   void check(Arguments arguments) const;
   void check_backward(const Tensor& grad_out, Arguments arguments,
                       std::initializer_list<const Tensor*> kept) const;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -200,16 +201,17 @@ def cascaded_group_attention(
 
     Args:
         x: (B, C, H, W), NCHW or channels_last, float16, bfloat16, float32 or float64. Any H and W.
-        qkv_weights: a tensor (2 * key_dim + C / heads, C / heads, 1, 1) a head: the weights of a 1x1
+        qkv_weights: a tensor (2 * key_dim + d, d, 1, 1) a head, d = C / heads: the weights of a 1x1
             :class:`torch.nn.Conv2d`, in the order q, k, v; of x's dtype or float32. Their number is that of the heads.
-        qkv_biases: a tensor (2 * key_dim + C / heads,) a head, or None.
+        qkv_biases: a tensor (2 * key_dim + d,) a head, or None.
         q_dw_weights: a tensor (key_dim, 1, k, k) a head, of a depthwise convolution of q; k odd, and may differ from
             head to head.
         q_dw_biases: a tensor (key_dim,) a head, or None.
         attention_bias: (heads, N, N), N the tokens of a window.
         scale: of the logits, finite; by default ``key_dim ** -0.5``.
-        window_size: attends in windows of this height and width, with zeros below and right of the image, which take
-            part as in the published models; None: one window as large as the image.
+        window_size: (window_height, window_width), or an int for both, 1 to 32767. Attends in windows of that size,
+            with zeros below and right of the image, which take part as in the published models; None: one window as
+            large as the image.
 
     Returns:
         (B, C, H, W), of x's dtype and memory format: the heads' outputs, one behind the other.
@@ -226,7 +228,8 @@ def cascaded_group_attention(
     else:
         window = window_size if isinstance(window_size, Sequence) else (window_size, window_size)
         # In torch.jit.trace sizes are tensors, which the operator makes numbers of.
-        if not all(isinstance(size, (int, torch.SymInt, torch.Tensor)) for size in window):
+        sizes = (Integral, torch.SymInt, torch.Tensor) if torch.jit.is_tracing() else (Integral, torch.SymInt)
+        if not all(isinstance(size, sizes) and not isinstance(size, bool) for size in window):
             raise TypeError(f"window_size: expected an int, two of them or None, got {window_size!r}")
         if len(window) != 2:
             raise ValueError(f"window_size: expected an int, two of them or None, got {window_size!r}")

@@ -126,7 +126,15 @@ def use_backend(name: str) -> Iterator[None]:
             :class:`RuntimeError` with all its reasons.
     """
     global _forced
-    block, backend = object(), _named(name, "use_backend").name
+    backend = _named(name, "use_backend").name
+    if torch.compiler.is_compiling():  # by one thread, in a graph that can hold neither a lock nor a key
+        before, _forced = _forced, backend
+        try:
+            yield
+        finally:
+            _forced = before
+        return
+    block = object()
     with _lock:
         _blocks[block] = _forced = backend
     try:

@@ -6,9 +6,9 @@ The error that a result may have, as a norm, is
 
 The first term is what a result in the dtype of the output is off at the least. ``noise`` is the error of the plain
 formulation when every operation rounds its result to float32 once and is exact otherwise (Monte Carlo arithmetic:
-float64, each result off by up to float32's rounding error, uniformly; the root mean square of 4 or 64 draws). It
-knows the operator's own cancellations: the gradient of a softmax with a weight of nearly 1 is as bad in every
-formulation.
+float64, each result off by up to float32's rounding error, uniformly; the root mean square of 4 or 64 draws). In a
+matrix product or a convolution every product rounds too. So the noise knows the operator's own cancellations: the
+gradient of a softmax with a weight of nearly 1, or a sum whose terms cancel, is as bad in every formulation.
 
 But a sum of n numbers rounds each of them not once but log2 n times if it is made pairwise. Kernels add up in blocks,
 which comes near to that; one long chain of sums does not, and is found out. Errors of independent roundings grow with
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 #: By name.
 Results = dict[str, torch.Tensor]
@@ -54,15 +54,18 @@ class RoundedToFloat32(TorchDispatchMode):
         if func is torch.ops.aten.relu.default and args[0].numel() > 0:
             size = args[0].abs()
             self.is_decided_by_rounding |= bool(((size > 0) & (size < NEAR_ZERO * size.max())).any())
+        if func in _CONTRACTIONS:
+            terms = func(*tree_map_only(torch.Tensor, torch.square, args), **(kwargs or {}))  # their sums of squares
+            out = tree_map(lambda t, squares: None if t is None else self._off(t, squares.sqrt()), out, terms)
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
         return out if is_view else tree_map_only(torch.Tensor, self._off, out)
 
-    def _off(self, t: torch.Tensor) -> torch.Tensor:
+    def _off(self, t: torch.Tensor, of: torch.Tensor | None = None) -> torch.Tensor:
+        """By a rounding of a number of the size of ``of``, by default of the result."""
         if t.dtype != torch.float64:
             return t
-        return t.addcmul(
-            t, torch.empty(t.shape, dtype=t.dtype).uniform_(-ROUNDING, ROUNDING, generator=self._generator)
-        )
+        rounding = torch.empty(t.shape, dtype=t.dtype).uniform_(-ROUNDING, ROUNDING, generator=self._generator)
+        return t.addcmul(t if of is None else of, rounding)
 
 
 def _softmax(off: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dim: int, _: bool) -> torch.Tensor:
@@ -79,6 +82,13 @@ def _softmax_backward(
     return off(terms - off(out * off(terms.sum(dim, keepdim=True))))
 
 
+#: Operators of torch that add up products: each product rounds, which shows where they cancel.
+_CONTRACTIONS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+}
 #: Operators of torch that are several operations, between which much cancels.
 _IN_PARTS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.ops.aten._softmax.default: _softmax,

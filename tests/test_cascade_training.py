@@ -84,8 +84,8 @@ ERRORS = {
     "half windows": ("x", torch.ones(2, 8, 5, 4), "x: expected shape"),
     "empty": ("x", torch.ones(0, 8, 6, 4), "x: expected a positive B"),
     "dtype": ("x", torch.ones(2, 8, 6, 4).bfloat16(), "x: expected float32"),
-    "norms": ("norm_weights", [torch.ones(12)] * 2, "norm_weights: expected 2 . heads = 4 tensors, got 2"),
-    "norm shape": ("norm_biases", [torch.ones(12)] * 4, r"norm_biases\[2\]: expected shape \(4\)"),
+    "norms": ("q_norm_weights", [torch.ones(4)], "q_norm_weights: expected heads = 2 tensors, got 1"),
+    "norm shape": ("q_norm_biases", [torch.ones(12)] * 2, r"q_norm_biases\[0\]: expected shape \(key_dim\) with"),
 }
 
 

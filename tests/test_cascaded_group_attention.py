@@ -156,6 +156,8 @@ WRONG = {
         TypeError,
         "window_size: expected an int, two of them or None, got 3.0",
     ),
+    "window of a truth": (cascade(window_size=True), TypeError, "window_size: expected an int, two of them"),
+    "window of a tensor": (cascade(window_size=torch.tensor(3)), TypeError, "window_size: expected an int, two"),
     "window of floats": (cascade(window_size=[2, 2.5]), TypeError, "window_size: expected an int, two of them or None"),
     "window of text": (cascade(window_size="22"), TypeError, "window_size: expected an int, two of them or None"),
     "window of three": (

@@ -546,7 +546,7 @@ def test_efficientformer_on_other_sizes():
         stock.get_attention_biases = lambda device, bias=bias: bias
         with torch.no_grad():
             assert_same(module(x, given), stock(x))
-    with pytest.raises(ValueError, match=r"x: expected \(B, tokens, C\), got shape \(2, 24, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, tokens, C\), got \(2, 24, 4, 4\)"):
         module(torch.randn(2, 24, 4, 4))
     with pytest.raises(ValueError, match=r"x: expected a square number of tokens, got shape \(B, 15, C\)"):
         module(torch.randn(1, 15, 24))
@@ -730,5 +730,5 @@ def test_images_of_other_channels_are_refused():
         for grad in (True, False):
             with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError)):
                 module(torch.randn(1, 47, 7, 7))
-    with torch.no_grad(), pytest.raises(ValueError, match=r"x: expected 48 channels, got shape \(1, 45, 7, 7\)"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"x: expected shape \(B, 48, H, W\), got \(1, 45, 7, 7\)"):
         CASES["cascade"].pair()[1](torch.randn(1, 45, 7, 7))

@@ -294,7 +294,7 @@ from effattn.tolerance import check
 operator = OPERATORS[sys.argv[1]]
 arguments, truth, allowed = expected(operator, operator.cases[0], torch.bfloat16)
 cpu.DTYPES = ()
-image, sizes = arguments[0], operator.limited(*arguments)
+image, sizes = arguments[0], operator.limited_sizes(*arguments)
 print(registry.find(operator.name, image.device, image.dtype, sizes).name)
 call = torch.compile(operator, fullgraph=True, backend="aot_eager")
 check(with_gradients(operator, call, arguments, torch.bfloat16), truth, allowed)

@@ -16,9 +16,9 @@ Tensor projected(const Tensor& x, const Tensor& qkv, const Tensor& qkv_bias, con
                  int64_t window_width) {
   const char* const op = "cascaded_group_attention_projected";
   const int64_t heads = static_cast<int64_t>(kernels.size());
-  EFFATTN_REQUIRE(heads > 0 && key_dim > 0 && key_dim < kMaxChannels, op,
-                  ": kernels, key_dim: expected a size a head and a positive number up to 65535, got ", heads,
-                  " and ", key_dim);
+  EFFATTN_REQUIRE(heads > 0 && key_dim > 0 && key_dim <= kMaxDim, op,
+                  ": kernels, key_dim: expected a size a head and a positive number up to ", kMaxDim,
+                  ", got ", heads, " and ", key_dim);
   int64_t all_taps = 0;
   for (const int64_t kernel : kernels) {
     EFFATTN_REQUIRE(kernel > 0 && kernel % 2 == 1 && kernel < kMaxSide, op,

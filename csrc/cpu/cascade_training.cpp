@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../cascade_params.h"
+#include "../names.h"
 
 namespace effattn {
 namespace {
@@ -14,29 +15,31 @@ using namespace cascade;
 
 const Signature kSignature("cascaded_group_attention_batch_norm");
 
-// The params without results, and what they point into; of arguments that are right but for what is checked
-// here.
+// Of the norms behind the projections, and behind the convolutions of q.
+struct Norms {
+  const Tensors &qkv_weights, &qkv_biases, &q_weights, &q_biases;
+};
+
+// The params without results, and what they point into; of arguments that are right but for the dtype.
 struct TrainingCall {
   Call of;
   cpu::CascadeTrainingParams p{};
   std::vector<cpu::HeadNorms<const float>> norms;
   std::vector<float> qkv_eps, q_eps;
 
-  TrainingCall(const Tensor& x, const Tensors& qkv, const Tensors& dw, const Tensors& norm_weights,
-               const Tensors& norm_biases, const Tensor& bias, const std::vector<double>& eps, double scale,
-               int64_t window_height, int64_t window_width)
+  TrainingCall(const Tensor& x, const Tensors& qkv, const Tensors& dw, const Norms& of_norms,
+               const Tensor& bias, const std::vector<double>& eps, double scale, int64_t window_height,
+               int64_t window_width)
       : of(x, {qkv, none_, dw, none_}, bias, scale, window_height, window_width) {
-    EFFATTN_REQUIRE(x.scalar_type() == ScalarType::Float, kSignature.name(), ": x: expected float32");
-    const int64_t heads = of.p.heads, outputs = 2 * of.p.key_dim + of.p.value_dim;
+    EFFATTN_REQUIRE(x.scalar_type() == ScalarType::Float, kSignature.name(), ": x: expected float32, got ",
+                    dtype_name(x.scalar_type()));
+    const int64_t heads = of.p.heads;
+    const auto norm = [&](const Tensor& weight, const Tensor& bias) {
+      return cpu::Norm<const float>{floats(weight, of.alive), floats(bias, of.alive)};
+    };
     for (int64_t h = 0; h < heads; ++h) {
-      const auto norm = [&](int64_t i, int64_t channels) {
-        for (const auto& [name, t] :
-             {std::pair{"norm_weights", &norm_weights[i]}, std::pair{"norm_biases", &norm_biases[i]}})
-          EFFATTN_REQUIRE(t->size(0) == channels, kSignature.name(), ": ", name, "[", i,
-                          "]: expected shape (", channels, "), got ", shape_text(*t));
-        return cpu::Norm<const float>{floats(norm_weights[i], of.alive), floats(norm_biases[i], of.alive)};
-      };
-      norms.push_back({norm(h, outputs), norm(heads + h, of.p.key_dim)});
+      norms.push_back({norm(of_norms.qkv_weights[h], of_norms.qkv_biases[h]),
+                       norm(of_norms.q_weights[h], of_norms.q_biases[h])});
       qkv_eps.push_back(static_cast<float>(eps[h]));
       q_eps.push_back(static_cast<float>(eps[heads + h]));
     }
@@ -51,12 +54,14 @@ struct TrainingCall {
   static inline const Tensors none_;
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, Tensors qkv, Tensors dw, Tensors norm_weights,
-                                   Tensors norm_biases, const Tensor& bias, std::vector<double> eps,
-                                   double scale, int64_t window_height, int64_t window_width) {
-  kSignature.check(
-      {&x, &qkv, &dw, &norm_weights, &norm_biases, &bias, &eps, scale, window_height, window_width});
-  TrainingCall call(x, qkv, dw, norm_weights, norm_biases, bias, eps, scale, window_height, window_width);
+std::tuple<Tensor, Tensor> forward(const Tensor& x, Tensors qkv, Tensors dw, Tensors qkv_norm_weights,
+                                   Tensors qkv_norm_biases, Tensors q_norm_weights, Tensors q_norm_biases,
+                                   const Tensor& bias, std::vector<double> eps, double scale,
+                                   int64_t window_height, int64_t window_width) {
+  kSignature.check({&x, &qkv, &dw, &qkv_norm_weights, &qkv_norm_biases, &q_norm_weights, &q_norm_biases,
+                    &bias, &eps, scale, window_height, window_width});
+  TrainingCall call(x, qkv, dw, {qkv_norm_weights, qkv_norm_biases, q_norm_weights, q_norm_biases}, bias, eps,
+                    scale, window_height, window_width);
   const std::vector<int64_t> shape = call.statistics_shape();
   Tensor statistics = empty_floats(x, shape);
   call.p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
@@ -66,14 +71,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, Tensors qkv, Tensors dw, Ten
   return {out, statistics};
 }
 
-std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
-    const Tensor& grad_out, const Tensor& x, Tensors qkv, Tensors dw, Tensors norm_weights,
-    Tensors norm_biases, const Tensor& bias, const Tensor& out, const Tensor& statistics,
-    std::vector<double> eps, double scale, int64_t window_height, int64_t window_width) {
-  kSignature.check_backward(
-      grad_out, {&x, &qkv, &dw, &norm_weights, &norm_biases, &bias, &eps, scale, window_height, window_width},
-      {&out, &statistics});
-  TrainingCall call(x, qkv, dw, norm_weights, norm_biases, bias, eps, scale, window_height, window_width);
+using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor>;
+
+Gradients backward(const Tensor& grad_out, const Tensor& x, Tensors qkv, Tensors dw, Tensors qkv_norm_weights,
+                   Tensors qkv_norm_biases, Tensors q_norm_weights, Tensors q_norm_biases, const Tensor& bias,
+                   const Tensor& out, const Tensor& statistics, std::vector<double> eps, double scale,
+                   int64_t window_height, int64_t window_width) {
+  kSignature.check_backward(grad_out,
+                            {&x, &qkv, &dw, &qkv_norm_weights, &qkv_norm_biases, &q_norm_weights,
+                             &q_norm_biases, &bias, &eps, scale, window_height, window_width},
+                            {&out, &statistics});
+  TrainingCall call(x, qkv, dw, {qkv_norm_weights, qkv_norm_biases, q_norm_weights, q_norm_biases}, bias, eps,
+                    scale, window_height, window_width);
   CascadeParams& p = call.of.p;
   Tensors& alive = call.of.alive;
   for (const auto& [t, into] : {std::pair{&grad_out, &p.grad_out}, std::pair{&out, &p.out}}) {
@@ -81,7 +90,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
     *into = image(alive.back());
   }
   call.p.statistics = const_cast<float*>(floats(statistics, alive));
-  std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> all;
+  Gradients all;
   std::get<0>(all) = new_image(x, shape_of(x, x.size(1)), p.grad_x);
   std::vector<HeadWeights<float>> gradients(p.heads);
   std::vector<cpu::HeadNorms<float>> norm_gradients(p.heads);
@@ -89,13 +98,13 @@ std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensor> backward(
     std::get<1>(all).push_back(new_floats(qkv[h], gradients[h].qkv));
     std::get<2>(all).push_back(new_floats(dw[h], gradients[h].depthwise));
   }
-  for (int64_t i = 0; i < 2 * p.heads; ++i) {
-    cpu::HeadNorms<float>& of_head = norm_gradients[i % p.heads];
-    cpu::Norm<float>& norm = i < p.heads ? of_head.qkv : of_head.q;
-    std::get<3>(all).push_back(new_floats(norm_weights[i], norm.weight));
-    std::get<4>(all).push_back(new_floats(norm_biases[i], norm.bias));
+  for (int64_t h = 0; h < p.heads; ++h) {
+    std::get<3>(all).push_back(new_floats(qkv_norm_weights[h], norm_gradients[h].qkv.weight));
+    std::get<4>(all).push_back(new_floats(qkv_norm_biases[h], norm_gradients[h].qkv.bias));
+    std::get<5>(all).push_back(new_floats(q_norm_weights[h], norm_gradients[h].q.weight));
+    std::get<6>(all).push_back(new_floats(q_norm_biases[h], norm_gradients[h].q.bias));
   }
-  std::get<5>(all) = new_floats(bias, p.grad_bias);
+  std::get<7>(all) = new_floats(bias, p.grad_bias);
   p.gradients = gradients.data();
   call.p.norm_gradients = norm_gradients.data();
   call.p.cascade = p;

@@ -9,8 +9,6 @@
 
 namespace effattn {
 
-constexpr int64_t kMaxChannels = 1 << 16;  // of a head, where the caller says them beside the weights
-
 // A contiguous tensor of float32 whose shape no signature can say, kept alive by `alive`.
 inline const float* floats(const char* op, const std::string& argument, const Tensor& t,
                            const std::vector<int64_t>& shape, Tensors& alive) {

@@ -15,7 +15,7 @@ namespace {
 // The odd k whose square it is, or 0.
 int64_t side_of(int64_t square) {
   int64_t k = 1;
-  while (k < kMaxChannels && k * k < square) k += 2;
+  while (k < kMaxSide && k * k < square) k += 2;
   return k * k == square ? k : 0;
 }
 
@@ -46,9 +46,9 @@ Tensor projected_attention(const Tensor& x, std::optional<Tensor> halving_taps,
   p.dtype = kernel_dtype(x);
   EFFATTN_REQUIRE(bias.dim() == 3 && bias.size(0) > 0, op,
                   ": bias: expected shape (heads, queries, keys), got ", shape_text(bias));
-  EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0 && key_dim < kMaxChannels && value_dim < kMaxChannels, op,
-                  ": key_dim, value_dim: expected positive numbers up to 65535, got ", key_dim, " and ",
-                  value_dim);
+  EFFATTN_REQUIRE(key_dim > 0 && value_dim > 0 && key_dim <= kMaxDim && value_dim <= kMaxDim, op,
+                  ": key_dim, value_dim: expected positive numbers up to ", kMaxDim, ", got ", key_dim,
+                  " and ", value_dim);
   EFFATTN_REQUIRE(fits_float(scale), op, ": scale: expected a finite float32, got ", scale);
   EFFATTN_REQUIRE(activation >= 0 && activation <= static_cast<int64_t>(cpu::Activation::kGelu), op,
                   ": activation: expected 0 (none), 1 (relu) or 2 (gelu), got ", activation);

@@ -38,7 +38,7 @@ class OnDevice {
  public:
   explicit OnDevice(int32_t) {}
   void* stream() const { return nullptr; }
-  cuda::Gpu gpu() const;  // emulated.cpp, as are the others: as tests ask for it
+  cuda::Gpu gpu() const;  // emulated/device.cpp, as are the others: as tests ask for it
   // Of a call: workspace is full of NaN, and what was launched is done at its end.
   void poison(float* workspace, int64_t floats) const;
   void end() const;

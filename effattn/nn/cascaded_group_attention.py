@@ -12,7 +12,7 @@ from torch.fx import Proxy
 
 from effattn._tracing import static_shape
 from effattn.functional import biased_attention, cascaded_group_attention
-from effattn.nn.arguments import require_positive
+from effattn.nn.arguments import require_image, require_positive
 from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
 from effattn.nn.batch_norm import training_pair, update_running_statistics
 from effattn.nn.fold_cache import FoldCache, cached, invalidate
@@ -91,19 +91,21 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
 
     def attend(self, x: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
         """In windows of (height, width), with zeros below and right of the image; None for one as large as it."""
+        require_image(x)
         _, _, height, width = static_shape(x)
-        size, folds = (height, width) if window is None else window, self._folds()
+        # No window is without tokens, even of an empty image.
+        size, folds = (height or 1, width or 1) if window is None else window, self._folds()
         x = cast_by_autocast(x)
         if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _projected.serves(x):
             packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
             if packed is None:
                 return self._unfolded(x, size)
-            if x.shape[1] != packed.proj.shape[1]:
-                raise ValueError(f"x: expected {packed.proj.shape[1]} channels, got shape {tuple(x.shape)}")
+            require_image(x, packed.proj.shape[1])
             return _projected.projected(x, packed, self.scale, *size)
         weights = cached(folds, (*size, x.dtype), lambda: self._weights_for(size, x.dtype))
         if weights is None:
             return self._unfolded(x, size)
+        require_image(x, weights.proj_weight.shape[1])
         out = cascaded_group_attention(x, *weights[:5], scale=self.scale, window_size=size)
         return folded_convolution(out.relu(), weights.proj_weight, weights.proj_bias)
 
@@ -205,12 +207,15 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
             return None
         convs, norms = zip(*pairs, strict=True)
         heads, weights = self.num_heads, [conv.weight for conv in convs]
+        require_image(x, heads * weights[0].shape[1])
         out, statistics = OPERATORS["cascaded_group_attention_batch_norm"](
             x,
             weights[:heads],
             weights[heads:],
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
+            [norm.weight for norm in norms[:heads]],
+            [norm.bias for norm in norms[:heads]],
+            [norm.weight for norm in norms[heads:]],
+            [norm.bias for norm in norms[heads:]],
             self._bias(size),
             [norm.eps for norm in norms],
             self.scale,

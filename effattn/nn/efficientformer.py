@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from effattn._tracing import is_exporting_to_onnx, static_shape
 from effattn.functional import biased_attention
-from effattn.nn.arguments import pair, require_positive
+from effattn.nn.arguments import pair, require_image, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias, gather_attention_map
 from effattn.nn.fold_cache import FoldCache, Folds, cached, invalidate
 from effattn.nn.origin import is_genuine
@@ -108,12 +108,14 @@ class EfficientFormerAttention(FxLeaf, FoldCache):
         if isinstance(x, Proxy):
             return self._fx_node(x, size)
         if x.dim() != 3:
-            raise ValueError(f"x: expected (B, tokens, C), got shape {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (B, tokens, C), got {tuple(x.shape)}")
         _, tokens, _ = static_shape(x)
         folds = self._folds()
         if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
             packed = cached(folds, f"packed {tokens} {size}", lambda: self._packed(tokens, size))
             if packed is not None:
+                if x.shape[2] != packed.qkv.shape[1]:
+                    raise ValueError(f"x: expected shape (B, tokens, {packed.qkv.shape[1]}), got {tuple(x.shape)}")
                 # As an image of one row: of one column, neither memory order would be the tokens'.
                 return _operator.projected_attention(x.mT.unsqueeze(2), packed, self.scale).squeeze(2).mT
         bias = cached(folds, ("bias", tokens, size), lambda: at_least_float32(self._bias(tokens, size)))
@@ -149,8 +151,8 @@ class EfficientFormerAttention(FxLeaf, FoldCache):
         own: Size = self.__dict__.get("resolution") or (math.isqrt(known),) * 2
         if size is None:
             size = own if tokens == known else _square(tokens)
-        if size is None or size[0] * size[1] != tokens:
-            expected = "a square number of" if size is None else f"{size[0]} x {size[1]}"
+        if size is None or tokens == 0 or size[0] * size[1] != tokens:
+            expected = "a square number of" if size is None or tokens == 0 else f"{size[0]} x {size[1]}"
             raise ValueError(f"x: expected {expected} tokens, got shape (B, {tokens}, C)")
         if _is_dense_prediction(self):
             return _dense_prediction_bias(self, tokens, tokens)
@@ -414,12 +416,14 @@ class EfficientFormerV2Attention(_V2):
         """(B, dim, H, W) -> (B, dim, H, W)"""
         if isinstance(x, Proxy):
             return self._fx_node(x)
+        require_image(x)
         _, _, height, width = static_shape(x)
         size, folds = (height, width), self._folds()
         attended = size if self.stride_conv is None else _operator.halved(size)
         packed = self._packed_if_served(folds, x, attended[0] * attended[1], lambda: self._packed(attended))
         if packed is not None:
             weights, activation = packed
+            require_image(x, weights.qkv.shape[1])
             x = cast_by_autocast(x)
             return _operator.projected_attention(x, weights, self.scale, activation=activation, out_size=size)
         if self.stride_conv is not None:
@@ -530,11 +534,13 @@ class EfficientFormerV2AttentionDownsample(_V2):
         """(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))"""
         if isinstance(x, Proxy):
             return self._fx_node(x)
+        require_image(x)
         _, _, height, width = static_shape(x)
         size, folds = (height, width), self._folds()
         packed = self._packed_if_served(folds, x, size[0] * size[1], lambda: self._packed(size))
         if packed is not None:
             weights, activation = packed
+            require_image(x, weights.qkv.shape[1])
             return _operator.projected_attention(cast_by_autocast(x), weights, self.scale, activation=activation)
         k, v = self._projected(folds, x, "k", "v")
         local = self._convolved(folds, "v_local", v)

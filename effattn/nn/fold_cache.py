@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -33,6 +34,7 @@ class _Steps:
     count = 0
     #: Set by the hook, counted by whoever looks: a compiled step would be compiled again for every count.
     pending = False
+    lock = threading.Lock()
 
 
 def _note_step(*_: Any) -> None:
@@ -44,10 +46,11 @@ register_optimizer_step_post_hook(_note_step)
 
 
 def _steps() -> int:
-    if _Steps.pending:
-        _Steps.pending = False
-        _Steps.count += 1
-    return _Steps.count
+    with _Steps.lock:
+        if _Steps.pending:
+            _Steps.pending = False
+            _Steps.count += 1
+        return _Steps.count
 
 
 class Fingerprint:

@@ -12,7 +12,7 @@ from torch.fx import Proxy
 from torch.nn import functional
 
 from effattn.functional import multi_scale_linear_attention
-from effattn.nn.arguments import require_positive
+from effattn.nn.arguments import require_image, require_positive
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.origin import is_genuine
 from effattn.nn.projection import (
@@ -110,6 +110,7 @@ class LiteMLA(FxLeaf, FoldCache):
         """(B, C, H, W) -> (B, out_channels, H, W), of x's memory format."""
         if isinstance(x, Proxy):
             return self._fx_node(x)
+        require_image(x)
         folds = self._folds()
         if (
             not torch.is_grad_enabled()
@@ -139,6 +140,7 @@ class LiteMLA(FxLeaf, FoldCache):
         if found is None:
             return None
         weights, act = found
+        require_image(x, weights.qkv_weight.shape[1])
         out = _lite_mla.lite_mla(x, weights, self.dim, self.eps)
         return out if act is None else act(out)
 

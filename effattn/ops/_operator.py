@@ -27,6 +27,9 @@ from effattn.ops._triton_operators import TritonOperators
 
 # Looked up once: a call on one token is made in a few microseconds.
 _is_transforming, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
+#: The types of options that torch takes for what they are.
+_NUMBERS = frozenset((int, float))
 #: Plain types of tensors: any other (fake, functional, a subclass) takes the slow path.
 _EAGER = (torch.Tensor, torch.nn.Parameter)
 #: Every differentiable operator, by name.
@@ -49,7 +52,7 @@ class Operator:
         name: of the torch operators, and of the files of kernels.
         signature: what it takes and returns (:mod:`effattn.ops._signature`).
         plain: the equation in differentiable torch operations, of all arguments; returns the output.
-        limited: of all arguments, the sizes that backends may have a limit for.
+        limited_sizes: of all arguments, the sizes that backends may have a limit for.
         limits: of each of these, the name of its limit.
         cases: of calls for tests, the size of every name (of a name that differs from element to element of a list, one
             each) and the options. ``make_arguments`` of :mod:`effattn.testing` makes the tensors.
@@ -65,7 +68,7 @@ class Operator:
         name: str,
         signature: str,
         plain: Callable[..., Any],
-        limited: Callable[..., Sequence[int]] = lambda *_: (),
+        limited_sizes: Callable[..., Sequence[int]] = lambda *_: (),
         *,
         limits: Sequence[str] = (),
         cases: Sequence[Mapping[str, Any]],
@@ -76,7 +79,7 @@ class Operator:
         self.name = name
         self.signature = Signature(signature)
         self.plain = plain
-        self.limited = limited
+        self.limited_sizes = limited_sizes
         self.cases = tuple(cases)
         self.longest_sum = longest_sum
         self.limits = tuple(limits)
@@ -104,8 +107,12 @@ class Operator:
             if is_transformed or type(first) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # _chosen, inlined for a call whose kernel is done in a microsecond
+                # torch makes numbers of booleans and tensors, and whole ones of any.
+                if not _NUMBERS.issuperset(map(type, arguments[self._num_tensors :])):
+                    self._check(arguments)
                 is_small = not first.is_cpu and is_small_call(arguments[: self._num_activations])
-                backend = registry.choose(self.name, first.device, first.dtype, self.limited(*arguments), is_small)
+                sizes = self.limited_sizes(*arguments)
+                backend = registry.choose(self.name, first.device, first.dtype, sizes, is_small)
                 fused = self._fused.get(backend.name) or self._fused_of(backend, arguments)
             # torch.func and forward mode differentiate through plain operations, never through a kernel.
             if fused is None or is_transformed:
@@ -129,7 +136,7 @@ class Operator:
 
     def named_sizes(self, *arguments: Any) -> list[tuple[str, int]]:
         """The sizes of a call that backends may have a limit for, each with the limit's name."""
-        return list(zip(self.limits, self.limited(*arguments), strict=True))
+        return list(zip(self.limits, self.limited_sizes(*arguments), strict=True))
 
     def _raise_if_wrong(self, arguments: Sequence[Any]) -> None:
         if torch.jit.is_tracing():
@@ -150,9 +157,11 @@ class Operator:
                 options = arguments[self._num_tensors :]
                 numbers = (o.item() if isinstance(o, torch.Tensor) else o for o in options)  # sizes, traced
                 arguments = (*arguments[: self._num_tensors], *numbers)
-                backend = registry.find(self.name, first.device, first.dtype, self.limited(*arguments))
+                backend = registry.find(self.name, first.device, first.dtype, self.limited_sizes(*arguments))
                 return self._fused_of(backend, arguments), arguments, True
-        sizes = self.limited(*arguments)
+        if not is_compiling and not _NUMBERS.issuperset(map(type, arguments[self._num_tensors :])):
+            self._check(arguments)
+        sizes = self.limited_sizes(*arguments)
         find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose
         is_small = is_small_call(arguments[: self._num_activations])
         backend = find(self.name, first.device, first.dtype, sizes, is_small=is_small)
@@ -165,7 +174,7 @@ class Operator:
         return None
 
     def _check(self, arguments: Sequence[Any]) -> None:
-        """In front of plain operations, which would broadcast instead of complaining."""
+        """In front of what complains of nothing: plain operations would broadcast."""
         error = self.signature.error(arguments)
         if error is not None:
             raise error
@@ -207,19 +216,23 @@ class Operator:
         if grad_out is None:
             return *(None if n is None else [None] * n for n in ctx.lengths), *no_options
         arguments, kept = _grouped(ctx.saved_tensors, ctx.lengths)
-        if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this again
+        # create_graph=True, or vmap of a backward: kernels are neither differentiated again nor take a batch of calls.
+        if torch.is_grad_enabled() or _is_transforming() or _is_batched(grad_out):
             return *self.plain_backward(grad_out, *arguments, *ctx.options), *no_options
         return *backward(grad_out, *arguments, *kept, *ctx.options), *no_options
 
     def _autograd_of_plain(self, grad_out: torch.Tensor, *arguments: Any) -> list[Argument]:
-        tensors = flat(arguments[: self._num_tensors])
-        out = self.plain(*arguments)
+        create_graph, tensors = torch.is_grad_enabled(), flat(arguments[: self._num_tensors])
+        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments[: self._num_tensors]]
+        with torch.enable_grad():
+            # Of arguments that are made of one another, the gradient of one must not go on through another: aliases.
+            tensors = [t.view_as(t) for t in tensors]
+            out = self.plain(*_grouped(tensors, lengths)[0], *arguments[self._num_tensors :])
         wanted = [t for t in tensors if t.requires_grad]
         out = out[0] if self._returns_all else out
         # Of an empty image, no weight is used.
-        options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
         grads = iter(torch.autograd.grad(out, wanted, grad_out, **options))
-        lengths = [None if isinstance(a, torch.Tensor) else len(a) for a in arguments[: self._num_tensors]]
         return _grouped([next(grads) if t.requires_grad else None for t in tensors], lengths)[0]
 
 
@@ -267,11 +280,17 @@ class InferenceOperator:
         return not is_transformed and find(self.name, x.device, x.dtype)
 
     def __call__(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """Calls the chosen backend."""
+        """Calls the chosen backend; TypeError or ValueError if an argument is wrong that is not packed."""
         find = registry.find if torch.compiler.is_compiling() else registry.choose
         if find(self.name, x.device, x.dtype).namespace is None:
             return self.plain(x, *arguments)
-        out: torch.Tensor = self._operator(x, *arguments)
+        try:
+            out: torch.Tensor = self._operator(x, *arguments)
+        except RuntimeError:
+            error = None if self.signature is None else self.signature.error((x, *arguments))
+            if error is not None:
+                raise error from None
+            raise
         return out
 
 

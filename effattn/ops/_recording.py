@@ -75,15 +75,16 @@ def _register_flops(operator: str, prepared: Callable[[Sequence[Any]], Callable[
         @flop_counter.register_flop_formula(packet, get_raw=True)
         def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             key = str(pytree.tree_map_only(torch.Tensor, lambda t: (t.dtype, *t.shape), args))
-            if key not in known:
+            flops = known.get(key)
+            if flops is None:
                 like = pytree.tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), args)
                 # What is below torch_dispatch has no autograd.
                 with torch.overrides.enable_reentrant_dispatch(), flop_counter.FlopCounterMode(display=False) as outer:
                     run = prepared(_with_empty_lists(packet.default, like))
                     before = outer.get_total_flops()
                     run()
-                    known[key] = outer.get_total_flops() - before
-            return known[key]
+                    flops = known[key] = outer.get_total_flops() - before
+            return flops
 
     when_imported("torch.utils.flop_counter", register_formula)
 

@@ -33,7 +33,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -423,7 +423,7 @@ def _wrong_option(argument: Argument, given: Any) -> Exception | None:
         return None
     if argument.kind == "number":
         return _wrong_number(name, argument, given)
-    if not isinstance(given, (int, torch.SymInt)) or isinstance(given, bool):
+    if not isinstance(given, (Integral, torch.SymInt)) or isinstance(given, bool):
         return TypeError(f"{name}: expected an int, got {type(given).__name__}")
     if not argument.minimum <= given <= argument.maximum:
         maximum = "" if argument.maximum == math.inf else f" and <= {argument.maximum:.0f}"

@@ -24,10 +24,10 @@ SIGNATURE = """
 """
 
 
-LIMITED = ("channels", "channels", "talking_heads")
+LIMIT_NAMES = ("channels", "channels", "talking_heads")
 
 
-def limited(
+def limited_sizes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, talking_heads: Tensors, scale: float
 ) -> tuple[int, ...]:
     return q.shape[3], v.shape[3], q.shape[1] if talking_heads else 0
@@ -60,4 +60,6 @@ CASES = (
     {"B": 1, "heads": 8, "N": 49, "M": 49, "D": 32, "Dv": 128, "scale": 32**-0.5, "without": ("talking_heads",)},
     {"B": 3, "heads": 1, "N": 1, "M": 33, "D": 7, "Dv": 1, "scale": 0.4},
 )
-OPERATOR = Operator("biased_attention", SIGNATURE, plain, limited, limits=LIMITED, cases=CASES, longest_sum=longest_sum)
+OPERATOR = Operator(
+    "biased_attention", SIGNATURE, plain, limited_sizes, limits=LIMIT_NAMES, cases=CASES, longest_sum=longest_sum
+)

@@ -31,10 +31,10 @@ SIGNATURE = """
 """
 
 
-LIMITED = ("channels", "channels", "kernel", "heads")
+LIMIT_NAMES = ("channels", "channels", "kernel", "heads")
 
 
-def limited(
+def limited_sizes(
     x: torch.Tensor, qkv: Tensors, qkv_biases: Tensors, dw: Tensors, dw_biases: Tensors, bias: torch.Tensor, *_: float
 ) -> tuple[int, ...]:
     return x.shape[1] // len(qkv), dw[0].shape[0], max([weight.shape[-1] for weight in dw]), len(qkv)
@@ -106,5 +106,11 @@ CASES = (
     | {"scale": 0.4, "without": ("qkv_biases", "q_dw_biases")},
 )
 OPERATOR = Operator(
-    "cascaded_group_attention", SIGNATURE, plain, limited, limits=LIMITED, cases=CASES, longest_sum=longest_sum
+    "cascaded_group_attention",
+    SIGNATURE,
+    plain,
+    limited_sizes,
+    limits=LIMIT_NAMES,
+    cases=CASES,
+    longest_sum=longest_sum,
 )

@@ -1,6 +1,6 @@
 """cascaded_group_attention with the batch's BatchNorm behind every projection and convolution of q, for training.
 
-Windows divide the image. Norms and their eps are those behind the projections, then those behind the convolutions;
+Windows divide the image. eps are of the norms behind the projections, then of those behind the convolutions of q;
 statistics are means, then variances over the batch (not corrected).
 """
 
@@ -23,8 +23,10 @@ SIGNATURE = """
     x              image (positive B, heads * d, positive down * window_height, positive across * window_width)
     qkv_weights    weights[positive heads] (2 * key_dim + d, d, 1, 1)
     q_dw_weights   weights[heads] (positive key_dim, 1, odd k, k)
-    norm_weights   weights[2 * heads] (w)
-    norm_biases    weights[2 * heads] (b)
+    qkv_norm_weights weights[heads] (2 * key_dim + d)
+    qkv_norm_biases  weights[heads] (2 * key_dim + d)
+    q_norm_weights weights[heads] (key_dim)
+    q_norm_biases  weights[heads] (key_dim)
     attention_bias weight (heads, window_height * window_width, window_height * window_width)
     eps            numbers[2 * heads]
     scale          number
@@ -40,8 +42,10 @@ def plain(
     x: torch.Tensor,
     qkv_weights: Sequence[torch.Tensor],
     q_dw_weights: Sequence[torch.Tensor],
-    norm_weights: Sequence[torch.Tensor],
-    norm_biases: Sequence[torch.Tensor],
+    qkv_norm_weights: Sequence[torch.Tensor],
+    qkv_norm_biases: Sequence[torch.Tensor],
+    q_norm_weights: Sequence[torch.Tensor],
+    q_norm_biases: Sequence[torch.Tensor],
     attention_bias: torch.Tensor,
     eps: Sequence[float],
     scale: float,
@@ -49,6 +53,7 @@ def plain(
     window_width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads, key_dim = len(qkv_weights), static_shape(q_dw_weights[0])[0]
+    norm_weights, norm_biases = (*qkv_norm_weights, *q_norm_weights), (*qkv_norm_biases, *q_norm_biases)
     means: dict[int, torch.Tensor] = {}
     variances: dict[int, torch.Tensor] = {}
 
@@ -76,8 +81,7 @@ def longest_sum(sizes: Mapping[str, Any]) -> int:
 
 CASES = (
     {"B": 2, "heads": 2, "d": 4, "key_dim": 4, "down": 2, "across": 1, "k": (3, 5)}
-    | {"window_height": 3, "window_width": 2, "w": (12, 12, 4, 4), "b": (12, 12, 4, 4)}
-    | {"eps": (1e-5,) * 4, "scale": 0.5},
+    | {"window_height": 3, "window_width": 2, "eps": (1e-5,) * 4, "scale": 0.5},
 )
 OPERATOR = Operator(
     "cascaded_group_attention_batch_norm",

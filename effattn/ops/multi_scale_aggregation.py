@@ -27,10 +27,10 @@ SIGNATURE = """
 """
 
 
-LIMITED = ("channels", "kernel", "scales")
+LIMIT_NAMES = ("channels", "kernel", "scales")
 
 
-def limited(
+def limited_sizes(
     qkv: torch.Tensor, dw: Tensors, pw: Tensors, dw_biases: Tensors, pw_biases: Tensors, head_dim: int, *_: float
 ) -> tuple[int, ...]:
     return head_dim, max([0, *(weight.shape[-1] for weight in dw)]), len(dw)
@@ -70,5 +70,5 @@ CASES = (
     {"B": 1, "heads": 1, "head_dim": 7, "H": 1, "W": 9, "S": 0, "k": ()},
 )
 OPERATOR = Operator(
-    "multi_scale_aggregation", SIGNATURE, plain, limited, limits=LIMITED, cases=CASES, longest_sum=longest_sum
+    "multi_scale_aggregation", SIGNATURE, plain, limited_sizes, limits=LIMIT_NAMES, cases=CASES, longest_sum=longest_sum
 )

@@ -49,8 +49,8 @@ OPERATOR = Operator(
     "multi_scale_linear_attention",
     SIGNATURE,
     plain,
-    multi_scale_aggregation.limited,
-    limits=multi_scale_aggregation.LIMITED,
+    multi_scale_aggregation.limited_sizes,
+    limits=multi_scale_aggregation.LIMIT_NAMES,
     cases=CASES,
     longest_sum=multi_scale_aggregation.longest_sum,
 )

@@ -21,10 +21,10 @@ SIGNATURE = """
 """
 
 
-LIMITED = ("channels", "channels", "dimensions")
+LIMIT_NAMES = ("channels", "channels", "dimensions")
 
 
-def limited(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[int, ...]:
+def limited_sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> tuple[int, ...]:
     return q.shape[-1], v.shape[-1], q.dim()
 
 
@@ -74,8 +74,8 @@ OPERATOR = Operator(
     "relu_linear_attention",
     SIGNATURE,
     plain,
-    limited,
-    limits=LIMITED,
+    limited_sizes,
+    limits=LIMIT_NAMES,
     cases=CASES,
     longest_sum=longest_sum,
     plain_backward=plain_backward,

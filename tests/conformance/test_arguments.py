@@ -6,14 +6,15 @@ from __future__ import annotations
 import contextlib
 import re
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_calls import arguments_of_calls
-from specified import mapped
+from specified import first_of, mapped
 from torch.autograd import forward_ad
-from wrong_calls import WRONG_CALLS, one_larger
+from wrong_calls import CONVERTED_BY_TORCH, WRONG_CALLS, one_larger
 
 from effattn import use_backend
 from effattn.ops import INFERENCE_OPERATORS, OPERATORS
@@ -22,7 +23,7 @@ from effattn.testing import make_arguments
 pytestmark = pytest.mark.arguments
 
 
-@pytest.mark.parametrize(("operator", "arguments", "error", "name", "text"), WRONG_CALLS)
+@pytest.mark.parametrize(("operator", "arguments", "error", "name", "text"), WRONG_CALLS + CONVERTED_BY_TORCH)
 def test_the_error_names_the_argument(operator, arguments, error, name, text):
     said = set()
     for backend in ("cpu", "reference"):
@@ -39,6 +40,17 @@ def test_the_error_names_the_argument(operator, arguments, error, name, text):
         assert re.search(r"expected (shape .* with|(none or )?\w+ = \d+ tensors|at least one tensor).*, got ", message)
     else:
         assert argument == name and text in message
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_numpys_numbers_are_numbers(operator):
+    arguments = make_arguments(operator, operator.cases[0])
+    number = {int: numpy.int64, float: numpy.float64}
+    options = [number[type(a)](a) if type(a) in number else a for a in arguments]
+    expected = first_of(operator(*arguments))
+    assert torch.equal(first_of(operator(*options)), expected)
+    with use_backend("reference"):
+        assert first_of(operator(*options)).shape == expected.shape
 
 
 def there(target, arguments):

@@ -9,6 +9,7 @@ from specified import (
     check_against_float64,
     first_of,
     flattened,
+    gradients_through_one_another,
     mapped,
     of_at_least,
     second_derivatives,
@@ -76,6 +77,21 @@ def test_second_derivatives(target, operator, case):
     results = second_derivatives(operator, operator, there(target, arguments))
     check_against(
         lambda: second_derivatives(operator, operator.plain, wide), results, operator.longest_sum(case), roundings
+    )
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(("operator", "case"), FIRST)
+def test_gradients_of_arguments_that_are_made_of_one_another(target, operator, case, create_graph):
+    """As of tied weights, or k made of q: no path between arguments is gone twice."""
+    arguments = make_arguments(operator, case)
+    wide = mapped(torch.Tensor.double, arguments)
+    results = gradients_through_one_another(operator, there(target, arguments), create_graph=create_graph)
+    check_against(
+        lambda: gradients_through_one_another(operator.plain, wide, create_graph=False),
+        results,
+        operator.longest_sum(case),
+        CPU_ROUNDINGS if target.backend == "cpu" else GPU_ROUNDINGS,
     )
 
 

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from same import assert_all_same
 from specified import REPRESENTATIVES, AsModule, first_of, flattened, mapped, of_other_sizes, publicly, with_gradients
 from tiers import full
 from torch import fx
@@ -97,6 +98,20 @@ def test_only_the_gradients_that_are_asked_for(target, operator, case):
         tensors[asked].requires_grad_()
         first_of(operator(*arguments)).sum().backward()
         assert [i for i, t in enumerate(tensors) if t.grad is not None] == [asked]
+
+
+@by_operator
+def test_a_batch_of_gradients(target, operator, case):
+    """autograd.grad(is_grads_batched=True), and with it functional.jacobian(vectorize=True): as one by one."""
+    arguments = made(target, operator, case, requires_grad=True)
+    out, tensors = first_of(operator(*arguments)), flattened(arguments)
+    grads_out = torch.randn(3, *out.shape).to(out)
+    batched = torch.autograd.grad(out, tensors, grads_out, retain_graph=True, is_grads_batched=True)
+    with use_backend("reference"):
+        out = first_of(operator(*arguments))
+        one_by_one = [torch.autograd.grad(out, tensors, grad_out, retain_graph=True) for grad_out in grads_out]
+    assert not any(t.requires_grad for t in batched)
+    assert_all_same(batched, [torch.stack(single) for single in zip(*one_by_one, strict=True)])
 
 
 @by_operator

@@ -203,6 +203,15 @@ def second_derivatives(operator: Operator, call: Callable[..., Any], arguments: 
     return {"second derivatives": torch.cat([t.flatten() for t in second])}
 
 
+def gradients_through_one_another(call: Callable[..., Any], arguments: Sequence[Any], *, create_graph: bool) -> Results:
+    """Gradients of leaves of which the arguments are made: each has the mean of the one before it added."""
+    leaves = mapped(lambda t: t.detach().requires_grad_(), arguments)
+    means = iter([0, *(t.mean() for t in flattened(leaves))])
+    out = first_of(call(*mapped(lambda t: t + next(means), leaves)))
+    grads = torch.autograd.grad(out.square().sum(), flattened(leaves), create_graph=create_graph)
+    return {f"grad {i}": grad.detach() for i, grad in enumerate(grads)}
+
+
 def named(operator: Operator, case: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a case by name."""
     names = (argument.name for argument in operator.signature.arguments)

@@ -86,7 +86,16 @@ def wrong_options(argument, given):
             yield f"{name} {number}", number, ValueError, f"{name}: expected a finite float32"
 
 
-def wrong_calls():
+def converted_by_torch(argument, _):
+    """Options that torch makes numbers of before an operator sees them."""
+    kind = {"integer": "an int", "number": "a number"}.get(argument.kind)
+    if kind is not None:
+        for value in (True, torch.tensor(1), torch.tensor(1.5)):
+            got = type(value).__name__
+            yield f"{argument.name} {value}", value, TypeError, f"{argument.name}: expected {kind}, got {got}"
+
+
+def wrong_calls(wrong_options):
     calls = []
     for operator in OPERATORS.values():
         arguments = make_arguments(operator, operator.cases[0])
@@ -104,4 +113,8 @@ def wrong_calls():
     return calls
 
 
-WRONG_CALLS = wrong_calls()
+WRONG_CALLS = wrong_calls(wrong_options)
+#: Wrong for effattn's functions alone.
+CONVERTED_BY_TORCH = [
+    call for call in wrong_calls(converted_by_torch) if call.id not in {wrong.id for wrong in WRONG_CALLS}
+]

@@ -49,7 +49,8 @@ class Arena {
   EFFATTN_INLINE int64_t taken() const { return taken_; }
 
 #ifdef __SANITIZE_ADDRESS__
-  // A copy is for whoever uses the rest next: what was in it is gone.
+  // A copy hands the rest to a callee. It is poisoned, so that nobody reads what an earlier callee left
+  // there.
   EFFATTN_INLINE Arena(const Arena& other)
       : memory_(other.memory_), floats_(other.floats_), taken_(other.taken_) {
     poison(taken_, floats_ - taken_);
@@ -116,7 +117,7 @@ float* kept_by_thread(int64_t floats) {
   return memory.get();
 }
 
-// What one thread works in: one such arena at a time.
+// What one thread works in. A second call returns the same memory.
 inline Arena thread_arena(int64_t floats) { return {kept_by_thread<Use::kOwn>(floats), floats}; }
 
 template <class Pieces, class... Arguments>

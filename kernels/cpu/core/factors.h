@@ -5,12 +5,12 @@
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-// The register block: kRows x 3 sums (kRowsIfNarrow x 1, to have enough sums under way), 3 vectors of b and
-// one scalar of a must fit the register file (32 registers with AVX-512 and NEON, 16 before).
+// The register block: kRows x 3 sums (kRowsIfOneVector x 1, to have enough sums under way), 3 vectors of b
+// and one scalar of a must fit the register file (32 registers with AVX-512 and NEON, 16 before).
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 8, kRowsIfNarrow = 16;
+constexpr int kRows = 8, kRowsIfOneVector = 16;
 #else
-constexpr int kRows = 4, kRowsIfNarrow = 8;
+constexpr int kRows = 4, kRowsIfOneVector = 8;
 #endif
 
 // a(r, p) = data[r + p * stride]: the scalars of a step are neighbours.
@@ -18,7 +18,7 @@ struct RowsAdjacent {
   const float* data;
   int64_t stride;
 
-  static constexpr int kMaxRows = kRowsIfNarrow;
+  static constexpr int kMaxRows = kRowsIfOneVector;
   template <int R>
   struct Cursor {
     static constexpr int kSteps = 1;
@@ -38,7 +38,7 @@ struct StepsAdjacent {
   const float* data;
   int64_t stride;
 
-  static constexpr int kMaxRows = ManySteps ? 8 : kRowsIfNarrow;
+  static constexpr int kMaxRows = ManySteps ? 8 : kRowsIfOneVector;
   template <int R>
   struct Cursor {
     static constexpr int kSteps = ManySteps ? 8 : 1, kRowsPerPointer = ManySteps ? 1 : 4;

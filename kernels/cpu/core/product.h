@@ -13,7 +13,7 @@ template <int R, int V, class Scalars, class T, bool Relu>
 struct Block {
   using Cursor = typename Scalars::template Cursor<R>;
   static constexpr int kSteps = Cursor::kSteps;
-  static constexpr int kChains = kSteps > 1 && V == 1 && R < kRowsIfNarrow ? 2 : 1;
+  static constexpr int kChains = kSteps > 1 && V == 1 && R < kRowsIfOneVector ? 2 : 1;
   Vec acc[kChains][R][V];
   Cursor scalars;
   const T* vectors;

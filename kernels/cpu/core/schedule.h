@@ -87,7 +87,7 @@ void reduce_then_use(const Schedule& s, float* kept, const Parallel& parallel, c
             min(from + s.chunk, tokens), i + 1 < end ? next : Next::kNothing,
             following / chunks_of_group, following % chunks_of_group * s.chunk};
   };
-  // A chunk is worth a thread: there are so many that states take two rounds.
+  // Not below kMinWorkPerThread, so that each chunk may get a thread of its own.
   const int64_t chunk_work = max(kMinWorkPerThread, s.group_work / max(1, chunks + used_chunks));
   parallel(groups * chunks, chunk_work, [&](int64_t begin, int64_t end) {
     const Arena scratch = thread_arena(s.scratch_floats);

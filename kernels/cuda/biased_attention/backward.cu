@@ -40,14 +40,15 @@ EFFATTN_DEVICE void gradients_of_tile(const Args& p, const TalkingHeads<const fl
   const int rows = p.heads_per_block * p.rows;
   float* const softmax = buffer<kSpills>(p, 0);
   float* const grad = buffer<kSpills>(p, 1);
-  // Of talking heads, what is mixed to these.
+  // With talking heads: the logits before the first mixing, and the gradients before the second one's
+  // transpose.
   float* const unmixed = p.has_talking_heads() ? buffer<kSpills>(p, 3) : softmax;
   float* const mixed = p.has_talking_heads() ? buffer<kSpills>(p, 2) : grad;
   EFFATTN_NOT_UNROLLED
   for (int i = 0; i < 2; ++i) {
     pairs<T>(p, at,
              i == 0 ? Pairs{p.q, p.k, p.head_dim, p.scale, p.bias, unmixed}
-                    : Pairs{p.out, p.v, p.value_dim, 1, nullptr, mixed});
+                    : Pairs{p.out, p.v, p.value_dim, 1, nullptr, mixed});  // grad_out v^T
   }
   sync_block();
   if (p.has_talking_heads()) {
@@ -162,7 +163,7 @@ EFFATTN_DEVICE void multiply_narrow(const Multiply& p, const float* data, const 
       cp_async_commit();
       cp_async_wait<0>();
       sync_block();
-      if (inner % kNarrowDepth == 0) sums.add_to(total);
+      if (inner % kNarrowDepth == 0) sums.add_to(total);  // tensor cores truncate: no longer chain of sums
       sums.multiply_add<T>(TileOperand<2, true, kTransposed>(matrix, tile.row),
                            TileOperand<kPartsOf<T>, false, true>(values, tile.col), tile.groups, depth);
       sync_block();

@@ -1,5 +1,5 @@
-// Products of narrow types on tensor cores, 16 rows by some 16 columns a warp, in steps of 16 of the depth
-// (mma_m16n8k16 of device.h). Sums are float32.
+// Products of 16-bit types (bfloat16, float16) on tensor cores, 16 rows by some 16 columns a warp, in steps
+// of 16 of the depth (mma_m16n8k16). Sums are float32.
 //
 // An operand is exact, or each number of it is the sum of two parts of bfloat16.
 #pragma once

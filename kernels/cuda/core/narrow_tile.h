@@ -1,6 +1,6 @@
-// Tiles of 16-bit elements in shared memory, for products on tensor cores (narrow_products.h).
+// Tiles of 16-bit elements in shared memory, for products on tensor cores (narrow_product.h).
 //
-// Tensors of a narrow type lie there as they are; float32 numbers, and float16 ones that are multiplied with
+// Tensors of a 16-bit type lie there as they are; float32 numbers, and float16 ones that are multiplied with
 // such, in two parts of bfloat16, split once when they are placed.
 #pragma once
 
