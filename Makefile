@@ -15,6 +15,8 @@ export TIMEFORMAT := %R s by the clock, cores busy for %U s and %S s (system)
 # Tests of what Triton's compiler makes of the kernels, which its interpreter knows nothing of.
 TRITON_COMPILED := tests/triton/compiled
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# A package's modules are compiled when they are imported, as few are.
+export PIP_NO_COMPILE := 1
 TIER := $(if $(FULL),--full)
 # A process a core, which takes tests from the others when it has none left.
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal $(TIER)
@@ -30,7 +32,7 @@ $(BUILD_TEST) test-install: export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
 $(BUILD_TEST) test-install: export EFFATTN_CUDA_CHANNELS ?= $(if $(or $(FULL),$(shell command -v nvidia-smi)),128,32)
 NATIVE := $(shell find csrc kernels effattn/ops -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test test-full downloads bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
+.PHONY: help demo train test test-full downloads arm64 bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -40,7 +42,7 @@ demo: $(VENV)/.build $(VENV)/.demo ## a real model on a real photograph, stock a
 	$(BIN)/python examples/demo.py
 
 test: ## what CI runs: the short tier of lint, docs and everything named test-..., but for test-wheel
-	$(MAKE) -j3 -O lint $(BUILD_TEST) downloads  # of which one waits for them
+	$(MAKE) -j3 -O arm64 lint $(BUILD_TEST) downloads  # of which one waits for them
 	PYTEST_XDIST_AUTO_NUM_WORKERS=$(HALF_THE_CORES) $(MAKE) -j2 -O $(LANES)
 	$(if $(FULL),$(MAKE) test-wheel)
 	@echo "all tests passed"
@@ -64,6 +66,9 @@ cpp-example: $(VENV)/.build $(VENV)/.cpp ## an accelerated model, compiled ahead
 # What the parts of the tests install, while the build keeps the cores.
 downloads: $(VENV)/.lint $(VENV)/.ccache
 	$(MAKE) -j1 $(VENV)/.test $(VENV)/.docs
+
+# While torch is installed, which takes one core. After ccache, since apt-get runs once at a time.
+arm64: $(VENV)/.ccache
 	$(BIN)/python tests/aarch64.py --prepare
 
 lint: $(VENV)/.lint ## ruff, mypy, clang-format
@@ -117,11 +122,15 @@ clean: ## removes what was built, not the virtual environment
 # --- set-up ---------------------------------------------------------------------------------------
 
 # A torch that $(PYTHON) already has is used as it is; the environment then sees its packages.
-$(VENV)/.torch:
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  echo "using the torch that $(PYTHON) imports"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+$(VENV)/.venv:
+	@$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.venv
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	  echo "using the torch that is there"; \
 	else \
-	  echo "installing $(TORCH)"; $(PYTHON) -m venv $(VENV) && $(PIP) install $(TORCH); \
+	  echo "installing $(TORCH)"; $(PIP) install $(TORCH); \
 	fi
 	@touch $@
 
@@ -140,7 +149,7 @@ $(BUILD_TEST): $(VENV)/.tools $(VENV)/.ccache $(NATIVE)
 	@touch $@ $(VENV)/.build
 
 # A build from an sdist, and the second of a sanitized one, finds its objects there. It goes without where nothing can be installed.
-$(VENV)/.ccache: $(VENV)/.tools
+$(VENV)/.ccache: $(VENV)/.venv
 	@command -v ccache >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && \
 	  apt-get -qq update && apt-get -qq install --yes --no-install-recommends ccache >/dev/null; } || \
 	  echo "no ccache: every build compiles everything"

@@ -157,6 +157,7 @@ def emulated_python(sysroot: Path) -> Path:
 def make_site(folder: Path, version: str) -> None:
     """Installs wheels for aarch64 and Python ``version``."""
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--target", str(folder)]
+    pip += ["--compile"]  # here: it takes the emulated Python thirty times as long
     pip += ["--only-binary=:all:", "--implementation", "cp", "--python-version", version]
     for platform in ("manylinux_2_28_aarch64", "manylinux2014_aarch64"):
         pip += ["--platform", platform]
@@ -231,7 +232,8 @@ def main() -> int:
     except subprocess.CalledProcessError as error:  # the command has said why
         sys.exit(f"aarch64: cannot run the tests: {error}")
     tier = ["--full"] if arguments.full else []
-    default = [*marked("numerics"), "-m", FULL if arguments.full else SHORT]
+    # More draws of numbers ask for the tolerance, which is no instruction set's, and would take an hour.
+    default = [*marked("numerics"), "-m", FULL if arguments.full else SHORT, "-k", "not test_other_numbers"]
     with phase("tests under qemu"):
         return run_tests(stage, sysroot, site, ["-q", "-x", *tier, *(pytest_arguments or default)])
 

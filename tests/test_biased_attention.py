@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from refused import refused
+from same import assert_same
 from specified import check_against_float64, named
 from swept import swept
 
@@ -71,7 +72,7 @@ def test_equal_logits_are_an_average(isa, talking):
     if talking:
         mixing[2:] = [torch.eye(3), torch.zeros(3)]
     out = biased_attention(q, k, v, bias, talking_heads=mixing or None)
-    torch.testing.assert_close(out, v.mean(dim=2, keepdim=True).expand(-1, -1, 9, -1))
+    assert_same(out, v.mean(dim=2, keepdim=True).expand(-1, -1, 9, -1))
 
 
 @talking_or_not
@@ -103,7 +104,7 @@ def test_a_bias_of_minus_infinity_masks(isa):
     masked = bias.clone()
     masked[:, :, 30:] = -float("inf")
     short = biased_attention(q, k[:, :, :30], v[:, :, :30], bias[:, :, :30])
-    torch.testing.assert_close(biased_attention(q, k, v, masked), short)
+    assert_same(biased_attention(q, k, v, masked), short)
 
 
 def test_the_scale_by_default():

@@ -216,7 +216,7 @@ def test_equal_logits_are_an_average(isa):
     (v, v_bias), (proj, proj_bias) = ([t.double() for t in weights[name]] for name in ("v", "proj"))
     mean = x.double().mean(dim=(2, 3)) @ v.mT + v_bias
     expected = (mean @ proj.mT + proj_bias)[:, :, None, None].expand_as(out)
-    torch.testing.assert_close(out, expected.float())
+    assert_same(out, expected.float())
 
 
 @pytest.mark.remainders

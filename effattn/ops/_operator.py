@@ -28,7 +28,7 @@ from effattn.ops._triton_operators import TritonOperators
 # Looked up once: a call on one token is made in a few microseconds.
 _is_transforming, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
-#: The types of options that torch takes for what they are.
+#: The types of options that torch takes for what they are; of bools and tensors it makes numbers, of those ints.
 _NUMBERS = frozenset((int, float))
 #: Plain types of tensors: any other (fake, functional, a subclass) takes the slow path.
 _EAGER = (torch.Tensor, torch.nn.Parameter)
@@ -107,9 +107,9 @@ class Operator:
             if is_transformed or type(first) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # _chosen, inlined for a call whose kernel is done in a microsecond
-                # torch makes numbers of booleans and tensors, and whole ones of any.
-                if not _NUMBERS.issuperset(map(type, arguments[self._num_tensors :])):
-                    self._check(arguments)
+                for option in arguments[self._num_tensors :]:
+                    if type(option) not in _NUMBERS:
+                        self._check(arguments)
                 is_small = not first.is_cpu and is_small_call(arguments[: self._num_activations])
                 sizes = self.limited_sizes(*arguments)
                 backend = registry.choose(self.name, first.device, first.dtype, sizes, is_small)
@@ -159,7 +159,7 @@ class Operator:
                 arguments = (*arguments[: self._num_tensors], *numbers)
                 backend = registry.find(self.name, first.device, first.dtype, self.limited_sizes(*arguments))
                 return self._fused_of(backend, arguments), arguments, True
-        if not is_compiling and not _NUMBERS.issuperset(map(type, arguments[self._num_tensors :])):
+        if not is_compiling and any(type(option) not in _NUMBERS for option in arguments[self._num_tensors :]):
             self._check(arguments)
         sizes = self.limited_sizes(*arguments)
         find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose

@@ -425,7 +425,8 @@ def _wrong_option(argument: Argument, given: Any) -> Exception | None:
         return _wrong_number(name, argument, given)
     if not isinstance(given, (Integral, torch.SymInt)) or isinstance(given, bool):
         return TypeError(f"{name}: expected an int, got {type(given).__name__}")
-    if not argument.minimum <= given <= argument.maximum:
+    whole = given if isinstance(given, (int, torch.SymInt)) else int(given)
+    if not argument.minimum <= whole <= argument.maximum:
         maximum = "" if argument.maximum == math.inf else f" and <= {argument.maximum:.0f}"
         return ValueError(f"{name}: expected an int >= {argument.minimum:.0f}{maximum}, got {given}")
     return None

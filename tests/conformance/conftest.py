@@ -107,4 +107,4 @@ def _has_kernels(item: Any) -> bool:
 def examples(request: pytest.FixtureRequest) -> int:
     """How many random arguments are tried; fewer where kernels are interpreted or emulated."""
     is_full = request.config.getoption("--full")
-    return (1_000 if is_full else 20) if HERE else (10_000 if is_full else 100)
+    return (1_000 if is_full else 6) if HERE else (10_000 if is_full else 100)

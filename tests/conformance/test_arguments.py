@@ -204,30 +204,35 @@ def almost_fitting(draw, calls):
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 def test_operators_survive_anything(target, operator, examples):
     """They compute or raise; nothing crashes the process or hangs."""
-    kept_names = len(operator.signature.backward_takes)
     inference, forward, backward = (
         getattr(target.ops, operator.name + kind, None) for kind in ("", "_forward", "_backward")
     )
     calls = [make_arguments(operator, case) for case in operator.cases]
+    computed = 0
 
     @settings(max_examples=examples, deadline=None, database=None)
-    @given(almost_fitting(calls), any_tensor(), st.lists(any_tensor(), min_size=kept_names, max_size=kept_names))
-    def survives(arguments, grad_out, kept):
+    @given(almost_fitting(calls), st.data())
+    def survives(arguments, data):
+        nonlocal computed
         arguments = there(target, arguments)
         tensors, options = arguments[: operator.signature.num_tensors], arguments[operator.signature.num_tensors :]
         with contextlib.suppress(RuntimeError):
             if operator.signature.out.kind != "kept":
                 inference(*arguments)
         with contextlib.suppress(RuntimeError):
-            backward(grad_out, *tensors, *kept, *options)
-        with contextlib.suppress(RuntimeError):
             results = forward(*arguments)
-            out, *rest = results if isinstance(results, tuple) else (results,)
-            rest = [out, *rest] if operator.signature.out.kind == "kept" else rest
-            grads = backward(out, *tensors, *rest, *options)
+            out, *kept = results if isinstance(results, tuple) else (results,)
+            kept = [out, *kept] if operator.signature.out.kind == "kept" else kept
+            grads = backward(out, *tensors, *kept, *options)
             assert (grads if isinstance(grads, torch.Tensor) else grads[0]).shape == arguments[0].shape
+            computed += 1
+            taken = [out, *kept]
+            i = data.draw(st.integers(0, len(kept)))
+            (taken[i],) = there(target, [data.draw(changed(taken[i]))])
+            backward(taken[0], *tensors, *taken[1:], *options)
 
     survives()
+    assert computed >= examples // 20, "hardly any of the calls was right"
 
 
 @pytest.mark.parametrize("name", INFERENCE_OPERATORS)
@@ -244,4 +249,4 @@ def test_inference_operators_survive_anything(name, examples):
             computed += 1
 
     survives()
-    assert computed > examples // 20, "hardly any of the calls was right"
+    assert computed >= examples // 20, "hardly any of the calls was right"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cuda_only import SCALARS, cuda_only, workspace_of_inference
 from limits import check_that_a_limit_is_named
+from same import assert_same
 from specified import check_against_float64, expected, mapped, with_gradients
 from tiers import full
 
@@ -120,7 +121,7 @@ def test_bias_of_minus_infinity_masks(device, talking):
         mixing = [eye, zero, eye, zero]
     out = OPERATOR(q, k, v, masked, mixing, scale)
     short = OPERATOR(q, k[:, :, 70:], v[:, :, 70:], bias[:, :, 70:], mixing, scale)
-    torch.testing.assert_close(out, short)
+    assert_same(out, short)
     if not talking:
         masked[1, 3] = -torch.inf
         is_nan = OPERATOR(q, k, v, masked, mixing, scale).isnan()
@@ -159,7 +160,7 @@ def test_a_limit_is_named_or_there_is_none(device, backend, sizes, limit):
 
 @cuda_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [case(1, 8, 9, 430, 4, 4, True), case(2, 1, 3, 26000, 2, 2)], ids=["heads", "keys"])
+@pytest.mark.parametrize("sizes", [case(1, 8, 9, 430, 4, 4, True), case(1, 1, 2, 26000, 2, 2)], ids=["heads", "keys"])
 def test_logits_that_do_not_fit_into_shared_memory(device, backend, sizes, dtype):
     check_against_float64(OPERATOR, sizes, dtype, "first", backend, device)
 
