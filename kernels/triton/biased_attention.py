@@ -1,4 +1,5 @@
-"""Softmax attention with a bias on the logits, forward and backward; with talking heads in a file of its own.
+"""Softmax attention with a bias on the logits, forward and backward; with talking heads in a file of its own,
+through which all are launched (biased_attention_talking_heads.py).
 
 Without talking heads the forward is one launch. The backward writes the softmax and the gradients of its logits in
 float32, which are added up over the batch for the bias's anyway, and multiplies with them.
