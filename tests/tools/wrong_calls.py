@@ -95,14 +95,15 @@ def converted_by_torch(argument, _):
             yield f"{argument.name} {value}", value, TypeError, f"{argument.name}: expected {kind}, got {got}"
 
 
-def wrong_calls(wrong_options):
+def wrong_calls(of_options):
+    """Of every operator, with tensors, lists and, as ``of_options`` yields them, options that are wrong."""
     calls = []
     for operator in OPERATORS.values():
         arguments = make_arguments(operator, operator.cases[0])
         for i, argument in enumerate(operator.signature.arguments):
             found = []
             if argument.is_option:
-                found += [(w, None, v, e, t) for w, v, e, t in wrong_options(argument, arguments[i])]
+                found += [(w, None, v, e, t) for w, v, e, t in of_options(argument, arguments[i])]
             else:
                 found += wrong_tensors(operator, arguments, i)
             if argument.is_list and not argument.is_option:
@@ -114,7 +115,7 @@ def wrong_calls(wrong_options):
 
 
 WRONG_CALLS = wrong_calls(wrong_options)
-#: Wrong for effattn's functions alone.
+#: Calls of functions alone: a torch operator never sees what is wrong.
 CONVERTED_BY_TORCH = [
     call for call in wrong_calls(converted_by_torch) if call.id not in {wrong.id for wrong in WRONG_CALLS}
 ]
