@@ -25,7 +25,6 @@ ALLOWED = re.compile(
             "is of (triton|cuda) alone, where (triton|cuda)( and cuda)? runs",
             "without clusters, sums over tokens are added up",
             "runs on the emulated kernels, in make test-cuda",
-            "an address sanitizer reserves the address space",
         ]
     )
 )
