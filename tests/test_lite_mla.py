@@ -131,3 +131,6 @@ def test_wrong_arguments(name):
     values[position] = value
     with pytest.raises(RuntimeError, match=message):
         OP(*values)
+    if values[0].is_floating_point():  # else no kernel is asked
+        with pytest.raises((TypeError, ValueError), match=message):
+            INFERENCE_OPERATORS["lite_mla"](*values)

@@ -287,7 +287,7 @@ class InferenceOperator:
         try:
             out: torch.Tensor = self._operator(x, *arguments)
         except RuntimeError:
-            error = None if self.signature is None else self.signature.error((x, *arguments))
+            error = None if self.signature is None else self.signature.error((x, *arguments), of_kernels=True)
             if error is not None:
                 raise error from None
             raise
