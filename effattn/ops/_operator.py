@@ -29,7 +29,7 @@ from effattn.ops._triton_operators import TritonOperators
 _is_transforming, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by autograd.grad(is_grads_batched=True)
 #: The types of options that torch takes for what they are; of bools and tensors it makes numbers, of those ints.
-_NUMBERS = frozenset((int, float))
+_OPTIONS = frozenset((int, float, list))
 #: Plain types of tensors: any other (fake, functional, a subclass) takes the slow path.
 _EAGER = (torch.Tensor, torch.nn.Parameter)
 #: Every differentiable operator, by name.
@@ -108,8 +108,9 @@ class Operator:
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # _chosen, inlined for a call whose kernel is done in a microsecond
                 for option in arguments[self._num_tensors :]:
-                    if type(option) not in _NUMBERS:
+                    if type(option) not in _OPTIONS:
                         self._check(arguments)
+                        break
                 is_small = not first.is_cpu and is_small_call(arguments[: self._num_activations])
                 sizes = self.limited_sizes(*arguments)
                 backend = registry.choose(self.name, first.device, first.dtype, sizes, is_small)
@@ -159,7 +160,7 @@ class Operator:
                 arguments = (*arguments[: self._num_tensors], *numbers)
                 backend = registry.find(self.name, first.device, first.dtype, self.limited_sizes(*arguments))
                 return self._fused_of(backend, arguments), arguments, True
-        if not is_compiling and any(type(option) not in _NUMBERS for option in arguments[self._num_tensors :]):
+        if not is_compiling and any(type(option) not in _OPTIONS for option in arguments[self._num_tensors :]):
             self._check(arguments)
         sizes = self.limited_sizes(*arguments)
         find = registry.find if is_compiling or not all(type(size) is int for size in sizes) else registry.choose

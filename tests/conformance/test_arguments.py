@@ -9,6 +9,7 @@ import re
 import numpy
 import pytest
 import torch
+from gpu_backends import HERE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference_calls import arguments_of_calls
@@ -207,18 +208,21 @@ def test_operators_survive_anything(target, operator, examples):
     inference, forward, backward = (
         getattr(target.ops, operator.name + kind, None) for kind in ("", "_forward", "_backward")
     )
+    kept_names = len(operator.signature.backward_takes)
     calls = [make_arguments(operator, case) for case in operator.cases]
     computed = 0
 
     @settings(max_examples=examples, deadline=None, database=None)
-    @given(almost_fitting(calls), st.data())
-    def survives(arguments, data):
+    @given(almost_fitting(calls), st.lists(any_tensor(), min_size=1 + kept_names, max_size=1 + kept_names), st.data())
+    def survives(arguments, anything, data):
         nonlocal computed
         arguments = there(target, arguments)
         tensors, options = arguments[: operator.signature.num_tensors], arguments[operator.signature.num_tensors :]
         with contextlib.suppress(RuntimeError):
             if operator.signature.out.kind != "kept":
                 inference(*arguments)
+        with contextlib.suppress(RuntimeError):
+            backward(anything[0], *tensors, *anything[1:], *options)
         with contextlib.suppress(RuntimeError):
             results = forward(*arguments)
             out, *kept = results if isinstance(results, tuple) else (results,)
@@ -232,7 +236,8 @@ def test_operators_survive_anything(target, operator, examples):
             backward(taken[0], *tensors, *taken[1:], *options)
 
     survives()
-    assert computed >= examples // 20, "hardly any of the calls was right"
+    if not HERE:  # of the few calls where kernels are interpreted or emulated, all may be wrong by chance
+        assert computed > examples // 20, "hardly any of the calls was right"
 
 
 @pytest.mark.parametrize("name", INFERENCE_OPERATORS)
@@ -249,4 +254,4 @@ def test_inference_operators_survive_anything(name, examples):
             computed += 1
 
     survives()
-    assert computed >= examples // 20, "hardly any of the calls was right"
+    assert computed > examples // 20, "hardly any of the calls was right"
