@@ -2,7 +2,9 @@
 
 Shared objects come out, side by side in the package folder:
 
-- ``libeffattn.so``: schemas, glue and CPU kernels, against the LibTorch stable ABI; needs no Python.
+- ``libeffattn_kernels.so``: the CPU kernels and their C interface (``csrc/engines``); knows no torch.
+- ``libeffattn_onnxruntime.so``: the same as onnxruntime's custom operators; needs no onnxruntime to be compiled.
+- ``libeffattn.so``: schemas and glue of those kernels, against the LibTorch stable ABI; needs no Python.
 - ``libeffattn_cuda.so``: glue and CUDA kernels, where there is an nvcc. ``EFFATTN_CUDA=0`` leaves it out, ``1`` asks
   for it; ``EFFATTN_CUDA_ARCHS`` says for which GPUs, "80 90a 100+PTX", ``EFFATTN_CUDA_CHANNELS`` for how wide heads.
 - ``_C.<tag>.so``: build facts, instruction sets and plans, with pybind11.
@@ -71,7 +73,12 @@ CUDA_IDENTITY = "csrc/cuda/library.cpp"
 # Compute capabilities; of the last one also code that newer GPUs can translate.
 CUDA_ARCHS = ("80", "86", "89", "90a", "100+PTX")
 
+LIBRARY = "libeffattn.so"
+KERNELS_LIBRARY = "libeffattn_kernels.so"
+ONNXRUNTIME_LIBRARY = "libeffattn_onnxruntime.so"
 CUDA_LIBRARY = "libeffattn_cuda.so"
+# Compiled with the version.
+VERSIONED = "csrc/engines/operation.cpp"
 
 # Of wheels, in every library: what older C and C++ runtimes lack.
 PORTABLE = "csrc/wheel/portable.cpp"
@@ -310,7 +317,7 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
         generated = [f"-I{objects}"] if source in INCLUDE_GENERATED else []
         return ninja.build(path, "compile", source, variables={"flags": " ".join([*mode, *flags, *generated])})[0]
 
-    library = output / "libeffattn.so"
+    library = output / LIBRARY
     outputs: list[Path] = []
     if not extension_only:
         outputs = _add_libraries(ninja, target, isas, library, objects, compile, torch_flags)
@@ -327,11 +334,23 @@ def ninja_file(target: Target, output: Path, objects: Path, extension_only: bool
             )
             for source in _sources("csrc/python/*.cpp")
         ],
-        implicit=[str(library)],
-        variables={"flags": f"-L{output} -leffattn -Wl,-rpath,'$$ORIGIN' -Wl,--allow-shlib-undefined"},
+        implicit=[str(library), str(output / KERNELS_LIBRARY)],
+        variables={"flags": f"{_beside(output, 'effattn', 'effattn_kernels')} -Wl,--allow-shlib-undefined"},
     )
     ninja.default([*map(str, outputs), str(extension)])
     return text.getvalue()
+
+
+def _beside(output: Path, *libraries: str) -> str:
+    """Flags to link libraries that lie in the same folder, wherever it is moved."""
+    return f"-L{output} {' '.join(f'-l{name}' for name in libraries)} -Wl,-rpath,'$$ORIGIN'"
+
+
+def version() -> str:
+    """effattn's, without importing it."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "effattn" / "__init__.py").read_text(), re.M)
+    assert found is not None
+    return found[1]
 
 
 def _add_libraries(
@@ -343,24 +362,32 @@ def _add_libraries(
     compile: Callable[..., str],
     torch_flags: list[str],
 ) -> list[Path]:
-    """libeffattn, and libeffattn_cuda where there is one."""
+    """All of them but ``_C``: libeffattn_cuda where there is one."""
     # Where CUDA is emulated, its operators take the tensors of the CPU.
     glue = ["csrc/signature.cpp"] if target.emulate_cuda else [*shared_glue("cpu"), *_sources("csrc/cpu/*.cpp")]
     compiler = compiler_of(target)
     identity = f"'-DEFFATTN_BUILD=\"{compiler}; {cpu_digest(compiler)}\"'"
     ukernels = _sources("kernels/cpu/**/ukernels*.cpp")
-    once = [*_sources("csrc/core/*.cpp"), *glue, *set(_sources("kernels/cpu/**/*.cpp")).difference(ukernels)]
+    kernels = [*_sources("csrc/engines/*.cpp"), *sorted({*_sources("kernels/cpu/**/*.cpp")}.difference(ukernels))]
     # Checks of addresses as calls, not inline: half of the build time.
     calls = ["--param asan-instrumentation-with-call-threshold=0"] if "address" in target.sanitize else []
     parts = []
     for source, (name, lanes, flags) in itertools.product(ukernels, isas):  # first what takes longest
         parts.append(compile(source, [*flags, *calls, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
-    for source in sorted(once):
+    numbered = [f"'-DEFFATTN_VERSION=\"{version()}\"'"]
+    parts += [compile(source, numbered if source == VERSIONED else []) for source in kernels]
+    ninja.build(str(library.with_name(KERNELS_LIBRARY)), "link", parts)
+    parts = [compile(source, []) for source in _sources("csrc/engines/onnxruntime/*.cpp")]
+    kernels_flags = _beside(library.parent, "effattn_kernels")
+    beside = {"implicit": [str(library.with_name(KERNELS_LIBRARY))]}
+    ninja.build(str(library.with_name(ONNXRUNTIME_LIBRARY)), "link", parts, variables={"flags": kernels_flags}, **beside)
+    parts = []
+    for source in sorted({*_sources("csrc/core/*.cpp"), *glue}):
         parts.append(compile(source, [*torch_flags, identity] if source == IDENTITY else torch_flags))
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
-    ninja.build(str(library), "link", parts, variables={"flags": link_torch})
-    outputs = [library]
+    ninja.build(str(library), "link", parts, variables={"flags": f"{link_torch} {kernels_flags}"}, **beside)
+    outputs = [library, library.with_name(KERNELS_LIBRARY), library.with_name(ONNXRUNTIME_LIBRARY)]
     if target.emulate_cuda:
         emulated = [*torch_flags, "-DEFFATTN_CUDA", "-DEFFATTN_EMULATED", "-x c++"]
         identity = f"'-DEFFATTN_CUDA_BUILD=\"emulated; ; {cuda_digest('emulated')}\"'"
@@ -541,7 +568,8 @@ def build(
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(objects.resolve() / "build.ninja")]
     command += ["-v"] if verbose else []
     subprocess.run(command, check=True, cwd=ROOT, env=_compiler_environment())
-    built = [output / "libeffattn.so", output / f"_C{target.extension_suffix}"]
+    libraries = [output / name for name in (LIBRARY, KERNELS_LIBRARY, ONNXRUNTIME_LIBRARY)]
+    built = [*libraries, output / f"_C{target.extension_suffix}"]
     if extension_only:
         return built
     if target.cuda is not None or target.emulate_cuda:

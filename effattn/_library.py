@@ -29,6 +29,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
 _C, error = _load()
 
 
+def node_format() -> int:
+    """Of effattn's nodes in ONNX graphs: what the libraries for other engines read (csrc/engines)."""
+    return int(ctypes.CDLL(str(library_path.with_name("libeffattn_kernels.so"))).effattn_format())
+
+
 def operators(key: str) -> frozenset[str]:
     """The operators that the loaded libraries have kernels of for a dispatch key, by the name of their function."""
     names = (

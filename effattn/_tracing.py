@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,6 +28,27 @@ NOT_IN_A_TRACE = (
 def is_exporting_to_onnx() -> bool:
     """Whether one of torch's two ONNX exporters records this call."""
     return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+#: (operator, activations) -> whether an ONNX export keeps the call as a node of effattn's own; None: no call is.
+Keeps = Callable[[str, Sequence[torch.Tensor]], bool]
+_keeps: Keeps | None = None
+
+
+@contextmanager
+def keeping_nodes(keeps: Keeps) -> Iterator[None]:
+    """Exports to ONNX inside of it keep calls of operators as nodes, those for which ``keeps`` says so."""
+    global _keeps
+    before, _keeps = _keeps, keeps
+    try:
+        yield
+    finally:
+        _keeps = before
+
+
+def becomes_node(operator: str, *activations: torch.Tensor) -> bool:
+    """Whether this call, which an ONNX export records, is kept as a node."""
+    return _keeps is not None and is_exporting_to_onnx() and _keeps(operator, activations)
 
 
 @contextmanager

@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <exception>
 
 #include "../../kernels/cpu/core/parallel.h"
 
@@ -31,22 +30,14 @@ inline bool pool_sleeps() {
   return now - last_call.exchange(now, std::memory_order_relaxed) > kSleepsAfter;
 }
 
-// Torch's own pool, never a second one. An error goes around the C interface of the pool, which would replace
-// its text; if several threads fail, one of them is heard.
+// Torch's own pool, never a second one.
 inline cpu::Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), pool_sleeps(),
-          [](int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
-            std::exception_ptr error;
-            std::atomic_flag failed;
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              try {
-                body(context, begin, end);
-              } catch (...) {
-                if (!failed.test_and_set()) error = std::current_exception();
-              }
-            });
-            if (error != nullptr) std::rethrow_exception(error);
-          }};
+          [](const void*, int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
+            torch::stable::parallel_for(
+                0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          nullptr};
 }
 
 // How a call on a tensor is run.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Proxy
 
-from effattn._tracing import static_shape
+from effattn._tracing import becomes_node, static_shape
 from effattn.functional import biased_attention, cascaded_group_attention
 from effattn.nn.arguments import require_image, require_positive
 from effattn.nn.attention_bias import attention_bias_index, gather_attention_bias, resize_attention_biases
@@ -96,6 +96,10 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         # No window is without tokens, even of an empty image.
         size, folds = (height or 1, width or 1) if window is None else window, self._folds()
         x = cast_by_autocast(x)
+        if becomes_node("cascaded_group_attention", x):
+            whole = self._all_weights(size)
+            if whole is not None:
+                return _projected.node(x, whole, self.scale, *size)
         if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _projected.serves(x):
             packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
             if packed is None:

@@ -17,11 +17,12 @@ import torch
 from torch.autograd import forward_ad
 
 from effattn import _library, registry
-from effattn._tracing import untraced
+from effattn._tracing import becomes_node, untraced
 from effattn.backends import Backend, is_small_call, triton
 from effattn.backends._memory import empty_image_in_order_of
 from effattn.ops import _recording
 from effattn.ops._glue import Argument, Glue, flat, mapped
+from effattn.ops._nodes import record_operator
 from effattn.ops._signature import Signature
 from effattn.ops._triton_operators import TritonOperators
 
@@ -105,6 +106,9 @@ class Operator:
             first, is_tracing = arguments[0], False
             is_transformed = _is_transforming() or forward_ad._current_level >= 0
             if is_transformed or type(first) not in _EAGER or torch.compiler.is_compiling() or _is_tracing():
+                if becomes_node(self.name, *arguments[: self._num_activations]):
+                    self._check(arguments)
+                    return record_operator(self.name, self.signature, arguments, self.glue.check(arguments)[0])
                 fused, arguments, is_tracing = self._chosen(arguments)
             else:  # _chosen, inlined for a call whose kernel is done in a microsecond
                 for option in arguments[self._num_tensors :]:

@@ -3,11 +3,12 @@
 #pragma once
 
 #include "../../params/biased_attention.h"
+#include "../core/isa.h"
 #include "../core/parallel.h"
 
 namespace effattn::cpu {
 
-void biased_attention(const BiasedAttentionParams& params, const Parallel& parallel);
-void biased_attention_backward(const BiasedAttentionParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void biased_attention(const BiasedAttentionParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void biased_attention_backward(const BiasedAttentionParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu

@@ -123,16 +123,34 @@ struct LaunchPlan {
   }
 };
 
+// A head's weights where they are laid out.
+struct LaidOutHead {
+  float *qkv, *bias, *taps, *tap_bias;
+};
+
+inline void lay_out(const LaunchPlan& plan, int64_t h, const LaidOutHead& to) {
+  const CascadeParams& p = plan.p;
+  const HeadWeights<const float>& from = p.weights[h];
+  if (plan.is_padded()) clear(to.qkv, p.value_dim * plan.stride);
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t row = plan.first_output(part), width = part < 2 ? plan.dk : plan.d;
+    plan.ukernels.transpose(from.qkv + row * p.value_dim, plan.size(part), p.value_dim,
+                            {to.qkv + plan.first(part), plan.stride});
+    copy_bias(from.qkv_bias == nullptr ? nullptr : from.qkv_bias + row, plan.size(part), width,
+              to.bias + plan.first(part));
+  }
+  if (plan.is_padded()) clear(to.taps, plan.taps(h) * plan.dk);
+  plan.ukernels.transpose(from.depthwise, p.key_dim, plan.taps(h), {to.taps, plan.dk});
+  copy_bias(from.depthwise_bias, p.key_dim, plan.dk, to.tap_bias);
+}
+
 // Weights that are not packed, laid out once a call for all threads.
 struct LaidOutWeights {
-  struct Head {
-    float *qkv, *bias, *taps, *tap_bias;
-  };
-  std::vector<Head> heads;
+  std::vector<LaidOutHead> heads;
 
   LaidOutWeights(const LaunchPlan& plan, Arena& arena) {
     for (int64_t h = 0; h < plan.p.heads && plan.p.weights != nullptr; ++h) {
-      Head& head = heads.emplace_back();
+      LaidOutHead& head = heads.emplace_back();
       head.qkv = arena.floats(plan.p.value_dim * plan.stride);
       head.bias = arena.floats(plan.stride);
       head.taps = arena.floats(plan.taps(h) * plan.dk);
@@ -145,29 +163,25 @@ struct LaidOutWeights {
     if (plan.p.weights == nullptr) return plan.packed_weights();
     const int64_t work = 4 * plan.p.value_dim * plan.outputs();  // a shuffle a float or so
     parallel(plan.p.heads, work, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h) take(plan, h);
+      for (int64_t h = begin; h < end; ++h) lay_out(plan, h, heads[h]);
     });
     std::vector<Weights> all;
-    for (const Head& head : heads) all.push_back({head.qkv, head.bias, head.taps, head.tap_bias});
+    for (const LaidOutHead& head : heads) all.push_back({head.qkv, head.bias, head.taps, head.tap_bias});
     return all;
   }
+};
 
- private:
-  void take(const LaunchPlan& plan, int64_t h) const {
-    const CascadeParams& p = plan.p;
-    const HeadWeights<const float>& from = p.weights[h];
-    const auto& [qkv, bias, taps, tap_bias] = heads[h];
-    if (plan.is_padded()) clear(qkv, p.value_dim * plan.stride);
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t row = plan.first_output(part), width = part < 2 ? plan.dk : plan.d;
-      plan.ukernels.transpose(from.qkv + row * p.value_dim, plan.size(part), p.value_dim,
-                              {qkv + plan.first(part), plan.stride});
-      copy_bias(from.qkv_bias == nullptr ? nullptr : from.qkv_bias + row, plan.size(part), width,
-                bias + plan.first(part));
-    }
-    if (plan.is_padded()) clear(taps, plan.taps(h) * plan.dk);
-    plan.ukernels.transpose(from.depthwise, p.key_dim, plan.taps(h), {taps, plan.dk});
-    copy_bias(from.depthwise_bias, p.key_dim, plan.dk, tap_bias);
+// Where `pack` puts the weights of all heads.
+struct PackedMemory {
+  float *qkv, *bias, *taps, *tap_bias;
+
+  PackedMemory(const LaunchPlan& plan, Arena& arena) {
+    int64_t all_taps = 0;
+    for (int64_t h = 0; h < plan.p.heads; ++h) all_taps += plan.taps(h);
+    qkv = arena.floats(plan.p.heads * plan.p.value_dim * plan.stride);
+    bias = arena.floats(plan.p.heads * plan.stride);
+    taps = arena.floats(all_taps * plan.dk);
+    tap_bias = arena.floats(plan.p.heads * plan.dk);
   }
 };
 

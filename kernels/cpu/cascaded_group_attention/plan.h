@@ -3,18 +3,23 @@
 
 #include "../../params/cascaded_group_attention.h"
 #include "../channels_last/projection.h"
+#include "../core/isa.h"
 #include "../core/parallel.h"
 
 namespace effattn::cpu {
 
 // `projection`: what follows in the networks, relu and a 1x1 convolution; or null, and out has the channels
 // of x.
-void cascaded_group_attention(const CascadeParams& params, const ProjectionWeights* projection,
+EFFATTN_EXPORT void cascaded_group_attention(const CascadeParams& params, const ProjectionWeights* projection,
                               const Parallel& parallel);
 inline void cascaded_group_attention(const CascadeParams& params, const Parallel& parallel) {
   cascaded_group_attention(params, nullptr, parallel);
 }
-void cascaded_group_attention_backward(const CascadeParams& params, const Parallel& parallel);
+// Lays weights out once for many calls: `params.weights`, in as many floats as `packed_floats` says.
+int64_t packed_floats(const CascadeParams& params);
+PackedHeads pack(const CascadeParams& params, float* memory);
+
+EFFATTN_EXPORT void cascaded_group_attention_backward(const CascadeParams& params, const Parallel& parallel);
 
 // --- in training ------------------------------------------------------------------------------------------
 
@@ -44,7 +49,7 @@ struct CascadeTrainingParams {
   const HeadNorms<float>* norm_gradients;  // backward
 };
 
-void cascade_training(const CascadeTrainingParams& params, const Parallel& parallel);
-void cascade_training_backward(const CascadeTrainingParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void cascade_training(const CascadeTrainingParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void cascade_training_backward(const CascadeTrainingParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu

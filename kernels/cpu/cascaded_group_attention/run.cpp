@@ -69,6 +69,21 @@ int64_t work_of_a_window(const LaunchPlan& plan) {
 
 }  // namespace
 
+int64_t packed_floats(const CascadeParams& p) { return floats_of<PackedMemory>(LaunchPlan(p)); }
+
+PackedHeads pack(const CascadeParams& p, float* memory) {
+  const LaunchPlan plan(p);
+  Arena arena(memory, packed_floats(p));
+  const PackedMemory to(plan, arena);
+  int64_t tap = 0;
+  for (int64_t h = 0; h < p.heads; tap += plan.taps(h++)) {
+    lay_out(plan, h,
+            {to.qkv + h * p.value_dim * plan.stride, to.bias + h * plan.stride, to.taps + tap * plan.dk,
+             to.tap_bias + h * plan.dk});
+  }
+  return {to.qkv, to.bias, to.taps, to.tap_bias};
+}
+
 void cascaded_group_attention(const CascadeParams& p, const ProjectionWeights* projection,
                               const Parallel& parallel) {
   const int64_t outputs = projection == nullptr ? p.channels() : projection->outputs;

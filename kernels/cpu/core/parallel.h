@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace effattn::cpu {
 
@@ -15,12 +16,15 @@ struct Parallel {
   int threads;    // how many may run at once; changes speed only, never results
   bool sleeping;  // whether all but the caller's have not been used for long
   // Calls body(context, begin, end) for disjoint ranges that cover [0, count), one a thread if there are as
-  // many threads, and returns when all are done.
-  void (*run)(int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context);
+  // many threads, and returns when all are done. `body` throws nothing.
+  void (*run)(const void* pool, int64_t count, void (*body)(const void*, int64_t, int64_t),
+              const void* context);
+  const void* pool;  // handed to `run`: whose threads these are
 
   // Calls f(begin, end) for disjoint ranges that cover [0, count), of units of so many multiply-adds each. A
   // thread that is done takes a part of what is left, ever smaller parts down to what is worth a thread:
-  // cores differ in speed, and one that is disturbed must not hold up the others.
+  // cores differ in speed, and one that is disturbed must not hold up the others. What f throws comes out
+  // here, whatever pool it goes through; if several threads fail, one of them is heard.
   template <class F>
   void operator()(int64_t count, int64_t unit_work, const F& f) const {
     if (unit_work < 1) unit_work = 1;
@@ -36,8 +40,17 @@ struct Parallel {
       const F& f;
       int64_t count, grain, workers;
       mutable std::atomic<int64_t> taken{0};
+      mutable std::atomic_flag failed;
+      mutable std::exception_ptr error;
 
       void work() const {
+        try {
+          take_parts();
+        } catch (...) {
+          if (!failed.test_and_set()) error = std::current_exception();
+        }
+      }
+      void take_parts() const {
         int64_t begin = taken.load(std::memory_order_relaxed);
         while (begin < count) {
           const int64_t left = count - begin;
@@ -51,11 +64,12 @@ struct Parallel {
       }
     } shared{f, count, grain, workers};
     run(
-        workers,
+        pool, workers,
         [](const void* context, int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) static_cast<const Shared*>(context)->work();
         },
         &shared);
+    if (shared.error != nullptr) std::rethrow_exception(shared.error);
   }
 };
 

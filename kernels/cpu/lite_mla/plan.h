@@ -16,6 +16,6 @@ struct LiteMLAParams {
   Image x, out;
 };
 
-void lite_mla(const LiteMLAParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void lite_mla(const LiteMLAParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu

@@ -22,12 +22,12 @@ struct MultiScalePlan {
 EFFATTN_EXPORT MultiScalePlan plan(const MultiScaleParams& params);
 
 // out: (batch, (1 + scales) * 3 * heads * head_dim, tokens), qkv and what the branches make of it.
-void aggregate(const MultiScaleParams& params, const Parallel& parallel);
-void aggregate_backward(const MultiScaleParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void aggregate(const MultiScaleParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void aggregate_backward(const MultiScaleParams& params, const Parallel& parallel);
 
 // out: (batch, (1 + scales) * heads * head_dim, tokens). `kv_state`: what linear attention keeps, for
 // batch x (1 + scales) * heads groups, or null.
-void attend(const MultiScaleParams& params, float* kv_state, const Parallel& parallel);
-void attend_backward(const MultiScaleParams& params, const float* kv_state, const Parallel& parallel);
+EFFATTN_EXPORT void attend(const MultiScaleParams& params, float* kv_state, const Parallel& parallel);
+EFFATTN_EXPORT void attend_backward(const MultiScaleParams& params, const float* kv_state, const Parallel& parallel);
 
 }  // namespace effattn::cpu

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../channels_last/projection.h"
+#include "../core/isa.h"
 #include "../core/parallel.h"
 #include "../softmax_attention/ukernels.h"
 
@@ -54,6 +55,6 @@ struct ProjectedAttentionParams {
   int64_t first_value() const { return round_up(first_key() + keys(), kPackedOutputs); }
 };
 
-void projected_attention(const ProjectedAttentionParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void projected_attention(const ProjectedAttentionParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu

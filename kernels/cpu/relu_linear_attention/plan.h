@@ -19,9 +19,9 @@ struct ReluLinearAttentionPlan {
 EFFATTN_EXPORT ReluLinearAttentionPlan plan(const LinearAttentionParams& params, Isa isa);
 
 // `kv_state`: groups x (value_dim + 1, head_dim) floats to keep for the backward pass, or null.
-void forward(const LinearAttentionParams& params, float* kv_state, const Parallel& parallel);
+EFFATTN_EXPORT void forward(const LinearAttentionParams& params, float* kv_state, const Parallel& parallel);
 
 // `kv_state`: that of the forward pass.
-void backward(const LinearAttentionParams& params, const float* kv_state, const Parallel& parallel);
+EFFATTN_EXPORT void backward(const LinearAttentionParams& params, const float* kv_state, const Parallel& parallel);
 
 }  // namespace effattn::cpu

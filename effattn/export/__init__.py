@@ -1,0 +1,1 @@
+from effattn.export._frozen import freeze
