@@ -77,6 +77,8 @@ LIBRARY = "libeffattn.so"
 KERNELS_LIBRARY = "libeffattn_kernels.so"
 ONNXRUNTIME_LIBRARY = "libeffattn_onnxruntime.so"
 CUDA_LIBRARY = "libeffattn_cuda.so"
+# Where the header of the C interface is: in the package, since hosts are compiled against it.
+INTERFACE = "effattn/include"
 # Compiled with the version.
 VERSIONED = "csrc/engines/operation.cpp"
 
@@ -374,10 +376,10 @@ def _add_libraries(
     parts = []
     for source, (name, lanes, flags) in itertools.product(ukernels, isas):  # first what takes longest
         parts.append(compile(source, [*flags, *calls, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
-    numbered = [f"'-DEFFATTN_VERSION=\"{version()}\"'"]
-    parts += [compile(source, numbered if source == VERSIONED else []) for source in kernels]
+    interface, numbered = f"-I{ROOT / INTERFACE}", f"'-DEFFATTN_VERSION=\"{version()}\"'"
+    parts += [compile(source, [interface, numbered] if source == VERSIONED else [interface]) for source in kernels]
     ninja.build(str(library.with_name(KERNELS_LIBRARY)), "link", parts)
-    parts = [compile(source, []) for source in _sources("csrc/engines/onnxruntime/*.cpp")]
+    parts = [compile(source, [interface]) for source in _sources("csrc/engines/onnxruntime/*.cpp")]
     kernels_flags = _beside(library.parent, "effattn_kernels")
     beside = {"implicit": [str(library.with_name(KERNELS_LIBRARY))]}
     ninja.build(str(library.with_name(ONNXRUNTIME_LIBRARY)), "link", parts, variables={"flags": kernels_flags}, **beside)

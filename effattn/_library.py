@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -29,9 +30,40 @@ def _load() -> tuple[ModuleType | None, str | None]:
 _C, error = _load()
 
 
+def required(name: str) -> Path:
+    """A compiled library beside this file; RuntimeError if it is not there."""
+    path = library_path.with_name(name)
+    if not path.exists():
+        raise RuntimeError(f"effattn: there is no {path}: effattn was not compiled, or by an earlier version")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where effattn keeps what it makes once: EFFATTN_CACHE, or the user's cache."""
+    named, of_user = os.environ.get("EFFATTN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(named) if named else (Path(of_user) if of_user else Path.home() / ".cache") / "effattn"
+
+
+def _kernels() -> ctypes.CDLL:
+    """The CPU kernels by their C interface (include/effattn_kernels.h)."""
+    return ctypes.CDLL(str(required("libeffattn_kernels.so")))
+
+
 def node_format() -> int:
-    """Of effattn's nodes in ONNX graphs: what the libraries for other engines read (csrc/engines)."""
-    return int(ctypes.CDLL(str(library_path.with_name("libeffattn_kernels.so"))).effattn_format())
+    """Of effattn's nodes in ONNX graphs: what the libraries for other engines read."""
+    return int(_kernels().effattn_format())
+
+
+def node_operators() -> list[str]:
+    """The operators of which there are nodes."""
+    ask = _kernels().effattn_operations
+    ask.restype = ctypes.POINTER(ctypes.c_char_p)
+    names = []
+    for name in ask():
+        if name is None:
+            break
+        names.append(name.decode())
+    return names
 
 
 def operators(key: str) -> frozenset[str]:

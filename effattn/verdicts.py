@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from effattn import _library
 from effattn._tracing import constant_result
 from effattn.backends import ORDER
 
@@ -50,8 +51,7 @@ class Verdict(NamedTuple):
 
 def default_path() -> Path:
     """Where verdicts lie unless EFFATTN_VERDICTS says otherwise."""
-    cache_folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache_folder) if cache_folder else Path.home() / ".cache") / "effattn" / "verdicts.json"
+    return _library.cache_folder() / "verdicts.json"
 
 
 def path() -> Path | None:

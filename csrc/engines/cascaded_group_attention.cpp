@@ -1,6 +1,5 @@
-// cascaded_group_attention: x (B, C, H, W) -> the same, or with a projection, relu and a 1x1 convolution behind it,
-// (B, outputs, H, W). Inputs behind x, one a head each: qkv_weights, qkv_biases if there are any, q_dw_weights,
-// q_dw_biases if there are any; then attention_bias, then the projection's weight (outputs, C) and bias.
+// cascaded_group_attention: x (B, heads * d, H, W) -> the same. Inputs behind x, one a head each: qkv_weights,
+// qkv_biases if there are any, q_dw_weights, q_dw_biases if there are any; then attention_bias.
 #include "../../kernels/cpu/cascaded_group_attention/plan.h"
 
 #include <string>
@@ -12,9 +11,8 @@ namespace effattn::engines {
 namespace {
 
 constexpr effattn_attribute_spec kAttributes[] = {
-    {"scale", 0, 1},        {"window_height", 1, 1}, {"window_width", 1, 1}, {"qkv_weights", 1, 1},
-    {"qkv_biases", 1, 0},   {"q_dw_weights", 1, 1},  {"q_dw_biases", 1, 0},  {"projection", 1, 0},
-    {nullptr, 0, 0},
+    {"scale", 0, 1},      {"window_height", 1, 1}, {"window_width", 1, 1}, {"qkv_weights", 1, 1},
+    {"qkv_biases", 1, 0}, {"q_dw_weights", 1, 1},  {"q_dw_biases", 1, 0},  {nullptr, 0, 0},
 };
 
 class CascadedGroupAttention : public Operation {
@@ -25,15 +23,13 @@ class CascadedGroupAttention : public Operation {
         window_width_(a.integer("window_width", kMaxSide - 1, 1)),
         heads_(a.integer("qkv_weights", kMaxInputs / 4, 1)),
         qkv_biases_(a.integer("qkv_biases", heads_)),
-        dw_biases_(a.integer("q_dw_biases", heads_)),
-        projection_(a.integer("projection", 2)) {
+        dw_biases_(a.integer("q_dw_biases", heads_)) {
     if (a.integer("q_dw_weights", heads_) != heads_ || qkv_biases_ % heads_ != 0 || dw_biases_ % heads_ != 0)
       fail("cascaded_group_attention: expected as many q_dw_weights as qkv_weights, and as many biases or none");
-    if (projection_ == 1) fail("cascaded_group_attention: projection: expected none or 2, got 1");
   }
 
   std::vector<int64_t> shape(const Inputs& inputs) const override {
-    inputs.require_count(bias() + 1 + projection_);
+    inputs.require_count(bias() + 1);
     inputs.require_rank(0, "x", 4, "(B, heads * d, H, W)");
     const int64_t channels = inputs.size(0, 1);
     if (channels >= 0 && (channels % heads_ != 0 || channels == 0))
@@ -54,25 +50,13 @@ class CascadedGroupAttention : public Operation {
     }
     const int64_t tokens = window_height_ * window_width_;
     inputs.require_shape(bias(), "attention_bias", {heads_, tokens, tokens});
-    int64_t out = channels;
-    if (projection_ > 0) {
-      inputs.require_rank(bias() + 1, "projection[0]", 2, "(outputs, C)");
-      out = inputs.size(bias() + 1, 0);
-      inputs.require_shape(bias() + 1, "projection[0]", {out, channels});
-      inputs.require_shape(bias() + 2, "projection[1]", {out});
-    }
-    return {inputs.size(0, 0), out, inputs.size(0, 2), inputs.size(0, 3)};
+    return {inputs.size(0, 0), channels, inputs.size(0, 2), inputs.size(0, 3)};
   }
 
   void pack(const Inputs& inputs) override {
     Call call(*this, inputs);
     packed_memory_ = cpu::allocate(cpu::packed_floats(call.p));
     packed_ = cpu::pack(call.p, packed_memory_.get());
-    if (projection_ > 0) {
-      const cpu::ProjectionWeights weights = projection(inputs);
-      projection_memory_ = cpu::allocate(cpu::packed_floats(weights));
-      packed_projection_ = cpu::pack(weights, projection_memory_.get());
-    }
   }
 
   void run(const Inputs& inputs, const effattn_tensor& output, const cpu::Parallel& parallel) const override {
@@ -85,9 +69,7 @@ class CascadedGroupAttention : public Operation {
     p.dtype = dtype_of(output);
     p.x = image_of(inputs.operation(), inputs[0]);
     p.out = image_of(inputs.operation(), output);
-    const cpu::ProjectionWeights weights =
-        projection_ == 0 ? cpu::ProjectionWeights{} : packed_memory_ ? packed_projection_ : projection(inputs);
-    cpu::cascaded_group_attention(p, projection_ == 0 ? nullptr : &weights, parallel);
+    cpu::cascaded_group_attention(p, parallel);
   }
 
  private:
@@ -123,16 +105,10 @@ class CascadedGroupAttention : public Operation {
     }
   };
 
-  cpu::ProjectionWeights projection(const Inputs& inputs) const {
-    const int64_t weight = bias() + 1;
-    return {inputs.size(weight, 1), inputs.size(weight, 0), inputs.floats(weight), inputs.floats(weight + 1), false};
-  }
-
   float scale_;
-  int64_t window_height_, window_width_, heads_, qkv_biases_, dw_biases_, projection_;
-  cpu::Floats packed_memory_, projection_memory_;
+  int64_t window_height_, window_width_, heads_, qkv_biases_, dw_biases_;
+  cpu::Floats packed_memory_;
   PackedHeads packed_{};
-  cpu::ProjectionWeights packed_projection_{};
 };
 
 const Registered registered({"cascaded_group_attention", kAttributes, 1,

@@ -10,7 +10,7 @@
 
 #include "../../kernels/cpu/core/parallel.h"
 #include "../../kernels/params/image.h"
-#include "effattn_kernels.h"
+#include "effattn_kernels.h"  // effattn/include
 
 namespace effattn::engines {
 

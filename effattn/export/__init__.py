@@ -1,1 +1,208 @@
+"""Models as ONNX files, for onnxruntime, OpenVINO and others: with effattn's operators as nodes, or without.
+
+The exporter is torch's (``torch.onnx.export`` by way of ``torch.export``), which needs the packages onnx and onnxscript.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import effattn
+from effattn import _library
+from effattn import nn as ours
+from effattn._tracing import keeping_nodes
 from effattn.export._frozen import freeze
+from effattn.ops._nodes import DOMAIN
+
+if TYPE_CHECKING:
+    import onnx
+
+#: The operators that ``operators="effattn"`` keeps. Their nodes are faster than standard operators at every size that
+#: was measured (docs/benchmarks.md), in both engines. biased_attention's is so alone, but not in a model: it takes
+#: copies of q, k and v, which engines' products do without.
+KEPT = ("relu_linear_attention", "multi_scale_linear_attention", "cascaded_group_attention")
+#: Modules that are stock ones in a file unless biased_attention is kept.
+_SOFTMAX = (ours.EfficientFormerAttention, ours.EfficientFormerV2Attention, ours.EfficientFormerV2AttentionDownsample)
+#: The newest that onnxruntime 1.17 reads, with its version of the file format.
+OPSET, IR_VERSION = 20, 9
+#: Of the exporter, about what is its own business.
+_EXPORTERS_WARNINGS = (FutureWarning, DeprecationWarning, UserWarning)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`to_onnx` made.
+
+    Attributes:
+        model: the ``onnx.ModelProto``; without weights where they are in a file beside ``path``.
+        path: of the file; None if there is none.
+        nodes: how many nodes of each of effattn's operators it has.
+    """
+
+    model: onnx.ModelProto = field(repr=False)
+    path: Path | None
+    nodes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        where = "in memory" if self.path is None else str(self.path)
+        if not self.nodes:
+            return f"effattn.export: {where}, standard operators"
+        kept = ", ".join(f"{count} {name}" for name, count in self.nodes.items())
+        return f"effattn.export: {where}, with nodes of effattn: {kept}"
+
+
+def to_onnx(
+    model: nn.Module,
+    example: torch.Tensor | Sequence[torch.Tensor],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    operators: str | Sequence[str] = "effattn",
+    dynamic: Sequence[Mapping[int, str] | None] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int = OPSET,
+) -> Exported:
+    """Exports a model for inference to ONNX.
+
+    The model stays as it is, accelerated or not: what is exported is a copy of it in evaluation mode, which shares its
+    weights.
+
+    Args:
+        model: any module.
+        example: its inputs.
+        path: of the file that is written; weights of more than 2 GB go into a second one beside it. None for no file.
+        operators: "effattn": attention that effattn knows becomes nodes of the domain "effattn", where that is faster;
+            :mod:`effattn.onnxruntime` and :mod:`effattn.openvino` run them. "standard": standard operators alone, for
+            any runtime. Or names of the operators that become nodes, whatever their speed. Nodes are float32's.
+        dynamic: for each input, names of the dimensions that may have any size: ``[{0: "batch"}]``.
+        input_names, output_names: of the graph; by default torch's.
+        opset: of the standard operators.
+
+    Returns:
+        What was made; ``print`` it.
+
+    Raises:
+        ValueError: for operators that there are not, or names of another number than inputs.
+        RuntimeError: if the compiled library is missing.
+        ImportError: without the packages onnx and onnxscript.
+    """
+    kept = _kept(operators)
+    inputs = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    for name, given in (("dynamic", dynamic), ("input_names", input_names)):
+        if given is not None and len(given) != len(inputs):
+            raise ValueError(f"{name}: expected one for each of {len(inputs)} inputs, got {len(given)}")
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"effattn.export needs the packages onnx and onnxscript: pip install effattn[onnx] ({error})") from error
+    prepared = _prepared(model, kept)
+
+    def keeps(operator: str, activations: Sequence[torch.Tensor]) -> bool:
+        return operator in kept and all(t.dtype == torch.float32 for t in activations)
+
+    with torch.no_grad(), keeping_nodes(keeps), _quiet():
+        program = torch.onnx.export(
+            prepared,
+            _large_enough(inputs, dynamic),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=None if dynamic is None else tuple(dict(dims or {}) for dims in dynamic),
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+    assert program is not None
+    graph = program.model
+    _clean(graph)
+    graph.ir_version = IR_VERSION
+    graph.metadata_props["effattn"] = effattn.__version__
+    nodes = Counter(node.op_type for node in graph.graph if node.domain == DOMAIN)
+    if path is None:
+        onnx.checker.check_model(program.model_proto)
+        return Exported(program.model_proto, None, nodes)
+    written = _written(program, Path(path))
+    onnx.checker.check_model(os.fspath(written))
+    return Exported(onnx.load(written, load_external_data=False), written, nodes)
+
+
+def _kept(operators: str | Sequence[str]) -> frozenset[str]:
+    if operators == "standard":
+        return frozenset()
+    if _library.error is not None:
+        raise RuntimeError(f"effattn.export: the compiled library cannot be loaded ({_library.error})")
+    if operators == "effattn":
+        return frozenset(KEPT)
+    known = _library.node_operators()
+    if isinstance(operators, str) or not set(operators) <= set(known):
+        raise ValueError(f'operators: expected "effattn", "standard" or names among {known}, got {operators!r}')
+    return frozenset(operators)
+
+
+def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:
+    """A copy with the same weights, in evaluation mode: accelerated where nodes are kept, stock elsewhere."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    prepared = copy.deepcopy(model, shared).eval()
+    if not kept:
+        effattn.restore(prepared)
+        return prepared
+    effattn.accelerate(prepared)
+    if "biased_attention" not in kept:
+        for module in list(prepared.modules()):
+            if isinstance(module, _SOFTMAX):
+                effattn.restore(module)
+    freeze(prepared)
+    return prepared
+
+
+def _large_enough(
+    inputs: Sequence[torch.Tensor], dynamic: Sequence[Mapping[int, str] | None] | None
+) -> tuple[torch.Tensor, ...]:
+    """Inputs whose dynamic dimensions are no 1, which torch.export takes for a constant."""
+    made = []
+    for t, dims in zip(inputs, dynamic or [None] * len(inputs), strict=True):
+        for dim in dims or ():
+            if t.shape[dim] == 1:
+                t = torch.cat([t, t], dim)
+        made.append(t)
+    return tuple(made)
+
+
+def _clean(model: Any) -> None:
+    """Weights stored once; nothing of this machine, such as paths in stack traces."""
+    from onnx_ir.passes import common
+
+    common.ClearMetadataAndDocStringPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.DeduplicateInitializersPass(size_limit=2**62)(model)
+    common.RemoveUnusedOpsetsPass()(model)
+
+
+def _written(program: Any, path: Path) -> Path:
+    """Writes beside the file first: one that was there stays until the new one is whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        whole = Path(folder) / path.name
+        program.save(whole)
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part == whole):  # weights first
+            os.replace(part, path.parent / part.name)
+    return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for category in _EXPORTERS_WARNINGS:
+            warnings.simplefilter("ignore", category)
+        yield

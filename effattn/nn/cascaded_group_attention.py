@@ -96,11 +96,9 @@ class CascadedGroupAttention(FxLeaf, FoldCache):
         # No window is without tokens, even of an empty image.
         size, folds = (height or 1, width or 1) if window is None else window, self._folds()
         x = cast_by_autocast(x)
-        if becomes_node("cascaded_group_attention", x):
-            whole = self._all_weights(size)
-            if whole is not None:
-                return _projected.node(x, whole, self.scale, *size)
-        if not torch.is_grad_enabled() and self.attention_biases.dtype != torch.float64 and _projected.serves(x):
+        # As a node of an ONNX graph, the operator has no projection: engines are faster at convolutions.
+        takes_all = not torch.is_grad_enabled() and not becomes_node("cascaded_group_attention", x)
+        if takes_all and self.attention_biases.dtype != torch.float64 and _projected.serves(x):
             packed = cached(folds, f"packed {size[0]}x{size[1]}", lambda: self._packed(size))
             if packed is None:
                 return self._unfolded(x, size)

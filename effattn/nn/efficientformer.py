@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Proxy
 from torch.nn import functional
 
-from effattn._tracing import is_exporting_to_onnx, static_shape
+from effattn._tracing import becomes_node, is_exporting_to_onnx, static_shape
 from effattn.functional import biased_attention
 from effattn.nn.arguments import pair, require_image, require_positive
 from effattn.nn.attention_bias import Size, attention_bias_index, gather_attention_bias, gather_attention_map
@@ -111,7 +111,8 @@ class EfficientFormerAttention(FxLeaf, FoldCache):
             raise ValueError(f"x: expected shape (B, tokens, C), got {tuple(x.shape)}")
         _, tokens, _ = static_shape(x)
         folds = self._folds()
-        if not torch.is_grad_enabled() and tokens <= _TOKENS_AT_ONCE and _operator.serves(x) and not is_autocast(x):
+        is_plain_call = not torch.is_grad_enabled() and not is_autocast(x) and not becomes_node("biased_attention", x)
+        if is_plain_call and tokens <= _TOKENS_AT_ONCE and _operator.serves(x):
             packed = cached(folds, f"packed {tokens} {size}", lambda: self._packed(tokens, size))
             if packed is not None:
                 if x.shape[2] != packed.qkv.shape[1]:
@@ -479,7 +480,7 @@ class EfficientFormerV2Attention(_V2):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, folds: Folds | None
     ) -> torch.Tensor:
         mixing = self._mixing() if folds is None else cached(folds, "mixing", self._kept_mixing)
-        if mixing is None or is_exporting_to_onnx():
+        if mixing is None or (is_exporting_to_onnx() and not becomes_node("biased_attention", q, k, v)):
             logits = self.scale * (q @ k.transpose(-2, -1)) + bias
             return self.talking_head2(self.talking_head1(logits).softmax(dim=-1)) @ v
         return biased_attention(q, k, v, bias, scale=self.scale, talking_heads=mixing)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from effattn.ops import cascaded_group_attention
-from effattn.ops._nodes import record
 from effattn.ops._operator import InferenceOperator
 from effattn.ops._packed import joined, pack_projection, padded, rounded, unpack_projection
 from effattn.ops._plain import project
@@ -82,27 +81,6 @@ def pack(weights: Weights) -> Packed:
 def projected(x: torch.Tensor, packed: Packed, scale: float, window_height: int, window_width: int) -> torch.Tensor:
     """(B, C, H, W) -> (B, outputs, H, W): cascaded_group_attention, relu, 1x1 convolution."""
     return OPERATOR(x, *packed, scale, window_height, window_width)
-
-
-def node(x: torch.Tensor, weights: Weights, scale: float, window_height: int, window_width: int) -> torch.Tensor:
-    """The same as a node of the ONNX graph that is being made, with weights as they are."""
-    lists = {
-        "qkv_weights": weights.qkv,
-        "qkv_biases": weights.qkv_biases,
-        "q_dw_weights": weights.dw,
-        "q_dw_biases": weights.dw_biases,
-    }
-    projection = (weights.proj_weight, weights.proj_bias)
-    return record(
-        cascaded_group_attention.OPERATOR.name,
-        [x, *(t for ts in lists.values() for t in ts), weights.bias, *projection],
-        (x.shape[0], weights.proj_weight.shape[0], *x.shape[2:]),
-        **{name: len(ts) for name, ts in lists.items()},
-        scale=float(scale),
-        window_height=window_height,
-        window_width=window_width,
-        projection=len(projection),
-    )
 
 
 def plain(

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "../effattn_kernels.h"
+#include "effattn_kernels.h"  // effattn/include
 #include "interface.h"
 
 namespace effattn::engines::ort {

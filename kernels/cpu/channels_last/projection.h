@@ -37,20 +37,6 @@ struct ProjectionWeights {
 };
 constexpr int64_t kPackedOutputs = 32;
 
-inline int64_t packed_floats(const ProjectionWeights& weights) {
-  return round_up(weights.outputs, kPackedOutputs) * weights.inputs;
-}
-// The same weights, packed into so many floats; the bias stays where it is.
-inline ProjectionWeights pack(const ProjectionWeights& weights, float* memory) {
-  clear(memory, packed_floats(weights));
-  for (int64_t first = 0; first < weights.outputs; first += kPackedOutputs) {
-    channels_last_ukernels().transpose(weights.data + first * weights.inputs,
-                                       min(kPackedOutputs, weights.outputs - first), weights.inputs,
-                                       {memory + first * weights.inputs, kPackedOutputs});
-  }
-  return {weights.inputs, weights.outputs, memory, weights.bias, true};
-}
-
 // What a thread projects with, and whatever else it takes for each block.
 template <class TakeOwn>
 struct ProjectionMemory {
