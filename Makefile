@@ -32,7 +32,7 @@ $(BUILD_TEST) test-install: export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
 $(BUILD_TEST) test-install: export EFFATTN_CUDA_CHANNELS ?= $(if $(or $(FULL),$(shell command -v nvidia-smi)),128,32)
 NATIVE := $(shell find csrc kernels effattn/ops -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
-.PHONY: help demo train test test-full downloads arm64 bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example gpu clean
+.PHONY: help demo train test test-full downloads arm64 bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example engines-example gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -63,6 +63,17 @@ cpp-example: $(VENV)/.build $(VENV)/.cpp ## an accelerated model, compiled ahead
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
 	cd build/cpp && ./classify $(abspath effattn/libeffattn.so) model.pt2 input.pt expected.pt
 
+engines-example: $(VENV)/.build $(VENV)/.cpp ## an exported model in C++ with OpenVINO; with ONNXRUNTIME_INCLUDE and ONNXRUNTIME_LIBRARY, in onnxruntime too
+	@$(BIN)/python -c 'import onnx, onnxscript, openvino' 2>/dev/null || $(PIP) install onnx onnxscript openvino
+	$(BIN)/python examples/engines/export.py --output build/engines
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S examples/engines -B build/engines \
+	  -DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino.utils; print(openvino.utils.get_cmake_path())')" \
+	  $(if $(ONNXRUNTIME_LIBRARY),-DONNXRUNTIME_INCLUDE="$(ONNXRUNTIME_INCLUDE)" -DONNXRUNTIME_LIBRARY="$(ONNXRUNTIME_LIBRARY)")
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/engines
+	library=$$($(BIN)/python -c 'import effattn.openvino; print(effattn.openvino.library())') && \
+	  cd build/engines && ./classify_openvino "$$library" model.onnx input.bin expected.bin
+	$(if $(ONNXRUNTIME_LIBRARY),cd build/engines && ./classify_onnxruntime $(abspath effattn/libeffattn_onnxruntime.so) model.onnx input.bin expected.bin)
+
 # What the parts of the tests install, while the build keeps the cores.
 downloads: $(VENV)/.lint $(VENV)/.ccache
 	$(MAKE) -j1 $(VENV)/.test $(VENV)/.docs
@@ -75,12 +86,12 @@ lint: $(VENV)/.lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc effattn kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint ## puts the code into the form that lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc effattn kernels examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 test-python: $(BUILD_TEST) $(VENV)/.test ## the test suite
 	time $(PYTEST) tests --ignore tests/triton --ignore tests/device --ignore tests/cuda

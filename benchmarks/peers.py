@@ -47,8 +47,8 @@ def compiled_module(module: torch.nn.Module, x: torch.Tensor) -> Any:
     return made
 
 
-def onnxruntime_call(model: Any, inputs: Tensors, outputs: Tensors) -> Callable[[], Tensors]:
-    """An ONNX model on onnxruntime's CPU provider; reads ``inputs`` and writes ``outputs`` in place."""
+def onnxruntime_session(model: bytes, library: str | None = None) -> Any:
+    """A session on onnxruntime's CPU provider, with a library of custom operators."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -56,7 +56,16 @@ def onnxruntime_call(model: Any, inputs: Tensors, outputs: Tensors) -> Callable[
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    if library is not None:
+        options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+
+
+def onnxruntime_call(
+    model: Any, inputs: Tensors, outputs: Tensors, library: str | None = None
+) -> Callable[[], Tensors]:
+    """An ONNX model on onnxruntime's CPU provider; reads ``inputs`` and writes ``outputs`` in place."""
+    session = onnxruntime_session(model.SerializeToString(), library)
     binding = session.io_binding()
     for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, tensor in tensors.items():
@@ -71,17 +80,28 @@ def onnxruntime_call(model: Any, inputs: Tensors, outputs: Tensors) -> Callable[
     return call
 
 
-def openvino_call(model: Any, inputs: Tensors, outputs: Tensors, precision: str = "f32") -> Callable[[], Tensors]:
-    """An ONNX model on OpenVINO's CPU device, for latency; reads ``inputs``, writes ``outputs`` in place."""
+def openvino_request(model: bytes, precision: str = "f32", library: str | None = None) -> Any:
+    """A request of an ONNX model compiled for OpenVINO's CPU device and latency, with a library of extensions."""
     import openvino
 
     core = openvino.Core()
+    if library is not None:
+        core.add_extension(library)
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    request = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings).create_infer_request()
+    return core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
+
+
+def openvino_call(
+    model: Any, inputs: Tensors, outputs: Tensors, precision: str = "f32", library: str | None = None
+) -> Callable[[], Tensors]:
+    """An ONNX model on OpenVINO's CPU device, for latency; reads ``inputs``, writes ``outputs`` in place."""
+    import openvino
+
+    request = openvino_request(model.SerializeToString(), precision, library)
     kinds = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16, torch.float16: openvino.Type.f16}
     for tensors in (inputs, outputs):
         for name, tensor in tensors.items():

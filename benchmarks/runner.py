@@ -6,7 +6,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -106,7 +107,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Case:
-    """``prepare`` makes the data that every candidate is built and checked with; ``protocol`` samples them all."""
+    """``prepare`` makes the data that every candidate is built and checked with; ``protocol`` samples them all.
+
+    ``threads``: that torch has meanwhile, and with it everybody; None for all cores.
+    """
 
     name: str
     dtype: torch.dtype
@@ -116,6 +120,7 @@ class Case:
     prepare: Callable[[], Any]
     training: bool = False
     protocol: Protocol = STEADY
+    threads: int | None = None
 
 
 @dataclass
@@ -169,6 +174,16 @@ def steps(case: Case, rounds: int) -> int:
     return len(case.candidates) * (BUILD_STEPS + rounds)
 
 
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass
 class _Runner:
     row: Row
@@ -185,7 +200,7 @@ def measure(suite: str, case: Case, rounds: int, tick: Tick) -> list[Row]:
     """Times the candidates of a case, round-robin; one row for each, whatever happens to it."""
     rows: list[Row] = []
     runners: list[_Runner] = []
-    with torch.set_grad_enabled(case.training):
+    with torch.set_grad_enabled(case.training), _threads(case.threads):
         data = case.prepare()
         for candidate in case.candidates:
             tick(f"{case.name}: {candidate.name}", 0)

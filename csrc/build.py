@@ -378,11 +378,14 @@ def _add_libraries(
         parts.append(compile(source, [*flags, *calls, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
     interface, numbered = f"-I{ROOT / INTERFACE}", f"'-DEFFATTN_VERSION=\"{version()}\"'"
     parts += [compile(source, [interface, numbered] if source == VERSIONED else [interface]) for source in kernels]
-    ninja.build(str(library.with_name(KERNELS_LIBRARY)), "link", parts)
+    # By its name, not by the path that it was linked by, for who links against it elsewhere.
+    named = {"flags": f"-Wl,-soname,{KERNELS_LIBRARY}"}
+    ninja.build(str(library.with_name(KERNELS_LIBRARY)), "link", parts, variables=named)
     parts = [compile(source, [interface]) for source in _sources("csrc/engines/onnxruntime/*.cpp")]
     kernels_flags = _beside(library.parent, "effattn_kernels")
     beside = {"implicit": [str(library.with_name(KERNELS_LIBRARY))]}
-    ninja.build(str(library.with_name(ONNXRUNTIME_LIBRARY)), "link", parts, variables={"flags": kernels_flags}, **beside)
+    linked = {"flags": kernels_flags}
+    ninja.build(str(library.with_name(ONNXRUNTIME_LIBRARY)), "link", parts, variables=linked, **beside)
     parts = []
     for source in sorted({*_sources("csrc/core/*.cpp"), *glue}):
         parts.append(compile(source, [*torch_flags, identity] if source == IDENTITY else torch_flags))

@@ -18,7 +18,6 @@ __version__ = "0.1.0"
 __all__ = ["Report", "accelerate", "backends", "nn", "restore", "use_backend", *_functional.__all__]
 
 
-
 def __getattr__(name: str) -> _Any:
     """Imports what needs further packages when it is asked for: export, onnxruntime, openvino."""
     if name not in ("export", "onnxruntime", "openvino"):

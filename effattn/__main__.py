@@ -1,10 +1,11 @@
-"""``python -m effattn info``: what serves here, and why the rest does not."""
+"""``python -m effattn``: what serves here, and models of timm as ONNX files."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -68,11 +69,105 @@ def info() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+#: Dimensions of an image that ``export --dynamic`` may free.
+_DIMENSIONS = {"batch": 0, "height": 2, "width": 3}
+
+
+def export(arguments: argparse.Namespace) -> str:
+    """Exports a model of timm; returns what was made. SystemExit with the reason if it cannot be."""
+    from effattn.export import to_onnx
+    from effattn.testing import import_timm
+
+    try:
+        timm = import_timm()
+    except ImportError as error:
+        raise SystemExit(f"effattn export: needs timm ({error}): pip install timm") from error
+    checkpoint = arguments.checkpoint
+    if checkpoint is not None and not checkpoint.is_file():
+        raise SystemExit(f"effattn export: --checkpoint: there is no file {checkpoint}")
+    try:
+        of_checkpoint = {} if checkpoint is None else {"checkpoint_path": str(checkpoint)}
+        model = timm.create_model(arguments.model, pretrained=arguments.pretrained, **of_checkpoint)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise SystemExit(f"effattn export: {arguments.model}: {error}") from error
+    channels, *size = model.pretrained_cfg["input_size"]
+    example = torch.zeros(arguments.batch, channels, *(arguments.size or size))
+    path = arguments.output or Path(f"{arguments.model}.onnx")
+    operators = arguments.operators[0] if len(arguments.operators) == 1 else arguments.operators
+    if operators not in ("effattn", "standard"):
+        operators = arguments.operators
+    try:
+        return str(
+            to_onnx(
+                model,
+                example,
+                path,
+                operators=operators,
+                dynamic=[{_DIMENSIONS[name]: name for name in arguments.dynamic}],
+                input_names=["image"],
+                output_names=["output"],
+            )
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"effattn export: {error}") from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "224" or "1024x2048"."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected rows and columns, as 224 or 1024x2048, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m effattn", description=__doc__)
-    parser.add_argument("command", choices=["info"], help="print backends, instruction sets and build facts")
-    parser.parse_args(arguments)
-    print(info())
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="print backends, instruction sets and build facts")
+    path = commands.add_parser(
+        "library",
+        help="print the path of the library for an engine",
+        description="Prints the path of the library that makes an engine know effattn's nodes; compiles OpenVINO's.",
+    )
+    path.add_argument("engine", choices=["onnxruntime", "openvino"])
+    of = commands.add_parser(
+        "export",
+        help="write a model of timm as an ONNX file",
+        description="Writes a model of timm as an ONNX file, for onnxruntime and OpenVINO with effattn's nodes.",
+    )
+    of.add_argument("model", help="timm's name, as efficientvit_b1")
+    of.add_argument("-o", "--output", type=Path, help="the file; default MODEL.onnx")
+    of.add_argument("--size", type=_size, help="of the image, as 224 or 1024x2048; default the model's")
+    of.add_argument("--batch", type=int, default=1, help="images; default 1")
+    of.add_argument("--dynamic", nargs="+", choices=_DIMENSIONS, default=[], help="dimensions that may have any size")
+    of.add_argument(
+        "--operators",
+        nargs="+",
+        default=["effattn"],
+        help="effattn (the default): nodes of effattn where they are faster; standard: none; or which operators' nodes",
+    )
+    of.add_argument("--pretrained", action="store_true", help="timm's weights, which it downloads")
+    of.add_argument("--checkpoint", type=Path, help="a file of weights")
+    return parser
+
+
+def library(engine: str) -> str:
+    """The path of what makes an engine know effattn's nodes. SystemExit with the reason if there is none."""
+    try:
+        found = {"onnxruntime": effattn.onnxruntime, "openvino": effattn.openvino}[engine].library()
+    except (ImportError, RuntimeError) as error:
+        raise SystemExit(f"effattn library: {error}") from error
+    return str(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
+    if given.command == "info":
+        print(info())
+    elif given.command == "library":
+        print(library(given.engine))
+    else:
+        print(export(given))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ inline bool pool_sleeps() {
 inline cpu::Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()), pool_sleeps(),
           [](const void*, int64_t count, void (*body)(const void*, int64_t, int64_t), const void* context) {
-            torch::stable::parallel_for(
-                0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+            torch::stable::parallel_for(0, count, 1,
+                                        [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
           nullptr};
 }

@@ -1,5 +1,5 @@
-// biased_attention: q (B, heads, N, D), k (B, heads, M, D), v (B, heads, M, Dv) -> (B, heads, N, Dv). Inputs behind v:
-// bias (heads, N, M), then the four of talking_heads if there are any.
+// biased_attention: q (B, heads, N, D), k (B, heads, M, D), v (B, heads, M, Dv) -> (B, heads, N, Dv). Inputs
+// behind v: bias (heads, N, M), then the four of talking_heads if there are any.
 #include "../../kernels/cpu/biased_attention/plan.h"
 
 #include "operation.h"
@@ -11,7 +11,8 @@ constexpr effattn_attribute_spec kAttributes[] = {{"scale", 0, 1}, {"talking_hea
 
 class BiasedAttention : public Operation {
  public:
-  explicit BiasedAttention(const Attributes& a) : scale_(a.finite("scale")), mix_(a.integer("talking_heads", 4)) {
+  explicit BiasedAttention(const Attributes& a)
+      : scale_(a.finite("scale")), mix_(a.integer("talking_heads", 4)) {
     if (mix_ != 0 && mix_ != 4) fail("biased_attention: talking_heads: expected none or 4, got ", mix_);
   }
 
@@ -26,10 +27,12 @@ class BiasedAttention : public Operation {
     inputs.require_shape(2, "v", {batch, heads, keys, value_dim});
     inputs.require_shape(3, "bias", {heads, queries, keys});
     if (dim > kMaxDim || value_dim > kMaxDim)
-      fail(inputs.operation(), ": q, v: expected at most ", kMaxDim, " channels, got ", dim, " and ", value_dim);
+      fail(inputs.operation(), ": q, v: expected at most ", kMaxDim, " channels, got ", dim, " and ",
+           value_dim);
     for (int64_t i = 0; i < mix_; ++i) {
       const std::string name = "talking_heads[" + std::to_string(i) + "]";
-      i % 2 == 0 ? inputs.require_shape(4 + i, name, {heads, heads}) : inputs.require_shape(4 + i, name, {heads});
+      i % 2 == 0 ? inputs.require_shape(4 + i, name, {heads, heads})
+                 : inputs.require_shape(4 + i, name, {heads});
     }
     return {batch, heads, queries, value_dim};
   }

@@ -1,5 +1,5 @@
-// cascaded_group_attention: x (B, heads * d, H, W) -> the same. Inputs behind x, one a head each: qkv_weights,
-// qkv_biases if there are any, q_dw_weights, q_dw_biases if there are any; then attention_bias.
+// cascaded_group_attention: x (B, heads * d, H, W) -> the same. Inputs behind x, one a head each:
+// qkv_weights, qkv_biases if there are any, q_dw_weights, q_dw_biases if there are any; then attention_bias.
 #include "../../kernels/cpu/cascaded_group_attention/plan.h"
 
 #include <string>
@@ -25,7 +25,9 @@ class CascadedGroupAttention : public Operation {
         qkv_biases_(a.integer("qkv_biases", heads_)),
         dw_biases_(a.integer("q_dw_biases", heads_)) {
     if (a.integer("q_dw_weights", heads_) != heads_ || qkv_biases_ % heads_ != 0 || dw_biases_ % heads_ != 0)
-      fail("cascaded_group_attention: expected as many q_dw_weights as qkv_weights, and as many biases or none");
+      fail(
+          "cascaded_group_attention: expected as many q_dw_weights as qkv_weights, and as many biases or "
+          "none");
   }
 
   std::vector<int64_t> shape(const Inputs& inputs) const override {
@@ -38,7 +40,8 @@ class CascadedGroupAttention : public Operation {
     inputs.require_rank(depthwise(), "q_dw_weights[0]", 4, "(key_dim, 1, odd k, k)");
     const int64_t key_dim = inputs.size(depthwise(), 0);
     if (key_dim == 0 || key_dim > kMaxDim || d > kMaxDim)
-      fail(inputs.operation(), ": expected from 1 to ", kMaxDim, " channels of a head, got ", key_dim, " and ", d);
+      fail(inputs.operation(), ": expected from 1 to ", kMaxDim, " channels of a head, got ", key_dim,
+           " and ", d);
     const int64_t outputs = key_dim < 0 || d < 0 ? kUnknown : 2 * key_dim + d;
     for (int64_t h = 0; h < heads_; ++h) {
       const std::string of_head = "[" + std::to_string(h) + "]";
@@ -97,8 +100,9 @@ class CascadedGroupAttention : public Operation {
       for (int64_t h = 0; h < of.heads_; ++h) {
         const int64_t dw = of.depthwise() + h;
         kernels.push_back(inputs.size(dw, 3));
-        weights.push_back({inputs.floats(1 + h), of.qkv_biases_ > 0 ? inputs.floats(1 + of.heads_ + h) : nullptr,
-                           inputs.floats(dw), of.dw_biases_ > 0 ? inputs.floats(dw + of.heads_) : nullptr});
+        weights.push_back({inputs.floats(1 + h),
+                           of.qkv_biases_ > 0 ? inputs.floats(1 + of.heads_ + h) : nullptr, inputs.floats(dw),
+                           of.dw_biases_ > 0 ? inputs.floats(dw + of.heads_) : nullptr});
       }
       p.kernels = kernels.data();
       p.weights = weights.data();

@@ -1,5 +1,5 @@
-// multi_scale_linear_attention: qkv (B, 3 * heads * head_dim, H, W) -> (B, (1 + S) * heads * head_dim, H, W). Inputs
-// behind qkv, S each: dw_weights, pw_weights, then dw_biases and pw_biases if there are any.
+// multi_scale_linear_attention: qkv (B, 3 * heads * head_dim, H, W) -> (B, (1 + S) * heads * head_dim, H, W).
+// Inputs behind qkv, S each: dw_weights, pw_weights, then dw_biases and pw_biases if there are any.
 #include <string>
 
 #include "../../kernels/cpu/multi_scale/plan.h"
@@ -9,8 +9,8 @@ namespace effattn::engines {
 namespace {
 
 constexpr effattn_attribute_spec kAttributes[] = {
-    {"head_dim", 1, 1},   {"eps", 0, 1},       {"dw_weights", 1, 0}, {"pw_weights", 1, 0},
-    {"dw_biases", 1, 0},  {"pw_biases", 1, 0}, {nullptr, 0, 0},
+    {"head_dim", 1, 1},  {"eps", 0, 1},       {"dw_weights", 1, 0}, {"pw_weights", 1, 0},
+    {"dw_biases", 1, 0}, {"pw_biases", 1, 0}, {nullptr, 0, 0},
 };
 
 class MultiScaleLinearAttention : public Operation {
@@ -23,7 +23,9 @@ class MultiScaleLinearAttention : public Operation {
         eps_(a.not_negative("eps")) {
     if (a.integer("pw_weights", scales_) != scales_ || dw_biases_ % std::max<int64_t>(scales_, 1) != 0 ||
         pw_biases_ % std::max<int64_t>(scales_, 1) != 0)
-      fail("multi_scale_linear_attention: expected as many pw_weights as dw_weights, and as many biases or none");
+      fail(
+          "multi_scale_linear_attention: expected as many pw_weights as dw_weights, and as many biases or "
+          "none");
   }
 
   std::vector<int64_t> shape(const Inputs& inputs) const override {
@@ -31,7 +33,8 @@ class MultiScaleLinearAttention : public Operation {
     inputs.require_rank(0, "qkv", 4, "(B, 3 * heads * head_dim, H, W)");
     const int64_t channels = inputs.size(0, 1), per_head = 3 * head_dim_;
     if (channels >= 0 && (channels % per_head != 0 || channels == 0))
-      fail(inputs.operation(), ": qkv: expected a multiple of 3 * head_dim = ", per_head, " channels, got ", channels);
+      fail(inputs.operation(), ": qkv: expected a multiple of 3 * head_dim = ", per_head, " channels, got ",
+           channels);
     int64_t input = 1;
     for (int64_t s = 0; s < scales_; ++s, ++input) {
       const std::string name = "dw_weights[" + std::to_string(s) + "]";

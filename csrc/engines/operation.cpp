@@ -46,7 +46,8 @@ const char* caught(const F& f) {
 template <class Sizes>
 std::string text_of(const Sizes& sizes) {
   std::string text;
-  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size < 0 ? "?" : std::to_string(size));
+  for (const int64_t size : sizes)
+    text += (text.empty() ? "" : ", ") + (size < 0 ? "?" : std::to_string(size));
   return "(" + text + ")";
 }
 
@@ -61,7 +62,8 @@ cpu::Parallel parallel_of(const effattn_threads* threads) {
     const void* context;
   };
   if (threads == nullptr || threads->run == nullptr || threads->count < 2) {
-    return {1, false, [](const void*, int64_t count, Body body, const void* context) { body(context, 0, count); },
+    return {1, false,
+            [](const void*, int64_t count, Body body, const void* context) { body(context, 0, count); },
             nullptr};
   }
   return {threads->count, false,
@@ -93,7 +95,8 @@ int64_t elements_of(const char* operation, const effattn_tensor& tensor) {
   int64_t count = 1;
   for (int32_t i = 0; i < tensor.rank; ++i) {
     // An empty tensor may claim sizes whose product is none.
-    if (__builtin_mul_overflow(count, std::max<int64_t>(tensor.shape[i], 1), &count) || count > INT64_MAX / 16)
+    if (__builtin_mul_overflow(count, std::max<int64_t>(tensor.shape[i], 1), &count) ||
+        count > INT64_MAX / 16)
       fail(operation, ": expected a tensor whose elements can be counted, got shape ", shape_text(tensor));
   }
   return std::find(tensor.shape, tensor.shape + tensor.rank, 0) == tensor.shape + tensor.rank ? count : 0;
@@ -102,10 +105,12 @@ int64_t elements_of(const char* operation, const effattn_tensor& tensor) {
 void require_data(const Kind& kind, const Inputs& inputs) {
   for (int64_t i = 0; i < inputs.count(); ++i) {
     for (int32_t dim = 0; dim < inputs[i].rank; ++dim)
-      if (inputs[i].shape[dim] < 0) fail(kind.name, ": input ", i, ": expected sizes, got shape ", shape_text(inputs[i]));
+      if (inputs[i].shape[dim] < 0)
+        fail(kind.name, ": input ", i, ": expected sizes, got shape ", shape_text(inputs[i]));
     if (elements_of(kind.name, inputs[i]) > 0 && inputs[i].data == nullptr)
       fail(kind.name, ": input ", i, ": expected data, got NULL");
-    if (i >= kind.activations && !is_dense(inputs[i])) fail(kind.name, ": input ", i, ": expected dense weights");
+    if (i >= kind.activations && !is_dense(inputs[i]))
+      fail(kind.name, ": input ", i, ": expected dense weights");
   }
 }
 
@@ -113,8 +118,8 @@ void require_data(const Kind& kind, const Inputs& inputs) {
 
 Registered::Registered(const Kind& kind) { kinds().push_back(kind); }
 
-Attributes::Attributes(const char* operation, const effattn_attribute_spec* specs, const effattn_attribute* given,
-                       int32_t count)
+Attributes::Attributes(const char* operation, const effattn_attribute_spec* specs,
+                       const effattn_attribute* given, int32_t count)
     : operation_(operation), specs_(specs) {
   for (const effattn_attribute_spec* spec = specs; spec->name != nullptr; ++spec) {
     const effattn_attribute* const end = given + count;
@@ -161,8 +166,10 @@ Inputs::Inputs(const char* operation, const effattn_tensor* tensors, int32_t cou
   for (int32_t i = 0; i < count; ++i) {
     const effattn_dtype expected = i < activations ? tensors[0].dtype : EFFATTN_FLOAT32;
     if (tensors[i].dtype != expected || expected < EFFATTN_FLOAT32 || expected > EFFATTN_FLOAT16)
-      fail(operation, ": input ", i, ": expected ", i < activations ? "activations of one dtype" : "float32 weights");
-    if (tensors[i].rank < 0 || tensors[i].rank > 64) fail(operation, ": input ", i, ": expected up to 64 dimensions");
+      fail(operation, ": input ", i, ": expected ",
+           i < activations ? "activations of one dtype" : "float32 weights");
+    if (tensors[i].rank < 0 || tensors[i].rank > 64)
+      fail(operation, ": input ", i, ": expected up to 64 dimensions");
   }
 }
 
@@ -175,7 +182,8 @@ void Inputs::require_rank(int64_t input, const std::string& name, int64_t rank, 
     fail(operation_, ": ", name, ": expected shape ", text, ", got ", shape_text(tensors_[input]));
 }
 
-void Inputs::require_shape(int64_t input, const std::string& name, std::initializer_list<int64_t> shape) const {
+void Inputs::require_shape(int64_t input, const std::string& name,
+                           std::initializer_list<int64_t> shape) const {
   const effattn_tensor& given = tensors_[input];
   bool fits = given.rank == static_cast<int64_t>(shape.size());
   for (size_t i = 0; fits && i < shape.size(); ++i) {
@@ -189,7 +197,8 @@ int64_t kernel_of(const Inputs& inputs, int64_t input, const std::string& name) 
   inputs.require_rank(input, name, 4, "(channels, 1, odd k, k)");
   const int64_t k = inputs.size(input, 3);
   if (k != kUnknown && (k % 2 == 0 || k >= kMaxSide || k < 1))
-    fail(inputs.operation(), ": ", name, ": expected shape (channels, 1, odd k, k), got ", shape_text(inputs[input]));
+    fail(inputs.operation(), ": ", name, ": expected shape (channels, 1, odd k, k), got ",
+         shape_text(inputs[input]));
   return k;
 }
 
@@ -276,7 +285,8 @@ const char* effattn_shape(const effattn_operation* operation, const effattn_tens
                           int64_t* shape) {
   return caught([&] {
     const Kind& kind = *operation->kind;
-    const std::vector<int64_t> found = operation->operation->shape({kind.name, inputs, count, kind.activations});
+    const std::vector<int64_t> found =
+        operation->operation->shape({kind.name, inputs, count, kind.activations});
     std::copy(found.begin(), found.end(), shape);
   });
 }
@@ -290,8 +300,8 @@ const char* effattn_run(const effattn_operation* operation, const effattn_tensor
     require_data(kind, all);
     if (output->dtype != inputs[0].dtype || output->rank != static_cast<int32_t>(expected.size()) ||
         !std::equal(expected.begin(), expected.end(), output->shape))
-      fail(kind.name, ": output: expected shape ", text_of(expected), " and the dtype of the first input, got ",
-           shape_text(*output));
+      fail(kind.name, ": output: expected shape ", text_of(expected),
+           " and the dtype of the first input, got ", shape_text(*output));
     if (elements_of(kind.name, *output) == 0) return;
     if (output->data == nullptr) fail(kind.name, ": output: expected data, got NULL");
     operation->operation->run(all, *output, parallel_of(threads));

@@ -1,4 +1,5 @@
-// An operation of the C interface: checks of what a host gives, and the params of a call. One file an operator.
+// An operation of the C interface: checks of what a host gives, and the params of a call. One file an
+// operator.
 #pragma once
 
 #include <initializer_list>
@@ -82,7 +83,8 @@ class Operation {
   // Of inputs that were checked.
   virtual void pack(const Inputs&) {}
   // Of inputs and an output that were checked, and are not empty.
-  virtual void run(const Inputs& inputs, const effattn_tensor& output, const cpu::Parallel& parallel) const = 0;
+  virtual void run(const Inputs& inputs, const effattn_tensor& output,
+                   const cpu::Parallel& parallel) const = 0;
 };
 
 struct Kind {

@@ -22,7 +22,8 @@ class ReluLinearAttention : public Operation {
     const auto same = [&](int64_t input, const char* name, int64_t dim, int64_t expected) {
       const int64_t size = inputs.size(input, dim);
       if (size >= 0 && expected >= 0 && size != expected)
-        fail(inputs.operation(), ": ", name, ": expected size ", expected, " of dimension ", dim, ", got ", size);
+        fail(inputs.operation(), ": ", name, ": expected size ", expected, " of dimension ", dim, ", got ",
+             size);
     };
     for (int64_t dim = 0; dim < rank - 2; ++dim) {
       same(1, "k", dim, out[dim]);

@@ -1,6 +1,6 @@
 """Models as ONNX files, for onnxruntime, OpenVINO and others: with effattn's operators as nodes, or without.
 
-The exporter is torch's (``torch.onnx.export`` by way of ``torch.export``), which needs the packages onnx and onnxscript.
+The exporter is torch's (``torch.onnx.export`` by way of ``torch.export``); it needs the packages onnx and onnxscript.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from effattn.ops._nodes import DOMAIN
 if TYPE_CHECKING:
     import onnx
 
-#: The operators that ``operators="effattn"`` keeps. Their nodes are faster than standard operators at every size that
-#: was measured (docs/benchmarks.md), in both engines. biased_attention's is so alone, but not in a model: it takes
+#: The operator whose nodes ``operators="effattn"`` does without. Alone it is faster than standard operators at every
+#: size that was measured, as the others are, in both engines (docs/benchmarks.md); in a model it is not: it takes
 #: copies of q, k and v, which engines' products do without.
-KEPT = ("relu_linear_attention", "multi_scale_linear_attention", "cascaded_group_attention")
-#: Modules that are stock ones in a file unless biased_attention is kept.
+_SLOWER = "biased_attention"
+#: The modules that are made of it: stock ones in a file unless its nodes are asked for.
 _SOFTMAX = (ours.EfficientFormerAttention, ours.EfficientFormerV2Attention, ours.EfficientFormerV2AttentionDownsample)
 #: The newest that onnxruntime 1.17 reads, with its version of the file format.
 OPSET, IR_VERSION = 20, 9
@@ -95,6 +95,7 @@ def to_onnx(
 
     Raises:
         ValueError: for operators that there are not, or names of another number than inputs.
+        FileNotFoundError: for a folder that there is not.
         RuntimeError: if the compiled library is missing.
         ImportError: without the packages onnx and onnxscript.
     """
@@ -107,7 +108,9 @@ def to_onnx(
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"effattn.export needs the packages onnx and onnxscript: pip install effattn[onnx] ({error})") from error
+        raise ImportError(f"effattn.export needs the packages onnx and onnxscript ({error})") from error
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {Path(path).absolute().parent}")
     prepared = _prepared(model, kept)
 
     def keeps(operator: str, activations: Sequence[torch.Tensor]) -> bool:
@@ -143,27 +146,28 @@ def _kept(operators: str | Sequence[str]) -> frozenset[str]:
         return frozenset()
     if _library.error is not None:
         raise RuntimeError(f"effattn.export: the compiled library cannot be loaded ({_library.error})")
-    if operators == "effattn":
-        return frozenset(KEPT)
     known = _library.node_operators()
+    if operators == "effattn":
+        return frozenset(known) - {_SLOWER}
     if isinstance(operators, str) or not set(operators) <= set(known):
         raise ValueError(f'operators: expected "effattn", "standard" or names among {known}, got {operators!r}')
     return frozenset(operators)
 
 
 def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:
-    """A copy with the same weights, in evaluation mode: accelerated where nodes are kept, stock elsewhere."""
+    """A copy with the same weights, in evaluation mode, accelerated.
+
+    Without nodes too: of the stock formulation of linear attention an exporter drops eps, and 0 / 0 is left.
+    """
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     prepared = copy.deepcopy(model, shared).eval()
-    if not kept:
-        effattn.restore(prepared)
-        return prepared
     effattn.accelerate(prepared)
-    if "biased_attention" not in kept:
+    if _SLOWER not in kept:
         for module in list(prepared.modules()):
             if isinstance(module, _SOFTMAX):
                 effattn.restore(module)
-    freeze(prepared)
+    if kept:
+        freeze(prepared)
     return prepared
 
 

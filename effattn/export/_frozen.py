@@ -16,12 +16,14 @@ class _Frozen(CascadedGroupAttention):
 
     def _all_weights(self, size: tuple[int, int]) -> Weights:
         buffers = self._buffers
-        lists: list[Any] = [
-            [buffers[f"frozen_{name}_{i}"] for i in range(self.num_heads)] for name in Weights._fields[:4]
-        ]
-        own = (self.resolution, self.resolution)
-        bias = buffers["frozen_bias"] if size == own else self._bias(size)
-        return Weights(*lists, bias, *(buffers[f"frozen_{name}"] for name in Weights._fields[5:]))
+        found: Any = {
+            name: buffers[f"frozen_{name}"]
+            if f"frozen_{name}" in buffers
+            else [buffers[f"frozen_{name}_{i}"] for i in range(self.num_heads)]
+            for name in Weights._fields
+        }
+        is_own = size == (self.resolution, self.resolution)
+        return Weights(**found) if is_own else Weights(**{**found, "bias": self._bias(size)})
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 /* effattn's CPU kernels for other hosts than PyTorch: the C interface of libeffattn_kernels.
  *
- * An operation is created by its name and attributes (docs/guide/hosts.md lists them), may be given its weights once,
- * and then run on tensors from any number of threads at once. Memory and threads are the caller's.
+ * An operation is created by its name and attributes (docs/guide/hosts.md lists them), may be given its
+ * weights once, and then run on tensors from any number of threads at once. Memory and threads are the
+ * caller's.
  *
- * Functions that can fail return NULL, or what is wrong: a text that is valid until the same thread's next call.
+ * Functions that can fail return NULL, or what is wrong: a text that is valid until the same thread's next
+ * call.
  */
 #ifndef EFFATTN_KERNELS_H
 #define EFFATTN_KERNELS_H
@@ -44,9 +46,9 @@ typedef struct {
   int32_t is_required;
 } effattn_attribute_spec;
 
-/* Whose threads a call may use. `run` calls task(context, i) once for every i from 0 to count - 1, in any order and on
- * any threads, and returns when all are done; a task throws nothing. How many threads there are changes how fast a
- * result comes, never its bits. */
+/* Whose threads a call may use. `run` calls task(context, i) once for every i from 0 to count - 1, in any
+ * order and on any threads, and returns when all are done; a task throws nothing. How many threads there are
+ * changes how fast a result comes, never its bits. */
 typedef struct {
   int32_t count; /* the most tasks that can run at once */
   void* pool;    /* handed to `run` */
@@ -69,24 +71,27 @@ EFFATTN_API const effattn_attribute_spec* effattn_attributes(const char* operati
 /* How many of its inputs, the first ones, are activations, and no weights; 0 for a name that is none. */
 EFFATTN_API int32_t effattn_activations(const char* operation);
 
-EFFATTN_API const char* effattn_create(const char* operation, const effattn_attribute* attributes, int32_t count,
-                                       effattn_operation** created);
+EFFATTN_API const char* effattn_create(const char* operation, const effattn_attribute* attributes,
+                                       int32_t count, effattn_operation** created);
 EFFATTN_API void effattn_destroy(effattn_operation* operation);
 
-/* Takes weights that do not change any more: `inputs` are all inputs, of which activations are ignored. They are laid
- * out for the processor once, which every call would do else. Not while the operation runs. The weights must outlive
- * it, and are given to effattn_run as before. */
-EFFATTN_API const char* effattn_pack(effattn_operation* operation, const effattn_tensor* inputs, int32_t count);
+/* Takes weights that do not change any more: `inputs` are all inputs, of which activations are ignored. They
+ * are laid out for the processor once, which every call would do else. Not while the operation runs. The
+ * weights must outlive it, and are given to effattn_run as before. */
+EFFATTN_API const char* effattn_pack(effattn_operation* operation, const effattn_tensor* inputs,
+                                     int32_t count);
 
-/* Writes the shape of the output: as many dimensions as the first input has. Sizes that are negative are unknown, and
- * come out as -1. Data is not looked at. */
+/* Writes the shape of the output: as many dimensions as the first input has. Sizes that are negative are
+ * unknown, and come out as -1. Data is not looked at. */
 EFFATTN_API const char* effattn_shape(const effattn_operation* operation, const effattn_tensor* inputs,
                                       int32_t count, int64_t* shape);
 
-/* `output` has the shape that effattn_shape says and the dtype of the first input; `threads` may be NULL: the caller's
- * alone. Activations are of one dtype, weights float32 and dense. Memory of inputs and output does not overlap. */
-EFFATTN_API const char* effattn_run(const effattn_operation* operation, const effattn_tensor* inputs, int32_t count,
-                                    const effattn_tensor* output, const effattn_threads* threads);
+/* `output` has the shape that effattn_shape says and the dtype of the first input; `threads` may be NULL: the
+ * caller's alone. Activations are of one dtype, weights float32 and dense. Memory of inputs and output does
+ * not overlap. */
+EFFATTN_API const char* effattn_run(const effattn_operation* operation, const effattn_tensor* inputs,
+                                    int32_t count, const effattn_tensor* output,
+                                    const effattn_threads* threads);
 
 #ifdef __cplusplus
 }

@@ -51,13 +51,15 @@ def library() -> Path:
     linked = [str(path) for name in _LIBRARIES for path in sorted((package / "libs").glob(f"{name}*"))]
     if len(linked) != len(_LIBRARIES) or not (package / "include" / "openvino").exists():
         raise RuntimeError(
-            f"effattn.openvino: the package openvino {openvino.__version__} in {package} has no headers or no libraries "
-            f"to compile against; pip install openvino brings both"
+            f"effattn.openvino: the package openvino {openvino.__version__} in {package} has no headers or no "
+            "libraries to compile against; pip install openvino brings both"
         )
     interface = kernels.parent / "include"
-    command = [compiler, *_FLAGS, f"-I{interface}", f"-isystem{package / 'include'}", str(_SOURCE), str(kernels), *linked]
+    command = [compiler, *_FLAGS, f"-I{interface}", f"-isystem{package / 'include'}"]
+    command += [str(_SOURCE), str(kernels), *linked]
     command += [f"-Wl,-rpath,{kernels.parent}", f"-Wl,-rpath,{package / 'libs'}"]
-    texts = (*command, openvino.get_version(), *(path.read_text() for path in (_SOURCE, interface / "effattn_kernels.h")))
+    sources = (path.read_text() for path in (_SOURCE, interface / "effattn_kernels.h"))
+    texts = (*command, openvino.get_version(), *sources)
     key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     target = _library.cache_folder() / "openvino" / key / "libeffattn_openvino.so"
     if not target.exists():
@@ -75,7 +77,7 @@ def _compile(command: list[str], target: Path) -> None:
         except OSError as error:
             raise RuntimeError(f"effattn.openvino: no compiler ({error}); CXX names another than g++") from error
         if done.returncode != 0:
-            raise RuntimeError(f"effattn.openvino: {command[0]} could not compile the extension:\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"effattn.openvino: {command[0]} cannot compile the extension:\n{done.stderr[-4000:]}")
         os.replace(made, target)
 
 

@@ -1,19 +1,20 @@
-// Every operation of the C interface as an operation of OpenVINO, for models in ONNX (domain "effattn") and in IR. It
-// works in the arena of whoever runs it, so that INFERENCE_NUM_THREADS holds. Compiled against the headers that the
-// openvino package brings (effattn/openvino): an extension belongs to one version of OpenVINO.
+// Every operation of the C interface as an operation of OpenVINO, for models in ONNX (domain "effattn") and
+// in IR. It works in the arena of whoever runs it, so that INFERENCE_NUM_THREADS holds. Compiled against the
+// headers that the openvino package brings (effattn/openvino): an extension belongs to one version of
+// OpenVINO.
 #include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include <openvino/core/op_extension.hpp>
-#include <openvino/frontend/onnx/extension/conversion.hpp>
-#include <openvino/frontend/node_context.hpp>
-#include <openvino/op/constant.hpp>
-#include <openvino/op/op.hpp>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/frontend/node_context.hpp>
+#include <openvino/frontend/onnx/extension/conversion.hpp>
+#include <openvino/op/constant.hpp>
+#include <openvino/op/op.hpp>
 
 #include "effattn_kernels.h"
 
@@ -23,7 +24,8 @@ void require(const char* error) {
   if (error != nullptr) OPENVINO_THROW(error);
 }
 
-// The name of an operation, and the attributes of one node, in the order of the specification; `format` first.
+// The name of an operation, and the attributes of one node, in the order of the specification; `format`
+// first.
 struct Kind {
   ov::DiscreteTypeInfo type;
   std::vector<effattn_attribute_spec> attributes;
@@ -74,8 +76,8 @@ class Operation : public ov::op::Op {
     bool are_known = true;
     for (size_t i = 0; i < get_input_size(); ++i) {
       const ov::element::Type type = get_input_element_type(i);
-      NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type.is_dynamic(), "input ", i, ": expected f32, got ",
-                            type);
+      NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type.is_dynamic(), "input ", i,
+                            ": expected f32, got ", type);
       const ov::PartialShape& shape = get_input_partial_shape(i);
       are_known = are_known && shape.rank().is_static();
       shapes.emplace_back();
@@ -107,7 +109,8 @@ class Operation : public ov::op::Op {
                       tensor.get_element_type());
       shapes.emplace_back(tensor.get_shape().begin(), tensor.get_shape().end());
     }
-    for (size_t i = 0; i < given.size(); ++i) inputs.push_back(view(const_cast<void*>(given[i].data()), shapes[i]));
+    for (size_t i = 0; i < given.size(); ++i)
+      inputs.push_back(view(const_cast<void*>(given[i].data()), shapes[i]));
     std::call_once(packing_, [&] {
       if (weights_are_constant()) require(effattn_pack(operation_.get(), inputs.data(), count(inputs)));
     });
@@ -124,11 +127,12 @@ class Operation : public ov::op::Op {
   static effattn_tensor view(void* data, const std::vector<int64_t>& shape) {
     return {data, EFFATTN_FLOAT32, static_cast<int32_t>(shape.size()), shape.data(), nullptr};
   }
-  static int32_t count(const std::vector<effattn_tensor>& inputs) { return static_cast<int32_t>(inputs.size()); }
+  static int32_t count(const std::vector<effattn_tensor>& inputs) {
+    return static_cast<int32_t>(inputs.size());
+  }
 
   static void run(void*, int64_t count, void (*task)(void*, int64_t), void* context) {
-    tbb::parallel_for(
-        int64_t{0}, count, [&](int64_t i) { task(context, i); }, tbb::simple_partitioner());
+    tbb::parallel_for(int64_t{0}, count, [&](int64_t i) { task(context, i); }, tbb::simple_partitioner());
   }
 
   std::unique_ptr<effattn_operation, Destroy> create() const {
@@ -139,7 +143,8 @@ class Operation : public ov::op::Op {
     std::vector<effattn_attribute> attributes;
     for (size_t i = 1; i < values_.size(); ++i) attributes.push_back({kind_.attributes[i].name, values_[i]});
     effattn_operation* created = nullptr;
-    require(effattn_create(kind_.type.name, attributes.data(), static_cast<int32_t>(attributes.size()), &created));
+    require(effattn_create(kind_.type.name, attributes.data(), static_cast<int32_t>(attributes.size()),
+                           &created));
     return std::unique_ptr<effattn_operation, Destroy>(created);
   }
 
@@ -179,7 +184,7 @@ ov::OutputVector convert(const Kind& kind, const ov::frontend::NodeContext& node
   for (const effattn_attribute_spec& spec : kind.attributes) {
     const bool is_given = node.has_attribute(spec.name);
     OPENVINO_ASSERT(is_given || !spec.is_required, kind.type.name, ": expected an attribute ", spec.name);
-    values.push_back(!is_given          ? 0
+    values.push_back(!is_given         ? 0
                      : spec.is_integer ? static_cast<double>(node.get_attribute<int64_t>(spec.name))
                                        : static_cast<double>(node.get_attribute<float>(spec.name)));
   }
@@ -188,7 +193,8 @@ ov::OutputVector convert(const Kind& kind, const ov::frontend::NodeContext& node
 
 std::vector<ov::Extension::Ptr> all() {
   OPENVINO_ASSERT(effattn_interface() == EFFATTN_INTERFACE,
-                  "effattn: this extension does not fit the libeffattn_kernels of effattn ", effattn_version());
+                  "effattn: this extension does not fit the libeffattn_kernels of effattn ",
+                  effattn_version());
   // Operations refer to them for as long as there are any.
   static std::vector<std::unique_ptr<const Kind>> kinds;
   if (kinds.empty())
@@ -199,7 +205,8 @@ std::vector<ov::Extension::Ptr> all() {
     const Kind* const of = kind.get();
     extensions.push_back(std::make_shared<Extension>(*of));
     extensions.push_back(std::make_shared<ov::frontend::onnx::ConversionExtension>(
-        of->type.name, "effattn", [of](const ov::frontend::NodeContext& node) { return convert(*of, node); }));
+        of->type.name, "effattn",
+        [of](const ov::frontend::NodeContext& node) { return convert(*of, node); }));
   }
   return extensions;
 }

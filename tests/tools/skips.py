@@ -21,6 +21,7 @@ ALLOWED = re.compile(
             r"needs \d+ GiB",
             "EFFATTN_TEST_LARGE=1",
             "is a peer that make bench installs",
+            "is a release of onnxruntime that EFFATTN_TEST_ONNXRUNTIME_LIBRARY names",
             "the interpreter compiles nothing",
             "is of (triton|cuda) alone, where (triton|cuda)( and cuda)? runs",
             "without clusters, sums over tokens are added up",

@@ -1,6 +1,6 @@
-// What this library uses of onnxruntime's C interface, in its version 17 (onnxruntime 1.17). The headers are in no
-// wheel, and the interface is stable: a function keeps its place in the table for ever, a struct of version 17 its
-// layout. Later versions of onnxruntime give out the tables of earlier ones.
+// What this library uses of onnxruntime's C interface, in its version 17 (onnxruntime 1.17). The headers are
+// in no wheel, and the interface is stable: a function keeps its place in the table for ever, a struct of
+// version 17 its layout. Later versions of onnxruntime give out the tables of earlier ones.
 #pragma once
 
 #include <cstddef>
@@ -71,7 +71,8 @@ inline constexpr Call<271, TensorInfo*, const char**, size_t> set_symbolic_dimen
 inline constexpr Call<272, const OpAttr*, AttributeType, void*, size_t, size_t*> read_attribute;
 inline constexpr Call<274, const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*> parallel_for;
 
-// OrtCustomOp. Members that are null here are asked for by none that is version 17 and has the ones behind them.
+// OrtCustomOp. Members that are null here are asked for by none that is version 17 and has the ones behind
+// them.
 struct CustomOp {
   uint32_t version = kVersion;
   void* (*create_kernel)(const CustomOp*, const void* const*, const KernelInfo*) = nullptr;

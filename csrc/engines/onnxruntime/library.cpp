@@ -1,5 +1,5 @@
-// Every operation of the C interface as a custom operator of onnxruntime, domain "effattn". Its weights are packed when
-// a session is created, and it works in the session's own thread pool.
+// Every operation of the C interface as a custom operator of onnxruntime, domain "effattn". Its weights are
+// packed when a session is created, and it works in the session's own thread pool.
 #include <climits>
 #include <cstring>
 #include <exception>
@@ -86,9 +86,9 @@ Operation create(const char* name, const Read& read) {
   const effattn_attribute_spec format = {"format", 1, 1};
   double value = 0;
   if (!read(format, value) || value != effattn_format())
-    throw std::runtime_error(std::string("effattn ") + effattn_version() + ": " + name + ": reads models of format " +
-                             std::to_string(effattn_format()) + ", this one is of format " +
-                             std::to_string(static_cast<int64_t>(value)) +
+    throw std::runtime_error(std::string("effattn ") + effattn_version() + ": " + name +
+                             ": reads models of format " + std::to_string(effattn_format()) +
+                             ", this one is of format " + std::to_string(static_cast<int64_t>(value)) +
                              "; export it again with this version, or load the library that belongs to it");
   for (const effattn_attribute_spec* spec = effattn_attributes(name); spec->name != nullptr; ++spec)
     if (read(*spec, value)) given.push_back({spec->name, value});
@@ -137,7 +137,8 @@ class Kernel {
     require(tensor_data(api_, value, &out.data));
     const effattn_tensor result = out.view();
     Pool pool{api_, context};
-    const effattn_threads threads{static_cast<int32_t>(std::thread::hardware_concurrency()), &pool, &Pool::run};
+    const effattn_threads threads{static_cast<int32_t>(std::thread::hardware_concurrency()), &pool,
+                                  &Pool::run};
     require_text(effattn_run(operation_.get(), inputs.data(), given, &result, &threads));
   }
 
@@ -156,7 +157,8 @@ class Kernel {
       const Pool& pool = *static_cast<const Pool*>(self);
       Status* const status = parallel_for(
           pool.api, pool.context,
-          [](void* of, size_t i) { static_cast<Task*>(of)->task(static_cast<Task*>(of)->context, i); }, count, 0, &one);
+          [](void* of, size_t i) { static_cast<Task*>(of)->task(static_cast<Task*>(of)->context, i); }, count,
+          0, &one);
       if (status == nullptr) return;
       release_status(pool.api, status);  // it has run nothing
       for (int64_t i = 0; i < count; ++i) task(of_task, i);
@@ -179,7 +181,8 @@ class Kernel {
     // Of activations, nothing is known yet.
     std::vector<effattn_tensor> inputs(activations_);
     std::vector<int64_t> unknown(8, -1);
-    for (effattn_tensor& activation : inputs) activation = {nullptr, EFFATTN_FLOAT32, 4, unknown.data(), nullptr};
+    for (effattn_tensor& activation : inputs)
+      activation = {nullptr, EFFATTN_FLOAT32, 4, unknown.data(), nullptr};
     for (const Tensor& weight : found) inputs.push_back(weight.view());
     require_text(effattn_pack(operation_.get(), inputs.data(), static_cast<int32_t>(inputs.size())));
     weights_ = std::move(found);
@@ -202,8 +205,9 @@ void infer(Api api, const char* name, ShapeInferContext* context) {
     Status* status = inferred_attribute(api, context, spec.name, &attribute);
     if (status == nullptr && attribute == nullptr) return false;
     if (status == nullptr) {
-      status = spec.is_integer ? read_attribute(api, attribute, kInt, &integer, sizeof integer, &bytes)
-                               : read_attribute(api, attribute, kFloatAttribute, &number, sizeof number, &bytes);
+      status = spec.is_integer
+                   ? read_attribute(api, attribute, kInt, &integer, sizeof integer, &bytes)
+                   : read_attribute(api, attribute, kFloatAttribute, &number, sizeof number, &bytes);
     }
     value = spec.is_integer ? static_cast<double>(integer) : number;
     if (status != nullptr) release_status(api, status);
@@ -219,7 +223,8 @@ void infer(Api api, const char* name, ShapeInferContext* context) {
     require(inferred_input(api, context, i, &info));
     if (info == nullptr) return;  // a shape of which nothing is known
     shapes[i] = shape_of(api, info);
-    inputs.push_back({nullptr, EFFATTN_FLOAT32, static_cast<int32_t>(shapes[i].size()), shapes[i].data(), nullptr});
+    inputs.push_back(
+        {nullptr, EFFATTN_FLOAT32, static_cast<int32_t>(shapes[i].size()), shapes[i].data(), nullptr});
     if (i == 0) {
       names.resize(shapes[0].size(), "");
       require(symbolic_dimensions(api, info, names.data(), names.size()));
@@ -292,15 +297,16 @@ extern "C" EFFATTN_API effattn::engines::ort::Status* RegisterCustomOps(
   using namespace effattn::engines::ort;
   const Api api = base->get_api(kVersion);
   if (api == nullptr) {
-    const std::string text = std::string("effattn ") + effattn_version() + " needs onnxruntime 1.17 or later, this is " +
-                             base->version();
+    const std::string text = std::string("effattn ") + effattn_version() +
+                             " needs onnxruntime 1.17 or later, this is " + base->version();
     const Api oldest = base->get_api(kOldestVersion);
     return oldest == nullptr ? nullptr : create_status(oldest, kFail, text.c_str());
   }
   return status_of(api, [&] {
     if (effattn_interface() != EFFATTN_INTERFACE)
-      throw std::runtime_error(std::string("effattn: libeffattn_onnxruntime does not fit the libeffattn_kernels of effattn ") +
-                               effattn_version() + " beside it");
+      throw std::runtime_error(
+          std::string("effattn: libeffattn_onnxruntime does not fit the libeffattn_kernels of effattn ") +
+          effattn_version() + " beside it");
     require(add_domain(api, options, domain(api)));
   });
 }

@@ -11,7 +11,7 @@ namespace effattn::cpu {
 // `projection`: what follows in the networks, relu and a 1x1 convolution; or null, and out has the channels
 // of x.
 EFFATTN_EXPORT void cascaded_group_attention(const CascadeParams& params, const ProjectionWeights* projection,
-                              const Parallel& parallel);
+                                             const Parallel& parallel);
 inline void cascaded_group_attention(const CascadeParams& params, const Parallel& parallel) {
   cascaded_group_attention(params, nullptr, parallel);
 }

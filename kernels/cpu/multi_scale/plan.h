@@ -28,6 +28,7 @@ EFFATTN_EXPORT void aggregate_backward(const MultiScaleParams& params, const Par
 // out: (batch, (1 + scales) * heads * head_dim, tokens). `kv_state`: what linear attention keeps, for
 // batch x (1 + scales) * heads groups, or null.
 EFFATTN_EXPORT void attend(const MultiScaleParams& params, float* kv_state, const Parallel& parallel);
-EFFATTN_EXPORT void attend_backward(const MultiScaleParams& params, const float* kv_state, const Parallel& parallel);
+EFFATTN_EXPORT void attend_backward(const MultiScaleParams& params, const float* kv_state,
+                                    const Parallel& parallel);
 
 }  // namespace effattn::cpu

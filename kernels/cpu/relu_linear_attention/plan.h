@@ -22,6 +22,7 @@ EFFATTN_EXPORT ReluLinearAttentionPlan plan(const LinearAttentionParams& params,
 EFFATTN_EXPORT void forward(const LinearAttentionParams& params, float* kv_state, const Parallel& parallel);
 
 // `kv_state`: that of the forward pass.
-EFFATTN_EXPORT void backward(const LinearAttentionParams& params, const float* kv_state, const Parallel& parallel);
+EFFATTN_EXPORT void backward(const LinearAttentionParams& params, const float* kv_state,
+                             const Parallel& parallel);
 
 }  // namespace effattn::cpu
