@@ -30,7 +30,7 @@ BUILD_TEST := $(VENV)/.build-test$(if $(FULL),-full)
 $(BUILD_TEST) test-install: export EFFATTN_CUDA_ARCHS ?= $(if $(FULL),80 )90a
 # Where no GPU is, the short tier leaves the kernels of wide heads to the emulator: a third of nvcc's time.
 $(BUILD_TEST) test-install: export EFFATTN_CUDA_CHANNELS ?= $(if $(or $(FULL),$(shell command -v nvidia-smi)),128,32)
-NATIVE := $(shell find csrc kernels effattn/ops -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
+NATIVE := $(shell find csrc kernels effattn/include effattn/ops -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.py") setup.py pyproject.toml
 
 .PHONY: help demo train test test-full downloads arm64 bench lint format test-python test-triton test-cuda test-sanitizers test-aarch64 test-install test-wheel wheel docs cpp-example engines-example gpu clean
 .DELETE_ON_ERROR:
@@ -70,7 +70,7 @@ engines-example: $(VENV)/.build $(VENV)/.cpp ## an exported model in C++ with Op
 	  -DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino.utils; print(openvino.utils.get_cmake_path())')" \
 	  $(if $(ONNXRUNTIME_LIBRARY),-DONNXRUNTIME_INCLUDE="$(ONNXRUNTIME_INCLUDE)" -DONNXRUNTIME_LIBRARY="$(ONNXRUNTIME_LIBRARY)")
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/engines
-	library=$$($(BIN)/python -c 'import effattn.openvino; print(effattn.openvino.library())') && \
+	library=$$($(BIN)/python -m effattn library openvino) && \
 	  cd build/engines && ./classify_openvino "$$library" model.onnx input.bin expected.bin
 	$(if $(ONNXRUNTIME_LIBRARY),cd build/engines && ./classify_onnxruntime $(abspath effattn/libeffattn_onnxruntime.so) model.onnx input.bin expected.bin)
 
@@ -201,7 +201,7 @@ $(VENV)/.cpp: $(VENV)/.timm
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo $(VENV)/.diffusers $(VENV)/.cpp
-	$(PIP) install pytest pytest-xdist pytest-benchmark pytest-examples hypothesis onnx onnxruntime onnxscript psutil tabulate typer
+	$(PIP) install pytest pytest-xdist pytest-benchmark pytest-examples hypothesis onnx onnxruntime onnxscript openvino psutil tabulate typer
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	@touch $@
 

@@ -247,6 +247,9 @@ README_CASES = {
     ("efficientvit", "efficientvit_b1 @1024x2048"): "whole efficientvit_b1 @1024x2048",
     ("efficientvit", "efficientvit_b1 @224"): "whole efficientvit_b1 @224",
     ("softmax-models", "efficientvit_m4 @224"): "whole efficientvit_m4 @224",
+    ("engines", "efficientvit_b1 @1024x2048"): "the three in an engine: efficientvit_b1 @1024x2048",
+    ("engines", "efficientvit_b1 @224"): "efficientvit_b1 @224",
+    ("engines", "efficientvit_m4 @224"): "efficientvit_m4 @224",
 }
 #: Peers that are no PyTorch.
 RUNTIMES = ("onnxruntime", "OpenVINO", "TFLite", "ExecuTorch")
@@ -314,6 +317,44 @@ def readme_table(files: list[Results]) -> str:
     head += [f"speed-up, first call after a rest [{number_of(data, 'rested')}]" for data in last_with("rested")]
     notes = "  \n".join(f"[{number}] {machine}." for machine, number in machines.items())
     return "\n".join([tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes])
+
+
+#: The suites that run in engines, and what stands above their tables.
+ENGINE_SUITES = {"engines": "Whole models", "engine-sessions": "Creating a session", "engine-nodes": "Single nodes"}
+
+
+def engine_tables(files: list[Results]) -> str:
+    """Each engine with effattn's nodes against the same engine without, from the last of the files that has a suite."""
+    parts = []
+    for suite, title in ENGINE_SUITES.items():
+        for data in [data for data in files if suite in data["suites"]][-1:]:
+            machine = taken_on(data["suites"][suite]["environment"])
+            parts.append(f"**{title}**, ms\n\n{_engine_table(cases(data, suite))}\n\n{machine}.")
+    return "\n\n".join(parts)
+
+
+def _engine_table(found: list[CaseResult]) -> str:
+    engines = [name for name in RUNTIMES if any(case.fastest(name) for case in found)]
+    accelerated = any(case.fastest("effattn eager") for case in found)
+    body: dict[str, list[str]] = {}
+    for case in found:
+        label = case.name
+        for engine in engines:  # of a single node or a session, a case an engine
+            label = label.removesuffix(f", {engine}")
+        cells = body.setdefault(label, [label, *("-" for _ in engines)])
+        for i, engine in enumerate(engines, start=1):
+            stock, ours = case.fastest(engine), case.fastest(f"effattn in {engine}")
+            if stock is not None or ours is not None:
+                cells[i] = f"{_time(stock)} -> {_time(ours)}, {times(_ratio(stock, ours))}"
+        if accelerated:
+            cells += [_time(case.fastest("effattn eager")), marked(case)]
+    head = ["", *(f"{engine} -> with effattn" for engine in engines)]
+    head += ["accelerated PyTorch", "best of effattn against the best engine"] * accelerated
+    return tabulate(list(body.values()), head, tablefmt="github", disable_numparse=True)
+
+
+def _time(row: Row | None) -> str:
+    return milliseconds(row.milliseconds if row else None)
 
 
 def update_between(readme: Path, begin: str, end: str, content: str) -> None:

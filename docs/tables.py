@@ -229,6 +229,12 @@ def benchmark_table() -> str:
     return report.readme_table([results.read(file) for file in results_files()])
 
 
+def engine_tables() -> str:
+    from benchmarks import report, results
+
+    return report.engine_tables([results.read(file) for file in results_files()])
+
+
 # --- mkdocs ---------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -240,6 +246,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instruction sets": isa_table,
     "models": model_table,
     "benchmarks": benchmark_table,
+    "engines": engine_tables,
 }
 MARKER = re.compile(r"^<!-- table: (.+) -->$", re.MULTILINE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,17 @@ def _failed() -> list[str]:
     return lines + [f"  {v.backend:<10} {v.operator}, {v.text()}" for v in found]
 
 
+def _engines() -> str:
+    """Those whose models may have effattn's nodes, by the installed version."""
+    found = []
+    for name in ("onnxruntime", "openvino"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return f"engines for exported models: {', '.join(found)}"
+
+
 def info() -> str:
     """The text of ``python -m effattn info``."""
     lines = [
@@ -60,6 +72,7 @@ def info() -> str:
         lines.append(f"  {device}: {'; '.join(said) or 'no kernels'}")
     lines += _failed()
     lines += _instruction_sets()
+    lines.append(_engines())
     if _library._C is not None:
         build = _library._C.build
         lines.append(f"built with {build['compiler']} against torch {build['torch']} (stable ABI)")

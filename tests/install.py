@@ -35,6 +35,14 @@ assert any((pathlib.Path(configs.__file__).parent / f"{name}.py").exists() for n
 assert (package / "py.typed").exists()
 cuda = next(b for b in effattn.backends() if b.name == "cuda")
 assert ("is not compiled in" not in (cuda.reason or "")) == bool(int(sys.argv[3])), cuda
+model = torch.nn.Sequential(effattn.nn.LiteMLA(16, 16, dim=8)).eval()
+image = torch.randn(1, 16, 6, 6)
+exported = effattn.export.to_onnx(model, image, input_names=["x"]).model
+(in_onnxruntime,) = effattn.onnxruntime.session(exported).run(None, {"x": image.numpy()})
+in_openvino = effattn.openvino.compile(exported, config={"INFERENCE_PRECISION_HINT": "f32"})(image.numpy())[0]
+with torch.no_grad():
+    for out in (in_onnxruntime, in_openvino):
+        torch.testing.assert_close(torch.from_numpy(out), model(image), rtol=1e-4, atol=1e-5)
 print(f"{sys.argv[1]}: effattn {effattn.__version__} in {package.name}, {_C.active_isa()}")
 inside = package.is_relative_to(sys.argv[2])
 assert inside == (sys.argv[1] == "editable"), package

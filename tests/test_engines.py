@@ -11,7 +11,8 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from engines import ENGINES, ERRORS, NODES, in_openvino, node_model
+from engines import ENGINES, ERRORS, in_openvino, node_model
+from nodes import NODES
 from specified import first_of, flattened, free_sizes, of_other_sizes
 from wrong_calls import WRONG_CALLS
 
@@ -95,6 +96,15 @@ def test_calls_at_once(engine, operator, case):
         thread.join()
     # A compiled model of OpenVINO has one request, which refuses a second caller: an error, and no wrong bits.
     assert not [w for w in wrong if engine == "onnxruntime" or "busy" not in str(w).lower()]
+
+
+@pytest.mark.parametrize(("operator", "case"), FIRST)
+def test_inputs_of_unknown_rank(operator, case):
+    """Of onnxruntime: OpenVINO's CPU plugin takes none."""
+    arguments = make_arguments(operator, case)
+    given = activations(operator, arguments)
+    run = ENGINES["onnxruntime"](node_model(operator, arguments, sizes=[None] * len(given)))
+    assert torch.equal(run(*given), expected(operator, arguments))
 
 
 @by_engine

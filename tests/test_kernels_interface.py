@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import NODES, attributes_of
+from nodes import NODES, attributes_of
 from specified import first_of, flattened
 
 from effattn import _library
@@ -78,7 +78,6 @@ class Operation:
 
     def __init__(self, operator, arguments):
         given = attributes_of(operator, arguments)
-        given.pop("format")
         attributes = (Attribute * len(given))(*((name.encode(), value) for name, value in given.items()))
         self.pointer = c_void_p()
         made = library.effattn_create(operator.name.encode(), attributes, len(given), ctypes.byref(self.pointer))
@@ -102,6 +101,8 @@ class Operation:
 CALLS = [pytest.param(op, case, id=f"{op.name}-{i}") for op in NODES for i, case in enumerate(op.cases)]
 
 
+@pytest.mark.numerics
+@pytest.mark.pairwise
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", [order for order in ORDERS if order != "gaps"])
@@ -121,6 +122,7 @@ def test_the_same_bits_as_in_pytorch(operator, case, order, dtype, is_packed):
     assert torch.equal(out, right)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("operator", "case"), CALLS)
 def test_nothing_is_written_beside_the_output(operator, case):
     arguments = make_arguments(operator, case)
@@ -131,6 +133,7 @@ def test_nothing_is_written_beside_the_output(operator, case):
     assert torch.equal(out, right) and room[:32].isnan().all() and room[-32:].isnan().all()
 
 
+@pytest.mark.arguments
 def test_images_must_have_mergeable_rows():
     operator = next(op for op in NODES if op.signature.is_of_images)
     arguments = make_arguments(operator, operator.cases[0], order="gaps")

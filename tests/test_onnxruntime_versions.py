@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from engines import NODES, node_model
+from engines import node_model
+from nodes import NODES
 from specified import first_of
 from tiers import full
 

@@ -187,10 +187,13 @@ def check(wheel: Path, architecture: str, has_cuda: bool) -> None:
             told = [path for path in here if path != "/" and path.encode() + b"/" in content]
             if told:
                 sys.exit(f"wheel: {library} names {', '.join(told)}")
-    odd = [n for n in names if not re.match(r"effattn(-[\d.]+\.dist-info)?/", n) or re.search(r"\.(c|cpp|cu|h|o)$", n)]
+    # Of C and C++ what engines and other hosts are compiled with, and nothing else.
+    for_hosts = {"effattn/include/effattn_kernels.h", "effattn/openvino/extension.cpp"}
+    sources = {n for n in names if re.search(r"\.(c|cpp|cu|h|o)$", n)}
+    odd = [n for n in names if not re.match(r"effattn(-[\d.]+\.dist-info)?/", n)] + sorted(sources ^ for_hosts)
     if odd:
-        sys.exit(f"wheel: unexpected files {odd}")
-    expected = 2 + has_cuda
+        sys.exit(f"wheel: unexpected or missing files {odd}")
+    expected = 4 + has_cuda
     if len(libraries) != expected or not {"effattn/py.typed", "effattn/_triton/configs.py"} <= set(names):
         sys.exit(f"wheel: expected {expected} libraries, py.typed and Triton's kernels, got {names}")
     size = wheel.stat().st_size / 1e6

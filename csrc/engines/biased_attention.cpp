@@ -18,19 +18,19 @@ class BiasedAttention : public Operation {
 
   std::vector<int64_t> shape(const Inputs& inputs) const override {
     inputs.require_count(4 + mix_);
-    inputs.require_rank(0, "q", 4, "(B, heads, N, D)");
-    inputs.require_rank(1, "k", 4, "(B, heads, M, D)");
-    inputs.require_rank(2, "v", 4, "(B, heads, M, Dv)");
+    inputs.require_rank(0, {"q"}, 4, "(B, heads, N, D)");
+    inputs.require_rank(1, {"k"}, 4, "(B, heads, M, D)");
+    inputs.require_rank(2, {"v"}, 4, "(B, heads, M, Dv)");
     const int64_t batch = inputs.size(0, 0), heads = inputs.size(0, 1), queries = inputs.size(0, 2);
     const int64_t keys = inputs.size(1, 2), dim = inputs.size(0, 3), value_dim = inputs.size(2, 3);
-    inputs.require_shape(1, "k", {batch, heads, keys, dim});
-    inputs.require_shape(2, "v", {batch, heads, keys, value_dim});
-    inputs.require_shape(3, "bias", {heads, queries, keys});
+    inputs.require_shape(1, {"k"}, {batch, heads, keys, dim});
+    inputs.require_shape(2, {"v"}, {batch, heads, keys, value_dim});
+    inputs.require_shape(3, {"bias"}, {heads, queries, keys});
     if (dim > kMaxDim || value_dim > kMaxDim)
       fail(inputs.operation(), ": q, v: expected at most ", kMaxDim, " channels, got ", dim, " and ",
            value_dim);
     for (int64_t i = 0; i < mix_; ++i) {
-      const std::string name = "talking_heads[" + std::to_string(i) + "]";
+      const Name name{"talking_heads", i};
       i % 2 == 0 ? inputs.require_shape(4 + i, name, {heads, heads})
                  : inputs.require_shape(4 + i, name, {heads});
     }

@@ -2,8 +2,6 @@
 // qkv_weights, qkv_biases if there are any, q_dw_weights, q_dw_biases if there are any; then attention_bias.
 #include "../../kernels/cpu/cascaded_group_attention/plan.h"
 
-#include <string>
-
 #include "../../kernels/cpu/core/arena.h"
 #include "operation.h"
 
@@ -32,27 +30,26 @@ class CascadedGroupAttention : public Operation {
 
   std::vector<int64_t> shape(const Inputs& inputs) const override {
     inputs.require_count(bias() + 1);
-    inputs.require_rank(0, "x", 4, "(B, heads * d, H, W)");
+    inputs.require_rank(0, {"x"}, 4, "(B, heads * d, H, W)");
     const int64_t channels = inputs.size(0, 1);
     if (channels >= 0 && (channels % heads_ != 0 || channels == 0))
       fail(inputs.operation(), ": x: expected a multiple of ", heads_, " channels, got ", channels);
     const int64_t d = channels < 0 ? kUnknown : channels / heads_;
-    inputs.require_rank(depthwise(), "q_dw_weights[0]", 4, "(key_dim, 1, odd k, k)");
+    inputs.require_rank(depthwise(), {"q_dw_weights", 0}, 4, "(key_dim, 1, odd k, k)");
     const int64_t key_dim = inputs.size(depthwise(), 0);
     if (key_dim == 0 || key_dim > kMaxDim || d > kMaxDim)
       fail(inputs.operation(), ": expected from 1 to ", kMaxDim, " channels of a head, got ", key_dim,
            " and ", d);
     const int64_t outputs = key_dim < 0 || d < 0 ? kUnknown : 2 * key_dim + d;
     for (int64_t h = 0; h < heads_; ++h) {
-      const std::string of_head = "[" + std::to_string(h) + "]";
-      inputs.require_shape(1 + h, "qkv_weights" + of_head, {outputs, d, 1, 1});
-      if (qkv_biases_ > 0) inputs.require_shape(1 + heads_ + h, "qkv_biases" + of_head, {outputs});
-      const int64_t k = kernel_of(inputs, depthwise() + h, "q_dw_weights" + of_head);
-      inputs.require_shape(depthwise() + h, "q_dw_weights" + of_head, {key_dim, 1, k, k});
-      if (dw_biases_ > 0) inputs.require_shape(depthwise() + heads_ + h, "q_dw_biases" + of_head, {key_dim});
+      inputs.require_shape(1 + h, {"qkv_weights", h}, {outputs, d, 1, 1});
+      if (qkv_biases_ > 0) inputs.require_shape(1 + heads_ + h, {"qkv_biases", h}, {outputs});
+      const int64_t k = kernel_of(inputs, depthwise() + h, {"q_dw_weights", h});
+      inputs.require_shape(depthwise() + h, {"q_dw_weights", h}, {key_dim, 1, k, k});
+      if (dw_biases_ > 0) inputs.require_shape(depthwise() + heads_ + h, {"q_dw_biases", h}, {key_dim});
     }
     const int64_t tokens = window_height_ * window_width_;
-    inputs.require_shape(bias(), "attention_bias", {heads_, tokens, tokens});
+    inputs.require_shape(bias(), {"attention_bias"}, {heads_, tokens, tokens});
     return {inputs.size(0, 0), channels, inputs.size(0, 2), inputs.size(0, 3)};
   }
 

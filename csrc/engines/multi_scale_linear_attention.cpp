@@ -1,7 +1,5 @@
 // multi_scale_linear_attention: qkv (B, 3 * heads * head_dim, H, W) -> (B, (1 + S) * heads * head_dim, H, W).
 // Inputs behind qkv, S each: dw_weights, pw_weights, then dw_biases and pw_biases if there are any.
-#include <string>
-
 #include "../../kernels/cpu/multi_scale/plan.h"
 #include "operation.h"
 
@@ -30,21 +28,21 @@ class MultiScaleLinearAttention : public Operation {
 
   std::vector<int64_t> shape(const Inputs& inputs) const override {
     inputs.require_count(1 + 2 * scales_ + dw_biases_ + pw_biases_);
-    inputs.require_rank(0, "qkv", 4, "(B, 3 * heads * head_dim, H, W)");
+    inputs.require_rank(0, {"qkv"}, 4, "(B, 3 * heads * head_dim, H, W)");
     const int64_t channels = inputs.size(0, 1), per_head = 3 * head_dim_;
     if (channels >= 0 && (channels % per_head != 0 || channels == 0))
       fail(inputs.operation(), ": qkv: expected a multiple of 3 * head_dim = ", per_head, " channels, got ",
            channels);
     int64_t input = 1;
     for (int64_t s = 0; s < scales_; ++s, ++input) {
-      const std::string name = "dw_weights[" + std::to_string(s) + "]";
+      const Name name{"dw_weights", s};
       const int64_t k = kernel_of(inputs, input, name);
       inputs.require_shape(input, name, {channels, 1, k, k});
     }
     for (int64_t s = 0; s < scales_; ++s, ++input)
-      inputs.require_shape(input, "pw_weights[" + std::to_string(s) + "]", {channels, head_dim_, 1, 1});
+      inputs.require_shape(input, {"pw_weights", s}, {channels, head_dim_, 1, 1});
     for (int64_t i = 0; i < dw_biases_ + pw_biases_; ++i, ++input)
-      inputs.require_shape(input, i < dw_biases_ ? "dw_biases" : "pw_biases", {channels});
+      inputs.require_shape(input, {i < dw_biases_ ? "dw_biases" : "pw_biases", i % scales_}, {channels});
     const int64_t out = channels < 0 ? kUnknown : (1 + scales_) * (channels / 3);
     return {inputs.size(0, 0), out, inputs.size(0, 2), inputs.size(0, 3)};
   }

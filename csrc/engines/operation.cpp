@@ -102,8 +102,9 @@ int64_t elements_of(const char* operation, const effattn_tensor& tensor) {
   return std::find(tensor.shape, tensor.shape + tensor.rank, 0) == tensor.shape + tensor.rank ? count : 0;
 }
 
-void require_data(const Kind& kind, const Inputs& inputs) {
-  for (int64_t i = 0; i < inputs.count(); ++i) {
+// Of those inputs from `first` on.
+void require_data(const Kind& kind, const Inputs& inputs, int64_t first) {
+  for (int64_t i = first; i < inputs.count(); ++i) {
     for (int32_t dim = 0; dim < inputs[i].rank; ++dim)
       if (inputs[i].shape[dim] < 0)
         fail(kind.name, ": input ", i, ": expected sizes, got shape ", shape_text(inputs[i]));
@@ -114,13 +115,25 @@ void require_data(const Kind& kind, const Inputs& inputs) {
   }
 }
 
+const Kind& kind_of(const effattn_operation* operation) {
+  if (operation == nullptr) fail("effattn: expected an operation, got NULL");
+  return *operation->kind;
+}
+
 }  // namespace
+
+std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.list;
+  return name.index < 0 ? out : out << "[" << name.index << "]";
+}
 
 Registered::Registered(const Kind& kind) { kinds().push_back(kind); }
 
 Attributes::Attributes(const char* operation, const effattn_attribute_spec* specs,
                        const effattn_attribute* given, int32_t count)
     : operation_(operation), specs_(specs) {
+  for (int32_t i = 0; i < count; ++i)
+    if (given[i].name == nullptr) fail(operation, ": expected names of attributes, got NULL");
   for (const effattn_attribute_spec* spec = specs; spec->name != nullptr; ++spec) {
     const effattn_attribute* const end = given + count;
     const effattn_attribute* const found =
@@ -161,7 +174,7 @@ float Attributes::not_negative(const char* name) const {
 
 Inputs::Inputs(const char* operation, const effattn_tensor* tensors, int32_t count, int32_t activations)
     : operation_(operation), tensors_(tensors), count_(count) {
-  if (count < activations || count > kMaxInputs)
+  if (tensors == nullptr || count < activations || count > kMaxInputs)
     fail(operation, ": expected inputs, at least ", activations, ", got ", count);
   for (int32_t i = 0; i < count; ++i) {
     const effattn_dtype expected = i < activations ? tensors[0].dtype : EFFATTN_FLOAT32;
@@ -177,13 +190,12 @@ void Inputs::require_count(int64_t count) const {
   if (count_ != count) fail(operation_, ": expected ", count, " inputs, got ", count_);
 }
 
-void Inputs::require_rank(int64_t input, const std::string& name, int64_t rank, const char* text) const {
+void Inputs::require_rank(int64_t input, const Name& name, int64_t rank, const char* text) const {
   if (tensors_[input].rank != rank)
     fail(operation_, ": ", name, ": expected shape ", text, ", got ", shape_text(tensors_[input]));
 }
 
-void Inputs::require_shape(int64_t input, const std::string& name,
-                           std::initializer_list<int64_t> shape) const {
+void Inputs::require_shape(int64_t input, const Name& name, std::initializer_list<int64_t> shape) const {
   const effattn_tensor& given = tensors_[input];
   bool fits = given.rank == static_cast<int64_t>(shape.size());
   for (size_t i = 0; fits && i < shape.size(); ++i) {
@@ -193,7 +205,7 @@ void Inputs::require_shape(int64_t input, const std::string& name,
   if (!fits) fail(operation_, ": ", name, ": expected shape ", text_of(shape), ", got ", shape_text(given));
 }
 
-int64_t kernel_of(const Inputs& inputs, int64_t input, const std::string& name) {
+int64_t kernel_of(const Inputs& inputs, int64_t input, const Name& name) {
   inputs.require_rank(input, name, 4, "(channels, 1, odd k, k)");
   const int64_t k = inputs.size(input, 3);
   if (k != kUnknown && (k % 2 == 0 || k >= kMaxSide || k < 1))
@@ -270,13 +282,10 @@ void effattn_destroy(effattn_operation* operation) { delete operation; }
 
 const char* effattn_pack(effattn_operation* operation, const effattn_tensor* inputs, int32_t count) {
   return caught([&] {
-    const Kind& kind = *operation->kind;
+    const Kind& kind = kind_of(operation);
     const Inputs all(kind.name, inputs, count, kind.activations);
     operation->operation->shape(all);
-    for (int64_t i = kind.activations; i < count; ++i) {
-      const Inputs one(kind.name, inputs + i, 1, 0);
-      require_data({kind.name, nullptr, 0, nullptr}, one);
-    }
+    require_data(kind, all, kind.activations);
     operation->operation->pack(all);
   });
 }
@@ -284,7 +293,7 @@ const char* effattn_pack(effattn_operation* operation, const effattn_tensor* inp
 const char* effattn_shape(const effattn_operation* operation, const effattn_tensor* inputs, int32_t count,
                           int64_t* shape) {
   return caught([&] {
-    const Kind& kind = *operation->kind;
+    const Kind& kind = kind_of(operation);
     const std::vector<int64_t> found =
         operation->operation->shape({kind.name, inputs, count, kind.activations});
     std::copy(found.begin(), found.end(), shape);
@@ -294,10 +303,11 @@ const char* effattn_shape(const effattn_operation* operation, const effattn_tens
 const char* effattn_run(const effattn_operation* operation, const effattn_tensor* inputs, int32_t count,
                         const effattn_tensor* output, const effattn_threads* threads) {
   return caught([&] {
-    const Kind& kind = *operation->kind;
+    const Kind& kind = kind_of(operation);
     const Inputs all(kind.name, inputs, count, kind.activations);
     const std::vector<int64_t> expected = operation->operation->shape(all);
-    require_data(kind, all);
+    require_data(kind, all, 0);
+    if (output == nullptr) fail(kind.name, ": output: expected a tensor, got NULL");
     if (output->dtype != inputs[0].dtype || output->rank != static_cast<int32_t>(expected.size()) ||
         !std::equal(expected.begin(), expected.end(), output->shape))
       fail(kind.name, ": output: expected shape ", text_of(expected),

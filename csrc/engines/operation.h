@@ -44,7 +44,14 @@ class Attributes {
   std::vector<double> values_;
 };
 
-// A call's inputs. `check` and `sizes` take each once, in order, by the name that messages have of it.
+// What messages call an input, "bias" or "dw_weights[0]": made into a text only where something is wrong.
+struct Name {
+  const char* list;
+  int64_t index = -1;
+};
+std::ostream& operator<<(std::ostream& out, const Name& name);
+
+// A call's inputs.
 class Inputs {
  public:
   Inputs(const char* operation, const effattn_tensor* tensors, int32_t count, int32_t activations);
@@ -55,9 +62,9 @@ class Inputs {
   const char* operation() const { return operation_; }
 
   void require_count(int64_t count) const;
-  void require_rank(int64_t input, const std::string& name, int64_t rank, const char* text) const;
+  void require_rank(int64_t input, const Name& name, int64_t rank, const char* text) const;
   // Sizes that are kUnknown, here or there, fit.
-  void require_shape(int64_t input, const std::string& name, std::initializer_list<int64_t> shape) const;
+  void require_shape(int64_t input, const Name& name, std::initializer_list<int64_t> shape) const;
   // A weight's numbers, or null in a call that does not look at data.
   const float* floats(int64_t input) const { return static_cast<const float*>(tensors_[input].data); }
 
@@ -68,7 +75,7 @@ class Inputs {
 };
 
 // The side of a square depthwise kernel, the last size of an input: odd.
-int64_t kernel_of(const Inputs& inputs, int64_t input, const std::string& name);
+int64_t kernel_of(const Inputs& inputs, int64_t input, const Name& name);
 
 DType dtype_of(const effattn_tensor& tensor);
 int64_t stride_of(const effattn_tensor& tensor, int64_t dim);

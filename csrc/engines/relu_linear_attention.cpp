@@ -15,9 +15,9 @@ class ReluLinearAttention : public Operation {
   std::vector<int64_t> shape(const Inputs& inputs) const override {
     inputs.require_count(3);
     const int64_t rank = inputs[0].rank;
-    if (rank < 2) inputs.require_rank(0, "q", 2, "(..., N, D)");
-    inputs.require_rank(1, "k", rank, "(..., M, D), with as many dimensions as q");
-    inputs.require_rank(2, "v", rank, "(..., M, Dv), with as many dimensions as q");
+    if (rank < 2) inputs.require_rank(0, {"q"}, 2, "(..., N, D)");
+    inputs.require_rank(1, {"k"}, rank, "(..., M, D), with as many dimensions as q");
+    inputs.require_rank(2, {"v"}, rank, "(..., M, Dv), with as many dimensions as q");
     std::vector<int64_t> out(inputs[0].shape, inputs[0].shape + rank);
     const auto same = [&](int64_t input, const char* name, int64_t dim, int64_t expected) {
       const int64_t size = inputs.size(input, dim);

@@ -94,7 +94,8 @@ def compile(
         model: a path (ONNX or IR), the bytes of an ONNX file, what :func:`effattn.export.to_onnx` returns as
             ``.model``, or a model that is read already.
         device: as of ``openvino.Core.compile_model``; the nodes run on the CPU.
-        config: as there: ``{"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 2}``.
+        config: as there: ``{"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}``. On processors with
+            bfloat16, OpenVINO's own operations compute in it unless that hint says otherwise.
         core: which gets the extension, once; by default a new one.
 
     Raises:

@@ -196,10 +196,12 @@ std::vector<ov::Extension::Ptr> all() {
                   "effattn: this extension does not fit the libeffattn_kernels of effattn ",
                   effattn_version());
   // Operations refer to them for as long as there are any.
-  static std::vector<std::unique_ptr<const Kind>> kinds;
-  if (kinds.empty())
+  static const std::vector<std::unique_ptr<const Kind>> kinds = [] {
+    std::vector<std::unique_ptr<const Kind>> made;
     for (const char* const* name = effattn_operations(); *name != nullptr; ++name)
-      kinds.push_back(std::make_unique<const Kind>(*name));
+      made.push_back(std::make_unique<const Kind>(*name));
+    return made;
+  }();
   std::vector<ov::Extension::Ptr> extensions;
   for (const auto& kind : kinds) {
     const Kind* const of = kind.get();

@@ -8,28 +8,15 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from nodes import attributes_of
 from onnx import TensorProto, helper, numpy_helper
 from specified import flattened
 
 import effattn
 from effattn import _library
-from effattn.ops import OPERATORS
 from effattn.ops._operator import Operator
 
-#: The operators of which there are nodes.
-NODES = [OPERATORS[name] for name in _library.node_operators()]
 Run = Callable[..., torch.Tensor]
-
-
-def attributes_of(operator: Operator, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Of the node that stands for a call."""
-    found: dict[str, Any] = {"format": _library.node_format()}
-    for argument, given in zip(operator.signature.arguments, arguments, strict=True):
-        if argument.is_option:
-            found[argument.name] = given if argument.kind == "integer" else float(given)
-        elif argument.is_list:
-            found[argument.name] = len(given)
-    return found
 
 
 def node_model(
@@ -38,7 +25,7 @@ def node_model(
     *,
     changed: Mapping[str, Any] | None = None,
     constant: bool = True,
-    sizes: Sequence[Sequence[Any]] | None = None,
+    sizes: Sequence[Sequence[Any] | None] | None = None,
     out: Sequence[Any] | None = None,
 ) -> bytes:
     """A graph of one node.
@@ -48,13 +35,13 @@ def node_model(
         arguments: of the call that it stands for.
         changed: attributes that are not as they should be; None leaves one out.
         constant: whether weights are initializers; else they are inputs too.
-        sizes: of each activation, in place of sizes that are all free.
+        sizes: of each activation, in place of sizes that are all free; None of one whose rank is unknown too.
         out: those of the output.
     """
     count = operator.signature.num_activations
     tensors = flattened(arguments)
     names = [f"x{i}" for i in range(len(tensors))]
-    attributes = {**attributes_of(operator, arguments), **(changed or {})}
+    attributes = {"format": _library.node_format(), **attributes_of(operator, arguments), **(changed or {})}
     node = helper.make_node(
         operator.name,
         names,

@@ -221,8 +221,8 @@ void infer(Api api, const char* name, ShapeInferContext* context) {
   for (size_t i = 0; i < count; ++i) {
     TensorInfo* info = nullptr;
     require(inferred_input(api, context, i, &info));
-    if (info == nullptr) return;  // a shape of which nothing is known
     shapes[i] = shape_of(api, info);
+    if (shapes[i].empty()) return;  // of which nothing is known, not even how many dimensions it has
     inputs.push_back(
         {nullptr, EFFATTN_FLOAT32, static_cast<int32_t>(shapes[i].size()), shapes[i].data(), nullptr});
     if (i == 0) {
