@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -129,6 +129,38 @@ def segmentation_case(name: str, backbone: str, height: int, width: int) -> Modu
     return ModuleCase(name, partial(Segmentation, backbone, 64, 19), (1, 3, height, width), sizes, is_model=True)
 
 
+# --- bfloat16 -------------------------------------------------------------------------------------------------------
+
+
+def _narrow(with_nodes: bool, data: Files) -> Call:
+    """OpenVINO's own operations in bfloat16; nodes in float32."""
+    run, _, library = ENGINES["OpenVINO"]
+    outputs = {"out": torch.empty(data.truth[0].shape)}
+    model = data.with_nodes if with_nodes else data.stock_dynamo
+    call = run(model, {"x": data.x}, outputs, "bf16", str(library()) if with_nodes else None)
+    return lambda: tuple(call().values())
+
+
+def _narrow_gate(data: Files, results: Any) -> Accuracy:
+    return replace(modules.gate(data, results), allowed=GATE[torch.bfloat16])
+
+
+def make_narrow_case(case: ModuleCase) -> Case:
+    stock = Candidate("OpenVINO", EXPORTS[1], Role.PEER, partial(_narrow, False), _narrow_gate)
+    return Case(
+        name=case.name,
+        dtype=torch.bfloat16,
+        sizes=case.sizes,
+        work=modules.NO_FLOOR,
+        candidates=(
+            stock,
+            Candidate(ours("OpenVINO"), "NCHW", Role.OURS, partial(_narrow, True), _narrow_gate),
+            replace(stock, name="OpenVINO (again)", role=Role.CHECK),
+        ),
+        prepare=partial(_files, case),
+    )
+
+
 # --- sessions -------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +257,7 @@ def make_operator_case(engine: str, operator: str, text: str, sizes: Mapping[str
         candidates=(
             stock,
             Candidate(ours(engine), "a node", Role.OURS, partial(_operator_call, engine, True), _operator_gate),
-            Candidate(f"{engine} (again)", stock.variant, Role.CHECK, stock.build, stock.check),
+            replace(stock, name=f"{engine} (again)", role=Role.CHECK),
         ),
         prepare=partial(OperatorFiles, operator, sizes),
     )

@@ -319,18 +319,16 @@ def readme_table(files: list[Results]) -> str:
     return "\n".join([tabulate(body, head, tablefmt="github", disable_numparse=True), "", notes])
 
 
-#: The suites that run in engines, and what stands above their tables.
-ENGINE_SUITES = {"engines": "Whole models", "engine-sessions": "Creating a session", "engine-nodes": "Single nodes"}
+def engine_table(files: list[Results], suite: str) -> str:
+    """Each engine with effattn's nodes against the same engine without, from the last of the files that has the suite.
 
-
-def engine_tables(files: list[Results]) -> str:
-    """Each engine with effattn's nodes against the same engine without, from the last of the files that has a suite."""
-    parts = []
-    for suite, title in ENGINE_SUITES.items():
-        for data in [data for data in files if suite in data["suites"]][-1:]:
-            machine = taken_on(data["suites"][suite]["environment"])
-            parts.append(f"**{title}**, ms\n\n{_engine_table(cases(data, suite))}\n\n{machine}.")
-    return "\n\n".join(parts)
+    Raises:
+        ValueError: if none has it.
+    """
+    data = next((data for data in reversed(files) if suite in data["suites"]), None)
+    if data is None:
+        raise ValueError(f"expected a results file with the suite {suite}")
+    return f"{_engine_table(cases(data, suite))}\n\n{taken_on(data['suites'][suite]['environment'])}."
 
 
 def _engine_table(found: list[CaseResult]) -> str:
@@ -348,7 +346,7 @@ def _engine_table(found: list[CaseResult]) -> str:
                 cells[i] = f"{_time(stock)} -> {_time(ours)}, {times(_ratio(stock, ours))}"
         if accelerated:
             cells += [_time(case.fastest("effattn eager")), marked(case)]
-    head = ["", *(f"{engine} -> with effattn" for engine in engines)]
+    head = ["ms", *(f"{engine} -> with effattn" for engine in engines)]
     head += ["accelerated PyTorch", "best of effattn against the best engine"] * accelerated
     return tabulate(list(body.values()), head, tablefmt="github", disable_numparse=True)
 

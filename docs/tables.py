@@ -229,10 +229,10 @@ def benchmark_table() -> str:
     return report.readme_table([results.read(file) for file in results_files()])
 
 
-def engine_tables() -> str:
+def engine_table(suite: str) -> str:
     from benchmarks import report, results
 
-    return report.engine_tables([results.read(file) for file in results_files()])
+    return report.engine_table([results.read(file) for file in results_files()], suite)
 
 
 # --- mkdocs ---------------------------------------------------------------------------------------------------------
@@ -246,7 +246,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "instruction sets": isa_table,
     "models": model_table,
     "benchmarks": benchmark_table,
-    "engines": engine_tables,
+    "engines": lambda: engine_table("engines"),
+    "engines in bfloat16": lambda: engine_table("engine-narrow"),
+    "engine sessions": lambda: engine_table("engine-sessions"),
+    "engine nodes": lambda: engine_table("engine-nodes"),
 }
 MARKER = re.compile(r"^<!-- table: (.+) -->$", re.MULTILINE)
 

@@ -19,7 +19,8 @@ from effattn import onnxruntime as for_onnxruntime
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "engines"
 SIZE = 64
 #: Of onnxruntime, for C++: the pip package has no headers.
-INCLUDE, LIBRARY = (os.environ.get(f"EFFATTN_TEST_ONNXRUNTIME_{what}") for what in ("INCLUDE", "LIBRARY"))
+INCLUDE = os.environ.get("EFFATTN_TEST_ONNXRUNTIME_INCLUDE")
+LIBRARY = os.environ.get("EFFATTN_TEST_ONNXRUNTIME_LIBRARY")
 
 pytestmark = pytest.mark.full
 

@@ -20,6 +20,7 @@ LARGE = (
     model_case("efficientvit_b1 @1024x2048", "efficientvit_b1", 1, 1024, 2048),
     engines.segmentation_case("segmentation, b1 @1024x2048", "efficientvit_b1", 1024, 2048),
 )
+NARROW = ("efficientvit_b1 @224", "efficientvit_l1 @224", "efficientvit_m4 @224", "efficientvit_b1 @1024x2048")
 SHORT = ("efficientvit_b1 @224", "efficientvit_m4 @224")
 SESSIONS = ("efficientvit_b1", "efficientvit_l2", "efficientvit_m0", "efficientvit_m4", "efficientformerv2_s1")
 
@@ -28,6 +29,10 @@ def _model_cases(short: bool) -> list[Case]:
     if short:
         return [engines.make_model_case(case) for case in MODELS if case.name in SHORT]
     return [engines.make_model_case(case, one) for case in (*MODELS, *LARGE) for one in (False, True)]
+
+
+def _narrow_cases(short: bool) -> list[Case]:
+    return [] if short else [engines.make_narrow_case(case) for case in (*MODELS, *LARGE) if case.name in NARROW]
 
 
 def _session_cases(short: bool) -> list[Case]:
@@ -46,5 +51,6 @@ def _node_cases(short: bool) -> list[Case]:
 
 
 ENGINE_MODELS = TimedSuite("engines", "Whole models in onnxruntime and OpenVINO, inference, float32", _model_cases)
+ENGINE_NARROW = TimedSuite("engine-narrow", "Whole models in OpenVINO in bfloat16, inference", _narrow_cases)
 ENGINE_SESSIONS = TimedSuite("engine-sessions", "What creating a session takes", _session_cases)
 ENGINE_NODES = TimedSuite("engine-nodes", "Single nodes against standard operators, float32", _node_cases)
