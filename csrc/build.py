@@ -62,8 +62,8 @@ INCLUDE_GENERATED = ("csrc/core/library.cpp", "csrc/signature.cpp")
 FACTS = "csrc/python/python.cpp"
 # Reads weights where they lie.
 FINGERPRINT = "csrc/python/fingerprint.cpp"
-# Compiled with what libeffattn says it was built of.
-IDENTITY = "csrc/core/digest.cpp"
+# Compiled with what libeffattn, and libeffattn_kernels, say they were built of.
+IDENTITY = ("csrc/core/digest.cpp", "csrc/engines/digest.cpp")
 
 # Every source under these folders is part of the CUDA library; what is in a folder of the second name is for a GPU
 # alone, of the third for the host alone, where the threads of a block are emulated.
@@ -376,8 +376,9 @@ def _add_libraries(
     parts = []
     for source, (name, lanes, flags) in itertools.product(ukernels, isas):  # first what takes longest
         parts.append(compile(source, [*flags, *calls, f"-DEFFATTN_ISA={name}", f"-DEFFATTN_LANES={lanes}"], name))
-    interface, numbered = f"-I{ROOT / INTERFACE}", f"'-DEFFATTN_VERSION=\"{version()}\"'"
-    parts += [compile(source, [interface, numbered] if source == VERSIONED else [interface]) for source in kernels]
+    interface = f"-I{ROOT / INTERFACE}"
+    told = {VERSIONED: f"'-DEFFATTN_VERSION=\"{version()}\"'"} | dict.fromkeys(IDENTITY, identity)
+    parts += [compile(source, [interface, told.get(source, "")]) for source in kernels]
     # By its name, not by the path that it was linked by, for who links against it elsewhere.
     named = {"flags": f"-Wl,-soname,{KERNELS_LIBRARY}"}
     ninja.build(str(library.with_name(KERNELS_LIBRARY)), "link", parts, variables=named)
@@ -388,7 +389,7 @@ def _add_libraries(
     ninja.build(str(library.with_name(ONNXRUNTIME_LIBRARY)), "link", parts, variables=linked, **beside)
     parts = []
     for source in sorted({*_sources("csrc/core/*.cpp"), *glue}):
-        parts.append(compile(source, [*torch_flags, identity] if source == IDENTITY else torch_flags))
+        parts.append(compile(source, [*torch_flags, identity] if source in IDENTITY else torch_flags))
     # libtorch_cpu is in the process already when this is loaded; nothing of it is searched for.
     link_torch = f"-L{target.torch_lib} -ltorch_cpu -Wl,--as-needed -Wl,--allow-shlib-undefined"
     ninja.build(str(library), "link", parts, variables={"flags": f"{link_torch} {kernels_flags}"}, **beside)

@@ -106,23 +106,31 @@ def export(arguments: argparse.Namespace) -> str:
     channels, *size = model.pretrained_cfg["input_size"]
     example = torch.zeros(arguments.batch, channels, *(arguments.size or size))
     path = arguments.output or Path(f"{arguments.model}.onnx")
-    operators = arguments.operators[0] if len(arguments.operators) == 1 else arguments.operators
+    operators = arguments.operators
     if operators not in ("effattn", "standard"):
-        operators = arguments.operators
+        operators = operators.split(",")
     try:
-        return str(
-            to_onnx(
-                model,
-                example,
-                path,
-                operators=operators,
-                dynamic=[{_DIMENSIONS[name]: name for name in arguments.dynamic}],
-                input_names=["image"],
-                output_names=["output"],
-            )
+        exported = to_onnx(
+            model,
+            example,
+            path,
+            operators=operators,
+            dynamic=[{_DIMENSIONS[name]: name for name in arguments.dynamic}],
+            input_names=["image"],
+            output_names=["output"],
         )
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"effattn export: {error}") from error
+    are_random = not arguments.pretrained and checkpoint is None
+    return f"{exported}" + ("\nweights are random: --pretrained or --checkpoint FILE for others" if are_random else "")
+
+
+def _dimensions(text: str) -> list[str]:
+    """ "batch" or "batch,height,width"."""
+    names = text.split(",")
+    if not set(names) <= set(_DIMENSIONS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(_DIMENSIONS)}, got {text!r}")
+    return names
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -152,12 +160,13 @@ def _parser() -> argparse.ArgumentParser:
     of.add_argument("-o", "--output", type=Path, help="the file; default MODEL.onnx")
     of.add_argument("--size", type=_size, help="of the image, as 224 or 1024x2048; default the model's")
     of.add_argument("--batch", type=int, default=1, help="images; default 1")
-    of.add_argument("--dynamic", nargs="+", choices=_DIMENSIONS, default=[], help="dimensions that may have any size")
+    of.add_argument(
+        "--dynamic", type=_dimensions, default=[], help="dimensions of any size: batch, or batch,height,width"
+    )
     of.add_argument(
         "--operators",
-        nargs="+",
-        default=["effattn"],
-        help="effattn (the default): nodes of effattn where they are faster; standard: none; or which operators' nodes",
+        default="effattn",
+        help="effattn (the default): nodes of effattn where they are faster; standard: none; or names, with commas",
     )
     of.add_argument("--pretrained", action="store_true", help="timm's weights, which it downloads")
     of.add_argument("--checkpoint", type=Path, help="a file of weights")

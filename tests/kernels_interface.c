@@ -114,7 +114,7 @@ int main(int count, char** arguments) {
   expect_error(effattn_create("none", NULL, 0, &operation), "has no operation none");
   expect_error(effattn_create(NULL, NULL, 0, &operation), "has no operation NULL");
   expect_error(effattn_create(name, NULL, 0, &operation), "expected an attribute eps");
-  expect_error(effattn_create(name, &unknown, 1, &operation), "expected an attribute eps");
+  expect_error(effattn_create(name, &unknown, 1, &operation), "has no attribute epsilon");
   expect_error(effattn_create(name, &negative, 1, &operation), "eps: expected a number >= 0");
   expect(operation == NULL, "nothing was created");
   expect(effattn_create(name, &eps, 1, &operation) == NULL && operation != NULL, "an operation");

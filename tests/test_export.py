@@ -218,7 +218,15 @@ def test_a_model_in_training_mode_is_exported_for_inference():
 def test_half_precision_has_standard_operators():
     module = randomised(ours.LiteMLA(32, 32, dim=8)).half()
     exported = to_onnx(module, torch.randn(1, 32, 6, 6).half())
-    assert not exported.nodes and "standard operators" in str(exported)
+    assert not exported.nodes and "nodes are float32's, its attention computes in torch.float16" in str(exported)
+
+
+def test_why_there_are_no_nodes():
+    x = torch.randn(1, 3)
+    assert "it has no attention that effattn knows" in str(to_onnx(nn.ReLU(), x))
+    assert "as asked for" in str(to_onnx(nn.ReLU(), x, operators="standard"))
+    attention = randomised(timm.models.efficientformer.Attention(32, 8, 4, 4, 5))
+    assert f"its attention is {ALL[0]}, whose nodes are no faster" in str(to_onnx(attention, torch.randn(1, 25, 32)))
 
 
 def test_parts_with_hooks_are_called():
@@ -238,8 +246,16 @@ def test_unknown_operators(operators):
         to_onnx(nn.ReLU(), torch.randn(2), operators=operators)
 
 
+@pytest.mark.parametrize("dynamic", [{0: "batch"}, "batch", ["batch"], [{"batch": 0}], [{0: 1}]])
+def test_dynamic_is_a_list_of_mappings(dynamic):
+    with pytest.raises(TypeError, match=r"dynamic: expected a list with one entry for each input, .* got"):
+        to_onnx(nn.ReLU(), torch.randn(2), dynamic=dynamic)
+
+
 def test_wrong_arguments(tmp_path):
     x = torch.randn(2)
+    with pytest.raises(ValueError, match=r"dynamic: expected a dimension of input 0, of shape \(2,\), got 1"):
+        to_onnx(nn.ReLU(), x, dynamic=[{1: "a"}])
     with pytest.raises(ValueError, match="dynamic: expected one for each of 1 inputs, got 2"):
         to_onnx(nn.ReLU(), x, dynamic=[{0: "a"}, None])
     with pytest.raises(ValueError, match="input_names: expected one for each of 1 inputs, got 0"):
@@ -268,7 +284,7 @@ def test_a_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "m0.onnx"
-    main(["export", "efficientvit_m0", "-o", str(path), "--size", "96x64", "--dynamic", "batch", "height", "width"])
+    main(["export", "efficientvit_m0", "-o", str(path), "--size", "96x64", "--dynamic", "batch,height,width"])
     assert f"{path}, with nodes of effattn: 6 {ALL[1]}" in capsys.readouterr().out
     (given,) = onnx.load(path).graph.input
     dims = given.type.tensor_type.shape.dim
@@ -281,7 +297,7 @@ def test_command_line(tmp_path, capsys):
     ("arguments", "text"),
     [
         (["no_such_model"], "Unknown model"),
-        (["efficientvit_b0", "--operators", "none_such"], "operators: expected"),
+        (["efficientvit_b0", "--operators", "none_such,standard"], "operators: expected"),
         (["efficientvit_b0", "-o", "/no/such/folder/model.onnx"], "there is no folder"),
         (["efficientvit_b0", "--checkpoint", "/no/such/file"], "/no/such/file"),
     ],

@@ -652,7 +652,7 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 def make_library(path, of_cuda, of_cpu="", more=""):
     """One that says this of itself, and does nothing else."""
     source = path.with_suffix(".c")
-    functions = {"effattn_cuda_build": of_cuda, "effattn_build": of_cpu}
+    functions = {"effattn_cuda_build": of_cuda, "effattn_build": of_cpu, "effattn_kernels_build": of_cpu}
     texts = [f'const char* {name}(void) {{ return "{told}"; }}' for name, told in functions.items()]
     source.write_text("\n".join([*texts, more, ""]))
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
@@ -666,7 +666,7 @@ def libraries(tmp_path):
     def make(of_cuda, of_cpu=fits):
         folder = tmp_path / f"libraries {len(list(tmp_path.iterdir()))}"  # of one path, one is loaded
         folder.mkdir()
-        for name in ("libeffattn.so", "libeffattn_cuda.so"):
+        for name in ("libeffattn.so", "libeffattn_kernels.so", "libeffattn_cuda.so"):
             make_library(folder / name, of_cuda, of_cpu)
         return folder
 
@@ -686,7 +686,9 @@ def test_which_libraries_are_taken(libraries, tmp_path):
     of_cuda = f"nvcc 13.0; 90a; {digest}"
     assert "made of other sources (0000)" in staging.why_not(libraries(of_cuda, "g++ 12; 0000"), builder, "90a")
     assert "made of other sources (no digest)" in staging.why_not(libraries(of_cuda, ""), builder, "90a")
-    assert staging.why_not(tmp_path, builder, "90a") == "there is no libeffattn.so and no libeffattn_cuda.so"
+    assert staging.why_not(tmp_path, builder, "90a") == (
+        "there is no libeffattn.so and no libeffattn_kernels.so and no libeffattn_cuda.so"
+    )
     broken = libraries("")
     (broken / "libeffattn_cuda.so").write_text("none")
     assert "libeffattn_cuda.so" in staging.why_not(broken, builder, "90a")
@@ -706,7 +708,8 @@ def checkout(tmp_path, monkeypatch):
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
     for name in ("benchmarks", "csrc", "effattn", "kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
-    shutil.copy(REAL, tree / "effattn")
+    for library in (REAL, REAL.with_name("libeffattn_kernels.so"), REAL.with_name("libeffattn_onnxruntime.so")):
+        shutil.copy(library, tree / "effattn")
     make_library(tree / "effattn" / "libeffattn_cuda.so", what_fits(tree))
     for path in (tree / "bin" / "nvcc", tree / "bin" / "g++"):
         path.parent.mkdir(exist_ok=True)

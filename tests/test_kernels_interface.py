@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,17 @@ def test_from_c(tmp_path):
     subprocess.run(["cc", *flags, f"-I{INCLUDE}", source, *linked, "-o", program], check=True)
     done = subprocess.run([program, NODES[-1].name], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "passed\n"), done.stdout + done.stderr
+
+
+def test_the_guides_program(tmp_path):
+    """As it stands there, compiled as it says."""
+    (page,) = (HERE.parent / "docs/guide/hosts.md",)
+    (program,) = re.findall(r"^```c\n(.*?)^```", page.read_text(), re.M | re.S)
+    (tmp_path / "program.c").write_text(program)
+    (commands,) = re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S)
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["sh", "-e", "-c", commands], cwd=tmp_path, check=True, env={**os.environ, "PATH": scripts})
+    subprocess.run([tmp_path / "a.out"], check=True)
 
 
 def test_nothing_but_c_is_needed():

@@ -37,18 +37,23 @@ def why_not(folder: Path, builder: ModuleType, arch: str) -> str | None:
     """Why the libraries of a folder cannot be used on a GPU of this architecture ("90a"), or None."""
     import torch
 
-    library, cuda = folder / "libeffattn.so", folder / str(builder.CUDA_LIBRARY)
-    absent = [path.name for path in (library, cuda) if not path.exists()]
+    library, kernels, cuda = (
+        folder / str(name) for name in (builder.LIBRARY, builder.KERNELS_LIBRARY, builder.CUDA_LIBRARY)
+    )
+    absent = [path.name for path in (library, kernels, cuda) if not path.exists()]
     if absent:
         return f"there is no {' and no '.join(absent)}"
     try:
         torch.ops.load_library(str(library))
         torch.ops.load_library(str(cuda))
         of_cpu, of_cuda = _told(library, "effattn_build"), _told(cuda, "effattn_cuda_build")
+        of_kernels = _told(kernels, "effattn_kernels_build")
     except (OSError, AttributeError) as error:
         return explain(error)
     (compiler, digest), (nvcc, archs, cuda_digest) = (*of_cpu, "")[:2], (*of_cuda, "", "")[:3]
-    for made, known in ((digest, builder.cpu_digest(compiler)), (cuda_digest, builder.cuda_digest(nvcc))):
+    known_of_cpu = builder.cpu_digest(compiler)
+    pairs = ((digest, known_of_cpu), (of_kernels[-1], known_of_cpu), (cuda_digest, builder.cuda_digest(nvcc)))
+    for made, known in pairs:
         if made != known:
             return f"they are made of other sources ({made or 'no digest'})"
     if arch not in archs.split():

@@ -134,6 +134,13 @@ Attributes::Attributes(const char* operation, const effattn_attribute_spec* spec
     : operation_(operation), specs_(specs) {
   for (int32_t i = 0; i < count; ++i)
     if (given[i].name == nullptr) fail(operation, ": expected names of attributes, got NULL");
+  const auto is_known = [specs](const effattn_attribute& one) {
+    const effattn_attribute_spec* spec = specs;
+    while (spec->name != nullptr && std::strcmp(spec->name, one.name) != 0) ++spec;
+    return spec->name != nullptr;
+  };
+  for (int32_t i = 0; i < count; ++i)
+    if (!is_known(given[i])) fail(operation, ": has no attribute ", given[i].name);
   for (const effattn_attribute_spec* spec = specs; spec->name != nullptr; ++spec) {
     const effattn_attribute* const end = given + count;
     const effattn_attribute* const found =
@@ -143,13 +150,12 @@ Attributes::Attributes(const char* operation, const effattn_attribute_spec* spec
     if (spec->is_integer && values_.back() != std::floor(values_.back()))
       fail(operation, ": ", spec->name, ": expected an integer, got ", values_.back());
   }
-  for (int32_t i = 0; i < count; ++i) number(given[i].name);  // one that there is not
 }
 
 double Attributes::number(const char* name) const {
-  for (size_t i = 0; specs_[i].name != nullptr; ++i)
-    if (std::strcmp(specs_[i].name, name) == 0) return values_[i];
-  fail(operation_, ": has no attribute ", name);
+  size_t i = 0;
+  while (std::strcmp(specs_[i].name, name) != 0) ++i;
+  return values_[i];
 }
 
 int64_t Attributes::integer(const char* name, int64_t most, int64_t least) const {
@@ -310,8 +316,8 @@ const char* effattn_run(const effattn_operation* operation, const effattn_tensor
     if (output == nullptr) fail(kind.name, ": output: expected a tensor, got NULL");
     if (output->dtype != inputs[0].dtype || output->rank != static_cast<int32_t>(expected.size()) ||
         !std::equal(expected.begin(), expected.end(), output->shape))
-      fail(kind.name, ": output: expected shape ", text_of(expected),
-           " and the dtype of the first input, got ", shape_text(*output));
+      fail(kind.name, ": output: expected shape ", text_of(expected), " in the first input's dtype ",
+           inputs[0].dtype, ", got ", shape_text(*output), " in ", output->dtype);
     if (elements_of(kind.name, *output) == 0) return;
     if (output->data == nullptr) fail(kind.name, ": output: expected data, got NULL");
     operation->operation->run(all, *output, parallel_of(threads));

@@ -49,16 +49,18 @@ class Exported:
         model: the ``onnx.ModelProto``; without weights where they are in a file beside ``path``.
         path: of the file; None if there is none.
         nodes: how many nodes of each of effattn's operators it has.
+        reason: why it has none, where it has none.
     """
 
     model: onnx.ModelProto = field(repr=False)
     path: Path | None
     nodes: Mapping[str, int]
+    reason: str = ""
 
     def __str__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)
         if not self.nodes:
-            return f"effattn.export: {where}, standard operators"
+            return f"effattn.export: {where}, standard operators alone: {self.reason}"
         kept = ", ".join(f"{count} {name}" for name, count in self.nodes.items())
         return f"effattn.export: {where}, with nodes of effattn: {kept}"
 
@@ -101,9 +103,14 @@ def to_onnx(
     """
     kept = _kept(operators)
     inputs = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    _check_dynamic(dynamic)
     for name, given in (("dynamic", dynamic), ("input_names", input_names)):
         if given is not None and len(given) != len(inputs):
             raise ValueError(f"{name}: expected one for each of {len(inputs)} inputs, got {len(given)}")
+    for i, (t, dims) in enumerate(zip(inputs, dynamic or (), strict=False)):
+        for dim in dims or ():
+            if not 0 <= dim < t.dim():
+                raise ValueError(f"dynamic: expected a dimension of input {i}, of shape {tuple(t.shape)}, got {dim}")
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -113,7 +120,11 @@ def to_onnx(
         raise FileNotFoundError(f"path: there is no folder {Path(path).absolute().parent}")
     prepared = _prepared(model, kept)
 
+    refused: dict[str, None] = {}
+
     def keeps(operator: str, activations: Sequence[torch.Tensor]) -> bool:
+        if operator in kept and activations[0].dtype != torch.float32:
+            refused[f"nodes are float32's, its attention computes in {activations[0].dtype}"] = None
         return operator in kept and all(t.dtype == torch.float32 for t in activations)
 
     with torch.no_grad(), keeping_nodes(keeps), _quiet():
@@ -133,12 +144,23 @@ def to_onnx(
     graph.ir_version = IR_VERSION
     graph.metadata_props["effattn"] = effattn.__version__
     nodes = Counter(node.op_type for node in graph.graph if node.domain == DOMAIN)
+    reason = "" if nodes else _why_none(prepared, kept, refused)
     if path is None:
         onnx.checker.check_model(program.model_proto)
-        return Exported(program.model_proto, None, nodes)
+        return Exported(program.model_proto, None, nodes, reason)
     written = _written(program, Path(path))
     onnx.checker.check_model(os.fspath(written))
-    return Exported(onnx.load(written, load_external_data=False), written, nodes)
+    return Exported(onnx.load(written, load_external_data=False), written, nodes, reason)
+
+
+def _why_none(prepared: nn.Module, kept: frozenset[str], refused: Mapping[str, None]) -> str:
+    if not kept:
+        return "as asked for"
+    if refused:
+        return "; ".join(refused)
+    if _SLOWER not in kept and effattn.accelerate(prepared).replaced:
+        return f"its attention is {_SLOWER}, whose nodes are no faster in a model; operators=[{_SLOWER!r}] has them"
+    return "it has no attention that effattn knows, or all of it has hooks, adapters or other norms"
 
 
 def _kept(operators: str | Sequence[str]) -> frozenset[str]:
@@ -152,6 +174,20 @@ def _kept(operators: str | Sequence[str]) -> frozenset[str]:
     if isinstance(operators, str) or not set(operators) <= set(known):
         raise ValueError(f'operators: expected "effattn", "standard" or names among {known}, got {operators!r}')
     return frozenset(operators)
+
+
+def _check_dynamic(dynamic: Any) -> None:
+    expected = 'dynamic: expected a list with one entry for each input, such as [{0: "batch"}] or [None]'
+    if dynamic is None:
+        return
+    if not isinstance(dynamic, (list, tuple)):
+        raise TypeError(f"{expected}, got {type(dynamic).__name__}")
+    for dims in dynamic:
+        if dims is not None and not isinstance(dims, Mapping):
+            raise TypeError(f"{expected}, got {dims!r} in it")
+        for dim, name in (dims or {}).items():
+            if type(dim) is not int or not isinstance(name, str):
+                raise TypeError(f"{expected}, got {dims!r} in it")
 
 
 def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:

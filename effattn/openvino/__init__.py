@@ -69,13 +69,16 @@ def library() -> Path:
 
 def _compile(command: list[str], target: Path) -> None:
     """Under another name first: who comes meanwhile finds all of it or nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"effattn.openvino: {error}; EFFATTN_CACHE names another folder") from error
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         try:
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
         except OSError as error:
-            raise RuntimeError(f"effattn.openvino: no compiler ({error}); CXX names another than g++") from error
+            raise RuntimeError(f"effattn.openvino: no compiler ({error}): install g++, or name one by CXX") from error
         if done.returncode != 0:
             raise RuntimeError(f"effattn.openvino: {command[0]} cannot compile the extension:\n{done.stderr[-4000:]}")
         os.replace(made, target)

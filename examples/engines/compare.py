@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ Call = Callable[[], Any]
 def exported(model: torch.nn.Module, image: torch.Tensor) -> dict[str, bytes]:
     """The stock model as torch exports it, and the one with effattn's nodes."""
     names: dict[str, Any] = {"input_names": ["image"], "output_names": ["output"]}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of the exporter, about itself
         stock = torch.onnx.export(model, (image,), dynamo=True, verbose=False, **names)
     with_nodes = effattn.export.to_onnx(model, image, **names)
     print(with_nodes)

@@ -40,8 +40,8 @@ struct Parallel {
       const F& f;
       int64_t count, grain, workers;
       mutable std::atomic<int64_t> taken{0};
-      mutable std::atomic_flag failed;
-      mutable std::exception_ptr error;
+      mutable std::atomic_flag failed{};
+      mutable std::exception_ptr error{};
 
       void work() const {
         try {

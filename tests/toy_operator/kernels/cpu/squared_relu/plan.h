@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../params/squared_relu.h"
+#include "../core/isa.h"
 #include "../core/parallel.h"
 #include "../core/rows.h"
 
@@ -13,7 +14,7 @@ namespace effattn::cpu {
 constexpr int64_t kSquaredReluChannels = kWholeVectors;
 constexpr int64_t kSquaredReluTokens = 256;  // of a tile: 16 KiB
 
-void squared_relu(const SquaredReluParams& params, const Parallel& parallel);
-void squared_relu_backward(const SquaredReluParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void squared_relu(const SquaredReluParams& params, const Parallel& parallel);
+EFFATTN_EXPORT void squared_relu_backward(const SquaredReluParams& params, const Parallel& parallel);
 
 }  // namespace effattn::cpu
