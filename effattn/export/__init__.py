@@ -196,7 +196,8 @@ def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:
     Without nodes too: of the stock formulation of linear attention an exporter drops eps, and 0 / 0 is left.
     """
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    prepared = copy.deepcopy(model, shared).eval()
+    prepared = copy.deepcopy(model, shared)
+    prepared.eval()  # of some of timm's modules it returns nothing
     effattn.accelerate(prepared)
     if _SLOWER not in kept:
         for module in list(prepared.modules()):
