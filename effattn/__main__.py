@@ -125,6 +125,12 @@ def export(arguments: argparse.Namespace) -> str:
     return f"{exported}" + ("\nweights are random: --pretrained or --checkpoint FILE for others" if are_random else "")
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
 def _dimensions(text: str) -> list[str]:
     """ "batch" or "batch,height,width"."""
     names = text.split(",")
@@ -159,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     of.add_argument("model", help="timm's name, as efficientvit_b1")
     of.add_argument("-o", "--output", type=Path, help="the file; default MODEL.onnx")
     of.add_argument("--size", type=_size, help="of the image, as 224 or 1024x2048; default the model's")
-    of.add_argument("--batch", type=int, default=1, help="images; default 1")
+    of.add_argument("--batch", type=_count, default=1, help="images; default 1")
     of.add_argument(
         "--dynamic", type=_dimensions, default=[], help="dimensions of any size: batch, or batch,height,width"
     )

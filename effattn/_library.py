@@ -41,7 +41,8 @@ def required(name: str) -> Path:
 def cache_folder() -> Path:
     """Where effattn keeps what it makes once: EFFATTN_CACHE, or the user's cache."""
     named, of_user = os.environ.get("EFFATTN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(named) if named else (Path(of_user) if of_user else Path.home() / ".cache") / "effattn"
+    folder = Path(named) if named else (Path(of_user) if of_user else Path.home() / ".cache") / "effattn"
+    return folder.absolute()
 
 
 def _kernels() -> ctypes.CDLL:

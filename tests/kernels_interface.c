@@ -54,6 +54,30 @@ static void run(void* pool, int64_t count, void (*task)(void*, int64_t), void* c
 enum { kGroups = 6, kQueries = 300, kKeys = 200, kDim = 16, kValues = 8 };
 static float q[kGroups][kQueries][kDim], k[kGroups][kKeys][kDim], v[kGroups][kKeys][kValues];
 static float out[kGroups][kQueries][kValues], again[kGroups][kQueries][kValues];
+/* Long enough for several threads to sum up parts of a group. */
+enum { kLongGroups = 3, kLongTokens = 20000 };
+static float outer_in[kLongGroups][kLongTokens][kDim], inner_in[kLongGroups][kLongTokens][kDim];
+static float outer_out[kLongGroups][kLongTokens][kDim], outer_again[kLongGroups][kLongTokens][kDim];
+static float inner_out[kLongGroups][kLongTokens][kDim];
+
+/* Runs its tasks, and then another call on the same thread, before it returns. */
+typedef struct {
+  effattn_operation* operation;
+  const effattn_tensor* inputs;
+  effattn_tensor output;
+  int calls, is_inside;
+} nested;
+
+static void run_nested(void* pool, int64_t count, void (*task)(void*, int64_t), void* context) {
+  nested* const inner = pool;
+  for (int64_t i = 0; i < count; ++i) task(context, i);
+  if (inner->is_inside) return;
+  const effattn_threads same = {4, inner, run_nested};
+  inner->is_inside = 1;
+  expect(effattn_run(inner->operation, inner->inputs, 3, &inner->output, &same) == NULL, "the inner call");
+  inner->is_inside = 0;
+  ++inner->calls;
+}
 
 static void fill(float* numbers, size_t count) {
   static unsigned state = 1;
@@ -116,6 +140,9 @@ int main(int count, char** arguments) {
   expect_error(effattn_create(name, NULL, 0, &operation), "expected an attribute eps");
   expect_error(effattn_create(name, &unknown, 1, &operation), "has no attribute epsilon");
   expect_error(effattn_create(name, &negative, 1, &operation), "eps: expected a number >= 0");
+  expect_error(effattn_create(name, NULL, 1, &operation), "expected attributes, got NULL");
+  expect_error(effattn_create(name, &eps, -1, &operation), "expected attributes");
+  expect_error(effattn_create(name, &eps, 1, NULL), "expected where to put the operation, got NULL");
   expect(operation == NULL, "nothing was created");
   expect(effattn_create(name, &eps, 1, &operation) == NULL && operation != NULL, "an operation");
 
@@ -159,6 +186,36 @@ int main(int count, char** arguments) {
   const int64_t below_zero[] = {-5, kQueries, kDim};
   inputs[0].shape = inputs[1].shape = inputs[2].shape = below_zero;
   expect_error(effattn_run(operation, inputs, 3, &output, NULL), "input 0: expected sizes");
+
+  inputs[0].shape = NULL;
+  expect_error(effattn_run(operation, inputs, 3, &output, NULL), "input 0: expected a shape, got NULL");
+  inputs[0].shape = q_shape;
+  inputs[1].shape = k_shape;
+  inputs[2].shape = v_shape;
+  expect_error(effattn_shape(operation, inputs, 3, NULL), "expected where to put the shape, got NULL");
+  expect_error(effattn_run(operation, inputs, 3, NULL, NULL), "output: expected a tensor");
+  expect_error(effattn_run(NULL, inputs, 3, &output, NULL), "expected an operation, got NULL");
+  output.shape = NULL;
+  output.data = again;
+  expect_error(effattn_run(operation, inputs, 3, &output, NULL), "output: expected a tensor with a shape");
+  output.shape = out_shape;
+
+  /* A pool whose waiting thread begins another call, as those that steal work do. */
+  const int64_t long_shape[] = {kLongGroups, kLongTokens, kDim};
+  fill(&outer_in[0][0][0], sizeof outer_in / sizeof(float));
+  fill(&inner_in[0][0][0], sizeof inner_in / sizeof(float));
+  const effattn_tensor of_outer = {outer_in, EFFATTN_FLOAT32, 3, long_shape, NULL};
+  const effattn_tensor of_inner = {inner_in, EFFATTN_FLOAT32, 3, long_shape, NULL};
+  const effattn_tensor outer_inputs[] = {of_outer, of_outer, of_outer};
+  const effattn_tensor inner_inputs[] = {of_inner, of_inner, of_inner};
+  effattn_tensor long_output = {outer_out, EFFATTN_FLOAT32, 3, long_shape, NULL};
+  expect(effattn_run(operation, outer_inputs, 3, &long_output, NULL) == NULL, "a long call");
+  nested inner = {operation, inner_inputs, {inner_out, EFFATTN_FLOAT32, 3, long_shape, NULL}, 0, 0};
+  const effattn_threads stealing = {4, &inner, run_nested};
+  long_output.data = outer_again;
+  expect(effattn_run(operation, outer_inputs, 3, &long_output, &stealing) == NULL, "a call with one inside");
+  expect(inner.calls > 0, "one inside");
+  expect(memcmp(outer_out, outer_again, sizeof outer_out) == 0, "the same bits around another call");
 
   effattn_destroy(operation);
   effattn_destroy(NULL);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 
 import onnx
 import onnxruntime
@@ -216,15 +217,60 @@ def test_a_model_in_training_mode_is_exported_for_inference():
     assert module.training and all(part.training for part in module.modules())
 
 
-def test_half_precision_has_standard_operators():
-    module = randomised(ours.LiteMLA(32, 32, dim=8)).half()
-    exported = to_onnx(module, torch.randn(1, 32, 6, 6).half())
-    assert not exported.nodes and "nodes are float32's, its attention computes in torch.float16" in str(exported)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["LiteMLA", "LocalWindowAttention"])
+def test_other_dtypes_have_standard_operators(name, dtype):
+    torch.manual_seed(0)
+    make, shape, _, _ = MODULES[name]
+    module, x = randomised(make()).to(dtype), torch.randn(shape).to(dtype)
+    exported = to_onnx(module, x)
+    assert not exported.nodes and f"nodes are float32's, its attention computes in {dtype}" in str(exported)
+    if dtype == torch.float16:  # onnxruntime has no convolution in float64
+        with torch.no_grad():
+            assert_same(run(exported.model, x), module(x))
+
+
+def test_autocast_around_an_export_is_no_part_of_it():
+    torch.manual_seed(0)
+    make, shape, _, node = MODULES["LocalWindowAttention"]
+    module, x = randomised(make()), torch.randn(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        exported = to_onnx(module, x)
+    assert exported.nodes == {node: 1} and not any(n.op_type == "Cast" for n in exported.model.graph.node)
+    with torch.no_grad():
+        assert_same(run(exported.model, x), module(x))
+
+
+def test_weights_that_are_computed():
+    """By a hook of weight_norm, which leaves what cannot be copied."""
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 32, 1)), ours.LiteMLA(32, 32, dim=8))
+    randomised(model)
+    x = torch.randn(1, 3, 6, 6)
+    with torch.no_grad():
+        right = model(x)
+    assert_same(run(to_onnx(model, x).model, x), right)
+
+
+def test_one_window_as_large_as_the_image_has_one_size():
+    module = randomised(ours.CascadedGroupAttention(32, 4, 2, 4, 6, (3, 5)))
+    with pytest.raises(Exception, match="leave height and width out of dynamic"):
+        to_onnx(module, torch.randn(2, 32, 6, 7), dynamic=[{2: "height", 3: "width"}])
+
+
+def test_several_threads_export():
+    """In turn: torch's exporter is for one at a time."""
+    module, x, found = randomised(ours.LiteMLA(16, 16, dim=8)), torch.randn(1, 16, 5, 5), []
+    threads = [threading.Thread(target=lambda: found.append(to_onnx(module, x).nodes)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [{ALL[2]: 1}] * 3
 
 
 def test_why_there_are_no_nodes():
     x = torch.randn(1, 3)
-    assert "it has no attention that effattn knows" in str(to_onnx(nn.ReLU(), x))
+    assert "no attention that effattn knows was recorded" in str(to_onnx(nn.ReLU(), x))
     assert "as asked for" in str(to_onnx(nn.ReLU(), x, operators="standard"))
     attention = randomised(timm.models.efficientformer.Attention(32, 8, 4, 4, 5))
     assert f"its attention is {ALL[0]}, whose nodes are no faster" in str(to_onnx(attention, torch.randn(1, 25, 32)))
@@ -261,6 +307,13 @@ def test_wrong_arguments(tmp_path):
         to_onnx(nn.ReLU(), x, dynamic=[{0: "a"}, None])
     with pytest.raises(ValueError, match="input_names: expected one for each of 1 inputs, got 0"):
         to_onnx(nn.ReLU(), x, input_names=[])
+    with pytest.raises(IsADirectoryError, match="expected a file, got the folder"):
+        to_onnx(nn.ReLU(), x, tmp_path)
+    for example in ({"x": x}, 3, [x.numpy()]):
+        with pytest.raises(TypeError, match="example: expected a tensor or a sequence of tensors, got"):
+            to_onnx(nn.ReLU(), example)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got builtin"):
+        to_onnx(torch.relu, x)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         to_onnx(nn.ReLU(), x, tmp_path / "missing" / "model.onnx")
 

@@ -132,6 +132,7 @@ Registered::Registered(const Kind& kind) { kinds().push_back(kind); }
 Attributes::Attributes(const char* operation, const effattn_attribute_spec* specs,
                        const effattn_attribute* given, int32_t count)
     : operation_(operation), specs_(specs) {
+  if (count < 0 || (count > 0 && given == nullptr)) fail(operation, ": expected attributes, got NULL");
   for (int32_t i = 0; i < count; ++i)
     if (given[i].name == nullptr) fail(operation, ": expected names of attributes, got NULL");
   const auto is_known = [specs](const effattn_attribute& one) {
@@ -187,6 +188,8 @@ Inputs::Inputs(const char* operation, const effattn_tensor* tensors, int32_t cou
     if (tensors[i].dtype != expected || expected < EFFATTN_FLOAT32 || expected > EFFATTN_FLOAT16)
       fail(operation, ": input ", i, ": expected ",
            i < activations ? "activations of one dtype" : "float32 weights");
+    if (tensors[i].rank > 0 && tensors[i].shape == nullptr)
+      fail(operation, ": input ", i, ": expected a shape, got NULL");
     if (tensors[i].rank < 0 || tensors[i].rank > 64)
       fail(operation, ": input ", i, ": expected up to 64 dimensions");
   }
@@ -280,6 +283,7 @@ const char* effattn_create(const char* operation, const effattn_attribute* attri
     const Kind* const kind = find(operation);
     if (kind == nullptr)
       fail("effattn ", effattn_version(), " has no operation ", operation == nullptr ? "NULL" : operation);
+    if (created == nullptr) fail(kind->name, ": expected where to put the operation, got NULL");
     *created = new effattn_operation{kind, kind->create({kind->name, kind->attributes, attributes, count})};
   });
 }
@@ -302,6 +306,7 @@ const char* effattn_shape(const effattn_operation* operation, const effattn_tens
     const Kind& kind = kind_of(operation);
     const std::vector<int64_t> found =
         operation->operation->shape({kind.name, inputs, count, kind.activations});
+    if (shape == nullptr) fail(kind.name, ": expected where to put the shape, got NULL");
     std::copy(found.begin(), found.end(), shape);
   });
 }
@@ -313,7 +318,8 @@ const char* effattn_run(const effattn_operation* operation, const effattn_tensor
     const Inputs all(kind.name, inputs, count, kind.activations);
     const std::vector<int64_t> expected = operation->operation->shape(all);
     require_data(kind, all, 0);
-    if (output == nullptr) fail(kind.name, ": output: expected a tensor, got NULL");
+    if (output == nullptr || output->shape == nullptr)
+      fail(kind.name, ": output: expected a tensor with a shape, got NULL");
     if (output->dtype != inputs[0].dtype || output->rank != static_cast<int32_t>(expected.size()) ||
         !std::equal(expected.begin(), expected.end(), output->shape))
       fail(kind.name, ": output: expected shape ", text_of(expected), " in the first input's dtype ",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +39,8 @@ _SLOWER = "biased_attention"
 _SOFTMAX = (ours.EfficientFormerAttention, ours.EfficientFormerV2Attention, ours.EfficientFormerV2AttentionDownsample)
 #: The newest that onnxruntime 1.17 reads, with its version of the file format.
 OPSET, IR_VERSION = 20, 9
+#: torch exports one model at a time.
+_LOCK = threading.Lock()
 #: Of the exporter, about what is its own business.
 _EXPORTERS_WARNINGS = (FutureWarning, DeprecationWarning, UserWarning)
 
@@ -97,12 +101,13 @@ def to_onnx(
 
     Raises:
         ValueError: for operators that there are not, or names of another number than inputs.
-        FileNotFoundError: for a folder that there is not.
+        TypeError: for a model that is none, or an example that is no tensor and no sequence of tensors.
+        OSError: for a folder that there is not, or a file that cannot be written.
         RuntimeError: if the compiled library is missing.
         ImportError: without the packages onnx and onnxscript.
     """
     kept = _kept(operators)
-    inputs = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    inputs = _checked_inputs(model, example)
     _check_dynamic(dynamic)
     for name, given in (("dynamic", dynamic), ("input_names", input_names)):
         if given is not None and len(given) != len(inputs):
@@ -118,6 +123,8 @@ def to_onnx(
         raise ImportError(f"effattn.export needs the packages onnx and onnxscript ({error})") from error
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {Path(path).absolute().parent}")
+    if path is not None and Path(path).is_dir():
+        raise IsADirectoryError(f"path: expected a file, got the folder {path}")
     prepared = _prepared(model, kept)
 
     refused: dict[str, None] = {}
@@ -127,7 +134,7 @@ def to_onnx(
             refused[f"nodes are float32's, its attention computes in {activations[0].dtype}"] = None
         return operator in kept and all(t.dtype == torch.float32 for t in activations)
 
-    with torch.no_grad(), keeping_nodes(keeps), _quiet():
+    with _LOCK, torch.no_grad(), _without_autocast(inputs), keeping_nodes(keeps), _quiet():
         program = torch.onnx.export(
             prepared,
             _large_enough(inputs, dynamic),
@@ -143,13 +150,13 @@ def to_onnx(
     _clean(graph)
     graph.ir_version = IR_VERSION
     graph.metadata_props["effattn"] = effattn.__version__
-    nodes = Counter(node.op_type for node in graph.graph if node.domain == DOMAIN)
+    nodes = Counter(node.op_type for node in _all_nodes(graph) if node.domain == DOMAIN)
     reason = "" if nodes else _why_none(prepared, kept, refused)
     if path is None:
-        onnx.checker.check_model(program.model_proto)
+        onnx.checker.check_model(program.model_proto, full_check=True)
         return Exported(program.model_proto, None, nodes, reason)
     written = _written(program, Path(path))
-    onnx.checker.check_model(os.fspath(written))
+    onnx.checker.check_model(os.fspath(written), full_check=True)
     return Exported(onnx.load(written, load_external_data=False), written, nodes, reason)
 
 
@@ -160,7 +167,35 @@ def _why_none(prepared: nn.Module, kept: frozenset[str], refused: Mapping[str, N
         return "; ".join(refused)
     if _SLOWER not in kept and effattn.accelerate(prepared).replaced:
         return f"its attention is {_SLOWER}, whose nodes are no faster in a model; operators=[{_SLOWER!r}] has them"
-    return "it has no attention that effattn knows, or all of it has hooks, adapters or other norms"
+    return (
+        "no attention that effattn knows was recorded: there is none, it has hooks, adapters or other norms, or torch "
+        "traced it in a way of its own, as it does inside of torch.cond"
+    )
+
+
+def _all_nodes(model: Any) -> Iterator[Any]:
+    """Those of subgraphs and functions too."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    for graph in (model.graph, *model.functions.values()):
+        yield from RecursiveGraphIterator(graph)
+
+
+def _checked_inputs(model: Any, example: Any) -> tuple[torch.Tensor, ...]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    inputs = (example,) if isinstance(example, torch.Tensor) else example
+    if not isinstance(inputs, (list, tuple)) or not all(isinstance(t, torch.Tensor) for t in inputs):
+        raise TypeError(f"example: expected a tensor or a sequence of tensors, got {type(example).__name__}")
+    return tuple(inputs)
+
+
+def _without_autocast(inputs: Sequence[torch.Tensor]) -> contextlib.ExitStack:
+    """A file holds the model, not what surrounds the call that exports it."""
+    stack = contextlib.ExitStack()
+    for device in {"cpu", *(t.device.type for t in inputs)}:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _kept(operators: str | Sequence[str]) -> frozenset[str]:
@@ -196,6 +231,8 @@ def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:
     Without nodes too: of the stock formulation of linear attention an exporter drops eps, and 0 / 0 is left.
     """
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # weights that weight_norm and the like have computed, which cannot be copied
+        shared |= {id(t): t.detach() for t in module.__dict__.values() if isinstance(t, torch.Tensor) and not t.is_leaf}
     prepared = copy.deepcopy(model, shared)
     prepared.eval()  # of some of timm's modules it returns nothing
     effattn.accelerate(prepared)
@@ -243,7 +280,13 @@ def _written(program: Any, path: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        for category in _EXPORTERS_WARNINGS:
-            warnings.simplefilter("ignore", category)
-        yield
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for category in _EXPORTERS_WARNINGS:
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -30,13 +30,13 @@ class _Frozen(CascadedGroupAttention):
 def freeze(model: nn.Module) -> None:
     """Exchanges the classes of a model's cascades, in place, where their weights can be folded."""
     for module in model.modules():
-        if type(module) is not CascadedGroupAttention:
-            continue
+        if type(module) is not CascadedGroupAttention or any(t.dtype != torch.float32 for t in module.parameters()):
+            continue  # nodes are float32's
         weights = module._all_weights((module.resolution, module.resolution))
         if weights is None:
             continue
         for name, value in zip(Weights._fields, weights, strict=True):
             tensors = {"": value} if isinstance(value, torch.Tensor) else {f"_{i}": t for i, t in enumerate(value)}
             for i, t in tensors.items():
-                module.register_buffer(f"frozen_{name}{i}", t.detach().float().contiguous(), persistent=False)
+                module.register_buffer(f"frozen_{name}{i}", t.detach().contiguous(), persistent=False)
         module.__class__ = _Frozen

@@ -9,6 +9,7 @@ The kernels are those that PyTorch uses; they work in the session's own threads.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = ["library", "session"]
+
+
+_registered: weakref.WeakSet[onnxruntime.SessionOptions] = weakref.WeakSet()
 
 
 def library() -> Path:
@@ -41,7 +45,7 @@ def session(
 
     Args:
         model: a path, the bytes of a file, or what :func:`effattn.export.to_onnx` returns as ``.model``.
-        options: in which the library is registered; by default new ones, with all cores.
+        options: in which the library is registered, once for all sessions; by default new ones, with all cores.
         providers: as of ``onnxruntime.InferenceSession``; the nodes run on the CPU.
         more: as of ``onnxruntime.InferenceSession``.
 
@@ -53,7 +57,9 @@ def session(
     import onnxruntime
 
     options = options or onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(library()))
+    if options not in _registered:  # a second time, no session could be created with them
+        options.register_custom_ops_library(str(library()))
+        _registered.add(options)
     given = model if isinstance(model, bytes) else _bytes_or_path(model)
     return onnxruntime.InferenceSession(given, options, providers=list(providers), **more)
 

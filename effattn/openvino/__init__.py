@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["compile", "library"]
 
 _SOURCE = Path(__file__).with_name("extension.cpp")
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+#: Never unloaded, since operations of a model may outlive the core that loaded it.
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-z,nodelete")
 #: What the extension is linked with, of the package's own libraries.
 _LIBRARIES = ("libopenvino.so.", "libopenvino_onnx_frontend.so.", "libtbb.so.")
 
@@ -47,7 +49,7 @@ def library() -> Path:
 
     kernels = _library.required("libeffattn_kernels.so")
     package = Path(openvino.__file__).parent
-    compiler = os.environ.get("CXX", "g++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     linked = [str(path) for name in _LIBRARIES for path in sorted((package / "libs").glob(f"{name}*"))]
     if len(linked) != len(_LIBRARIES) or not (package / "include" / "openvino").exists():
         raise RuntimeError(
@@ -55,15 +57,16 @@ def library() -> Path:
             "libraries to compile against; pip install openvino brings both"
         )
     interface = kernels.parent / "include"
-    command = [compiler, *_FLAGS, f"-I{interface}", f"-isystem{package / 'include'}"]
+    command = [*_FLAGS, f"-I{interface}", f"-isystem{package / 'include'}"]
     command += [str(_SOURCE), str(kernels), *linked]
     command += [f"-Wl,-rpath,{kernels.parent}", f"-Wl,-rpath,{package / 'libs'}"]
     sources = (path.read_text() for path in (_SOURCE, interface / "effattn_kernels.h"))
+    # Of any compiler: what one made serves where there is none.
     texts = (*command, openvino.get_version(), *sources)
     key = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     target = _library.cache_folder() / "openvino" / key / "libeffattn_openvino.so"
     if not target.exists():
-        _compile(command, target)
+        _compile([*compiler, *command], target)
     return target
 
 
@@ -71,17 +74,19 @@ def _compile(command: list[str], target: Path) -> None:
     """Under another name first: who comes meanwhile finds all of it or nothing."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            try:
+                done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            except OSError as error:
+                text = f"effattn.openvino: no compiler ({error}): install g++, or name one by CXX"
+                raise RuntimeError(text) from error
+            if done.returncode != 0:
+                text = f"effattn.openvino: {command[0]} cannot compile the extension:\n{done.stderr[-4000:]}"
+                raise RuntimeError(text)
+            os.replace(made, target)
     except OSError as error:
         raise RuntimeError(f"effattn.openvino: {error}; EFFATTN_CACHE names another folder") from error
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        try:
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(f"effattn.openvino: no compiler ({error}): install g++, or name one by CXX") from error
-        if done.returncode != 0:
-            raise RuntimeError(f"effattn.openvino: {command[0]} cannot compile the extension:\n{done.stderr[-4000:]}")
-        os.replace(made, target)
 
 
 def compile(

@@ -132,7 +132,10 @@ class Operation : public ov::op::Op {
   }
 
   static void run(void*, int64_t count, void (*task)(void*, int64_t), void* context) {
-    tbb::parallel_for(int64_t{0}, count, [&](int64_t i) { task(context, i); }, tbb::simple_partitioner());
+    // A thread that waits for the tasks takes no others meanwhile.
+    tbb::this_task_arena::isolate([&] {
+      tbb::parallel_for(int64_t{0}, count, [&](int64_t i) { task(context, i); }, tbb::simple_partitioner());
+    });
   }
 
   std::unique_ptr<effattn_operation, Destroy> create() const {

@@ -43,6 +43,11 @@ def record_operator(name: str, signature: Any, arguments: Sequence[Any], shape: 
     for argument, given in zip(signature.arguments, arguments, strict=True):
         if isinstance(given, torch.Tensor):
             inputs.append(given)
+        elif argument.is_option and isinstance(given, torch.SymInt):
+            raise ValueError(
+                f"{name}: {argument.name}: a node has one size, and this is that of an image of any size: leave height "
+                "and width out of dynamic"
+            )
         elif argument.is_option:
             attributes[argument.name] = given if argument.kind == "integer" else float(given)
         else:

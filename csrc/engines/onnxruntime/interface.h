@@ -21,8 +21,8 @@ struct TensorInfo;  // OrtTensorTypeAndShapeInfo
 struct Value;
 struct OpAttr;
 
-enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kUndefined = 0, kFloat = 1 };
+enum ErrorCode : int { kFail = 1 };
+enum ElementType : int { kFloat = 1 };
 enum AttributeType : int { kInt = 1, kFloatAttribute = 3 };
 enum Characteristic : int { kRequired = 0, kVariadic = 2 };
 
@@ -50,7 +50,6 @@ inline constexpr Call<51, Value*, void**> tensor_data;
 inline constexpr Call<57, TensorInfo**> create_tensor_info;
 inline constexpr Call<58, TensorInfo*, ElementType> set_element_type;
 inline constexpr Call<59, TensorInfo*, const int64_t*, size_t> set_dimensions;
-inline constexpr Call<60, const TensorInfo*, ElementType*> element_type;
 inline constexpr Call<61, const TensorInfo*, size_t*> dimension_count;
 inline constexpr Call<62, const TensorInfo*, int64_t*, size_t> dimensions;
 inline constexpr Call<63, const TensorInfo*, const char**, size_t> symbolic_dimensions;

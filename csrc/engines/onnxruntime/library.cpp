@@ -3,7 +3,9 @@
 #include <climits>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -276,16 +278,21 @@ struct Op : CustomOp {
   }
 };
 
-// One for all sessions of the process, which must not outlive it.
+// One for all sessions of an onnxruntime, of which a process may have several; never released, as sessions
+// may end when the process does.
 CustomOpDomain* domain(Api api) {
-  static CustomOpDomain* const made = [api] {
+  static std::mutex mutex;
+  static std::map<Api, CustomOpDomain*> made;
+  const std::lock_guard lock(mutex);
+  CustomOpDomain*& of_api = made[api];
+  if (of_api == nullptr) {
     CustomOpDomain* created = nullptr;
     require(create_domain(api, "effattn", &created));
     for (const char* const* operation = effattn_operations(); *operation != nullptr; ++operation)
       require(add_to_domain(api, created, new Op(api, *operation)));
-    return created;
-  }();
-  return made;
+    of_api = created;
+  }
+  return of_api;
 }
 
 }  // namespace

@@ -126,15 +126,34 @@ Pieces in_thread_arena(const Arguments&... arguments) {
   return Pieces(arguments..., arena);
 }
 
-// Pieces that all threads of a call see; one such struct at a time. The calling thread keeps their memory
-// unless there is much of it.
+// Whether a thread's shared memory is free. It is not where a pool lets a thread that waits for a call's
+// tasks begin another call.
+class SharedClaim {
+ public:
+  SharedClaim() : is_first_(!taken()) { taken() = true; }
+  ~SharedClaim() {
+    if (is_first_) taken() = false;
+  }
+  SharedClaim(const SharedClaim&) = delete;
+  SharedClaim& operator=(const SharedClaim&) = delete;
+  bool is_first() const { return is_first_; }
+
+ private:
+  static bool& taken() {
+    thread_local bool is_taken = false;
+    return is_taken;
+  }
+  bool is_first_;
+};
+
+// Pieces that all threads of a call see. The calling thread keeps their memory unless there is much of it.
 template <class Pieces>
 class InSharedArena {
  public:
   template <class... Arguments>
   explicit InSharedArena(const Arguments&... arguments)
       : floats_(floats_of<Pieces>(arguments...)),
-        large_(floats_ > kMaxKeptFloats ? allocate(floats_) : nullptr),
+        large_(floats_ > kMaxKeptFloats || !claim_.is_first() ? allocate(floats_) : nullptr),
         arena_(large_ ? large_.get() : kept_by_thread<Use::kShared>(floats_), floats_),
         pieces_(arguments..., arena_) {}
 
@@ -142,6 +161,7 @@ class InSharedArena {
   const Pieces* operator->() const { return &pieces_; }
 
  private:
+  SharedClaim claim_;
   int64_t floats_;
   Floats large_;
   Arena arena_;
