@@ -86,6 +86,7 @@ def run(model, *inputs, engine="onnxruntime"):
     return torch.from_numpy(session.run(None, feed)[0])
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("engine", ["onnxruntime", "OpenVINO"])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, engine):
@@ -103,7 +104,7 @@ def test_modules(name, engine):
             assert_same(run(exported.model, given, engine=engine), module(given))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["LocalWindowAttention", *(full(n) for n in MODULES if n != "LocalWindowAttention")])
 def test_modules_in_standard_operators(name):
     torch.manual_seed(0)
     make, shape, _, _ = MODULES[name]
@@ -155,8 +156,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", full("OpenVINO")])
-@pytest.mark.parametrize("name", ["efficientvit_b0", *(full(name) for name in MODELS if name != "efficientvit_b0")])
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ["onnxruntime", "OpenVINO"])
+@pytest.mark.parametrize("name", MODELS)
 def test_models(name, engine, tmp_path):
     """The same answers; the model as it was; a file without anything of this machine, weights once."""
     model, x = model_of(name), make_image(1, 3, 224, 224)

@@ -31,9 +31,9 @@ from effattn.ops._nodes import DOMAIN
 if TYPE_CHECKING:
     import onnx
 
-#: The operator whose nodes ``operators="effattn"`` does without. Alone it is faster than standard operators at every
-#: size that was measured, as the others are, in both engines (docs/benchmarks.md); in a model it is not: it takes
-#: copies of q, k and v, which engines' products do without.
+#: The operator whose nodes ``operators="effattn"`` does without. The others are faster than standard operators at every
+#: size that was measured, in both engines (docs/benchmarks.md). This one is not, and takes copies of q, k and v in a
+#: model, which engines' products do without.
 _SLOWER = "biased_attention"
 #: The modules that are made of it: stock ones in a file unless its nodes are asked for.
 _SOFTMAX = (ours.EfficientFormerAttention, ours.EfficientFormerV2Attention, ours.EfficientFormerV2AttentionDownsample)
