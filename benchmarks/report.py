@@ -247,9 +247,9 @@ README_CASES = {
     ("efficientvit", "efficientvit_b1 @1024x2048"): "whole efficientvit_b1 @1024x2048",
     ("efficientvit", "efficientvit_b1 @224"): "whole efficientvit_b1 @224",
     ("softmax-models", "efficientvit_m4 @224"): "whole efficientvit_m4 @224",
-    ("engines", "efficientvit_b1 @1024x2048"): "the three in an engine: efficientvit_b1 @1024x2048",
-    ("engines", "efficientvit_b1 @224"): "efficientvit_b1 @224",
-    ("engines", "efficientvit_m4 @224"): "efficientvit_m4 @224",
+    ("engines", "efficientvit_b1 @1024x2048"): "in an engine: efficientvit_b1 @1024x2048",
+    ("engines", "efficientvit_b1 @224"): "in an engine: efficientvit_b1 @224",
+    ("engines", "efficientvit_m4 @224"): "in an engine: efficientvit_m4 @224",
 }
 #: Peers that are no PyTorch.
 RUNTIMES = ("onnxruntime", "OpenVINO", "TFLite", "ExecuTorch")

@@ -125,7 +125,9 @@ def test_environment_variables():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().split()) <= 900
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.S)  # tables are the harness's
+    assert len(prose.split()) <= 700
 
 
 def test_the_readme_has_the_figures_of_the_results():
