@@ -131,7 +131,7 @@ def test_without_optimization(engine, operator, case):
     assert torch.equal(run(*activations(operator, arguments)), expected(operator, arguments))
 
 
-SHAPES_IN_SHORT = 100
+SHAPES_IN_SHORT = 50
 
 
 def random_case(operator, rng):
