@@ -237,9 +237,9 @@ class OperatorFiles:
 def _operator_call(engine: str, with_nodes: bool, data: OperatorFiles) -> Call:
     run, _, library = ENGINES[engine]
     outputs = {"out": torch.empty(data.truth.shape)}
-    if with_nodes:
-        return run(data.exported([data.operator]), data.inputs, outputs, library=str(library()))  # type: ignore[no-any-return]
-    return run(data.exported("standard"), data.inputs, outputs)  # type: ignore[no-any-return]
+    model = data.exported([data.operator] if with_nodes else "standard")
+    call: Call = run(model, data.inputs, outputs, library=str(library()) if with_nodes else None)
+    return call
 
 
 def _operator_gate(data: OperatorFiles, result: Any) -> Accuracy:

@@ -118,7 +118,7 @@ def to_onnx(
                 raise ValueError(f"dynamic: expected a dimension of input {i}, of shape {tuple(t.shape)}, got {dim}")
     try:
         import onnx
-        import onnxscript  # noqa: F401
+        import onnxscript  # noqa: F401  (of torch's exporter: said here, before it fails in its middle)
     except ImportError as error:
         raise ImportError(f"effattn.export needs the packages onnx and onnxscript ({error})") from error
     if path is not None and not Path(path).absolute().parent.is_dir():
