@@ -13,9 +13,11 @@ from typing import Any
 from torch import nn
 
 from effattn import nn as ours
-from effattn.integrations import efficientformer, efficientvit_msra, lite_mla, sana
-from effattn.integrations.structure import ORIGINAL, Original, why_not_its_answers, why_not_this_class
+from effattn.integrations import blocks, efficientformer, efficientvit_msra, lite_mla, sana
+from effattn.integrations.structure import Original, why_not_its_answers, why_not_this_class
+from effattn.nn.block import Block, block_class
 from effattn.nn.fold_cache import invalidate
+from effattn.nn.origin import ORIGINAL
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ def _find(thing: Any) -> tuple[type, str | None] | None:
     if name == "SanaLinearAttnProcessor2_0" and not isinstance(thing, nn.Module):
         return sana.SanaLinearAttnProcessor, why_not_this_class(thing) or sana.why_not_processor(thing)
     known = _KNOWN.get(name)
-    if known is None or not isinstance(thing, nn.Module):
+    if not isinstance(thing, nn.Module):
         return None
+    if known is None:
+        return _find_block(thing)
     original = known.original_of(thing)
     if known.common_name and original.missing(thing):
         return None
@@ -75,6 +79,14 @@ def _find(thing: Any) -> tuple[type, str | None] | None:
         return known.replacement, "effattn's own"
     reason = why_not_this_class(thing) or original.why_not(thing)
     return known.replacement, reason or why_not_its_answers(thing, known.replacement, original)
+
+
+def _find_block(module: nn.Module) -> tuple[type, str | None] | None:
+    if not blocks.is_candidate(module):
+        return None
+    reason = why_not_this_class(module) or blocks.why_not_block(module)
+    is_row = type(module).forward is nn.Sequential.forward
+    return None if is_row and reason is not None else (block_class(type(module)), reason)
 
 
 @dataclass(frozen=True)
@@ -156,8 +168,11 @@ def accelerate(model: nn.Module) -> Report:
     _check_model(model)
     report = Report()
     seen: set[int] = set()
+    attention = "."  # the name of the last attention module, whose parts are its own business
     for name, module in _candidates(model):
         cls = type(module)
+        if name.startswith(f"{attention}.") and isinstance(module, nn.Module):
+            continue
         if id(module) in seen:  # a processor of several modules
             continue
         seen.add(id(module))
@@ -168,6 +183,8 @@ def accelerate(model: nn.Module) -> Report:
         if found is None:
             continue
         replacement, reason = found
+        if not issubclass(replacement, Block) and isinstance(module, nn.Module):
+            attention = name
         if reason is not None:
             report.left_alone.append(Entry(name, _path(cls), reason))
             continue
@@ -192,7 +209,7 @@ def restore(model: nn.Module) -> int:
     count = 0
     for _, module in _candidates(model):
         original = module.__dict__.get(ORIGINAL)
-        if original is not None and type(module) in _REPLACEMENTS:
+        if original is not None and (type(module) in _REPLACEMENTS or isinstance(module, Block)):
             del module.__dict__[ORIGINAL]
             module.__class__ = original
             if isinstance(module, nn.Module):

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from effattn.functional import relu_linear_attention
 from effattn.integrations.lite_mla import scale
-from effattn.integrations.structure import ORIGINAL, Original, any_module, each, made_of, only
+from effattn.integrations.structure import Original, any_module, each, made_of, only
 from effattn.nn.fold_cache import FoldCache, Folds, cached
 from effattn.nn.lite_mla import attend
-from effattn.nn.origin import is_of
+from effattn.nn.origin import ORIGINAL, is_of
 from effattn.nn.projection import (
     can_fold,
     dtype_of_call,

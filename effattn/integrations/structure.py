@@ -19,9 +19,6 @@ from torch import nn
 from effattn.nn.origin import LIBRARIES, is_genuine, is_of, tried
 from effattn.nn.projection import calls_in_order, is_batch_norm, is_depthwise, is_overridden, is_pointwise
 
-#: Where a replaced module or processor keeps its original class.
-ORIGINAL = "_effattn_original_class"
-
 #: (the whole module, a part of it, the part's name) -> why the part is not what it should be; None if it is.
 Check = Callable[[Any, Any, str], str | None]
 #: The whole module -> a shape; None for any.
@@ -181,15 +178,12 @@ def why_not_its_answers(module: Any, replacement: Any, original: Original) -> st
 
 def _why_not_same(module: Any, replacement: Any, original: Original, training: bool) -> str | None:
     assert original.example is not None
-    generator = torch.Generator().manual_seed(0)
     # Biases that it has gathered may be part of a graph, which cannot be copied; train() gathers them again.
     gathered = (vars(module).get(name) for name in original.known)
     twin = copy.deepcopy(module, {id(t): None for t in gathered if isinstance(t, torch.Tensor)}).to(
         "cpu", torch.float64
     )
-    for name, t in (*twin.named_parameters(), *twin.named_buffers()):
-        if t.is_floating_point():
-            t.uniform_(*((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)), generator=generator)
+    generator = randomize(twin)
     twin.train(training)
     x = torch.rand(2, *original.example(module)[1:], dtype=torch.float64, device="cpu", generator=generator)
     before = set(vars(twin))
@@ -199,8 +193,21 @@ def _why_not_same(module: Any, replacement: Any, original: Original, training: b
         return f"its forward keeps {', '.join(kept)}"
     twin.__class__ = replacement
     ours = replacement.forward(twin, x)
-    same = theirs.shape == ours.shape and bool((ours - theirs).norm() <= _SAME * theirs.norm())
-    return None if same else f"its forward computes something else in {'training' if training else 'evaluation'}"
+    return None if is_same(ours, theirs) else f"its forward computes something else in {'training' if training else 'evaluation'}"
+
+
+def randomize(module: nn.Module) -> torch.Generator:
+    """Random weights, and the generator that made them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        if t.is_floating_point():
+            t.uniform_(*((0.5, 1.5) if name.endswith("running_var") else (-0.5, 0.5)), generator=generator)
+    return generator
+
+
+def is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two answers in float64 differ by no more than the order of their sums."""
+    return theirs.shape == ours.shape and bool((ours - theirs).norm() <= _SAME * theirs.norm())
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

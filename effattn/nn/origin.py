@@ -22,3 +22,13 @@ def is_of(function: Any, *libraries: str) -> bool:
 def is_genuine(cls: type[nn.Module]) -> bool:
     """Whether what a module of this class computes is known by the name of its class."""
     return cls in tried or is_of(cls.forward, *LIBRARIES)
+
+
+#: Where a module whose class was exchanged keeps its original one.
+ORIGINAL = "_effattn_original_class"
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, before :func:`effattn.accelerate` exchanged it."""
+    found: type[nn.Module] = module.__dict__.get(ORIGINAL, type(module))
+    return found

@@ -1,5 +1,6 @@
 #include "ukernels.h"
 
+#include "../core/activations.h"
 #include "../core/product.h"
 
 namespace effattn::cpu::EFFATTN_ISA {
@@ -214,14 +215,7 @@ void each_vector(int64_t tokens, int64_t channels, const Rows<const float>& in, 
 
 void activate(Activation activation, int64_t tokens, int64_t channels, const Rows<const float>& in,
               const Rows<float>& out) {
-  switch (activation) {
-    case Activation::kNone:
-      return each_vector(tokens, channels, in, out, [](Vec x) { return x; });
-    case Activation::kRelu:
-      return each_vector(tokens, channels, in, out, [](Vec x) { return relu(x); });
-    case Activation::kGelu:
-      return each_vector(tokens, channels, in, out, [](Vec x) { return gelu(x); });
-  }
+  with_activation(activation, [&](auto f) { each_vector(tokens, channels, in, out, f); });
 }
 
 // The two source pixels of a bilinear interpolation along one axis.

@@ -4,6 +4,7 @@
 // Rows are padded to kWholeVectors; the padding is written, and never has a part in a result.
 #pragma once
 
+#include "../core/activation.h"
 #include "../core/image.h"
 #include "../core/isa.h"
 #include "../core/rows.h"
@@ -35,8 +36,6 @@ struct PaddedImage {
     return data + (y + border) * row_floats() + (x + border) * channels;
   }
 };
-
-enum class Activation : int64_t { kNone, kRelu, kGelu };
 
 struct ChannelsLastUkernels {
   // to(i, o) = weights(o, i): of a projection, or of a depthwise convolution with a row for each of its taps.

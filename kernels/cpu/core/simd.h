@@ -104,22 +104,6 @@ EFFATTN_INLINE Vec exp_of_negative(Vec x) {
   return x < kLowest ? Vec{} : series * power;
 }
 
-// x Phi(x), Phi the normal distribution's integral up to x: half of erfc(-x / sqrt(2)). With Abramowitz and
-// Stegun, Handbook of Mathematical Functions, 7.1.26, whose error is at most 1.5e-7; the left half, where the
-// result is a small number, is computed and the right half follows from it, so that nothing is lost to
-// cancellation.
-EFFATTN_INLINE Vec gelu(Vec x) {
-  constexpr float kSeries[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
-  const Vec z = (x < 0.0f ? -x : x) * 0.707106781f;
-  const Vec t = 1.0f / (1.0f + 0.3275911f * z);
-  Vec series = broadcast(1.061405429f);
-  EFFATTN_UNROLL
-  for (const float coefficient : kSeries) series = series * t + coefficient;
-  const Vec tail = series * t * exp_of_negative(-z * z);
-  const Vec left = 0.5f * x * tail;
-  return x < 0.0f ? left : tail > 0.0f ? x - left : x;  // infinity stays
-}
-
 // The number of each lane.
 EFFATTN_INLINE Vec lane_numbers() {
   Vec numbers;

@@ -1,0 +1,53 @@
+// A call of a program: its memory, and values as steps see them.
+#pragma once
+
+#include "../core/arena.h"
+#include "plan.h"
+
+namespace effattn::cpu {
+
+// A value as steps see it.
+struct View {
+  float* data;  // of the first block that is kept
+  const float* zeros;
+  int64_t first_block, rows, height, row_stride, block_stride;
+  Span cols;  // that are kept
+
+  // Pixel 0 of a row; of a row outside of the image, zeros.
+  const float* row(int64_t block, int64_t y) const {
+    return y < 0 || y >= height ? zeros - cols.begin * kBlock : own_row(block, y);
+  }
+  float* own_row(int64_t block, int64_t y) const {
+    return data + (block - first_block) * block_stride + (y % rows) * row_stride - cols.begin * kBlock;
+  }
+};
+
+struct CallMemory {
+  float *images, *zeros;
+  CallMemory(const BlockPlan& plan, int64_t batch, Arena& arena)
+      : images(arena.floats(batch * plan.image_floats)), zeros(arena.floats(plan.zero_floats)) {}
+};
+
+struct Call {
+  const BlockPlan& plan;
+  const BlockParams& params;
+  const CallMemory& memory;
+  const BlockUkernels& ukernels = block_ukernels();
+
+  View whole(int value, int64_t image) const {
+    const ValuePlan& v = plan.values[value];
+    return {memory.images + image * plan.image_floats + v.offset,
+            memory.zeros,
+            0,
+            v.rows,
+            v.size.height,
+            v.row_stride,
+            v.block_stride,
+            {-v.border, v.size.width + v.border}};
+  }
+};
+
+// A linear attention of all images, heads in parallel, or parts of their tokens.
+void run_linear_attention(const Call& call, int step, const Parallel& parallel);
+
+}  // namespace effattn::cpu

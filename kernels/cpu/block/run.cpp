@@ -1,0 +1,248 @@
+// Pass after pass, the parts of each in parallel.
+#include <vector>
+
+#include "../core/image.h"
+#include "call.h"
+
+namespace effattn::cpu {
+namespace {
+
+using Kind = BlockStep::Kind;
+using Parts = PassPlan::Parts;
+
+// A thread at work on the parts of a pass.
+struct PassMemory {
+  float* local;
+  PassMemory(const PassPlan& pass, Arena& arena) : local(arena.floats(pass.local_floats)) {}
+};
+
+class PassContext {
+ public:
+  PassContext(const Call& call, const PassPlan& pass)
+      : call_(call),
+        plan_(call.plan),
+        pass_(pass),
+        memory_(in_thread_arena<PassMemory>(pass)),
+        spans_(pass.last - pass.first + 1),
+        made_(spans_.size()) {}
+
+  // A part of an image: of all its blocks of channels, or of those of a slice.
+  void run(int64_t image, const Span& blocks, const Span& rows, const Span& cols, bool follows) {
+    image_ = image;
+    blocks_ = blocks;
+    plan_.spans_of_part(pass_, rows, cols, spans_.data());
+    for (int step = pass_.first; step <= pass_.last; ++step) {
+      const PartSpans& own = spans_[step - pass_.first];
+      const ValuePlan& value = plan_.values[step];
+      int64_t& made = made_[step - pass_.first];
+      Span to_make = clipped(own.rows, value.size.height);
+      if (follows && value.is_local) to_make.begin = max(to_make.begin, made);
+      made = to_make.end;
+      make(step, to_make, clipped(own.cols, value.size.width));
+    }
+  }
+
+ private:
+  View view(int value) const {
+    if (value < pass_.first || !plan_.values[value].is_local) return call_.whole(value, image_);
+    const ValuePlan& v = plan_.values[value];
+    return {memory_.local + v.offset, call_.memory.zeros, blocks_.begin,  v.rows,
+            v.size.height,            v.row_stride,       v.block_stride, spans_[value - pass_.first].cols};
+  }
+
+  Span blocks_of(int value) const {
+    return {blocks_.begin, min(blocks_.end, plan_.values[value].blocks)};
+  }
+
+  void make(int index, const Span& rows, const Span& cols) {
+    if (rows.begin >= rows.end || cols.begin >= cols.end) return;
+    const BlockStep& step = plan_.steps[index];
+    if (step.kind == Kind::kStore) return store(step, rows, cols);
+    const View out = view(index);
+    switch (step.kind) {
+      case Kind::kConvolution:
+        convolve(step, blocks_of(index), rows, cols, out);
+        break;
+      case Kind::kDepthwise:
+        depthwise(step, blocks_of(index), rows, cols, out);
+        break;
+      default:
+        load(blocks_of(index), rows, cols, out);
+    }
+    clear_border(index, blocks_of(index), rows, cols, out);
+  }
+
+  void clear_border(int index, const Span& blocks, const Span& rows, const Span& cols, const View& out) const {
+    const int64_t width = plan_.values[index].size.width;
+    const int64_t left = cols.begin == 0 ? max(0, -out.cols.begin) : 0;
+    const int64_t right = cols.end == width ? max(0, out.cols.end - width) : 0;
+    if (left + right == 0) return;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        float* const row = out.own_row(block, y);
+        clear(row - left * kBlock, left * kBlock);
+        clear(row + width * kBlock, right * kBlock);
+      }
+    }
+  }
+
+  Image pixels_of(const Image& image, int64_t block, int64_t y, int64_t x, int64_t width) const {
+    return channels_from(call_.params.dtype, image, image_, block * kBlock, y * width + x);
+  }
+
+  void load(const Span& blocks, const Span& rows, const Span& cols, const View& out) const {
+    const int64_t width = call_.params.size.width, channels = plan_.steps[0].channels;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        call_.ukernels.load(call_.params.dtype, pixels_of(call_.params.x, block, y, cols.begin, width),
+                            cols.end - cols.begin, min(kBlock, channels - block * kBlock),
+                            out.own_row(block, y) + cols.begin * kBlock);
+      }
+    }
+  }
+
+  void store(const BlockStep& step, const Span& rows, const Span& cols) const {
+    const int value = step.inputs[0];
+    const View in = view(value);
+    const Span blocks = blocks_of(value);
+    const int64_t width = plan_.values[value].size.width;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        call_.ukernels.store(call_.params.dtype, pixels_of(call_.params.out, block, y, cols.begin, width),
+                             cols.end - cols.begin, min(kBlock, step.channels - block * kBlock),
+                             in.row(block, y) + cols.begin * kBlock);
+      }
+    }
+  }
+
+  void convolve(const BlockStep& step, const Span& blocks, const Span& rows, const Span& cols,
+                const View& out) {
+    const View in = view(step.inputs[0]);
+    const View residual = step.residual == BlockStep::kNone ? View{} : view(step.residual);
+    const int64_t inputs = plan_.steps[step.inputs[0]].channels / step.groups;
+    const int64_t taps = step.kernel * step.kernel;
+    const int64_t group_blocks = ceil_div(step.channels / step.groups, kBlock);
+    const int64_t panels = ceil_div(group_blocks, kPanelBlocks);  // of a group
+    ConvolutionRow row{};
+    row.whole = inputs / kBlock * taps;
+    row.depth = inputs % kBlock;
+    row.partial = row.depth == 0 ? 0 : taps;
+    row.begin = cols.begin;
+    row.end = cols.end;
+    row.stride = step.stride;
+    row.activation = step.activation;
+    segments_.resize(row.whole + row.partial);
+    row.segments = segments_.data();
+    for (int64_t block = blocks.begin; block < blocks.end; block += row.blocks) {
+      const int64_t group = block / group_blocks, in_group = block % group_blocks;
+      const int64_t panel = group * panels + in_group / kPanelBlocks;
+      row.blocks = min(kPanelBlocks, group_blocks - in_group);
+      row.weights = call_.params.weights + step.weight + panel * kPanel * inputs * taps;
+      row.bias = call_.params.weights + step.bias + panel * kPanel;
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        find_segments(step, in, group * inputs / kBlock, y);
+        for (int64_t b = 0; b < row.blocks; ++b) {
+          row.out[b] = out.own_row(block + b, y);
+          if (residual.data != nullptr) row.residual[b] = residual.row(block + b, y);
+        }
+        call_.ukernels.convolve(row);
+      }
+    }
+  }
+
+  void find_segments(const BlockStep& step, const View& in, int64_t first_block, int64_t y) {
+    const float** segment = segments_.data();
+    const float** const end = segment + segments_.size();
+    for (int64_t block = first_block; segment < end; ++block) {
+      for (int64_t i = 0; i < step.kernel; ++i) {
+        const float* pixel = in.row(block, y * step.stride - step.padding + i) - step.padding * kBlock;
+        for (int64_t j = 0; j < step.kernel; ++j, pixel += kBlock) *segment++ = pixel;
+      }
+    }
+  }
+
+  void depthwise(const BlockStep& step, const Span& blocks, const Span& rows, const Span& cols,
+                 const View& out) {
+    const View in = view(step.inputs[0]);
+    const View residual = step.residual == BlockStep::kNone ? View{} : view(step.residual);
+    segments_.resize(step.kernel);
+    DepthwiseRow row{};
+    row.rows = segments_.data();
+    row.kernel = step.kernel;
+    row.begin = cols.begin;
+    row.end = cols.end;
+    row.stride = step.stride;
+    row.activation = step.activation;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      row.taps = call_.params.weights + step.weight + block * step.kernel * step.kernel * kBlock;
+      row.bias = call_.params.weights + step.bias + block * kBlock;
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        for (int64_t i = 0; i < step.kernel; ++i) {
+          segments_[i] = in.row(block, y * step.stride - step.padding + i) - step.padding * kBlock;
+        }
+        row.out = out.own_row(block, y);
+        row.residual = residual.data == nullptr ? nullptr : residual.row(block, y);
+        call_.ukernels.depthwise(row);
+      }
+    }
+  }
+
+  const Call& call_;
+  const BlockPlan& plan_;
+  const PassPlan& pass_;
+  const PassMemory memory_;
+  std::vector<PartSpans> spans_;
+  std::vector<int64_t> made_;  // of a local value, rows up to here
+  std::vector<const float*> segments_;
+  int64_t image_ = 0;
+  Span blocks_{};
+};
+
+void run_slices(const Call& call, const PassPlan& pass, const Parallel& parallel) {
+  const int64_t batch = call.params.batch;
+  const BlockSize& out = call.plan.values[pass.last].size;
+  parallel(pass.units * batch, pass.unit_work, [&](int64_t begin, int64_t end) {
+    PassContext context(call, pass);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit / batch * pass.slice_blocks;  // the images of a slice share its weights
+      context.run(unit % batch, {first, first + pass.slice_blocks}, {0, out.height}, {0, out.width}, false);
+    }
+  });
+}
+
+void run_tiles(const Call& call, const PassPlan& pass, const Parallel& parallel) {
+  const BlockSize& out = call.plan.values[pass.last].size;
+  const int64_t down = ceil_div(out.height, pass.tile_rows);
+  parallel(pass.units * call.params.batch, pass.unit_work, [&](int64_t begin, int64_t end) {
+    PassContext context(call, pass);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t y = unit % down * pass.tile_rows, strip = unit / down;
+      const int64_t across = pass.units / down, x = strip % across * pass.tile_cols;
+      const bool follows = unit > begin && y > 0;
+      context.run(strip / across, {0, INT64_MAX}, {y, min(y + pass.tile_rows, out.height)},
+                  {x, min(x + pass.tile_cols, out.width)}, follows);
+    }
+  });
+}
+
+}  // namespace
+
+void run_block(const BlockPlan& plan, const BlockParams& params, const Parallel& parallel) {
+  const InSharedArena<CallMemory> memory(plan, params.batch);
+  clear(memory->zeros, plan.zero_floats);
+  const Call call{plan, params, *memory};
+  for (const PassPlan& pass : plan.passes) {
+    switch (pass.parts) {
+      case Parts::kSlices:
+        run_slices(call, pass, parallel);
+        break;
+      case Parts::kTiles:
+        run_tiles(call, pass, parallel);
+        break;
+      case Parts::kAttention:
+        run_linear_attention(call, pass.first, parallel);
+    }
+  }
+}
+
+}  // namespace effattn::cpu
