@@ -24,7 +24,33 @@ std::string size_text(const cpu::BlockSize& size) {
   return std::to_string(size.height) + " x " + std::to_string(size.width);
 }
 
-// Whether every step has an image, and residuals fit.
+int64_t tokens_of(const cpu::BlockSize& size) { return size.height * size.width; }
+
+// Whether the inputs of a step fit each other and, of an attention, its bias.
+template <class RequireSame>
+void check_inputs(size_t i, const cpu::BlockStep& step, const std::vector<cpu::BlockSize>& sizes,
+                  const RequireSame& require_same) {
+  using Kind = cpu::BlockStep::Kind;
+  const auto require_tokens = [&](int value, int64_t tokens) {
+    EFFATTN_REQUIRE(tokens_of(sizes[value]) == tokens, "block: program: %", i + 1, ": expected %", value,
+                    " to have ", tokens, " pixels, got ", size_text(sizes[value]));
+  };
+  switch (step.kind) {
+    case Kind::kMultiply:
+      return require_tokens(step.inputs[1], 1);
+    case Kind::kAttention:
+      require_tokens(step.inputs[0], step.queries);
+      require_tokens(step.inputs.back(), step.keys);
+      if (step.inputs.size() == 3) require_same(i, step.inputs[1], sizes[step.inputs[2]]);
+      return;
+    default:
+      for (size_t input = 1; input < step.inputs.size(); ++input) {
+        require_same(i, step.inputs[input], sizes[step.inputs[0]]);
+      }
+  }
+}
+
+// Whether every step has an image, and what it reads fits.
 void check_sizes(const cpu::BlockProgram& program, const cpu::BlockSize& x) {
   const std::vector<cpu::BlockSize> sizes = sizes_of(program, x);
   const auto require_same = [&](size_t step, int other, const cpu::BlockSize& own) {
@@ -38,10 +64,10 @@ void check_sizes(const cpu::BlockProgram& program, const cpu::BlockSize& x) {
     const cpu::BlockSize& own = sizes[i + 1];
     EFFATTN_REQUIRE(own.height > 0 && own.width > 0, "block: x: expected a larger image than ", size_text(x),
                     ": nothing is left of it at %", i + 1);
-    for (size_t input = 1; input < step.inputs.size(); ++input) {
-      require_same(i, step.inputs[input], sizes[step.inputs[0]]);
+    check_inputs(i, step, sizes, require_same);
+    for (const int other : {step.residual, step.addend}) {
+      if (other != cpu::BlockStep::kNone) require_same(i, other, own);
     }
-    if (step.residual != cpu::BlockStep::kNone) require_same(i, step.residual, own);
   }
 }
 

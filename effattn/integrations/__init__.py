@@ -85,8 +85,8 @@ def _find_block(module: nn.Module) -> tuple[type, str | None] | None:
     if not blocks.is_candidate(module):
         return None
     reason = why_not_this_class(module) or blocks.why_not_block(module)
-    is_row = type(module).forward is nn.Sequential.forward
-    return None if is_row and reason is not None else (block_class(type(module)), reason)
+    is_unknown = reason is not None and blocks.is_by_name_alone(module)
+    return None if is_unknown else (block_class(type(module)), reason)
 
 
 @dataclass(frozen=True)

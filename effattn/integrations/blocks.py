@@ -9,7 +9,7 @@ from torch import nn
 
 from effattn.integrations.structure import is_same, randomize
 from effattn.nn.origin import original_class, tried
-from effattn.nn.programs import EMITTERS, Unknown, is_trusted, make_program
+from effattn.nn.programs import EMITTERS, OF_TOKENS, Unknown, is_trusted, make_program
 from effattn.ops import block as _block
 
 
@@ -17,8 +17,14 @@ def is_candidate(module: nn.Module) -> bool:
     """Whether a module has the name of a known block, or is a row of such."""
     cls = original_class(module)
     if cls.forward is nn.Sequential.forward:
-        return any(original_class(part).__name__ in EMITTERS for part in module.children())
-    return cls.__name__ in EMITTERS
+        return is_trusted(cls) or any(map(is_candidate, module.children()))
+    return cls.__name__ in EMITTERS and cls.__name__ not in OF_TOKENS
+
+
+def is_by_name_alone(module: nn.Module) -> bool:
+    """Whether nobody would call a candidate that is no program a known block: others have its name too."""
+    cls = original_class(module)
+    return cls.forward is nn.Sequential.forward or not is_trusted(cls)
 
 
 def why_not_block(module: nn.Module) -> str | None:
@@ -46,12 +52,13 @@ def why_not_its_answers(module: nn.Module) -> str | None:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             narrow = copy.deepcopy(module).to("cpu", torch.float32).eval()
             generator = randomize(narrow)
-            program = make_program(narrow, EMITTERS)
+            block, returns_tokens = make_program(narrow, EMITTERS)
             wide = narrow.double()
-            channels = _block.parse(program.program)[0].channels
+            channels = _block.parse(block.program)[0].channels
             x = torch.rand(2, channels, 13, 10, dtype=torch.float64, generator=generator)
             theirs = original_class(wide).forward(wide, x)
-            same = is_same(_block.plain(x, [program.weights], program.program), theirs)
+            ours = _block.plain(x, [block.weights], block.program)
+            same = is_same(ours.flatten(2).transpose(1, 2) if returns_tokens else ours, theirs)
     except Unknown as error:
         return str(error)
     except Exception as error:

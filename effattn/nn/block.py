@@ -29,9 +29,11 @@ class Block(FoldCache):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """As the original's; (B, C, H, W) -> (B, C_out, H', W'), of x's memory format."""
         if not args and not kwargs and type(x) is torch.Tensor:
-            block = self._block_for(x)
-            if block is not None:
-                return _block.block(x, block)
+            found = self._block_for(x)
+            if found is not None:
+                block, returns_tokens = found
+                out = _block.block(x, block)
+                return out.flatten(2).transpose(1, 2) if returns_tokens else out
         return super().forward(x, *args, **kwargs)
 
     @property
@@ -41,23 +43,26 @@ class Block(FoldCache):
         Raises:
             Unknown: if it is none, with the reason.
         """
-        return make_program(self, EMITTERS).program
+        return make_program(self, EMITTERS)[0].program
 
-    def _block_for(self, x: torch.Tensor) -> _block.Block | None:
+    def _block_for(self, x: torch.Tensor) -> tuple[_block.Block, bool] | None:
         if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.dim() != 4 or x.device.type != "cpu":
             return None
         folds = self._folds()
         if folds is None or is_autocast(x) or _has_any_global_hook() or not _block.serves(x):
             return None
-        found: tuple[_block.Block, int] | None = cached(folds, "block", self._make)
-        return found[0] if found is not None and found[1] == x.shape[1] else None
+        found: tuple[_block.Block, bool] | None = cached(folds, "block", self._make)
+        if found is None:
+            return None
+        program, channels, size = found[0].program, x.shape[1], x.shape[2:]
+        takes = cached(folds, ("takes", channels, *size), lambda: _block.takes(program, channels, *size))
+        return found if takes else None
 
-    def _make(self) -> tuple[_block.Block, int] | None:
+    def _make(self) -> tuple[_block.Block, bool] | None:
         try:
-            block = make_program(self, EMITTERS)
+            return make_program(self, EMITTERS)
         except Unknown:
             return None
-        return block, _block.parse(block.program)[0].channels
 
     def __prepare_scriptable__(self) -> nn.Module:
         return FxLeaf.__prepare_scriptable__(self)  # type: ignore[arg-type]

@@ -1,34 +1,21 @@
-"""Blocks of networks in evaluation: short programs over the micro-kernels, with weights packed once for many calls.
-
-A program is text, a line a value::
-
-    %0 = image(channels=16)
-    %1 = convolution(%0, channels=64, activation=hardswish)
-    %2 = depthwise(%1, kernel=3, stride=2, activation=hardswish)
-    %3 = convolution(%2, channels=32)
-
-The last value is the result. Every line takes its weights from where the line before it ended.
-"""
+"""Blocks of networks in evaluation: programs (:mod:`effattn.ops._program`), with weights packed once for many calls."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from effattn.ops import multi_scale_linear_attention
+from effattn.ops import biased_attention, cascaded_group_attention, multi_scale_linear_attention
 from effattn.ops._operator import InferenceOperator
-from effattn.ops._packed import CHANNELS, OUTPUTS, padded, rounded
+from effattn.ops._packed import of_heads, rounded
 from effattn.ops._plain import without_autocast
+from effattn.ops._program import Step, parse, sizes, takes
+from effattn.ops._program_weights import unpack
 
 SCHEMA = "(Tensor x, Tensor[] weights, str program) -> Tensor"
-
-#: In the order in which a line has them.
-_OPTIONS = ("channels", "kernel", "stride", "padding", "groups", "activation", "residual", "head_dim", "eps")
 
 #: By the names that programs have for them.
 ACTIVATIONS = {
@@ -39,66 +26,8 @@ ACTIVATIONS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
 }
-
-
-class Step(NamedTuple):
-    """A line of a program.
-
-    Args:
-        operation: ``image``, ``convolution``, ``depthwise`` or ``linear_attention``.
-        inputs: numbers of earlier values.
-        channels: of the result.
-        kernel, stride, padding, groups: of a convolution; square.
-        activation: one of ACTIVATIONS.
-        residual: the number of the value that is added behind the activation, or None.
-        head_dim, eps: of an attention: inputs hold q, k and v of one head after the other, and there is one a scale.
-    """
-
-    operation: str
-    inputs: tuple[int, ...]
-    channels: int
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-    activation: str = "none"
-    residual: int | None = None
-    head_dim: int = 0
-    eps: float = 0.0
-
-    def text(self, number: int) -> str:
-        """As line ``number``."""
-        given = [f"%{value}" for value in self.inputs]
-        for name in _OPTIONS:
-            value = getattr(self, name)
-            if value == self._field_defaults.get(name) or (name == "padding" and value == self.kernel // 2):
-                continue
-            given.append(f"{name}=%{value}" if name == "residual" else f"{name}={value}")
-        if self.padding == 0 and self.kernel > 1:
-            given.append("padding=0")
-        return f"%{number} = {self.operation}({', '.join(given)})"
-
-
-@cache
-def parse(program: str) -> tuple[Step, ...]:
-    """The lines of a program's text, which csrc checks."""
-    steps = []
-    for line in program.splitlines():
-        operation, arguments = re.fullmatch(r"%\d+ = (\w+)\((.*)\)", line).groups()  # type: ignore[union-attr]
-        parts = arguments.split(", ")
-        inputs = tuple(int(part[1:]) for part in parts if part.startswith("%"))
-        options: dict[str, Any] = dict(part.split("=") for part in parts if "=" in part)
-        options = {name: _value(name, text) for name, text in options.items()}
-        options.setdefault("padding", options.get("kernel", 1) // 2)
-        steps.append(Step(operation, inputs, options.pop("channels"), **options))
-    return tuple(steps)
-
-
-def _value(name: str, text: str) -> Any:
-    if name == "activation":
-        return text
-    return float(text) if name == "eps" else int(text.removeprefix("%"))
 
 
 class Block(NamedTuple):
@@ -106,122 +35,6 @@ class Block(NamedTuple):
 
     weights: torch.Tensor
     program: str
-
-
-class Builder:
-    """Makes a program, step by step, of weights of any dtype.
-
-    Methods return the number of the value that they make. Weights are those of torch's convolutions.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self._steps = [Step("image", (), channels)]
-        self._weights: list[torch.Tensor] = []
-
-    def channels(self, value: int) -> int:
-        return self._steps[value].channels
-
-    def convolution(
-        self,
-        value: int,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        *,
-        stride: int = 1,
-        padding: int | None = None,
-        groups: int = 1,
-        activation: str = "none",
-    ) -> int:
-        """weight (C_out, C / groups, k, k), bias (C_out,): of one group, of groups of as many outputs as inputs that
-        are a multiple of CHANNELS, or depthwise."""
-        outputs, _, kernel, _ = weight.shape
-        inputs = self.channels(value)
-        bias = weight.new_zeros(outputs) if bias is None else bias
-        is_depthwise = groups == inputs == outputs and groups > 1
-        pack = _pack_depthwise if is_depthwise else lambda *of: _pack_convolution(*of, groups)
-        self._weights += (t.detach().float().flatten() for t in pack(weight, bias))
-        return self._add(
-            Step(
-                "depthwise" if is_depthwise else "convolution",
-                (value,),
-                outputs,
-                kernel,
-                stride,
-                kernel // 2 if padding is None else padding,
-                1 if is_depthwise else groups,
-                activation,
-            )
-        )
-
-    def linear_attention(self, values: Sequence[int], *, head_dim: int, eps: float) -> int:
-        """ReLU linear attention of every head: of values with q, k and v of each in turn, ``head_dim`` channels each,
-        a multiple of CHANNELS. The heads of one value come behind those of the other."""
-        channels = len(values) * self.channels(values[0]) // 3
-        return self._add(Step("linear_attention", tuple(values), channels, head_dim=head_dim, eps=eps))
-
-    def add(self, value: int, residual: int) -> int | None:
-        """The value plus another; None where that cannot be put into the step that makes the value."""
-        step = self._steps[value]
-        is_last = value == len(self._steps) - 1
-        if not is_last or step.operation not in ("convolution", "depthwise") or step.residual is not None:
-            return None
-        self._steps[value] = step._replace(residual=residual)
-        return value
-
-    def finish(self) -> Block:
-        """The program whose result is the last value."""
-        lines = (step.text(number) for number, step in enumerate(self._steps))
-        return Block(torch.cat(self._weights), "\n".join(lines))
-
-    def _add(self, step: Step) -> int:
-        self._steps.append(step)
-        return len(self._steps) - 1
-
-
-def _pack_convolution(weight: torch.Tensor, bias: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(groups, panels, inputs and taps, OUTPUTS): of every block of CHANNELS inputs its taps, of every tap its inputs;
-    and (groups, panels, OUTPUTS)."""
-    outputs, inputs, kernel, _ = weight.shape
-    whole = rounded(outputs // groups, OUTPUTS)
-    by_panel = padded(weight.reshape(groups, -1, inputs, kernel * kernel), 1, whole)
-    by_panel = by_panel.unflatten(1, (-1, OUTPUTS))  # groups, panels, OUTPUTS, inputs, taps
-    blocks = [block.permute(0, 1, 4, 3, 2).flatten(2, 3) for block in by_panel.split(CHANNELS, dim=3)]
-    return torch.cat(blocks, dim=2), padded(bias.reshape(groups, -1), 1, whole)
-
-
-def _unpack_convolution(
-    packed: torch.Tensor, bias: torch.Tensor, step: Step, inputs: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    groups, outputs, taps = step.groups, step.channels // step.groups, step.kernel**2
-    rows = packed.reshape(groups, -1, inputs // groups * taps, OUTPUTS)
-    blocks = [
-        block.unflatten(2, (taps, -1)).permute(0, 1, 4, 3, 2) for block in rows.split(CHANNELS * taps, dim=2)
-    ]
-    weight = torch.cat(blocks, dim=3).flatten(1, 2)[:, :outputs].flatten(0, 1)
-    return weight.unflatten(-1, (step.kernel, step.kernel)), bias.reshape(groups, -1)[:, :outputs].flatten()
-
-
-def _pack_depthwise(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(blocks, taps, CHANNELS) and (blocks, CHANNELS)."""
-    whole = rounded(len(weight))
-    blocks = padded(weight.flatten(1), 0, whole).unflatten(0, (-1, CHANNELS))
-    return blocks.transpose(1, 2), padded(bias, 0, whole)
-
-
-def _unpack_depthwise(packed: torch.Tensor, bias: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks = packed.reshape(-1, step.kernel**2, CHANNELS).transpose(1, 2).flatten(0, 1)
-    return blocks[: step.channels].unflatten(1, (1, step.kernel, step.kernel)), bias[: step.channels]
-
-
-def _sizes_of_weights(step: Step, inputs: int) -> tuple[int, int]:
-    """Elements of the packed weight and bias."""
-    taps = step.kernel**2
-    if step.operation == "depthwise":
-        return rounded(step.channels) * taps, rounded(step.channels)
-    if step.operation != "convolution":
-        return 0, 0
-    outputs = step.groups * rounded(step.channels // step.groups, OUTPUTS)
-    return outputs * (inputs // step.groups) * taps, outputs
 
 
 def block(x: torch.Tensor, of: Block) -> torch.Tensor:
@@ -232,42 +45,73 @@ def block(x: torch.Tensor, of: Block) -> torch.Tensor:
 def plain(x: torch.Tensor, weights: Sequence[torch.Tensor], program: str) -> torch.Tensor:
     values = [x.to(torch.promote_types(x.dtype, torch.float32))]
     steps = parse(program)
-    at = 0
+    rest = weights[0]
     with without_autocast(x.device):
         for step in steps[1:]:
             inputs = [values[number] for number in step.inputs]
-            sizes = _sizes_of_weights(step, steps[step.inputs[0]].channels)
-            weight, bias = weights[0][at : at + sum(sizes)].to(values[0].dtype).split(sizes)
-            at += sum(sizes)
-            values.append(_plain_step(step, inputs, weight, bias))
-            if step.residual is not None:
-                values[-1] = values[-1] + values[step.residual]
+            tensors, count = unpack(step, inputs[0].shape[1], rest)
+            rest = rest[count:]
+            out = _plain_step(step, inputs, [t.to(inputs[0].dtype) for t in tensors])
+            if step.addend is not None:
+                out = out + values[step.addend]
+            out = ACTIVATIONS[step.activation](out)
+            values.append(out if step.residual is None else out + values[step.residual])
     return values[-1].to(x.dtype)
 
 
-def _plain_step(step: Step, inputs: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    if step.operation == "linear_attention":
-        joined = torch.cat(list(inputs), dim=1)
-        return multi_scale_linear_attention.plain(joined, [], [], [], [], step.head_dim, step.eps)
+def _plain_step(step: Step, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
     x = inputs[0]
-    if step.operation == "depthwise":
-        weight, bias = _unpack_depthwise(weight, bias, step)
-        groups = step.channels
-    else:
-        weight, bias = _unpack_convolution(weight, bias, step, x.shape[1])
-        groups = step.groups
-    out = functional.conv2d(x, weight, bias, step.stride, step.padding, groups=groups)
-    return ACTIVATIONS[step.activation](out)
+    match step.operation:
+        case "convolution" | "depthwise":
+            groups = step.channels if step.operation == "depthwise" else step.groups
+            return functional.conv2d(x, *weights, step.stride, step.padding, groups=groups)
+        case "pool_mixer":
+            pooled = functional.avg_pool2d(x, step.kernel, 1, step.padding, count_include_pad=False)
+            return x + weights[0].reshape(-1, 1, 1) * (pooled - x)
+        case "layer_norm":
+            return functional.layer_norm(x.movedim(1, -1), x.shape[1:2], *weights, step.eps).movedim(-1, 1)
+        case "mean":
+            return x.mean((2, 3), keepdim=True)
+        case "multiply":
+            return x * inputs[1]
+        case "upsample":
+            return functional.interpolate(x, scale_factor=2, mode="bilinear")
+        case "linear_attention":
+            joined = torch.cat(list(inputs), dim=1)
+            return multi_scale_linear_attention.plain(joined, [], [], [], [], step.head_dim, step.eps)
+        case "attention":
+            return _plain_attention(step, inputs, weights)
+        case "cascade":
+            return _plain_cascade(step, x, weights)
+    raise AssertionError(step.operation)
+
+
+def _plain_attention(step: Step, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    heads, keys, values = step.heads, step.heads * rounded(step.head_dim), step.heads * rounded(step.value_dim)
+    q_and_k = inputs[0].split(keys, dim=1)[:2] if len(inputs) < 3 else inputs[:2]
+    q, k, v = (
+        of_heads(t.transpose(0, 1), heads, dim).transpose(0, 1).flatten(2).unflatten(1, (heads, dim)).mT
+        for t, dim in zip((*q_and_k, inputs[-1][:, -values:]), (step.head_dim, step.head_dim, step.value_dim), strict=True)
+    )
+    out = biased_attention.plain(q, k, v, weights[0], list(weights[1:]), step.scale).mT
+    behind = rounded(step.value_dim) - step.value_dim
+    return functional.pad(out, (0, 0, 0, behind)).reshape(len(out), values, *inputs[0].shape[2:])
+
+
+def _plain_cascade(step: Step, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    qkv, qkv_bias, *taps, tap_bias, bias = weights
+    projections = list(qkv.unsqueeze(-1).unsqueeze(-1))
+    return cascaded_group_attention.plain(
+        x, projections, list(qkv_bias), taps, list(tap_bias), bias, step.scale, *step.window
+    )
 
 
 def _shape(x: torch.Tensor, weights: Sequence[torch.Tensor], program: str) -> tuple[int, ...]:
-    sizes = [x.shape[2:]]
     steps = parse(program)
-    for step in steps[1:]:
-        before = sizes[step.inputs[0]]
-        sizes.append(tuple((n + 2 * step.padding - step.kernel) // step.stride + 1 for n in before))
-    return (x.shape[0], steps[-1].channels, *sizes[-1])
+    return (x.shape[0], steps[-1].channels, *sizes(steps, *x.shape[2:])[-1])
 
 
 OPERATOR = InferenceOperator("block", plain, _shape)
 serves = OPERATOR.serves
+
+__all__ = ["ACTIVATIONS", "Block", "block", "parse", "plain", "serves", "takes"]

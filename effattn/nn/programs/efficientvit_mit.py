@@ -1,4 +1,4 @@
-"""EfficientViT (MIT): the attention module and the blocks around it, timm's and the official ones."""
+"""EfficientViT (MIT): the attention module, timm's and the official one."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from effattn.nn.programs.convolutions import parts_in_order
-from effattn.nn.programs.emit import Emitter, Unknown, activation, only_parts
+from effattn.nn.programs.convolutions import Emit
+from effattn.nn.programs.emit import Emitter, Unknown, only_parts
 from effattn.nn.projection import is_depthwise, is_plain, is_pointwise
-from effattn.ops._packed import rounded
-
-
-def _by_head(t: torch.Tensor, dim: int, padded_dim: int) -> torch.Tensor:
-    """(parts * dim, ...) -> (parts * padded_dim, ...), zeros behind each part's channels."""
-    parts = t.unflatten(0, (-1, dim))
-    pad = t.new_zeros(len(parts), padded_dim - dim, *t.shape[1:])
-    return torch.cat([parts, pad], dim=1).flatten(0, 1)
+from effattn.ops._packed import of_whole_heads, rounded
 
 
 def _lite_mla(emitter: Emitter, module: Any, value: int) -> int:
     only_parts(module, "qkv", "aggreg", "proj", "kernel_func")
     parts = module._modules
-    if not is_plain(parts.get("kernel_func"), nn.ReLU) and parts.get("kernel_func") is not None:
-        raise Unknown(f"kernel_func is {type(parts['kernel_func']).__name__}")
+    kernel = parts.get("kernel_func")
+    if kernel is not None and not is_plain(kernel, nn.ReLU):
+        raise Unknown(f"kernel_func is {type(kernel).__name__}")
     dim, builder = module.dim, emitter.builder
-    whole = rounded(dim)
 
-    def add(value: int, weight: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> int:
-        bias = None if bias is None else _by_head(bias, dim, whole)
-        return builder.convolution(value, _by_head(weight, dim, whole), bias, **options)
+    def whole(t: torch.Tensor) -> torch.Tensor:
+        return of_whole_heads(t, len(t) // dim)
+
+    def add(value: int, weight: torch.Tensor, bias: torch.Tensor, **options: Any) -> int:
+        return builder.convolution(value, whole(weight), whole(bias), **options)
 
     qkv = add(value, *_projection(emitter, parts["qkv"], "qkv"))
     values = [qkv]
@@ -42,35 +37,27 @@ def _lite_mla(emitter: Emitter, module: Any, value: int) -> int:
         groups = pointwise.groups
         if not is_depthwise(depthwise) or not is_pointwise(pointwise, groups) or pointwise.in_channels != groups * dim:
             raise Unknown(f"aggreg.{name} is not a depthwise convolution and one of every head")
-        mixed = add(qkv, *emitter.folded(depthwise, None), groups=builder.channels(qkv))
-        weight, bias = emitter.folded(pointwise, None)
-        values.append(add(mixed, _inputs_by_head(weight, dim, whole), bias, groups=groups))
-    out = builder.linear_attention(values, head_dim=whole, eps=module.eps)
+        mixed = add(qkv, *emitter.folded(depthwise), groups=builder.channels(qkv))
+        weight, bias = emitter.folded(pointwise)
+        values.append(add(mixed, whole(weight.transpose(0, 1)).transpose(0, 1), bias, groups=groups))
+    channels = len(values) * builder.channels(qkv) // 3
+    out = builder.step("linear_attention", values, channels=channels, head_dim=rounded(dim), eps=module.eps)
     weight, bias = _projection(emitter, parts["proj"], "proj")
-    act = activation(parts["proj"]._modules.get("act"))
-    return builder.convolution(out, _inputs_by_head(weight, dim, whole), bias, activation=act)
-
-
-def _inputs_by_head(weight: torch.Tensor, dim: int, padded_dim: int) -> torch.Tensor:
-    return _by_head(weight.transpose(0, 1), dim, padded_dim).transpose(0, 1)
+    out = builder.convolution(out, whole(weight.transpose(0, 1)).transpose(0, 1), bias)
+    return emitter.part(parts["proj"], "act", out)
 
 
 def _projection(emitter: Emitter, part: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a 1x1 convolution with the norm behind it."""
     only_parts(part, "dropout", "conv", "norm", "act")
-    conv = part._modules.get("conv")
+    conv, act = part._modules.get("conv"), part._modules.get("act")
+    emitter.part(part, "dropout", 0)
     weight_and_bias = emitter.folded(conv, part._modules.get("norm"))
     if not is_pointwise(conv):
         raise Unknown(f"{name} is no 1x1 convolution")
-    if name == "qkv" and activation(part._modules.get("act")) != "none":
+    if name == "qkv" and type(act) not in (nn.Identity, type(None)):
         raise Unknown("qkv has an activation")
     return weight_and_bias
 
 
-EMITTERS = {
-    "LiteMLA": _lite_mla,
-    "EfficientVitBlock": parts_in_order("context_module", "local_module"),
-    "EfficientViTBlock": parts_in_order("context_module", "local_module"),
-    "EfficientVitStage": parts_in_order("blocks"),
-    "EfficientVitLargeStage": parts_in_order("blocks"),
-}
+EMITTERS: dict[str, Emit] = {"LiteMLA": _lite_mla}

@@ -13,8 +13,29 @@ import torch
 from torch import nn
 
 from effattn.nn.origin import is_genuine, original_class, tried
+from effattn.nn.programs.builder import Builder
 from effattn.nn.projection import fold_batch_norm, is_affine, is_batch_norm, is_dense, is_overridden, is_plain
-from effattn.ops.block import Block, Builder
+from effattn.ops.block import Block
+
+#: Whose classes are what their names say.
+MODULES = (
+    "timm.models.efficientvit_mit",
+    "timm.models.efficientvit_msra",
+    "timm.models.efficientformer",
+    "timm.models.efficientformer_v2",
+    "timm.layers",
+)
+
+_ACTIVATIONS = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+}
+#: timm's, by name.
+_ACTIVATIONS_OF_TIMM = {"GELUTanh": "gelu_tanh", "GELU": "gelu", "Sigmoid": "sigmoid"}
 
 
 class Unknown(Exception):
@@ -39,8 +60,12 @@ class Emitter:
         shapes_only: bool = False,
     ) -> None:
         self.builder = Builder(channels)
+        self.shapes_only = shapes_only
+        #: Whether the module's tensors are (B, N, C) from here on.
+        self.are_tokens = False
         self._emitters = emitters
-        self._shapes_only = shapes_only
+
+    # --- modules --------------------------------------------------------------------------------------------
 
     def emit(self, module: nn.Module, value: int) -> int:
         """Any known module.
@@ -55,19 +80,22 @@ class Emitter:
     def emit_itself(self, module: nn.Module, value: int) -> int:
         """A module whose hooks run around the program."""
         cls = original_class(module)
-        if cls is nn.Identity:
-            return value
+        if cls is nn.Conv2d:
+            return self.convolution(value, module)
         if cls.forward is nn.Sequential.forward:
             return self.in_order(module, value)
-        return self._emitter_of(cls)(self, module, value)
-
-    def _emitter_of(self, cls: type[nn.Module]) -> Callable[[Emitter, Any, int], int]:
+        name = _activation_name(module)
+        if name is not None:
+            return self.activate(value, name)
+        if isinstance(module, nn.Dropout | nn.Dropout2d) or cls.__name__ == "DropPath":
+            self._require_idle(module)
+            return value
         emitter = self._emitters.get(cls.__name__)
         if emitter is None:
             raise Unknown(f"{cls.__name__} is not known")
         if not is_trusted(cls):
             raise Unknown(f"{cls.__name__} of {cls.__module__} is not known")
-        return emitter
+        return emitter(self, module, value)
 
     def part(self, module: nn.Module, name: str, value: int) -> int:
         """A part of a module; one that is not there changes nothing."""
@@ -79,56 +107,117 @@ class Emitter:
         if not module._modules:
             raise Unknown("it is empty")
         only_parts(module, *module._modules)
-        for name in module._modules:
-            value = self.part(module, name, value)
+        return self.parts(module, value, *module._modules)
+
+    def parts(self, module: nn.Module, value: int, *names: str) -> int:
+        """These parts in order; a norm goes with the convolution in front of it."""
+        parts = [(name, module._modules[name]) for name in names if module._modules.get(name) is not None]
+        for i, (name, part) in enumerate(parts):
+            behind = parts[i + 1][1] if i + 1 < len(parts) else None
+            if type(part) is nn.Conv2d and behind is not None and _is_norm(behind):
+                value = _named(name, lambda conv=part, norm=behind: self.convolution(value, conv, norm))
+            elif i > 0 and type(parts[i - 1][1]) is nn.Conv2d and part is not None and _is_norm(part):
+                continue
+            else:
+                value = self.part(module, name, value)
         return value
 
-    def convolution(self, value: int, conv: Any, norm: nn.Module | None = None, act: nn.Module | None = None) -> int:
+    # --- steps ----------------------------------------------------------------------------------------------
+
+    def convolution(self, value: int, conv: Any, norm: Any = None, act: Any = None) -> int:
         """A convolution, the norm and the activation behind it."""
         weight, bias = self.folded(conv, norm)
         if conv.in_channels != self.builder.channels(value):
             raise Unknown(f"{conv.in_channels} input channels, where there are {self.builder.channels(value)}")
-        return self.builder.convolution(
-            value,
-            weight,
-            bias,
-            stride=conv.stride[0],
-            padding=conv.padding[0],
-            groups=conv.groups,
-            activation=activation(act),
-        )
+        options = {"stride": conv.stride[0], "padding": conv.padding[0], "groups": conv.groups}
+        out = self.builder.convolution(value, weight, bias, **options)
+        if type(norm).__name__ == "BatchNormAct2d":
+            out = self.part(norm, "act", self.part(norm, "drop", out))
+        return out if act is None else self.emit(act, out)
 
-    def folded(self, conv: Any, norm: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear(self, value: int, linear: Any) -> int:
+        """A linear layer of every pixel."""
+        if not is_plain(linear, nn.Linear) or not is_dense(linear.weight):
+            raise Unknown(f"{type(linear).__name__} is no plain Linear")
+        weight, bias = self.weight(linear.weight), linear.bias
+        if linear.in_features != self.builder.channels(value):
+            raise Unknown(f"{linear.in_features} inputs, where there are {self.builder.channels(value)}")
+        bias = None if bias is None else self.weight(bias)
+        return self.builder.convolution(value, weight.unsqueeze(-1).unsqueeze(-1), bias)
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """A parameter as the builder gets it."""
+        return torch.empty_like(t, device="meta") if self.shapes_only else t
+
+    def folded(self, conv: Any, norm: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of a convolution with the norm behind it."""
         why_not = why_not_convolution(conv)
         if why_not is not None:
             raise Unknown(why_not)
-        if not is_batch_norm(norm):
+        if norm is not None and not _is_norm(norm):
             raise Unknown(f"{type(norm).__name__} is no BatchNorm")
-        if self._shapes_only:
-            return torch.empty_like(conv.weight, device="meta"), torch.empty(conv.out_channels, device="meta")
-        if not is_affine(norm):
+        if self.shapes_only:
+            return self.weight(conv.weight), torch.empty(conv.out_channels, device="meta")
+        if norm is not None and (norm.training or getattr(norm, "running_mean", 0) is None) and not is_affine(norm):
             raise Unknown("a BatchNorm takes the statistics of its batch")
         return fold_batch_norm(conv, norm, rounded=False)
+
+    def folded_part(self, part: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The convolution of a part that is one, with or without a norm; its weight and bias."""
+        if type(part) is nn.Conv2d:
+            return part, *self.folded(part)
+        if part is None or is_overridden(part):
+            raise Unknown(f"{type(part).__name__} is no plain convolution")
+        cls, parts = original_class(part), list(part._modules.values())
+        in_order = cls.forward is nn.Sequential.forward or (cls.__name__ in ("ConvNorm", "_ConvNorm") and is_trusted(cls))
+        if not in_order or not 1 <= len(parts) <= 2 or type(parts[0]) is not nn.Conv2d:
+            raise Unknown(f"{cls.__name__} is not a convolution and a norm")
+        only_parts(part, *part._modules)
+        return parts[0], *self.folded(*parts)
+
+    def activate(self, value: int, name: str) -> int:
+        """An activation of a value."""
+        if not self.builder.activate(value, name):
+            raise Unknown(f"{name} is not behind a convolution")
+        return value
+
+    def scale(self, value: int, module: Any) -> int:
+        """A layer scale."""
+        if isinstance(module, nn.Identity) or module is None:
+            return value
+        if type(module).__name__ not in ("LayerScale", "LayerScale2d") or not is_genuine(type(module)):
+            raise Unknown(f"{type(module).__name__} is no layer scale")
+        if is_overridden(module) or not self.builder.scale(value, self.weight(module.gamma)):
+            raise Unknown("a layer scale is not behind a convolution")
+        return value
 
     def add(self, value: int, residual: int) -> int:
         """The sum of two values."""
         if self.builder.channels(value) != self.builder.channels(residual):
             raise Unknown("the shortcut has other channels")
-        added = self.builder.add(value, residual)
-        if added is None:
+        if not self.builder.add(value, residual):
             raise Unknown("a shortcut around what does not end in a convolution")
-        return added
+        return value
 
-
-#: Whose classes are what their names say.
-MODULES = ("timm.models.efficientvit_mit",)
+    def _require_idle(self, module: Any) -> None:
+        if is_overridden(module):
+            raise Unknown("a dropout has hooks")
+        drops = getattr(module, "p", getattr(module, "drop_prob", 1))
+        if not self.shapes_only and module.training and drops:
+            raise Unknown("a dropout drops")
 
 
 def is_trusted(cls: type[nn.Module]) -> bool:
     """Whether a class with the name of a known one computes what that does: it is that, or was tried."""
-    module = getattr(cls.forward, "__globals__", {}).get("__name__", "")
-    return module in MODULES or module.partition(".")[0] == "effattn" or cls in tried
+    is_row = cls.forward is nn.Sequential.forward
+    module = cls.__module__ if is_row else getattr(cls.forward, "__globals__", {}).get("__name__", "")
+    return module.startswith((*MODULES, "effattn.")) or cls in tried
+
+
+def _is_norm(module: Any) -> bool:
+    if type(module).__name__ == "BatchNormAct2d" and is_genuine(type(module)) and not is_overridden(module):
+        return True  # timm's: a norm with an activation behind it
+    return is_batch_norm(module)
 
 
 def _named(name: str, emit: Callable[[], int]) -> int:
@@ -138,12 +227,14 @@ def _named(name: str, emit: Callable[[], int]) -> int:
         raise Unknown(f"{name}: {error}") from None
 
 
-def only_parts(module: nn.Module, *names: str) -> None:
-    """Checks that a module has these parts at most, and no tensors of its own."""
-    for owned in (module._modules, module._parameters, module._buffers):
-        for name, value in owned.items():
-            if value is not None and (owned is not module._modules or name not in names):
-                raise Unknown(f"unknown {name}")
+def only_parts(module: nn.Module, *names: str, tensors: tuple[str, ...] = ()) -> None:
+    """Checks that a module has these parts at most, and of its own no tensors but these."""
+    for name, part in module._modules.items():
+        if part is not None and name not in names:
+            raise Unknown(f"unknown part {name}")
+    for name, t in (*module._parameters.items(), *module._buffers.items()):
+        if t is not None and name not in tensors:
+            raise Unknown(f"unknown tensor {name}")
 
 
 def why_not_convolution(conv: Any) -> str | None:
@@ -170,47 +261,38 @@ def why_not_convolution(conv: Any) -> str | None:
     return None
 
 
-def activation(act: nn.Module | None) -> str:
-    """By a program's name for it."""
-    if act is None:
-        return "none"
-    if not is_overridden(act):
-        if type(act) in _ACTIVATIONS:
-            return _ACTIVATIONS[type(act)]
-        if type(act) is nn.GELU:
-            return "gelu" if act.approximate == "none" else "gelu_tanh"
-        if type(act).__name__ == "GELUTanh" and is_genuine(type(act)):  # timm's
-            return "gelu_tanh"
-    raise Unknown(f"activation {type(act).__name__}")
+def _activation_name(module: nn.Module) -> str | None:
+    """A program's name for an activation; None for other modules."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    if type(module).__name__ in _ACTIVATIONS_OF_TIMM and is_genuine(type(module)):
+        return _ACTIVATIONS_OF_TIMM[type(module).__name__]
+    return _ACTIVATIONS.get(type(module))
 
 
-_ACTIVATIONS = {
-    nn.Identity: "none",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-    nn.SiLU: "silu",
-}
-
-
-def _first_convolution(module: nn.Module) -> nn.Conv2d | None:
-    return next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+def _input_channels(module: nn.Module) -> int:
+    """Of the first part that says."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            return part.in_channels
+        heads = getattr(part, "num_heads", None)
+        if isinstance(heads, int) and "qkvs" in part._modules:  # a cascade, whose convolutions take a head's channels
+            return heads * _input_channels(part._modules["qkvs"])  # type: ignore[arg-type]
+    raise Unknown("it has no convolution")
 
 
 def make_program(
     module: nn.Module, emitters: Mapping[str, Callable[[Emitter, Any, int], int]], *, shapes_only: bool = False
-) -> Block:
-    """A module as a program, with the weights that it has; see :class:`Emitter`.
+) -> tuple[Block, bool]:
+    """A module as a program with the weights that it has, and whether it returns (B, N, C) in place of an image.
 
     Raises:
         Unknown: if it is none.
     """
-    first = _first_convolution(module)
-    if first is None:
-        raise Unknown("it has no convolution")
+    channels = _input_channels(module)
     if not shapes_only and any(t.dtype != torch.float32 for t in module.parameters()):
         raise Unknown("its weights are not float32")
-    emitter = Emitter(first.in_channels, emitters, shapes_only=shapes_only)
+    emitter = Emitter(channels, emitters, shapes_only=shapes_only)
     if emitter.emit_itself(module, 0) == 0:
         raise Unknown("it does nothing")
-    return emitter.builder.finish()
+    return emitter.builder.finish(), emitter.are_tokens

@@ -34,6 +34,17 @@ struct Call {
   const CallMemory& memory;
   const BlockUkernels& ukernels = block_ukernels();
 
+  // In the order of weight_sizes.
+  std::vector<const float*> weights_of(const BlockStep& step) const {
+    const float* next = params.weights + step.weights;
+    std::vector<const float*> found;
+    for (const int64_t size : weight_sizes(step, step.inputs.empty() ? 0 : plan.steps[step.inputs[0]].channels)) {
+      found.push_back(next);
+      next += size;
+    }
+    return found;
+  }
+
   View whole(int value, int64_t image) const {
     const ValuePlan& v = plan.values[value];
     return {memory.images + image * plan.image_floats + v.offset,
@@ -47,7 +58,11 @@ struct Call {
   }
 };
 
-// A linear attention of all images, heads in parallel, or parts of their tokens.
+// Steps whose results are made of whole images.
+void run_mean(const Call& call, int step, const Parallel& parallel);
+void run_upsample(const Call& call, int step, const Parallel& parallel);
 void run_linear_attention(const Call& call, int step, const Parallel& parallel);
+void run_attention(const Call& call, int step, const Parallel& parallel);
+void run_cascade(const Call& call, int step, const Parallel& parallel);
 
 }  // namespace effattn::cpu

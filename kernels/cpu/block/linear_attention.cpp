@@ -2,53 +2,16 @@
 #include "../core/schedule.h"
 #include "../relu_linear_attention/plan.h"
 #include "../relu_linear_attention/ukernels.h"
-#include "call.h"
+#include "heads.h"
 
 namespace effattn::cpu {
 namespace {
 
 constexpr int64_t kChunk = 512;  // tokens, whose state is summed alone
 
-// q, k, v or the result of a head, from a block of a value on.
-struct HeadBlocks {
-  View view;
-  int64_t first, blocks, width;
-
-  // Whether a token is one block, and tokens follow each other.
-  bool is_dense() const { return blocks == 1 && view.row_stride == width * kBlock; }
-  float* token(int64_t t) const { return view.own_row(first, 0) + t * kBlock; }
-
-  // Calls f(pixels in memory, their number, the first one's number from `begin` on, block) row by row.
-  template <class F>
-  void for_rows(int64_t begin, int64_t end, const F& f) const {
-    for (int64_t t = begin; t < end;) {
-      const int64_t y = t / width, x = t % width, count = min(width - x, end - t);
-      for (int64_t b = 0; b < blocks; ++b) f(view.own_row(first + b, y) + x * kBlock, count, t - begin, b);
-      t += count;
-    }
-  }
-
-  // Tokens as kernels read them: in place, or copied.
-  Operand gathered(int64_t begin, int64_t end, Arena& arena) const {
-    if (is_dense()) return {token(begin), nullptr, kBlock, 1};
-    const int64_t dim = blocks * kBlock;
-    float* const to = arena.floats((end - begin) * dim);
-    for_rows(begin, end, [&](const float* from, int64_t count, int64_t first_token, int64_t b) {
-      float* row = to + first_token * dim + b * kBlock;
-      for (int64_t i = 0; i < count; ++i) copy(row + i * dim, from + i * kBlock, kBlock);
-    });
-    return {to, nullptr, dim, 1};
-  }
-  void scatter(int64_t begin, int64_t end, const float* from) const {
-    const int64_t dim = blocks * kBlock;
-    for_rows(begin, end, [&](float* to, int64_t count, int64_t first_token, int64_t b) {
-      const float* row = from + first_token * dim + b * kBlock;
-      for (int64_t i = 0; i < count; ++i) copy(to + i * kBlock, row + i * dim, kBlock);
-    });
-  }
-};
-
 enum class Part { kQ, kK, kV };
+
+Operand operand(const Rows<float>& rows) { return {rows.data, nullptr, rows.stride, 1}; }
 
 struct LinearAttention {
   const Call& call;
@@ -96,21 +59,21 @@ struct LinearAttention {
 
   void reduce(const Range& range, float* state, Arena arena) const {
     LinearAttentionParams p = params(range.end - range.begin);
-    p.k = part(range.group, Part::kK).gathered(range.begin, range.end, arena);
-    p.v = part(range.group, Part::kV).gathered(range.begin, range.end, arena);
+    p.k = operand(part(range.group, Part::kK).gathered(range.begin, range.end, arena));
+    p.v = operand(part(range.group, Part::kV).gathered(range.begin, range.end, arena));
     ukernels.reduce_keys(p, {0, 0, p.keys}, tile, state, arena);
   }
 
   void apply(int64_t group, int64_t begin, int64_t end, const float* state, Arena arena) const {
     LinearAttentionParams p = params(end - begin);
-    p.q = part(group, Part::kQ).gathered(begin, end, arena);
+    p.q = operand(part(group, Part::kQ).gathered(begin, end, arena));
     const HeadBlocks to = out(group);
     if (to.is_dense()) {
       p.out = {to.token(begin), nullptr, kBlock, 1};
       return ukernels.apply_queries(p, {0, 0, p.queries}, tile, state, arena);
     }
-    float* const rows = arena.floats(p.queries * dim);
-    p.out = {rows, nullptr, dim, 1};
+    const Rows<float> rows{arena.floats(p.queries * dim), dim};
+    p.out = operand(rows);
     ukernels.apply_queries(p, {0, 0, p.queries}, tile, state, arena);
     to.scatter(begin, end, rows);
   }

@@ -16,27 +16,67 @@ constexpr int64_t kCachedFloats = 96 << 10;
 constexpr int64_t kMinTileCols = 28;
 constexpr int64_t kMaxTileRows = 8;
 
-bool is_convolution(const BlockStep& step) {
-  return step.kind == Kind::kConvolution || step.kind == Kind::kDepthwise;
+// Whether a part of the result is made of a part of the input.
+bool is_local(const BlockStep& step) {
+  switch (step.kind) {
+    case Kind::kMean:
+    case Kind::kUpsample:
+    case Kind::kLinearAttention:
+    case Kind::kAttention:
+    case Kind::kCascade:
+      return false;
+    default:
+      return true;
+  }
 }
-bool is_local(const BlockStep& step) { return step.kind != Kind::kLinearAttention; }
 // Whether a block of the result is made of the same block of the input, or of the same group of blocks.
 bool is_by_channel(const BlockStep& step) {
-  return step.kind == Kind::kDepthwise || step.kind == Kind::kStore ||
-         (step.kind == Kind::kConvolution && step.groups > 1);
+  switch (step.kind) {
+    case Kind::kConvolution:
+      return step.groups > 1;
+    case Kind::kDepthwise:
+    case Kind::kPoolMixer:
+    case Kind::kMultiply:
+    case Kind::kStore:
+      return true;
+    default:
+      return false;
+  }
 }
 
 }  // namespace
 
-WeightSizes weight_sizes(const BlockStep& step, int64_t inputs) {
-  const int64_t taps = step.kernel * step.kernel;
-  if (step.kind == Kind::kDepthwise) {
-    const int64_t channels = round_up(step.channels, kBlock);
-    return {channels * taps, channels};
+std::vector<int64_t> weight_sizes(const BlockStep& step, int64_t inputs) {
+  const int64_t taps = step.kernel * step.kernel, channels = round_up(step.channels, kBlock);
+  switch (step.kind) {
+    case Kind::kConvolution: {
+      const int64_t outputs = step.groups * round_up(step.channels / step.groups, kPanel);
+      return {outputs * (inputs / step.groups) * taps, outputs};
+    }
+    case Kind::kDepthwise:
+      return {channels * taps, channels};
+    case Kind::kPoolMixer:
+      return {channels};
+    case Kind::kLayerNorm:
+      return {channels, channels};
+    case Kind::kAttention: {
+      std::vector<int64_t> sizes{step.heads * step.queries * step.keys};
+      for (int i = 0; i < 4 && step.talking_heads; ++i) {
+        sizes.push_back(i % 2 == 0 ? step.heads * step.heads : step.heads);
+      }
+      return sizes;
+    }
+    case Kind::kCascade: {
+      const int64_t keys = step.key_stride(), outputs = 2 * keys + step.value_stride();
+      const int64_t tokens = step.window_height * step.window_width;
+      int64_t all_taps = 0;
+      for (const int64_t kernel : step.kernels) all_taps += kernel * kernel;
+      return {step.heads * step.value_dim * outputs, step.heads * outputs, all_taps * keys,
+              step.heads * keys, step.heads * tokens * tokens};
+    }
+    default:
+      return {};
   }
-  if (step.kind != Kind::kConvolution) return {0, 0};
-  const int64_t outputs = step.groups * round_up(step.channels / step.groups, kPanel);
-  return {outputs * (inputs / step.groups) * taps, outputs};
 }
 
 BlockPlan::BlockPlan(const BlockProgram& program, const BlockSize& size, int64_t batch, int threads) {
@@ -47,7 +87,7 @@ BlockPlan::BlockPlan(const BlockProgram& program, const BlockSize& size, int64_t
   for (const BlockStep& step : steps) {
     const BlockSize of = step.inputs.empty() ? size : result_size(step, values[step.inputs[0]].size);
     values.push_back({.size = of, .blocks = ceil_div(step.channels, kBlock)});
-    if (is_convolution(step)) {
+    if (!step.inputs.empty()) {
       ValuePlan& in = values[step.inputs[0]];
       in.border = max(in.border, step.padding);
     }
@@ -67,6 +107,7 @@ int64_t BlockPlan::work_of_row(int step) const {
     case Kind::kConvolution:
       return width * channels * s.kernel * s.kernel * steps[s.inputs[0]].channels / s.groups;
     case Kind::kDepthwise:
+    case Kind::kPoolMixer:
       return 2 * width * channels * s.kernel * s.kernel;
     case Kind::kLinearAttention:
       return 4 * width * channels * s.head_dim;
@@ -110,8 +151,8 @@ int BlockPlan::last_of_slices(int first) const {
 
 void BlockPlan::add_pass(int first, int64_t batch, int threads) {
   PassPlan pass{.first = first, .last = first};
-  if (steps[first].kind == Kind::kLinearAttention) {
-    pass.parts = Parts::kAttention;
+  if (!is_local(steps[first])) {
+    pass.parts = Parts::kWhole;
     passes.push_back(pass);
     return;
   }
@@ -128,7 +169,9 @@ void BlockPlan::add_pass(int first, int64_t batch, int threads) {
   const int64_t slices = ceil_div(values[first].blocks, slice);
   const int64_t rows = values[of_tiles].size.height;
   const bool has_few_slices = slices * batch < 2 * threads && rows >= 4;
-  pass.parts = inner > kCachedFloats * threads || has_few_slices ? Parts::kTiles : Parts::kSlices;
+  const bool needs_all_channels = steps[first].kind == Kind::kLayerNorm;
+  const bool by_tiles = inner > kCachedFloats * threads || has_few_slices || needs_all_channels;
+  pass.parts = by_tiles ? Parts::kTiles : Parts::kSlices;
   pass.last = pass.parts == Parts::kTiles ? of_tiles : of_slices;
   int64_t work = 0;
   for (int step = first; step <= pass.last; ++step) work += work_of_row(step) * values[step].size.height;

@@ -41,7 +41,7 @@ struct ValuePlan {
 };
 
 struct PassPlan {
-  enum class Parts { kSlices, kTiles, kAttention };
+  enum class Parts { kSlices, kTiles, kWhole };
   int first, last;  // steps
   Parts parts;
   int64_t slice_blocks;           // kSlices
@@ -62,11 +62,12 @@ class EFFATTN_EXPORT BlockPlan {
   int64_t image_floats = 0;  // of an image's whole values
   int64_t zero_floats = 0;   // of a row of zeros, as long as any
 
-  // What a step reads: its inputs and its residual.
+  // What a step reads.
   template <class F>
   void for_inputs(const BlockStep& step, const F& f) const {
     for (const int input : step.inputs) f(input);
     if (step.residual != BlockStep::kNone) f(step.residual);
+    if (step.addend != BlockStep::kNone) f(step.addend);
   }
 
   // Of every value of a pass, from its first on: what a part of its last value is made of.

@@ -9,26 +9,47 @@
 #include "../core/activation.h"
 #include "../core/isa.h"
 #include "../core/parallel.h"
+#include "../core/rows.h"
 
 namespace effattn::cpu {
 
 struct BlockStep {
-  // kLoad and kStore are the first and the last step, from and to a tensor; the plan adds them.
-  enum class Kind { kLoad, kConvolution, kDepthwise, kLinearAttention, kStore };
+  enum class Kind {
+    kLoad,  // from and to a tensor: the first and the last step, which the plan adds
+    kStore,
+    kConvolution,
+    kDepthwise,
+    kPoolMixer,        // x + factor (mean around x - x)
+    kLayerNorm,        // over the channels of a pixel
+    kMean,             // of an image, which leaves one pixel
+    kMultiply,         // by one pixel
+    kUpsample,         // bilinearly, by two
+    kLinearAttention,  // of ReLU; inputs: one a scale, with q, k and v of each head in turn
+    kAttention,        // softmax with a bias; inputs: [q of all heads | k], [v]; or q, k and v apart, or all in one
+    kCascade,          // cascaded group attention
+  };
   static constexpr int kNone = -1;
 
   Kind kind;
-  // Of a linear attention one a scale, with q, k and v of each head in turn; else one.
   std::vector<int> inputs;
-  int residual = kNone;
-  int64_t channels;  // of the result
-  // Of a convolution; where its weights and its bias begin.
-  int64_t weight = 0, bias = 0;
+  int64_t channels = 0;  // of the result
+  int64_t weights = 0;   // where its weights begin (weight_sizes)
   int64_t kernel = 1, stride = 1, padding = 0, groups = 1;
   Activation activation = Activation::kNone;
-  // Of an attention.
-  int64_t head_dim = 0;
-  float eps = 0.0f;
+  int residual = kNone;  // added behind the activation
+  int addend = kNone;    // of an attention: added in front of it
+  float eps = 0.0f;      // of a norm, or of linear attention
+  // Of attentions.
+  int64_t heads = 0, head_dim = 0, value_dim = 0;
+  int64_t queries = 0, keys = 0;  // that a bias was made for
+  bool talking_heads = false;
+  float scale = 0.0f;
+  std::vector<int64_t> kernels;                  // of a cascade, a head each
+  int64_t window_height = 0, window_width = 0;
+
+  // Channels of a head's q and k, and of its v, as values have them.
+  int64_t key_stride() const { return round_up(head_dim, kWholeVectors); }
+  int64_t value_stride() const { return round_up(value_dim, kWholeVectors); }
 };
 
 // Value 0 is x, value i + 1 the result of step i; the last is the result. It is right: csrc has checked it.
@@ -39,12 +60,15 @@ struct BlockProgram {
   int64_t channels_of(int value) const { return value == 0 ? channels : steps[value - 1].channels; }
 };
 
-// Weights of a step: of a convolution (groups, panels, inputs and taps of a group, kPanel) and (groups, panels,
-// kPanel), of a depthwise one (blocks, taps, kBlock) and (blocks, kBlock).
-struct WeightSizes {
-  int64_t weight, bias;
-};
-EFFATTN_EXPORT WeightSizes weight_sizes(const BlockStep& step, int64_t inputs);
+// Floats of a step's weights, which lie one behind the other:
+//
+//   convolution  (groups, panels, inputs and taps of a group, kPanel), (groups, panels, kPanel)
+//   depthwise    (blocks, taps, kBlock), (blocks, kBlock)
+//   pool mixer   (blocks, kBlock)
+//   layer norm   (blocks, kBlock), (blocks, kBlock)
+//   attention    (heads, queries, keys); with talking heads four more (params/softmax_heads.h)
+//   cascade      those of PackedHeads (params/cascaded_group_attention.h), (heads, window tokens, window tokens)
+EFFATTN_EXPORT std::vector<int64_t> weight_sizes(const BlockStep& step, int64_t inputs);
 
 struct BlockSize {
   int64_t height, width;
@@ -52,6 +76,8 @@ struct BlockSize {
 
 // Of a step's result, or not positive where the image is too small.
 inline BlockSize result_size(const BlockStep& step, const BlockSize& in) {
+  if (step.kind == BlockStep::Kind::kMean) return {1, 1};
+  if (step.kind == BlockStep::Kind::kUpsample) return {2 * in.height, 2 * in.width};
   if (step.kind != BlockStep::Kind::kConvolution && step.kind != BlockStep::Kind::kDepthwise) return in;
   const auto side = [&](int64_t n) {
     const int64_t room = n + 2 * step.padding - step.kernel;

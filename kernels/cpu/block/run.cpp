@@ -66,6 +66,15 @@ class PassContext {
       case Kind::kDepthwise:
         depthwise(step, blocks_of(index), rows, cols, out);
         break;
+      case Kind::kPoolMixer:
+        pool(step, blocks_of(index), rows, cols, out);
+        break;
+      case Kind::kLayerNorm:
+        normalize(step, rows, cols, out);
+        break;
+      case Kind::kMultiply:
+        multiply(step, blocks_of(index), rows, cols, out);
+        break;
       default:
         load(blocks_of(index), rows, cols, out);
     }
@@ -123,6 +132,7 @@ class PassContext {
     const int64_t taps = step.kernel * step.kernel;
     const int64_t group_blocks = ceil_div(step.channels / step.groups, kBlock);
     const int64_t panels = ceil_div(group_blocks, kPanelBlocks);  // of a group
+    const std::vector<const float*> weights = call_.weights_of(step);
     ConvolutionRow row{};
     row.whole = inputs / kBlock * taps;
     row.depth = inputs % kBlock;
@@ -137,8 +147,8 @@ class PassContext {
       const int64_t group = block / group_blocks, in_group = block % group_blocks;
       const int64_t panel = group * panels + in_group / kPanelBlocks;
       row.blocks = min(kPanelBlocks, group_blocks - in_group);
-      row.weights = call_.params.weights + step.weight + panel * kPanel * inputs * taps;
-      row.bias = call_.params.weights + step.bias + panel * kPanel;
+      row.weights = weights[0] + panel * kPanel * inputs * taps;
+      row.bias = weights[1] + panel * kPanel;
       for (int64_t y = rows.begin; y < rows.end; ++y) {
         find_segments(step, in, group * inputs / kBlock, y);
         for (int64_t b = 0; b < row.blocks; ++b) {
@@ -166,6 +176,7 @@ class PassContext {
     const View in = view(step.inputs[0]);
     const View residual = step.residual == BlockStep::kNone ? View{} : view(step.residual);
     segments_.resize(step.kernel);
+    const std::vector<const float*> weights = call_.weights_of(step);
     DepthwiseRow row{};
     row.rows = segments_.data();
     row.kernel = step.kernel;
@@ -174,8 +185,8 @@ class PassContext {
     row.stride = step.stride;
     row.activation = step.activation;
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      row.taps = call_.params.weights + step.weight + block * step.kernel * step.kernel * kBlock;
-      row.bias = call_.params.weights + step.bias + block * kBlock;
+      row.taps = weights[0] + block * step.kernel * step.kernel * kBlock;
+      row.bias = weights[1] + block * kBlock;
       for (int64_t y = rows.begin; y < rows.end; ++y) {
         for (int64_t i = 0; i < step.kernel; ++i) {
           segments_[i] = in.row(block, y * step.stride - step.padding + i) - step.padding * kBlock;
@@ -183,6 +194,59 @@ class PassContext {
         row.out = out.own_row(block, y);
         row.residual = residual.data == nullptr ? nullptr : residual.row(block, y);
         call_.ukernels.depthwise(row);
+      }
+    }
+  }
+
+  void pool(const BlockStep& step, const Span& blocks, const Span& rows, const Span& cols, const View& out) {
+    const View in = view(step.inputs[0]);
+    const ValuePlan& value = plan_.values[step.inputs[0]];
+    const float* const factors = call_.weights_of(step)[0];
+    PoolRow row{};
+    row.kernel = step.kernel;
+    row.begin = cols.begin;
+    row.end = cols.end;
+    row.width = value.size.width;
+    segments_.resize(step.kernel);
+    row.rows = segments_.data();
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      row.factor = factors + block * kBlock;
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        const Span around = clipped({y - step.padding, y + step.padding + 1}, value.size.height);
+        row.count = around.end - around.begin;
+        for (int64_t i = 0; i < row.count; ++i) segments_[i] = in.row(block, around.begin + i);
+        row.x = in.row(block, y);
+        row.out = out.own_row(block, y);
+        call_.ukernels.pool(row);
+      }
+    }
+  }
+
+  void normalize(const BlockStep& step, const Span& rows, const Span& cols, const View& out) {
+    const View in = view(step.inputs[0]);
+    const std::vector<const float*> weights = call_.weights_of(step);
+    const int64_t blocks = ceil_div(step.channels, kBlock);
+    std::vector<float*> results(blocks);
+    segments_.resize(blocks);
+    const NormRow row{segments_.data(), results.data(), step.channels, weights[0],
+                      weights[1],       step.eps,       cols.begin,    cols.end};
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        segments_[block] = in.row(block, y);
+        results[block] = out.own_row(block, y);
+      }
+      call_.ukernels.normalize(row);
+    }
+  }
+
+  void multiply(const BlockStep& step, const Span& blocks, const Span& rows, const Span& cols,
+                const View& out) const {
+    const View in = view(step.inputs[0]), factor = view(step.inputs[1]);
+    const int64_t first = cols.begin * kBlock;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for (int64_t y = rows.begin; y < rows.end; ++y) {
+        call_.ukernels.multiply(cols.end - cols.begin, in.row(block, y) + first, factor.row(block, 0),
+                                out.own_row(block, y) + first);
       }
     }
   }
@@ -225,6 +289,21 @@ void run_tiles(const Call& call, const PassPlan& pass, const Parallel& parallel)
   });
 }
 
+void run_whole(const Call& call, int step, const Parallel& parallel) {
+  switch (call.plan.steps[step].kind) {
+    case Kind::kMean:
+      return run_mean(call, step, parallel);
+    case Kind::kUpsample:
+      return run_upsample(call, step, parallel);
+    case Kind::kLinearAttention:
+      return run_linear_attention(call, step, parallel);
+    case Kind::kAttention:
+      return run_attention(call, step, parallel);
+    default:
+      return run_cascade(call, step, parallel);
+  }
+}
+
 }  // namespace
 
 void run_block(const BlockPlan& plan, const BlockParams& params, const Parallel& parallel) {
@@ -239,8 +318,8 @@ void run_block(const BlockPlan& plan, const BlockParams& params, const Parallel&
       case Parts::kTiles:
         run_tiles(call, pass, parallel);
         break;
-      case Parts::kAttention:
-        run_linear_attention(call, pass.first, parallel);
+      case Parts::kWhole:
+        run_whole(call, pass.first, parallel);
     }
   }
 }

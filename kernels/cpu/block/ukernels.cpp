@@ -253,6 +253,80 @@ void depthwise(const DepthwiseRow& row) {
   }
 }
 
+// --- pixels -----------------------------------------------------------------------------------------------
+
+void pool(const PoolRow& row) {
+  const int64_t reach = row.kernel / 2;
+  for (int64_t channel = 0; channel < kBlock; channel += kLanes) {
+    const Vec factor = load(row.factor + channel);
+    for (int64_t pixel = row.begin; pixel < row.end; ++pixel) {
+      const int64_t first = max(pixel - reach, 0), last = min(pixel + reach, row.width - 1);
+      Vec sum{};
+      for (int64_t i = 0; i < row.count; ++i) {
+        for (int64_t x = first; x <= last; ++x) sum += load(row.rows[i] + x * kBlock + channel);
+      }
+      const int64_t at = pixel * kBlock + channel;
+      const Vec x = load(row.x + at), mean = sum / static_cast<float>(row.count * (last - first + 1));
+      store(row.out + at, x + factor * (mean - x));
+    }
+  }
+}
+
+EFFATTN_INLINE float sum_of_lanes(Vec x) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+void normalize(const NormRow& row) {
+  const Vec lanes = lane_numbers();
+  const auto in_vectors = [&](int64_t pixel, const auto& f) {
+    for (int64_t c = 0; c < row.channels; c += kLanes) {
+      f(c, load(row.in[c / kBlock] + pixel * kBlock + c % kBlock));
+    }
+  };
+  const float count = static_cast<float>(row.channels);
+  for (int64_t pixel = row.begin; pixel < row.end; ++pixel) {
+    Vec sum{}, squares{};
+    in_vectors(pixel, [&](int64_t, Vec x) { sum += x; });  // zeros behind the last channel
+    const Vec mean = broadcast(sum_of_lanes(sum) / count);
+    in_vectors(pixel, [&](int64_t c, Vec x) {
+      const Vec distance = lanes < static_cast<float>(row.channels - c) ? x - mean : Vec{};
+      squares += distance * distance;
+    });
+    const Vec scale = broadcast(1.0f / __builtin_sqrtf(sum_of_lanes(squares) / count + row.eps));
+    in_vectors(pixel, [&](int64_t c, Vec x) {
+      store(row.out[c / kBlock] + pixel * kBlock + c % kBlock,
+            (x - mean) * scale * load(row.gain + c) + load(row.bias + c));
+    });
+  }
+}
+
+// Calls f(offset of a vector, channel) for all vectors of the pixels.
+template <class F>
+EFFATTN_INLINE void each_vector(int64_t pixels, const F& f) {
+  for (int64_t at = 0; at < pixels * kBlock; at += kLanes) f(at, at % kBlock);
+}
+
+void multiply(int64_t pixels, const float* in, const float* factor, float* out) {
+  each_vector(pixels, [&](int64_t at, int64_t c) { store(out + at, load(in + at) * load(factor + c)); });
+}
+
+void sum(int64_t pixels, const float* in, float* total) {
+  for (int64_t c = 0; c < kBlock; c += kLanes) {
+    constexpr int kChains = 4;  // hide the latency of an addition
+    Vec sums[kChains] = {};
+    for (int64_t i = 0; i < pixels; ++i) sums[i % kChains] += load(in + i * kBlock + c);
+    store(total + c, load(total + c) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  }
+}
+
+void activate(Activation activation, int64_t pixels, const float* in, float* out) {
+  with_activation(activation, [&](auto f) {
+    each_vector(pixels, [&](int64_t at, int64_t) { store(out + at, f(load(in + at))); });
+  });
+}
+
 // --- tensors ----------------------------------------------------------------------------------------------
 
 void load_pixels(DType dtype, const Image& image, int64_t pixels, int64_t channels, float* to) {
@@ -264,7 +338,8 @@ void store_pixels(DType dtype, const Image& image, int64_t pixels, int64_t chann
   store_image(dtype, image, pixels, channels, Tile{const_cast<float*>(from), kBlock, false});
 }
 
-constexpr BlockUkernels kUkernels = {convolve, depthwise, load_pixels, store_pixels};
+constexpr BlockUkernels kUkernels = {convolve, depthwise, pool,     normalize,   multiply,
+                                     sum,      activate,  load_pixels, store_pixels};
 
 }  // namespace
 

@@ -45,9 +45,34 @@ struct DepthwiseRow {
   Activation activation;
 };
 
+// out = x + factor (mean of the pixels around x that lie in the image - x)
+struct PoolRow {
+  const float* const* rows;  // of the input, those that lie in the image; pixel 0 of each
+  int64_t count, kernel;     // of these, and of all
+  const float *x, *factor;   // pixel 0 of the middle row, (kBlock)
+  float* out;
+  int64_t begin, end, width;
+};
+
+// out = (x - mean) / sqrt(variance + eps) gain + bias, of all channels of each pixel
+struct NormRow {
+  const float* const* in;  // pixel 0 of every block
+  float* const* out;
+  int64_t channels;
+  const float *gain, *bias;  // (blocks, kBlock)
+  float eps;
+  int64_t begin, end;
+};
+
 struct BlockUkernels {
   void (*convolve)(const ConvolutionRow&);
   void (*depthwise)(const DepthwiseRow&);
+  void (*pool)(const PoolRow&);
+  void (*normalize)(const NormRow&);
+  // Pixels of a block.
+  void (*multiply)(int64_t pixels, const float* in, const float* factor, float* out);
+  void (*sum)(int64_t pixels, const float* in, float* total);  // total += in
+  void (*activate)(Activation, int64_t pixels, const float* in, float* out);
   // Neighbouring pixels of a block, to and from a tensor; channels behind the last become zero.
   void (*load)(DType, const Image&, int64_t pixels, int64_t channels, float* to);
   void (*store)(DType, const Image&, int64_t pixels, int64_t channels, const float* from);

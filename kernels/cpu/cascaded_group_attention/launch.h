@@ -94,6 +94,36 @@ struct LaunchPlan {
     for (int64_t y = 0; y < in.rows; ++y) f(y * p.window_width, (in.y + y) * p.width + in.x, in.cols);
   }
 
+  // The same in an image in blocks of channels; in place of a token of the image its pixels.
+  template <class F>
+  void for_rows(const BlockedImage& image, int64_t head, int64_t unit, const F& f) const {
+    const int64_t batch = unit / p.windows();
+    const Inside in = inside(unit % p.windows());
+    for (int64_t y = 0; y < in.rows; ++y) {
+      for (int64_t c = 0; c < p.value_dim; c += kWholeVectors) {
+        float* const block = image.data + batch * image.batch_stride +
+                             (head * p.value_dim + c) / kWholeVectors * image.block_stride;
+        f(y * p.window_width, c, block + (in.y + y) * image.row_stride + in.x * kWholeVectors, in.cols);
+      }
+    }
+  }
+  void load(const BlockedImage& image, int64_t head, int64_t unit, const Rows<float>& to) const {
+    const Inside in = inside(unit % p.windows());
+    if (in.rows * in.cols < tokens) clear(to.data, tokens * to.stride);
+    for_rows(image, head, unit, [&](int64_t token, int64_t channel, const float* pixels, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        copy(to.row(token + i) + channel, pixels + i * kWholeVectors, kWholeVectors);
+      }
+    });
+  }
+  void store(const Rows<float>& from, const BlockedImage& image, int64_t head, int64_t unit) const {
+    for_rows(image, head, unit, [&](int64_t token, int64_t channel, float* pixels, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        copy(pixels + i * kWholeVectors, from.row(token + i) + channel, kWholeVectors);
+      }
+    });
+  }
+
   // A head's channels of a window; unit: of the windows of the whole batch.
   void load(const Image& image, int64_t head, int64_t unit, const Rows<float>& to) const {
     const int64_t batch = unit / p.windows(), window = unit % p.windows();

@@ -15,6 +15,13 @@ EFFATTN_EXPORT void cascaded_group_attention(const CascadeParams& params, const 
 inline void cascaded_group_attention(const CascadeParams& params, const Parallel& parallel) {
   cascaded_group_attention(params, nullptr, parallel);
 }
+// Of packed weights and a value_dim of whole vectors; the images of `params` are ignored.
+struct CascadeBlocks {
+  BlockedImage x, out;
+  Activation activation;
+};
+void cascaded_group_attention(const CascadeParams& params, const CascadeBlocks& blocks,
+                              const Parallel& parallel);
 // Lays weights out once for many calls: `params.weights`, in as many floats as `packed_floats` says.
 int64_t packed_floats(const CascadeParams& params);
 PackedHeads pack(const CascadeParams& params, float* memory);

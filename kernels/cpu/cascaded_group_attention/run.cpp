@@ -28,9 +28,10 @@ struct ThreadContext {
         scratch(arena.part(scratch_floats)) {}
 
   // `out` becomes the head's output; until then it is that of the head before.
-  void forward(int64_t unit, int64_t h, const Weights& weights, const Tokens& t) const {
+  template <class X>
+  void forward(const X& x, int64_t unit, int64_t h, const Weights& weights, const Tokens& t) const {
     const CascadeParams& p = plan.p;
-    plan.load(p.x, h, unit, t.feat);
+    plan.load(x, h, unit, t.feat);
     if (h > 0) plan.ukernels.add(plan.tokens, plan.d, out, t.feat);
     plan.ukernels.project(plan.tokens, p.value_dim, plan.stride, features_of(t.feat),
                           {weights.qkv, plan.stride}, weights.bias, t.qkv, {});
@@ -97,7 +98,7 @@ void cascaded_group_attention(const CascadeParams& p, const ProjectionWeights* p
     clear(context.padded.data, context.padded.floats());
     for (int64_t unit = begin; unit < end; ++unit) {
       for (int64_t h = 0; h < p.heads; ++h) {
-        context.forward(unit, h, weights[h], context.tokens);
+        context.forward(p.x, unit, h, weights[h], context.tokens);
         if (projection == nullptr) {
           plan.store(context.out, p.out, h, unit);
           continue;
@@ -112,6 +113,23 @@ void cascaded_group_attention(const CascadeParams& p, const ProjectionWeights* p
   });
   if (projection == nullptr) return;
   project_tokens(p.dtype, p.batch, shared->attended, *projection, p.out, parallel);
+}
+
+void cascaded_group_attention(const CascadeParams& p, const CascadeBlocks& blocks, const Parallel& parallel) {
+  const LaunchPlan plan(p);
+  const std::vector<Weights> weights = plan.packed_weights();
+  parallel(p.batch * p.windows(), work_of_a_window(plan), [&](int64_t begin, int64_t end) {
+    const auto context = in_thread_arena<ForwardContext>(plan);
+    clear(context.padded.data, context.padded.floats());
+    const Rows<float>& activated = context.tokens.feat;  // free once the head is done
+    for (int64_t unit = begin; unit < end; ++unit) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        context.forward(blocks.x, unit, h, weights[h], context.tokens);
+        plan.ukernels.activate(blocks.activation, plan.tokens, plan.d, context.out, activated);
+        plan.store(activated, blocks.out, h, unit);
+      }
+    }
+  });
 }
 
 namespace {
@@ -161,7 +179,7 @@ struct BackwardContext : ThreadContext {
                 const Sums& sums) const {
     const CascadeParams& p = plan.p;
     const ChannelsLastUkernels& ukernels = plan.ukernels;
-    for (int64_t h = 0; h < p.heads; ++h) forward(unit, h, weights[h], tokens[h]);
+    for (int64_t h = 0; h < p.heads; ++h) forward(p.x, unit, h, weights[h], tokens[h]);
     for (int64_t h = p.heads - 1; h >= 0; --h) {
       const Tokens& t = tokens[h];
       const WeightSums& into = sums.weights[h];

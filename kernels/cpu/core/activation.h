@@ -5,6 +5,6 @@
 
 namespace effattn::cpu {
 
-enum class Activation : int64_t { kNone, kRelu, kGelu, kRelu6, kHardswish, kSilu, kGeluTanh };
+enum class Activation : int64_t { kNone, kRelu, kGelu, kRelu6, kHardswish, kSilu, kGeluTanh, kSigmoid };
 
 }  // namespace effattn::cpu

@@ -25,6 +25,12 @@ EFFATTN_INLINE Vec gelu(Vec x) {
 // e^-|x|, of which logistic functions are made without overflow.
 EFFATTN_INLINE Vec exp_of_minus_abs(Vec x) { return exp_of_negative(x < 0.0f ? x : -x); }
 
+// 1 / (1 + e^-x)
+EFFATTN_INLINE Vec sigmoid(Vec x) {
+  const Vec e = exp_of_minus_abs(x);
+  return (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
+}
+
 // x / (1 + e^-x)
 EFFATTN_INLINE Vec silu(Vec x) {
   const Vec e = exp_of_minus_abs(x);
@@ -65,6 +71,8 @@ EFFATTN_INLINE void with_activation(Activation activation, const F& f) {
       return f([](Vec x) { return silu(x); });
     case Activation::kGeluTanh:
       return f([](Vec x) { return gelu_tanh(x); });
+    case Activation::kSigmoid:
+      return f([](Vec x) { return sigmoid(x); });
   }
 }
 

@@ -5,6 +5,12 @@
 
 namespace effattn::cpu {
 
+// A batch of images whose channels lie in blocks of kWholeVectors, each pixel's next to each other.
+struct BlockedImage {
+  float* data;
+  int64_t batch_stride, block_stride, row_stride;
+};
+
 // One image of the batch, from a channel and a token on.
 inline Image channels_from(DType dtype, const Image& image, int64_t batch, int64_t channel,
                            int64_t token = 0) {
