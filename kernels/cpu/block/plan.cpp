@@ -11,10 +11,13 @@ using Kind = BlockStep::Kind;
 using Parts = PassPlan::Parts;
 
 // Of a thread's second-level cache, for the values inside of a pass.
-constexpr int64_t kCachedFloats = 96 << 10;
+constexpr int64_t kCachedFloats = 160 << 10;
+// What a pass by slices takes more than its share of the work: every thread reads what all have written.
+constexpr double kCostOfSlices = 1.2;
+// Multiply-adds that pass while a float comes from the third level.
+constexpr double kCostOfAFloat = 8;
 // A tile is at least so wide: beside it, columns of the border are made twice.
 constexpr int64_t kMinTileCols = 28;
-constexpr int64_t kMaxTileRows = 8;
 
 // Whether a part of the result is made of a part of the input.
 bool is_local(const BlockStep& step) {
@@ -146,52 +149,127 @@ int BlockPlan::last_of_slices(int first) const {
   const int count = static_cast<int>(steps.size());
   int last = first;
   while (last + 1 < count && is_by_channel(steps[last + 1]) && steps[last + 1].inputs[0] >= first) ++last;
+  // Heads, where a slice has all of what they attend to.
+  if (last + 1 < count && last > first && steps[last + 1].kind == Kind::kLinearAttention) {
+    bool has_all = true;
+    for (const int input : steps[last + 1].inputs) has_all = has_all && input >= first;
+    if (has_all) ++last;
+  }
   return last;
 }
 
 void BlockPlan::add_pass(int first, int64_t batch, int threads) {
-  PassPlan pass{.first = first, .last = first};
   if (!is_local(steps[first])) {
-    pass.parts = Parts::kWhole;
-    passes.push_back(pass);
+    passes.push_back({.first = first, .last = first, .parts = Parts::kWhole});
     return;
   }
-  const int of_tiles = last_of_tiles(first), of_slices = last_of_slices(first);
-  int64_t inner = 0;
-  for (int step = first; step < of_tiles; ++step) {
-    inner += values[step].pixels() * values[step].blocks * kBlock;
+  PassPlan slices = by_slices(first);
+  place_local(slices);
+  const PassPlan tiles = by_tiles(first, last_of_tiles(first), batch, threads);
+  const bool is_cheaper = cost_of_tiles(tiles, batch, threads) < cost_of_slices(slices, tiles.last, batch, threads);
+  if (steps[slices.last].kind == Kind::kLinearAttention && slices.local_floats > kCachedFloats) --slices.last;
+  // Heads attend to what a slice has in cache.
+  const bool attends = steps[slices.last].kind == Kind::kLinearAttention &&
+                       slices.local_floats <= kCachedFloats && slices.units * batch >= threads;
+  PassPlan pass = is_cheaper && !attends ? tiles : slices;
+  if (steps[first].kind == Kind::kLayerNorm) {  // which needs all channels
+    pass = is_cheaper ? tiles : by_tiles(first, first, batch, threads);
   }
-  int64_t slice = kPanelBlocks;
-  for (int step = first; step <= of_slices; ++step) {
-    const BlockStep& s = steps[step];
-    if (s.groups > 1) slice = std::lcm(slice, s.channels / s.groups / kBlock);
-  }
-  const int64_t slices = ceil_div(values[first].blocks, slice);
-  const int64_t rows = values[of_tiles].size.height;
-  const bool has_few_slices = slices * batch < 2 * threads && rows >= 4;
-  const bool needs_all_channels = steps[first].kind == Kind::kLayerNorm;
-  const bool by_tiles = inner > kCachedFloats * threads || has_few_slices || needs_all_channels;
-  pass.parts = by_tiles ? Parts::kTiles : Parts::kSlices;
-  pass.last = pass.parts == Parts::kTiles ? of_tiles : of_slices;
   int64_t work = 0;
   for (int step = first; step <= pass.last; ++step) work += work_of_row(step) * values[step].size.height;
-  if (pass.parts == Parts::kSlices) {
-    pass.slice_blocks = slice;
-    pass.units = slices;
-  }
-  place_local(pass);
-  const BlockSize& out = values[pass.last].size;
-  if (pass.parts == Parts::kTiles) {
-    // Enough parts for every thread, and rows that follow each other for as long as can be.
-    pass.tile_rows = max(1, min(pass.tile_rows, ceil_div(out.height * batch, 2 * threads)));
-    place_local(pass);
-    pass.units = ceil_div(out.height, pass.tile_rows) * ceil_div(out.width, pass.tile_cols);
-  }
   pass.unit_work = max(1, work / max(1, pass.units));
+  place_local(pass);
   passes.push_back(pass);
 }
 
-// Sizes of the tile, and where the inner values lie in a thread's memory.
+// Multiply-adds of the thread that has most to do, and what memory takes beside them.
+double BlockPlan::cost_of_tiles(const PassPlan& pass, int64_t batch, int threads) const {
+  const BlockSize& out = values[pass.last].size;
+  const int64_t tiles = pass.units * max(1, batch), of_a_thread = ceil_div(tiles, threads);
+  std::vector<PartSpans> spans(pass.last - pass.first + 1);
+  // A thread's tiles follow each other: rows around them are made once.
+  const int64_t rows = min(out.height, ceil_div(of_a_thread * pass.tile_rows, pass.across));
+  spans_of_part(pass, {0, rows}, {0, min(pass.tile_cols, out.width)}, spans.data());
+  double work = 0, weights = 0;
+  for (int step = pass.first; step <= pass.last; ++step) {
+    const ValuePlan& value = values[step];
+    const auto& [own_rows, own_cols] = spans[step - pass.first];
+    const double share = value.is_local ? static_cast<double>(min(own_rows.end - own_rows.begin, value.size.height)) *
+                                              min(own_cols.end - own_cols.begin, value.size.width)
+                                        : static_cast<double>(rows) * min(pass.tile_cols, out.width);
+    work += share / max(1, value.size.width) * work_of_row(step);
+    weights += floats_of_weights(step);
+  }
+  const double strips = static_cast<double>(of_a_thread) * pass.tile_rows / max(1, rows);
+  return work * max(1.0, strips) + kCostOfAFloat * weights * of_a_thread;
+}
+
+double BlockPlan::cost_of_slices(const PassPlan& pass, int last, int64_t batch, int threads) const {
+  double work = 0, inner = 0, weights = 0;
+  for (int step = pass.first; step <= last; ++step) {
+    work += work_of_row(step) * values[step].size.height;
+    weights += floats_of_weights(step);
+    if (step < last) inner += values[step].pixels() * values[step].blocks * kBlock;
+  }
+  const int64_t units = pass.units * max(1, batch);
+  const double share = static_cast<double>(ceil_div(units, threads)) / units;
+  const double images = max(1, batch);
+  const bool is_cached = inner <= kCachedFloats * threads;
+  return kCostOfSlices * work * images * share +
+         kCostOfAFloat * (weights + (is_cached ? 0 : 2 * inner * images)) / threads;
+}
+
+PassPlan BlockPlan::by_slices(int first) const {
+  const int last = last_of_slices(first);
+  int64_t blocks = kPanelBlocks;
+  for (int step = first; step <= last; ++step) {
+    const BlockStep& s = steps[step];
+    if (s.groups > 1) blocks = std::lcm(blocks, s.channels / s.groups / kBlock);
+    if (s.kind == Kind::kLinearAttention) blocks = std::lcm(blocks, 3 * s.head_dim / kBlock);
+  }
+  return {.first = first,
+          .last = last,
+          .parts = Parts::kSlices,
+          .slice_blocks = blocks,
+          .units = ceil_div(values[first].blocks, blocks)};
+}
+
+// As many rows and columns as keep the inner values in cache, and as many tiles for each thread.
+PassPlan BlockPlan::by_tiles(int first, int last, int64_t batch, int threads) {
+  const BlockSize& out = values[last].size;
+  PassPlan pass{.first = first,
+                .last = last,
+                .parts = Parts::kTiles,
+                .tile_rows = max(1, ceil_div(out.height, ceil_div(threads, max(1, batch)))),
+                .tile_cols = max(1, out.width)};
+  for (place_local(pass); pass.local_floats > kCachedFloats; place_local(pass)) {
+    if (pass.tile_rows > 2) {
+      pass.tile_rows = ceil_div(pass.tile_rows, 2);
+    } else if (pass.tile_cols >= 2 * kMinTileCols) {
+      pass.tile_cols = ceil_div(pass.tile_cols, 2);
+    } else {
+      break;
+    }
+  }
+  pass.across = ceil_div(out.width, pass.tile_cols);
+  const int64_t strips = pass.across * max(1, batch);
+  pass.down = ceil_div(out.height, pass.tile_rows);
+  const int64_t even = round_up(pass.down * strips, threads) / strips;
+  if (even * strips % threads == 0 && even <= out.height) pass.down = even;
+  pass.tile_rows = ceil_div(out.height, pass.down);
+  pass.tile_cols = ceil_div(out.width, pass.across);
+  pass.units = pass.down * pass.across;
+  return pass;
+}
+
+int64_t BlockPlan::floats_of_weights(int step) const {
+  const BlockStep& s = steps[step];
+  int64_t floats = 0;
+  for (const int64_t size : weight_sizes(s, s.inputs.empty() ? 0 : steps[s.inputs[0]].channels)) floats += size;
+  return floats;
+}
+
+// Where the inner values lie in a thread's memory.
 void BlockPlan::place_local(PassPlan& pass) {
   const int count = static_cast<int>(steps.size());
   for (int step = pass.first; step <= pass.last; ++step) {
@@ -201,43 +279,24 @@ void BlockPlan::place_local(PassPlan& pass) {
     }
     values[step].is_local = !is_read && steps[step].kind != Kind::kStore;
   }
-  const auto place = [&](int64_t tile_rows, int64_t tile_cols) {
-    const BlockSize& out = values[pass.last].size;
-    std::vector<PartSpans> spans(pass.last - pass.first + 1);
-    spans_of_part(pass, {0, min(tile_rows, out.height)}, {0, min(tile_cols, out.width)}, spans.data());
-    int64_t floats = 0;
-    for (int step = pass.first; step <= pass.last; ++step) {
-      ValuePlan& value = values[step];
-      if (!value.is_local) continue;
-      const auto& [rows, cols] = spans[step - pass.first];
-      value.rows = max(1, rows.end - rows.begin);
-      value.row_stride = max(1, cols.end - cols.begin) * kBlock;
-      value.block_stride = value.rows * value.row_stride;
-      value.offset = floats;
-      const bool by_slices = pass.parts == Parts::kSlices;
-      floats += (by_slices ? min(pass.slice_blocks, value.blocks) : value.blocks) * value.block_stride;
-    }
-    return floats;
-  };
   const BlockSize& out = values[pass.last].size;
-  if (pass.parts == Parts::kSlices) {
-    pass.local_floats = place(out.height, out.width);
-    return;
+  const bool is_whole = pass.parts == Parts::kSlices;
+  const int64_t height = is_whole ? out.height : min(pass.tile_rows, out.height);
+  const int64_t width = is_whole ? out.width : min(pass.tile_cols, out.width);
+  std::vector<PartSpans> spans(pass.last - pass.first + 1);
+  spans_of_part(pass, {0, height}, {0, width}, spans.data());
+  pass.local_floats = 0;
+  for (int step = pass.first; step <= pass.last; ++step) {
+    ValuePlan& value = values[step];
+    if (!value.is_local) continue;
+    const auto& [rows, cols] = spans[step - pass.first];
+    value.rows = max(1, rows.end - rows.begin);
+    value.row_stride = max(1, cols.end - cols.begin) * kBlock;
+    value.block_stride = value.rows * value.row_stride;
+    value.offset = pass.local_floats;
+    const int64_t blocks = is_whole ? min(pass.slice_blocks, value.blocks) : value.blocks;
+    pass.local_floats += blocks * value.block_stride;
   }
-  if (pass.tile_rows == 0) {
-    pass.tile_rows = max(1, min(kMaxTileRows, out.height));
-    pass.tile_cols = max(1, out.width);
-    while (place(pass.tile_rows, pass.tile_cols) > kCachedFloats) {
-      if (pass.tile_rows > 2) {
-        pass.tile_rows /= 2;
-      } else if (pass.tile_cols >= 2 * kMinTileCols) {
-        pass.tile_cols = ceil_div(pass.tile_cols, 2);
-      } else {
-        break;
-      }
-    }
-  }
-  pass.local_floats = place(pass.tile_rows, pass.tile_cols);
 }
 
 void BlockPlan::spans_of_part(const PassPlan& pass, Span rows, Span cols, PartSpans* spans) const {

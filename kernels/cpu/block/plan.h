@@ -4,7 +4,7 @@
 // A pass is a run of steps that a thread takes part by part, so that what lies between the steps stays in its
 // cache. Parts are slices of channels of whole images, or tiles of images with all their channels; of a tile's
 // inner values a few rows are kept, and going down the image each row is made once. Large images go by tiles,
-// small ones, whose weights are larger than they are, by slices.
+// small ones, whose weights are many, by slices.
 #pragma once
 
 #include "program.h"
@@ -20,6 +20,8 @@ struct Span {
 inline Span input_span(const BlockStep& step, const Span& out) {
   return {out.begin * step.stride - step.padding, (out.end - 1) * step.stride - step.padding + step.kernel};
 }
+// Part i of n that differ by one at most.
+inline Span part_of(int64_t size, int64_t n, int64_t i) { return {size * i / n, size * (i + 1) / n}; }
 inline Span clipped(const Span& span, int64_t size) { return {max(span.begin, 0), min(span.end, size)}; }
 
 // What a part of a pass makes of a value: of what lies outside of the image, zeros.
@@ -30,25 +32,26 @@ struct PartSpans {
 // A value of the program.
 struct ValuePlan {
   BlockSize size;
-  int64_t blocks;     // of channels
-  int64_t border;     // columns of zeros on either side
-  bool is_local;      // of a thread, or whole
+  int64_t blocks;         // of channels
+  int64_t border = 0;     // columns of zeros on either side
+  bool is_local = false;  // of a thread, or whole
   // Offset in floats into the thread's memory, or into that of an image; strides in floats.
-  int64_t offset, row_stride, block_stride;
-  int64_t rows;  // that are kept: row y lies in place y % rows
+  int64_t offset = 0, row_stride = 0, block_stride = 0;
+  int64_t rows = 0;  // that are kept: row y lies in place y % rows
 
   int64_t pixels() const { return size.height * size.width; }
 };
 
 struct PassPlan {
   enum class Parts { kSlices, kTiles, kWhole };
-  int first, last;  // steps
-  Parts parts;
-  int64_t slice_blocks;           // kSlices
-  int64_t tile_rows, tile_cols;   // kTiles: of the last value
-  int64_t units;                  // of an image
-  int64_t unit_work;              // multiply-adds
-  int64_t local_floats;
+  int first = 0, last = 0;  // steps
+  Parts parts = Parts::kWhole;
+  int64_t slice_blocks = 0;              // kSlices
+  int64_t tile_rows = 0, tile_cols = 0;  // kTiles: of the last value, at most
+  int64_t down = 0, across = 0;          // kTiles: how many
+  int64_t units = 0;                     // of an image
+  int64_t unit_work = 0;                 // multiply-adds
+  int64_t local_floats = 0;
 };
 
 class EFFATTN_EXPORT BlockPlan {
@@ -77,7 +80,12 @@ class EFFATTN_EXPORT BlockPlan {
   int64_t work_of_row(int step) const;
   int last_of_tiles(int first) const;
   int last_of_slices(int first) const;
+  int64_t floats_of_weights(int step) const;
   void add_pass(int first, int64_t batch, int threads);
+  double cost_of_tiles(const PassPlan& pass, int64_t batch, int threads) const;
+  double cost_of_slices(const PassPlan& pass, int last, int64_t batch, int threads) const;
+  PassPlan by_slices(int first) const;
+  PassPlan by_tiles(int first, int last, int64_t batch, int threads);
   void place_local(PassPlan& pass);
   void place_whole();
 };

@@ -1,8 +1,9 @@
 // Pass after pass, the parts of each in parallel.
+#include <optional>
 #include <vector>
 
 #include "../core/image.h"
-#include "call.h"
+#include "linear_attention.h"
 
 namespace effattn::cpu {
 namespace {
@@ -13,7 +14,11 @@ using Parts = PassPlan::Parts;
 // A thread at work on the parts of a pass.
 struct PassMemory {
   float* local;
-  PassMemory(const PassPlan& pass, Arena& arena) : local(arena.floats(pass.local_floats)) {}
+  std::optional<LinearAttention::Memory> attention;
+  PassMemory(const PassPlan& pass, const LinearAttention* of_pass, Arena& arena)
+      : local(arena.floats(pass.local_floats)) {
+    if (of_pass != nullptr) attention.emplace(of_pass->schedule(1), arena);
+  }
 };
 
 class PassContext {
@@ -22,7 +27,8 @@ class PassContext {
       : call_(call),
         plan_(call.plan),
         pass_(pass),
-        memory_(in_thread_arena<PassMemory>(pass)),
+        attention_(attention_of(call, pass)),
+        memory_(in_thread_arena<PassMemory>(pass, attention_ ? &*attention_ : nullptr)),
         spans_(pass.last - pass.first + 1),
         made_(spans_.size()) {}
 
@@ -58,6 +64,7 @@ class PassContext {
     if (rows.begin >= rows.end || cols.begin >= cols.end) return;
     const BlockStep& step = plan_.steps[index];
     if (step.kind == Kind::kStore) return store(step, rows, cols);
+    if (step.kind == Kind::kLinearAttention) return attend(step, view(index));
     const View out = view(index);
     switch (step.kind) {
       case Kind::kConvolution:
@@ -198,6 +205,23 @@ class PassContext {
     }
   }
 
+  static std::optional<LinearAttention> attention_of(const Call& call, const PassPlan& pass) {
+    if (call.plan.steps[pass.last].kind != Kind::kLinearAttention) return std::nullopt;
+    return LinearAttention(call.plan, pass.last);
+  }
+
+  // The heads of a slice.
+  void attend(const BlockStep& step, const View& out) const {
+    const int64_t blocks = attention_->blocks();
+    const int64_t first = blocks_.begin / blocks, last = min(blocks_.end / blocks, attention_->heads());
+    for (size_t input = 0; input < step.inputs.size(); ++input) {
+      const View in = view(step.inputs[input]);
+      for (int64_t head = first; head < last; ++head) {
+        attention_->attend(in, head, out, static_cast<int64_t>(input), *memory_.attention);
+      }
+    }
+  }
+
   void pool(const BlockStep& step, const Span& blocks, const Span& rows, const Span& cols, const View& out) {
     const View in = view(step.inputs[0]);
     const ValuePlan& value = plan_.values[step.inputs[0]];
@@ -254,6 +278,7 @@ class PassContext {
   const Call& call_;
   const BlockPlan& plan_;
   const PassPlan& pass_;
+  const std::optional<LinearAttention> attention_;
   const PassMemory memory_;
   std::vector<PartSpans> spans_;
   std::vector<int64_t> made_;  // of a local value, rows up to here
@@ -276,15 +301,12 @@ void run_slices(const Call& call, const PassPlan& pass, const Parallel& parallel
 
 void run_tiles(const Call& call, const PassPlan& pass, const Parallel& parallel) {
   const BlockSize& out = call.plan.values[pass.last].size;
-  const int64_t down = ceil_div(out.height, pass.tile_rows);
   parallel(pass.units * call.params.batch, pass.unit_work, [&](int64_t begin, int64_t end) {
     PassContext context(call, pass);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t y = unit % down * pass.tile_rows, strip = unit / down;
-      const int64_t across = pass.units / down, x = strip % across * pass.tile_cols;
-      const bool follows = unit > begin && y > 0;
-      context.run(strip / across, {0, INT64_MAX}, {y, min(y + pass.tile_rows, out.height)},
-                  {x, min(x + pass.tile_cols, out.width)}, follows);
+      const int64_t down = unit % pass.down, strip = unit / pass.down;
+      context.run(strip / pass.across, {0, INT64_MAX}, part_of(out.height, pass.down, down),
+                  part_of(out.width, pass.across, strip % pass.across), unit > begin && down > 0);
     }
   });
 }
