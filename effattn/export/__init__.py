@@ -26,6 +26,7 @@ from effattn import _library
 from effattn import nn as ours
 from effattn._tracing import keeping_nodes
 from effattn.export._frozen import freeze
+from effattn.integrations import accelerate_attention
 from effattn.ops._nodes import DOMAIN
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _why_none(prepared: nn.Module, kept: frozenset[str], refused: Mapping[str, N
         return "as asked for"
     if refused:
         return "; ".join(refused)
-    if _SLOWER not in kept and effattn.accelerate(prepared).replaced:
+    if _SLOWER not in kept and accelerate_attention(prepared).replaced:
         return f"its attention is {_SLOWER}, whose nodes are no faster in a model; operators=[{_SLOWER!r}] has them"
     return (
         "no attention that effattn knows was recorded: there is none, it has hooks, adapters or other norms, or torch "
@@ -235,7 +236,7 @@ def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:
         shared |= {id(t): t.detach() for t in module.__dict__.values() if isinstance(t, torch.Tensor) and not t.is_leaf}
     prepared = copy.deepcopy(model, shared)
     prepared.eval()  # of some of timm's modules it returns nothing
-    effattn.accelerate(prepared)
+    accelerate_attention(prepared)
     if _SLOWER not in kept:
         for module in list(prepared.modules()):
             if isinstance(module, _SOFTMAX):

@@ -62,7 +62,7 @@ _KNOWN = {
 _REPLACEMENTS = {known.replacement for known in _KNOWN.values()} | {sana.SanaLinearAttnProcessor}
 
 
-def _find(thing: Any) -> tuple[type, str | None] | None:
+def _find(thing: Any, *, with_blocks: bool) -> tuple[type, str | None] | None:
     """What a module or a processor becomes, and why it cannot; None for those that nobody knows."""
     name = type(thing).__name__
     if name == "SanaLinearAttnProcessor2_0" and not isinstance(thing, nn.Module):
@@ -71,7 +71,7 @@ def _find(thing: Any) -> tuple[type, str | None] | None:
     if not isinstance(thing, nn.Module):
         return None
     if known is None:
-        return _find_block(thing)
+        return _find_block(thing) if with_blocks else None
     original = known.original_of(thing)
     if known.common_name and original.missing(thing):
         return None
@@ -109,20 +109,44 @@ class Report:
     """What :func:`accelerate` did to the modules that it knows by name.
 
     Attributes:
-        replaced: those that have another class now.
+        replaced: attention modules that have another class now.
+        blocks: blocks around them whose inference on the CPU is one program now (:class:`effattn.nn.block.Block`), and
+            the blocks inside of these, which go on where a block cannot.
         left_alone: those that it could not replace, or had replaced before.
     """
 
     replaced: list[Entry] = field(default_factory=list)
+    blocks: list[Entry] = field(default_factory=list)
     left_alone: list[Entry] = field(default_factory=list)
 
     def __str__(self) -> str:
-        if not self.replaced and not self.left_alone:
+        if not self.replaced and not self.blocks and not self.left_alone:
             return "effattn.accelerate: nothing in this model is known"
-        lines = [f"effattn.accelerate: {len(self.replaced)} replaced, {len(self.left_alone)} left alone"]
+        counts = f"{len(self.replaced)} replaced, {len(self.blocks)} blocks, {len(self.left_alone)} left alone"
+        lines = [f"effattn.accelerate: {counts}"]
         lines += [f"  {entry.module}: {entry.original} -> {entry.detail}" for entry in self.replaced]
+        lines += [f"  {entry.module}: {entry.original} -> {detail}" for entry, detail in self._outermost_blocks()]
         lines += [f"  {entry.module}: {entry.original} left alone, {entry.detail}" for entry in self.left_alone]
         return "\n".join(lines)
+
+    def _outermost_blocks(self) -> Iterator[tuple[Entry, str]]:
+        outermost: dict[str, tuple[Entry, int]] = {}
+        for entry in self.blocks:  # the outer ones come first
+            outer = next((name for name in outermost if _is_inside(entry.module, name)), None)
+            if outer is None:
+                outermost[entry.module] = entry, 0
+            else:
+                outermost[outer] = outermost[outer][0], outermost[outer][1] + 1
+        for entry, inside in outermost.values():
+            yield entry, "one program" + (f", {inside} blocks inside of it" if inside else "")
+
+
+#: The name of a model itself, in a report.
+_MODEL = "(model)"
+
+
+def _is_inside(name: str, outer: str | None) -> bool:
+    return outer is not None and (outer == _MODEL or name.startswith(f"{outer}."))
 
 
 def _path(cls: type) -> str:
@@ -137,7 +161,7 @@ def _check_model(model: nn.Module) -> None:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every module by name, and what diffusers calls a processor: an object, no module, that does a module's work."""
     for name, module in model.named_modules():
-        yield name or "(model)", module
+        yield name or _MODEL, module
         processor = module.__dict__.get("processor")
         if processor is not None:
             yield f"{name}.processor".lstrip("."), processor
@@ -151,6 +175,9 @@ def accelerate(model: nn.Module) -> Report:
     EfficientFormerV2 (``Attention2d``, ``Attention2dDownsample``; officially ``Attention4D``), which become modules of
     :mod:`effattn.nn`; and of diffusers the ``SanaMultiscaleLinearAttention`` of DC-AE and the
     ``SanaLinearAttnProcessor2_0`` of Sana's transformer. Snap's backbones for detection and segmentation are known too.
+    Known are also the blocks around them, of timm's models and of EfficientViT's official ones: stems, stages and what
+    they are made of. A block keeps its class, of which it gets a subclass: inference in float32 on the CPU is then one
+    program (:class:`effattn.nn.block.Block`), everything else goes on as before.
     A module that has anything that the original has not, or code that computes something else, is left alone. Works in
     training and in evaluation, before or after loading weights. Hooks of a replaced module run as before. Its parts are
     not called any more, unless they are given hooks; a module whose parts have hooks already is left alone.
@@ -165,32 +192,44 @@ def accelerate(model: nn.Module) -> Report:
     Raises:
         TypeError: if ``model`` is not a module.
     """
+    return _exchange(model, with_blocks=True)
+
+
+def accelerate_attention(model: nn.Module) -> Report:
+    """:func:`accelerate` without blocks: for exporters, whose engines have convolutions of their own."""
+    return _exchange(model, with_blocks=False)
+
+
+def _exchange(model: nn.Module, *, with_blocks: bool) -> Report:
     _check_model(model)
     report = Report()
     seen: set[int] = set()
-    attention = "."  # the name of the last attention module, whose parts are its own business
+    attention: str | None = None  # the last attention module, whose parts are its own business
     for name, module in _candidates(model):
         cls = type(module)
-        if name.startswith(f"{attention}.") and isinstance(module, nn.Module):
-            continue
         if id(module) in seen:  # a processor of several modules
             continue
         seen.add(id(module))
+        if isinstance(module, nn.Module) and _is_inside(name, attention) and type(module).__name__ not in _KNOWN:
+            continue
         if ORIGINAL in module.__dict__:
             report.left_alone.append(Entry(name, _path(module.__dict__[ORIGINAL]), "accelerated already"))
+            if not isinstance(module, Block) and isinstance(module, nn.Module):
+                attention = name
             continue
-        found = _find(module)
+        found = _find(module, with_blocks=with_blocks)
         if found is None:
             continue
         replacement, reason = found
-        if not issubclass(replacement, Block) and isinstance(module, nn.Module):
+        is_block = issubclass(replacement, Block)
+        if not is_block and isinstance(module, nn.Module) and not _is_inside(name, attention):
             attention = name
         if reason is not None:
             report.left_alone.append(Entry(name, _path(cls), reason))
             continue
         module.__dict__[ORIGINAL] = cls
         module.__class__ = replacement
-        report.replaced.append(Entry(name, _path(cls), _path(replacement)))
+        (report.blocks if is_block else report.replaced).append(Entry(name, _path(cls), _path(replacement)))
     return report
 
 

@@ -17,7 +17,7 @@ def is_candidate(module: nn.Module) -> bool:
     """Whether a module has the name of a known block, or is a row of such."""
     cls = original_class(module)
     if cls.forward is nn.Sequential.forward:
-        return is_trusted(cls) or any(map(is_candidate, module.children()))
+        return (cls is not nn.Sequential and is_trusted(cls)) or any(map(is_candidate, module.children()))
     return cls.__name__ in EMITTERS and cls.__name__ not in OF_TOKENS
 
 

@@ -30,9 +30,32 @@ EFFATTN_INLINE void in_pixel_blocks(int64_t begin, int64_t end, int64_t max, con
 
 // --- convolution ------------------------------------------------------------------------------------------
 
+// Channels that are summed up in one go: sums of few terms, then a sum of sums, lose less to rounding than one
+// long sum.
+constexpr int64_t kSegmentsOfSum = 8;
+
 template <int R, int V>
 struct Sums {
   Vec of[R][V];
+
+  // `total` takes what there is; the sums begin anew.
+  EFFATTN_INLINE void move_to(float* total, bool is_first) {
+    EFFATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      EFFATTN_UNROLL
+      for (int v = 0; v < V; ++v, total += kLanes) {
+        store(total, is_first ? of[r][v] : of[r][v] + load(total));
+        of[r][v] = Vec{};
+      }
+    }
+  }
+  EFFATTN_INLINE void add_total(const float* total) {
+    EFFATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      EFFATTN_UNROLL
+      for (int v = 0; v < V; ++v, total += kLanes) of[r][v] = load(total) + of[r][v];
+    }
+  }
 
   // One channel: its scalars of R pixels times its weights.
   template <int Stride>
@@ -103,7 +126,15 @@ __attribute__((noinline)) void convolve_pixels(const ConvolutionRow& row, int64_
   const float* weights = row.weights + vector * kLanes;
   const float* const* segment = row.segments;
   const int64_t offset = pixel * Stride * kBlock;
-  for (int64_t i = 0; i < row.whole; ++i, ++segment) {
+  alignas(64) float total[R * V * kLanes];
+  int64_t in_sum = 0;
+  bool has_total = false;
+  for (int64_t i = 0; i < row.whole; ++i, ++segment, ++in_sum) {
+    if (in_sum == kSegmentsOfSum) {
+      sums.move_to(total, !has_total);
+      has_total = true;
+      in_sum = 0;
+    }
     const float* scalars = *segment + offset;
     for (int64_t c = 0; c < kBlock; c += 4) {
       EFFATTN_UNROLL
@@ -117,6 +148,7 @@ __attribute__((noinline)) void convolve_pixels(const ConvolutionRow& row, int64_
     const float* scalars = *segment + offset;
     for (int64_t c = 0; c < row.depth; ++c, weights += kPanel) sums.template add<Stride>(scalars + c, weights);
   }
+  if (has_total) sums.add_total(total);
   const Outputs<V> to(row, pixel, vector);
   switch (row.activation) {
     case Activation::kNone:
