@@ -15,7 +15,7 @@ from torch import nn
 from effattn import nn as ours
 from effattn.integrations import blocks, efficientformer, efficientvit_msra, lite_mla, sana
 from effattn.integrations.structure import Original, why_not_its_answers, why_not_this_class
-from effattn.nn.block import Block, block_class
+from effattn.nn.block import GRAPH, Block, block_class
 from effattn.nn.fold_cache import invalidate
 from effattn.nn.origin import ORIGINAL
 
@@ -229,6 +229,8 @@ def _exchange(model: nn.Module, *, with_blocks: bool) -> Report:
             continue
         module.__dict__[ORIGINAL] = cls
         module.__class__ = replacement
+        if isinstance(module, Block):
+            module.prepare_for_graphs()
         (report.blocks if is_block else report.replaced).append(Entry(name, _path(cls), _path(replacement)))
     return report
 
@@ -250,6 +252,7 @@ def restore(model: nn.Module) -> int:
         original = module.__dict__.get(ORIGINAL)
         if original is not None and (type(module) in _REPLACEMENTS or isinstance(module, Block)):
             del module.__dict__[ORIGINAL]
+            module.__dict__.pop(GRAPH, None)
             module.__class__ = original
             if isinstance(module, nn.Module):
                 invalidate(module)

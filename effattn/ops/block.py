@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from effattn.backends._memory import empty_image_in_order_of
 from effattn.ops import biased_attention, cascaded_group_attention, multi_scale_linear_attention
 from effattn.ops._operator import InferenceOperator
 from effattn.ops._packed import of_heads, rounded
@@ -109,6 +110,11 @@ def _plain_cascade(step: Step, x: torch.Tensor, weights: Sequence[torch.Tensor])
 def _shape(x: torch.Tensor, weights: Sequence[torch.Tensor], program: str) -> tuple[int, ...]:
     steps = parse(program)
     return (x.shape[0], steps[-1].channels, *sizes(steps, *x.shape[2:])[-1])
+
+
+def fake(x: torch.Tensor, program: str) -> torch.Tensor:
+    """A result without values, for graphs."""
+    return empty_image_in_order_of(x, _shape(x, (), program))
 
 
 OPERATOR = InferenceOperator("block", plain, _shape)
