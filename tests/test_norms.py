@@ -155,8 +155,8 @@ def test_inference_is_one_operator_still(name, change, order):
             model = CHANGES[change](model)
         model.eval()
         assert_same(model(x), expected(x))
-        whole = [entry for key, entry in kept(model).items() if str(key).startswith(("packed", "at once"))]
-        assert [entry is not None for entry in whole] == [change != "without statistics"]
+        whole = [entry for key, entry in kept(model).items() if str(key).startswith(("packed", "at once", "block"))]
+        assert any(entry is not None for entry in whole) == (change != "without statistics")
         effattn.restore(model)
         assert_same(model(x), expected(x))
 
@@ -272,9 +272,9 @@ def test_accelerate_convert_restore_and_again():
     model, x = make("cascade")
     with torch.no_grad():
         expected = model(x)
-        effattn.accelerate(model)
+        report = effattn.accelerate(model)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        assert effattn.restore(model) == 2
+        assert effattn.restore(model) == 2 + len(report.blocks)
         assert torch.equal(model(x), expected)
         assert len(effattn.accelerate(model).replaced) == 2
         state = {key: value * 0.9 if value.is_floating_point() else value for key, value in model.state_dict().items()}

@@ -6,8 +6,8 @@
 #include <mutex>
 
 #include "../../kernels/cpu/block/plan.h"
-#include "block_program.h"
 #include "../images.h"
+#include "block_program.h"
 #include "packed.h"
 
 namespace effattn {
@@ -56,8 +56,8 @@ void check_sizes(const cpu::BlockProgram& program, const cpu::BlockSize& x) {
   const auto require_same = [&](size_t step, int other, const cpu::BlockSize& own) {
     const cpu::BlockSize& of = sizes[other];
     EFFATTN_REQUIRE(of.height == own.height && of.width == own.width, "block: program: %", step + 1,
-                    ": expected %", other, " to be ", size_text(own), ", got ", size_text(of),
-                    ", with x of ", size_text(x));
+                    ": expected %", other, " to be ", size_text(own), ", got ", size_text(of), ", with x of ",
+                    size_text(x));
   };
   for (size_t i = 0; i < program.steps.size(); ++i) {
     const cpu::BlockStep& step = program.steps[i];
@@ -75,7 +75,8 @@ void check_sizes(const cpu::BlockProgram& program, const cpu::BlockSize& x) {
 class Programs {
  public:
   std::pair<std::shared_ptr<Entry>, std::shared_ptr<const cpu::BlockPlan>> find(const std::string& text,
-                                                                               const Tensor& x, int threads) {
+                                                                                const Tensor& x,
+                                                                                int threads) {
     const std::lock_guard lock(mutex_);
     auto found = entries_.find(text);
     if (found == entries_.end()) {

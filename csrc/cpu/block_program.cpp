@@ -28,9 +28,9 @@ using cpu::BlockStep;
 using Kind = BlockStep::Kind;
 
 constexpr std::array kActivations = {
-    std::pair{"none", Activation::kNone},           std::pair{"relu", Activation::kRelu},
-    std::pair{"relu6", Activation::kRelu6},         std::pair{"hardswish", Activation::kHardswish},
-    std::pair{"silu", Activation::kSilu},           std::pair{"gelu", Activation::kGelu},
+    std::pair{"none", Activation::kNone},          std::pair{"relu", Activation::kRelu},
+    std::pair{"relu6", Activation::kRelu6},        std::pair{"hardswish", Activation::kHardswish},
+    std::pair{"silu", Activation::kSilu},          std::pair{"gelu", Activation::kGelu},
     std::pair{"gelu_tanh", Activation::kGeluTanh}, std::pair{"sigmoid", Activation::kSigmoid},
 };
 
@@ -62,7 +62,8 @@ class Line {
   std::string_view word() {
     skip_spaces();
     size_t end = at_;
-    while (end < text_.size() && (std::isalnum(static_cast<unsigned char>(text_[end])) || text_[end] == '_')) {
+    while (end < text_.size() &&
+           (std::isalnum(static_cast<unsigned char>(text_[end])) || text_[end] == '_')) {
       ++end;
     }
     if (end == at_) wrong("expected a name at column ", at_ + 1);
@@ -222,7 +223,8 @@ class Parser {
     return step;
   }
 
-  // --- operations: what each takes, and the channels of its result ------------------------------------------
+  // --- operations: what each takes, and the channels of its result
+  // ------------------------------------------
 
   using Check = void (Parser::*)(const Line&, BlockStep&, int64_t inputs) const;
   struct Operation {

@@ -122,8 +122,8 @@ class Report:
     def __str__(self) -> str:
         if not self.replaced and not self.blocks and not self.left_alone:
             return "effattn.accelerate: nothing in this model is known"
-        counts = f"{len(self.replaced)} replaced, {len(self.blocks)} blocks, {len(self.left_alone)} left alone"
-        lines = [f"effattn.accelerate: {counts}"]
+        blocks = f", {len(self.blocks)} blocks" if self.blocks else ""
+        lines = [f"effattn.accelerate: {len(self.replaced)} replaced, {len(self.left_alone)} left alone{blocks}"]
         lines += [f"  {entry.module}: {entry.original} -> {entry.detail}" for entry in self.replaced]
         lines += [f"  {entry.module}: {entry.original} -> {detail}" for entry, detail in self._outermost_blocks()]
         lines += [f"  {entry.module}: {entry.original} left alone, {entry.detail}" for entry in self.left_alone]

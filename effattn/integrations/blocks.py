@@ -10,12 +10,15 @@ from torch import nn
 from effattn.integrations.structure import is_same, randomize
 from effattn.nn.origin import original_class, tried
 from effattn.nn.programs import EMITTERS, OF_TOKENS, Unknown, is_trusted, make_program
+from effattn.ops import _program
 from effattn.ops import block as _block
 
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a module has the name of a known block, or is a row of such."""
     cls = original_class(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     if cls.forward is nn.Sequential.forward:
         return (cls is not nn.Sequential and is_trusted(cls)) or any(map(is_candidate, module.children()))
     return cls.__name__ in EMITTERS and cls.__name__ not in OF_TOKENS
@@ -29,9 +32,7 @@ def is_by_name_alone(module: nn.Module) -> bool:
 
 def why_not_block(module: nn.Module) -> str | None:
     """Why a candidate is no program; None if it is one."""
-    unknown = {
-        cls for cls in map(original_class, module.modules()) if cls.__name__ in EMITTERS and not is_trusted(cls)
-    }
+    unknown = {cls for cls in map(original_class, module.modules()) if cls.__name__ in EMITTERS and not is_trusted(cls)}
     tried.update(unknown)
     try:
         make_program(module, EMITTERS, shapes_only=True)
@@ -54,7 +55,7 @@ def why_not_its_answers(module: nn.Module) -> str | None:
             generator = randomize(narrow)
             block, returns_tokens = make_program(narrow, EMITTERS)
             wide = narrow.double()
-            channels = _block.parse(block.program)[0].channels
+            channels = _program.parse(block.program)[0].channels
             x = torch.rand(2, channels, 13, 10, dtype=torch.float64, generator=generator)
             theirs = original_class(wide).forward(wide, x)
             ours = _block.plain(x, [block.weights], block.program)

@@ -193,7 +193,11 @@ def _why_not_same(module: Any, replacement: Any, original: Original, training: b
         return f"its forward keeps {', '.join(kept)}"
     twin.__class__ = replacement
     ours = replacement.forward(twin, x)
-    return None if is_same(ours, theirs) else f"its forward computes something else in {'training' if training else 'evaluation'}"
+    return (
+        None
+        if is_same(ours, theirs)
+        else f"its forward computes something else in {'training' if training else 'evaluation'}"
+    )
 
 
 def randomize(module: nn.Module) -> torch.Generator:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from effattn.nn.origin import original_class
 from effattn.nn.programs import EMITTERS, Unknown, make_program
 from effattn.nn.projection import is_autocast
 from effattn.nn.recorded import FxLeaf
+from effattn.ops import _program
 from effattn.ops import block as _block
 
 
@@ -33,8 +33,6 @@ class _InGraph(NamedTuple):
 #: Where a block keeps what graphs say of it.
 GRAPH = "_effattn_in_graph"
 _numbers = itertools.count()
-#: Those that graphs may call, by number.
-_blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
 
 
 class Block(FoldCache):
@@ -75,13 +73,23 @@ class Block(FoldCache):
     def prepare_for_graphs(self) -> None:
         """To be called once the class is exchanged, and for a copy."""
         block, returns_tokens = make_program(self, EMITTERS, shapes_only=True)
-        steps = _block.parse(block.program)
+        steps = _program.parse(block.program)
         has_size = any(step.operation == "attention" for step in steps)
         self._take_number(_InGraph(next(_numbers), block.program, returns_tokens, steps[0].channels, has_size))
 
     def _take_number(self, in_graph: _InGraph) -> None:
         self.__dict__[GRAPH] = in_graph
-        _blocks[in_graph.number] = self
+        _block.CALLED_BY_GRAPHS[in_graph.number] = self
+
+    def call_from_graph(self, x: torch.Tensor, program: str) -> torch.Tensor:
+        """What a node of a graph does: the block as it is now. One that has become another goes through its own
+        forward."""
+        found = self._block_for(x)
+        if found is not None and found[0].program == program:
+            return _block.block(x, found[0])
+        result = _block.empty_result(x, program)  # as the graph expects it
+        out = original_class(self).forward(self, x)
+        return result.copy_(out if out.dim() == 4 else out.transpose(1, 2).reshape(result.shape))
 
     def _in_graph(self, x: Any) -> _InGraph | None:
         """Where torch.compile records a call that the operator can stand for."""
@@ -109,7 +117,7 @@ class Block(FoldCache):
         if found is None:
             return None
         program, channels, size = found[0].program, x.shape[1], x.shape[2:]
-        takes = cached(folds, ("takes", channels, *size), lambda: _block.takes(program, channels, *size))
+        takes = cached(folds, ("takes", channels, *size), lambda: _program.takes(program, channels, *size))
         return found if takes else None
 
     def _make(self) -> tuple[_block.Block, bool] | None:
@@ -119,21 +127,26 @@ class Block(FoldCache):
             return None
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return FxLeaf.__prepare_scriptable__(self)  # type: ignore[arg-type]
+        return FxLeaf.__prepare_scriptable__(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (original_class(self),), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         in_graph: _InGraph | None = self.__dict__.get(GRAPH)
         if in_graph is not None:  # a graph of the one that this is a copy of must not find it
             self._take_number(in_graph._replace(number=next(_numbers)))
 
 
-@cache
 def block_class(original: type[nn.Module]) -> type[Block]:
-    """The subclass of a module's class that is a :class:`Block`."""
+    """The subclass of a module's class that is a :class:`Block`; one for each class."""
+    key: Any = original
+    return _block_class(key)
+
+
+@cache
+def _block_class(original: Any) -> type[Block]:
     return type(original.__name__, (Block, original), {"__module__": __name__, "__doc__": Block.__doc__})
 
 
@@ -144,30 +157,4 @@ def _new(original: type[nn.Module]) -> Block:
 
 @constant_result
 def _takes(program: str, channels: int, height: int, width: int) -> bool:
-    return _block.takes(program, channels, height, width)
-
-
-# --- in graphs -------------------------------------------------------------------------------------------------
-
-
-def _run(x: torch.Tensor, module: int, program: str) -> torch.Tensor:
-    """What a node of a graph does: the block as it is now. One that has become another goes through its own forward."""
-    block = _blocks.get(module)
-    if block is None:
-        raise RuntimeError("block_of_module: the module that this graph was compiled for is gone")
-    found = block._block_for(x)
-    if found is not None and found[0].program == program:
-        return _block.block(x, found[0])
-    result = _fake(x, module, program)  # as the graph expects it
-    out = original_class(block).forward(block, x)
-    return result.copy_(out if out.dim() == 4 else out.transpose(1, 2).reshape(result.shape))
-
-
-def _fake(x: torch.Tensor, module: int, program: str) -> torch.Tensor:
-    return _block.fake(x, program)
-
-
-_LIBRARY = torch.library.Library("effattn", "FRAGMENT")
-_LIBRARY.define("block_of_module(Tensor x, int module, str program) -> Tensor")
-_LIBRARY.impl("block_of_module", _run, "CPU")
-torch.library.register_fake("effattn::block_of_module", _fake, lib=_LIBRARY)
+    return _program.takes(program, channels, height, width)

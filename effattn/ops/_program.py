@@ -123,7 +123,7 @@ def sizes(steps: Sequence[Step], height: int, width: int) -> list[tuple[int, int
             before = (2 * before[0], 2 * before[1])
         elif step.operation in ("convolution", "depthwise"):
             kernel, stride, padding = step.kernel, step.stride, step.padding
-            before = tuple((n + 2 * padding - kernel) // stride + 1 for n in before)  # type: ignore[assignment]
+            before = tuple((n + 2 * padding - kernel) // stride + 1 for n in before)
         found.append(before)
     return found
 
@@ -138,11 +138,13 @@ def takes(program: str, channels: int, height: int, width: int) -> bool:
     def tokens(value: int) -> int:
         return found[value][0] * found[value][1]
 
-    return min(map(min, found)) > 0 and all(
-        (tokens(step.inputs[0]), tokens(step.inputs[-1])) == (step.queries, step.keys)
-        and (step.addend is None or found[step.addend] == found[number])
-        for number, step in enumerate(steps)
-        if step.operation == "attention"
-    ) and all(
-        step.residual is None or found[step.residual] == found[number] for number, step in enumerate(steps)
+    return (
+        min(map(min, found)) > 0
+        and all(
+            (tokens(step.inputs[0]), tokens(step.inputs[-1])) == (step.queries, step.keys)
+            and (step.addend is None or found[step.addend] == found[number])
+            for number, step in enumerate(steps)
+            if step.operation == "attention"
+        )
+        and all(step.residual is None or found[step.residual] == found[number] for number, step in enumerate(steps))
     )

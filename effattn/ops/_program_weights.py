@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from effattn.ops._packed import CHANNELS, OUTPUTS, joined, padded, rounded
-from effattn.ops._program import Step
+from effattn.ops._program import Step, parse
 
 Tensors = Sequence[torch.Tensor]
 
@@ -17,15 +17,17 @@ def pack(step: Step, weights: Tensors) -> list[torch.Tensor]:
     """A step's weights one behind the other, each flat.
 
     Args:
-        weights: of a convolution the weight (C_out, C / groups, k, k) and the bias (C_out,), a depthwise one's alike; of
-            a pool mixer the factor (C,); of a norm gain and bias (C,); of an attention the bias (heads, queries, keys)
-            and, with talking heads, their four tensors; of a cascade, for all heads, the weights (heads, 2 head_dim +
-            C / heads, C / heads) and the biases (heads, 2 head_dim + C / heads) of the projections, then for each head
-            the taps (head_dim, 1, k, k), then the biases (heads, head_dim) of the depthwise convolutions, and the bias
-            (heads, N, N).
+        weights:
+
+            - of a convolution, depthwise or not: weight (C_out, C / groups, k, k), bias (C_out,);
+            - of a pool mixer: factor (C,); of a norm: gain (C,), bias (C,);
+            - of an attention: bias (heads, queries, keys), and with talking heads the four tensors of their mixing;
+            - of a cascade: weights (heads, 2 head_dim + C / heads, C / heads) and biases of the projections, taps
+              (head_dim, 1, k, k) of each head, biases (heads, head_dim) of the depthwise convolutions, bias
+              (heads, N, N).
     """
     if step.operation == "convolution":
-        packed = _pack_convolution(*weights, step.groups)
+        packed = _pack_convolution(step, *weights)
     elif step.operation == "depthwise":
         packed = _pack_depthwise(*weights)
     elif step.operation == "cascade":
@@ -57,6 +59,13 @@ def unpack(step: Step, inputs: int, weights: torch.Tensor) -> tuple[list[torch.T
     return tensors, sum(sizes)
 
 
+def size_of_weights(program: str) -> int:
+    """Elements of the weights of all steps."""
+    steps = parse(program)
+    shapes = (shape for step in steps[1:] for shape in _shapes(step, steps[step.inputs[0]].channels))
+    return sum(map(math.prod, shapes))
+
+
 def _shapes(step: Step, inputs: int) -> list[tuple[int, ...]]:
     """Of what :func:`pack` makes."""
     taps = step.kernel**2
@@ -82,10 +91,10 @@ def _shapes(step: Step, inputs: int) -> list[tuple[int, ...]]:
     return []
 
 
-def _pack_convolution(weight: torch.Tensor, bias: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
+def _pack_convolution(step: Step, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(groups, panels, inputs and taps, OUTPUTS): of every block of CHANNELS inputs its taps, of every tap its inputs;
     and (groups, panels, OUTPUTS)."""
-    outputs, inputs, kernel, _ = weight.shape
+    groups, (outputs, inputs, kernel, _) = step.groups, weight.shape
     whole = rounded(outputs // groups, OUTPUTS)
     by_panel = padded(weight.reshape(groups, -1, inputs, kernel * kernel), 1, whole)
     by_panel = by_panel.unflatten(1, (-1, OUTPUTS))  # groups, panels, OUTPUTS, inputs, taps
@@ -129,9 +138,8 @@ def _pack_cascade(
     )
 
 
-def _unpack_cascade(
-    step: Step, qkv: torch.Tensor, qkv_bias: torch.Tensor, taps: torch.Tensor, tap_bias: torch.Tensor, bias: torch.Tensor
-) -> list[torch.Tensor]:
+def _unpack_cascade(step: Step, *weights: torch.Tensor) -> list[torch.Tensor]:
+    qkv, qkv_bias, taps, tap_bias, bias = weights
     keys, dim, value_dim = rounded(step.head_dim), step.head_dim, qkv.shape[1]
     parts = [slice(0, dim), slice(keys, keys + dim), slice(2 * keys, 2 * keys + value_dim)]
     of_heads = zip(taps.split([kernel**2 for kernel in step.kernels]), step.kernels, strict=True)

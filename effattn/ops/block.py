@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn import functional
 
 from effattn.backends._memory import empty_image_in_order_of
-from effattn.ops import biased_attention, cascaded_group_attention, multi_scale_linear_attention
+from effattn.ops import _recording, cascaded_group_attention
 from effattn.ops._operator import InferenceOperator
 from effattn.ops._packed import of_heads, rounded
-from effattn.ops._plain import without_autocast
-from effattn.ops._program import Step, parse, sizes, takes
-from effattn.ops._program_weights import unpack
+from effattn.ops._plain import mix_heads, without_autocast
+from effattn.ops._program import Step, parse, sizes
+from effattn.ops._program_weights import size_of_weights, unpack
 
 SCHEMA = "(Tensor x, Tensor[] weights, str program) -> Tensor"
 
@@ -78,8 +79,7 @@ def _plain_step(step: Step, inputs: Sequence[torch.Tensor], weights: Sequence[to
         case "upsample":
             return functional.interpolate(x, scale_factor=2, mode="bilinear")
         case "linear_attention":
-            joined = torch.cat(list(inputs), dim=1)
-            return multi_scale_linear_attention.plain(joined, [], [], [], [], step.head_dim, step.eps)
+            return _plain_linear_attention(step, inputs)
         case "attention":
             return _plain_attention(step, inputs, weights)
         case "cascade":
@@ -87,14 +87,25 @@ def _plain_step(step: Step, inputs: Sequence[torch.Tensor], weights: Sequence[to
     raise AssertionError(step.operation)
 
 
+def _plain_linear_attention(step: Step, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    heads = torch.cat(list(inputs), dim=1).flatten(2).unflatten(1, (-1, 3, step.head_dim)).mT
+    q, k, v = heads.unbind(2)
+    out = q.relu() @ (k.relu().mT @ functional.pad(v, (0, 1), value=1.0))
+    out = out[..., :-1] / (out[..., -1:] + step.eps)
+    return out.mT.flatten(1, 2).unflatten(2, inputs[0].shape[2:])
+
+
 def _plain_attention(step: Step, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
     heads, keys, values = step.heads, step.heads * rounded(step.head_dim), step.heads * rounded(step.value_dim)
     q_and_k = inputs[0].split(keys, dim=1)[:2] if len(inputs) < 3 else inputs[:2]
+    dims = (step.head_dim, step.head_dim, step.value_dim)
     q, k, v = (
         of_heads(t.transpose(0, 1), heads, dim).transpose(0, 1).flatten(2).unflatten(1, (heads, dim)).mT
-        for t, dim in zip((*q_and_k, inputs[-1][:, -values:]), (step.head_dim, step.head_dim, step.value_dim), strict=True)
+        for t, dim in zip((*q_and_k, inputs[-1][:, -values:]), dims, strict=True)
     )
-    out = biased_attention.plain(q, k, v, weights[0], list(weights[1:]), step.scale).mT
+    bias, *mix = weights
+    logits = mix_heads(step.scale * q @ k.mT + bias, mix[:2])
+    out = (mix_heads(logits.softmax(-1), mix[2:]) @ v).mT
     behind = rounded(step.value_dim) - step.value_dim
     return functional.pad(out, (0, 0, 0, behind)).reshape(len(out), values, *inputs[0].shape[2:])
 
@@ -108,16 +119,45 @@ def _plain_cascade(step: Step, x: torch.Tensor, weights: Sequence[torch.Tensor])
 
 
 def _shape(x: torch.Tensor, weights: Sequence[torch.Tensor], program: str) -> tuple[int, ...]:
-    steps = parse(program)
-    return (x.shape[0], steps[-1].channels, *sizes(steps, *x.shape[2:])[-1])
-
-
-def fake(x: torch.Tensor, program: str) -> torch.Tensor:
-    """A result without values, for graphs."""
-    return empty_image_in_order_of(x, _shape(x, (), program))
+    try:
+        steps = parse(program)
+        batch, _, height, width = x.shape
+        return (batch, int(steps[-1].channels), *sizes(steps, height, width)[-1])
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise RuntimeError(f"block: no program for x of shape {tuple(x.shape)}: {error}") from None
 
 
 OPERATOR = InferenceOperator("block", plain, _shape)
 serves = OPERATOR.serves
 
-__all__ = ["ACTIVATIONS", "Block", "block", "parse", "plain", "serves", "takes"]
+# --- in graphs of torch.compile ---------------------------------------------------------------------------------
+
+#: What nodes call, by number: (image, program) -> result.
+CALLED_BY_GRAPHS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+
+
+def empty_result(x: torch.Tensor, program: str) -> torch.Tensor:
+    """A result without values."""
+    return empty_image_in_order_of(x, _shape(x, (), program))
+
+
+def _call(x: torch.Tensor, module: int, program: str) -> torch.Tensor:
+    called = CALLED_BY_GRAPHS.get(module)
+    if called is None:
+        raise RuntimeError("block_of_module: the module that this graph was compiled for is gone")
+    out: torch.Tensor = called.call_from_graph(x, program)
+    return out
+
+
+def _plain_of_module(x: torch.Tensor, module: int, program: str) -> torch.Tensor:
+    """For those who count operations."""
+    return plain(x, [x.new_zeros(size_of_weights(program))], program)
+
+
+_LIBRARY = torch.library.Library("effattn", "FRAGMENT")
+_LIBRARY.define("block_of_module(Tensor x, int module, str program) -> Tensor")
+_LIBRARY.impl("block_of_module", _call, "CPU")
+torch.library.register_fake(
+    "effattn::block_of_module", lambda x, module, program: empty_result(x, program), lib=_LIBRARY
+)
+_recording.register("effattn::block_of_module", _plain_of_module)

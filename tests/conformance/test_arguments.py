@@ -177,6 +177,10 @@ def replacement(draw, argument):
         return draw(st.floats())
     if isinstance(argument, torch.Tensor):
         return draw(changed(argument))
+    if isinstance(argument, str):  # a part of it, more than once, or with other numbers in it
+        begin, end = sorted(draw(st.tuples(*[st.integers(0, len(argument))] * 2)))
+        other = draw(st.sampled_from(["", argument[begin:end] * 2, *"0179-%,=()x \n"]))
+        return argument[:begin] + other + argument[end if draw(st.booleans()) else begin :]
     if argument is None:
         return draw(st.one_of(st.none(), any_tensor()))
     taken = list(argument)

@@ -8,7 +8,9 @@ from unittest import mock
 
 import torch
 
+from effattn.nn.programs.builder import Builder
 from effattn.ops import INFERENCE_OPERATORS, OPERATORS
+from effattn.ops import block as block_op
 from effattn.ops import cascaded_group_attention_projected as cascade_op
 from effattn.ops import projected_attention as attention_op
 from effattn.ops._operator import InferenceOperator
@@ -61,12 +63,21 @@ def convolution(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, tor
     return make_tensor(outputs, inputs, seed=seed), make_tensor(1, outputs, seed=seed + 1)[0]
 
 
+def call_block(x: torch.Tensor) -> torch.Tensor:
+    builder = Builder(CHANNELS)
+    wide = builder.convolution(0, make_tensor(30, CHANNELS, seed=80)[..., None, None], None, activation="hardswish")
+    mixed = builder.convolution(wide, make_tensor(30, 1, 3, 3, seed=81), None, groups=30)
+    builder.convolution(mixed, make_tensor(OUT, 30, seed=82)[..., None, None], None)
+    return block_op.block(x, builder.finish())
+
+
 #: Of images (2, CHANNELS, HEIGHT, WIDTH).
 CALLS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "lite_mla": call_lite_mla,
     "cascade": call_cascade,
     "projected attention": call_projected_attention,
     "halved attention": lambda x: call_halved_attention(x, False),
+    "block": call_block,
     "halved queries": lambda x: call_halved_attention(x, True),
 }
 

@@ -17,8 +17,8 @@ _CONVOLUTIONS = ("convolution", "depthwise")
 class Builder:
     """A program in the making, of weights of any dtype.
 
-    Methods return the number of the value that they make. Values of attentions have the channels of every head's q, k or
-    v as a multiple of CHANNELS, zeros behind the last.
+    Methods return the number of the value that they make. Of attentions, every head's q, k and v have a multiple of
+    CHANNELS channels, zeros behind the last.
 
     Args:
         channels: of the image.
@@ -97,5 +97,3 @@ class Builder:
         step = self._steps[value]
         self._steps[value] = step._replace(options={**step.options, **options})
         return True
-
-

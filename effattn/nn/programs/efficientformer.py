@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ def _flat(emitter: Emitter, module: Any, value: int) -> int:
 
 def _pooled(emitter: Emitter, mixer: Any, scale: Any, value: int) -> int:
     """x + scale (pool(x) - x)"""
-    pool = mixer._modules.get("pool") if type(mixer).__name__ == "Pooling" and not is_overridden(mixer) else None
+    pool: Any = mixer._modules.get("pool") if type(mixer).__name__ == "Pooling" and not is_overridden(mixer) else None
     if not is_plain(pool, nn.AvgPool2d):
         raise Unknown(f"token_mixer is {type(mixer).__name__}, not Pooling")
     kernel, stride, padding = (pair(n) for n in (pool.kernel_size, pool.stride, pool.padding))
@@ -157,10 +156,8 @@ def _v2_parts(emitter: Emitter, module: Any, *names: str) -> dict[str, tuple[Any
 
 def _attention_2d(emitter: Emitter, module: Any, value: int) -> int:
     names = ("q", "k", "v", "v_local", "proj")
-    only_parts(
-        module, *names, "talking_head1", "talking_head2", "act", "stride_conv", "upsample", tensors=_TABLES
-    )
-    heads, builder = _Heads(emitter, module), emitter.builder
+    only_parts(module, *names, "talking_head1", "talking_head2", "act", "stride_conv", "upsample", tensors=_TABLES)
+    heads = _Heads(emitter, module)
     if module.stride_conv is not None:
         value = emitter.part(module, "stride_conv", value)
     parts = _v2_parts(emitter, module, *names)
@@ -218,11 +215,12 @@ def _attention_2d_downsample(emitter: Emitter, module: Any, value: int) -> int:
     middle = torch.zeros_like(weight)
     middle[..., weight.shape[2] // 2, weight.shape[3] // 2] = 1
     halved = emitter.builder.convolution(value, weight + middle, bias, stride=2, groups=len(weight))
-    of_query, *pair_of_query = emitter.folded_part(query.proj)
+    of_query, weight, bias = emitter.folded_part(query.proj)
     if not is_pointwise(of_query):
         raise Unknown("q.proj is no 1x1 convolution")
     q, k, v = (
-        heads.project(of, pair) for of, pair in ((halved, pair_of_query), (value, parts["k"][1:]), (value, parts["v"][1:]))
+        heads.project(of, pair)
+        for of, pair in ((halved, (weight, bias)), (value, parts["k"][1:]), (value, parts["v"][1:]))
     )
     local = _local(emitter, heads, parts["v_local"], v, 2)
     queries, keys = module.attention_bias_idxs.shape

@@ -7,6 +7,7 @@ An emitter puts what a module computes behind a value of a program and returns t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,13 +112,13 @@ class Emitter:
 
     def parts(self, module: nn.Module, value: int, *names: str) -> int:
         """These parts in order; a norm goes with the convolution in front of it."""
-        parts = [(name, module._modules[name]) for name in names if module._modules.get(name) is not None]
-        for i, (name, part) in enumerate(parts):
-            behind = parts[i + 1][1] if i + 1 < len(parts) else None
-            if type(part) is nn.Conv2d and behind is not None and _is_norm(behind):
-                value = _named(name, lambda conv=part, norm=behind: self.convolution(value, conv, norm))
-            elif i > 0 and type(parts[i - 1][1]) is nn.Conv2d and part is not None and _is_norm(part):
-                continue
+        left = [name for name in names if module._modules.get(name) is not None]
+        while left:
+            name, *left = left
+            norm: Any = module._modules[left[0]] if left else None
+            if type(module._modules[name]) is nn.Conv2d and norm is not None and _is_norm(norm):
+                value = _named(name, partial(self.convolution, value, module._modules[name], norm))
+                left = left[1:]
             else:
                 value = self.part(module, name, value)
         return value
@@ -169,7 +170,9 @@ class Emitter:
         if part is None or is_overridden(part):
             raise Unknown(f"{type(part).__name__} is no plain convolution")
         cls, parts = original_class(part), list(part._modules.values())
-        in_order = cls.forward is nn.Sequential.forward or (cls.__name__ in ("ConvNorm", "_ConvNorm") and is_trusted(cls))
+        in_order = cls.forward is nn.Sequential.forward or (
+            cls.__name__ in ("ConvNorm", "_ConvNorm") and is_trusted(cls)
+        )
         if not in_order or not 1 <= len(parts) <= 2 or type(parts[0]) is not nn.Conv2d:
             raise Unknown(f"{cls.__name__} is not a convolution and a norm")
         only_parts(part, *part._modules)
@@ -277,7 +280,7 @@ def _input_channels(module: nn.Module) -> int:
             return part.in_channels
         heads = getattr(part, "num_heads", None)
         if isinstance(heads, int) and "qkvs" in part._modules:  # a cascade, whose convolutions take a head's channels
-            return heads * _input_channels(part._modules["qkvs"])  # type: ignore[arg-type]
+            return heads * _input_channels(part._modules["qkvs"])
     raise Unknown("it has no convolution")
 
 

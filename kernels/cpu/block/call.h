@@ -38,7 +38,8 @@ struct Call {
   std::vector<const float*> weights_of(const BlockStep& step) const {
     const float* next = params.weights + step.weights;
     std::vector<const float*> found;
-    for (const int64_t size : weight_sizes(step, step.inputs.empty() ? 0 : plan.steps[step.inputs[0]].channels)) {
+    for (const int64_t size :
+         weight_sizes(step, step.inputs.empty() ? 0 : plan.steps[step.inputs[0]].channels)) {
       found.push_back(next);
       next += size;
     }

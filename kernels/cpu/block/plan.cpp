@@ -74,8 +74,8 @@ std::vector<int64_t> weight_sizes(const BlockStep& step, int64_t inputs) {
       const int64_t tokens = step.window_height * step.window_width;
       int64_t all_taps = 0;
       for (const int64_t kernel : step.kernels) all_taps += kernel * kernel;
-      return {step.heads * step.value_dim * outputs, step.heads * outputs, all_taps * keys,
-              step.heads * keys, step.heads * tokens * tokens};
+      return {step.heads * step.value_dim * outputs, step.heads * outputs, all_taps * keys, step.heads * keys,
+              step.heads * tokens * tokens};
     }
     default:
       return {};
@@ -166,7 +166,8 @@ void BlockPlan::add_pass(int first, int64_t batch, int threads) {
   PassPlan slices = by_slices(first);
   place_local(slices);
   const PassPlan tiles = by_tiles(first, last_of_tiles(first), batch, threads);
-  const bool is_cheaper = cost_of_tiles(tiles, batch, threads) < cost_of_slices(slices, tiles.last, batch, threads);
+  const bool is_cheaper =
+      cost_of_tiles(tiles, batch, threads) < cost_of_slices(slices, tiles.last, batch, threads);
   if (steps[slices.last].kind == Kind::kLinearAttention && slices.local_floats > kCachedFloats) --slices.last;
   // Heads attend to what a slice has in cache.
   const bool attends = steps[slices.last].kind == Kind::kLinearAttention &&
@@ -194,9 +195,10 @@ double BlockPlan::cost_of_tiles(const PassPlan& pass, int64_t batch, int threads
   for (int step = pass.first; step <= pass.last; ++step) {
     const ValuePlan& value = values[step];
     const auto& [own_rows, own_cols] = spans[step - pass.first];
-    const double share = value.is_local ? static_cast<double>(min(own_rows.end - own_rows.begin, value.size.height)) *
-                                              min(own_cols.end - own_cols.begin, value.size.width)
-                                        : static_cast<double>(rows) * min(pass.tile_cols, out.width);
+    const double share = value.is_local
+                             ? static_cast<double>(min(own_rows.end - own_rows.begin, value.size.height)) *
+                                   min(own_cols.end - own_cols.begin, value.size.width)
+                             : static_cast<double>(rows) * min(pass.tile_cols, out.width);
     work += share / max(1, value.size.width) * work_of_row(step);
     weights += floats_of_weights(step);
   }
@@ -265,7 +267,8 @@ PassPlan BlockPlan::by_tiles(int first, int last, int64_t batch, int threads) {
 int64_t BlockPlan::floats_of_weights(int step) const {
   const BlockStep& s = steps[step];
   int64_t floats = 0;
-  for (const int64_t size : weight_sizes(s, s.inputs.empty() ? 0 : steps[s.inputs[0]].channels)) floats += size;
+  for (const int64_t size : weight_sizes(s, s.inputs.empty() ? 0 : steps[s.inputs[0]].channels))
+    floats += size;
   return floats;
 }
 

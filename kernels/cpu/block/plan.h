@@ -2,9 +2,9 @@
 // value lies.
 //
 // A pass is a run of steps that a thread takes part by part, so that what lies between the steps stays in its
-// cache. Parts are slices of channels of whole images, or tiles of images with all their channels; of a tile's
-// inner values a few rows are kept, and going down the image each row is made once. Large images go by tiles,
-// small ones, whose weights are many, by slices.
+// cache. Parts are slices of channels of whole images, or tiles of images with all their channels; of a
+// tile's inner values a few rows are kept, and going down the image each row is made once. Large images go by
+// tiles, small ones, whose weights are many, by slices.
 #pragma once
 
 #include "program.h"

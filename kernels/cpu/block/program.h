@@ -25,8 +25,8 @@ struct BlockStep {
     kMultiply,         // by one pixel
     kUpsample,         // bilinearly, by two
     kLinearAttention,  // of ReLU; inputs: one a scale, with q, k and v of each head in turn
-    kAttention,        // softmax with a bias; inputs: [q of all heads | k], [v]; or q, k and v apart, or all in one
-    kCascade,          // cascaded group attention
+    kAttention,  // softmax with a bias; inputs: [q of all heads | k], [v]; or q, k and v apart, or all in one
+    kCascade,    // cascaded group attention
   };
   static constexpr int kNone = -1;
 
@@ -44,7 +44,7 @@ struct BlockStep {
   int64_t queries = 0, keys = 0;  // that a bias was made for
   bool talking_heads = false;
   float scale = 0.0f;
-  std::vector<int64_t> kernels;                  // of a cascade, a head each
+  std::vector<int64_t> kernels;  // of a cascade, a head each
   int64_t window_height = 0, window_width = 0;
 
   // Channels of a head's q and k, and of its v, as values have them.
@@ -67,7 +67,7 @@ struct BlockProgram {
 //   pool mixer   (blocks, kBlock)
 //   layer norm   (blocks, kBlock), (blocks, kBlock)
 //   attention    (heads, queries, keys); with talking heads four more (params/softmax_heads.h)
-//   cascade      those of PackedHeads (params/cascaded_group_attention.h), (heads, window tokens, window tokens)
+//   cascade      those of PackedHeads, (heads, window tokens, window tokens)
 EFFATTN_EXPORT std::vector<int64_t> weight_sizes(const BlockStep& step, int64_t inputs);
 
 struct BlockSize {

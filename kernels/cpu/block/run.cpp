@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../core/image.h"
-#include "linear_attention.h"
+#include "linear_heads.h"
 
 namespace effattn::cpu {
 namespace {
@@ -52,13 +52,17 @@ class PassContext {
   View view(int value) const {
     if (value < pass_.first || !plan_.values[value].is_local) return call_.whole(value, image_);
     const ValuePlan& v = plan_.values[value];
-    return {memory_.local + v.offset, call_.memory.zeros, blocks_.begin,  v.rows,
-            v.size.height,            v.row_stride,       v.block_stride, spans_[value - pass_.first].cols};
+    return {memory_.local + v.offset,
+            call_.memory.zeros,
+            blocks_.begin,
+            v.rows,
+            v.size.height,
+            v.row_stride,
+            v.block_stride,
+            spans_[value - pass_.first].cols};
   }
 
-  Span blocks_of(int value) const {
-    return {blocks_.begin, min(blocks_.end, plan_.values[value].blocks)};
-  }
+  Span blocks_of(int value) const { return {blocks_.begin, min(blocks_.end, plan_.values[value].blocks)}; }
 
   void make(int index, const Span& rows, const Span& cols) {
     if (rows.begin >= rows.end || cols.begin >= cols.end) return;
@@ -88,7 +92,8 @@ class PassContext {
     clear_border(index, blocks_of(index), rows, cols, out);
   }
 
-  void clear_border(int index, const Span& blocks, const Span& rows, const Span& cols, const View& out) const {
+  void clear_border(int index, const Span& blocks, const Span& rows, const Span& cols,
+                    const View& out) const {
     const int64_t width = plan_.values[index].size.width;
     const int64_t left = cols.begin == 0 ? max(0, -out.cols.begin) : 0;
     const int64_t right = cols.end == width ? max(0, out.cols.end - width) : 0;

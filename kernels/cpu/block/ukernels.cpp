@@ -30,8 +30,8 @@ EFFATTN_INLINE void in_pixel_blocks(int64_t begin, int64_t end, int64_t max, con
 
 // --- convolution ------------------------------------------------------------------------------------------
 
-// Channels that are summed up in one go: sums of few terms, then a sum of sums, lose less to rounding than one
-// long sum.
+// Channels that are summed up in one go: sums of few terms, then a sum of sums, lose less to rounding than
+// one long sum.
 constexpr int64_t kSegmentsOfSum = 8;
 
 template <int R, int V>
@@ -146,7 +146,8 @@ __attribute__((noinline)) void convolve_pixels(const ConvolutionRow& row, int64_
   }
   for (int64_t i = 0; i < row.partial; ++i, ++segment) {
     const float* scalars = *segment + offset;
-    for (int64_t c = 0; c < row.depth; ++c, weights += kPanel) sums.template add<Stride>(scalars + c, weights);
+    for (int64_t c = 0; c < row.depth; ++c, weights += kPanel)
+      sums.template add<Stride>(scalars + c, weights);
   }
   if (has_total) sums.add_total(total);
   const Outputs<V> to(row, pixel, vector);
@@ -242,8 +243,9 @@ __attribute__((noinline)) void depthwise_pixels(const DepthwiseRow& row, int64_t
   const bool is_relu = row.activation == Activation::kRelu, is_none = row.activation == Activation::kNone;
   EFFATTN_UNROLL
   for (int p = 0; p < P; ++p) {
-    finish_pixel(row, at + p * kBlock, sums[p],
-                 [&](Vec x) { return is_none ? x : is_relu ? relu(x) : hardswish(x); });
+    finish_pixel(row, at + p * kBlock, sums[p], [&](Vec x) {
+      return is_none ? x : is_relu ? relu(x) : hardswish(x);
+    });
   }
 }
 
@@ -370,7 +372,7 @@ void store_pixels(DType dtype, const Image& image, int64_t pixels, int64_t chann
   store_image(dtype, image, pixels, channels, Tile{const_cast<float*>(from), kBlock, false});
 }
 
-constexpr BlockUkernels kUkernels = {convolve, depthwise, pool,     normalize,   multiply,
+constexpr BlockUkernels kUkernels = {convolve, depthwise, pool,        normalize,   multiply,
                                      sum,      activate,  load_pixels, store_pixels};
 
 }  // namespace

@@ -13,8 +13,8 @@
 
 namespace effattn::cpu {
 
-constexpr int64_t kBlock = kWholeVectors;    // channels
-constexpr int64_t kPanelBlocks = 2;          // of outputs, whose weights lie together
+constexpr int64_t kBlock = kWholeVectors;  // channels
+constexpr int64_t kPanelBlocks = 2;        // of outputs, whose weights lie together
 constexpr int64_t kPanel = kPanelBlocks * kBlock;
 
 // Pixels [begin, end) of a row of the output, in one or both blocks of a panel:
@@ -29,16 +29,16 @@ struct ConvolutionRow {
   // Pixel 0 of each block; without a residual null.
   float* out[kPanelBlocks];
   const float* residual[kPanelBlocks];
-  int64_t blocks;  // 1 or kPanelBlocks
+  int64_t blocks;              // 1 or kPanelBlocks
   int64_t begin, end, stride;  // 1 or 2
   Activation activation;
 };
 
 // The same of a depthwise convolution, in one block.
 struct DepthwiseRow {
-  const float* const* rows;   // of the input, each pointing to the pixel under the first tap of out's pixel 0
+  const float* const* rows;  // of the input, each pointing to the pixel under the first tap of out's pixel 0
   int64_t kernel;
-  const float *taps, *bias;   // (kernel * kernel, kBlock), (kBlock)
+  const float *taps, *bias;  // (kernel * kernel, kBlock), (kBlock)
   float* out;
   const float* residual;  // or null
   int64_t begin, end, stride;

@@ -6,9 +6,9 @@
 
 namespace effattn::cpu::EFFATTN_ISA {
 
-// x times a step from 0 to 1 that is 1/2 + x p(x^2), p a polynomial in w = 2 x^2 / reach^2 - 1, which goes from
-// -1 to 1; beyond `reach` the step is 0 or 1. The coefficients are those of a Chebyshev series fitted to the
-// step, highest power first: errors are below 8e-7, without an exponential or a division.
+// x times a step from 0 to 1 that is 1/2 + x p(x^2), p a polynomial in w = 2 x^2 / reach^2 - 1, which goes
+// from -1 to 1; beyond `reach` the step is 0 or 1. The coefficients are those of a Chebyshev series fitted to
+// the step, highest power first: errors are below 8e-7, without an exponential or a division.
 template <int N>
 EFFATTN_INLINE Vec times_step(Vec x, float reach, const float (&coefficients)[N]) {
   const Vec w = x * x * (2.0f / (reach * reach)) - 1.0f;
@@ -23,20 +23,20 @@ EFFATTN_INLINE Vec times_step(Vec x, float reach, const float (&coefficients)[N]
 
 // x Phi(x), Phi the normal distribution's integral up to x.
 EFFATTN_INLINE Vec gelu(Vec x) {
-  constexpr float kCoefficients[] = {
-      2.590473450e-04f,  -6.699030055e-04f, 6.054984406e-04f,  -1.000344055e-03f, 2.963596722e-03f,
-      -5.492474418e-03f, 8.376075886e-03f,  -1.275184005e-02f, 1.855097897e-02f,  -2.504791506e-02f,
-      3.202975541e-02f,  -3.976276889e-02f, 4.964586720e-02f,  -6.712683290e-02f, 1.346593499e-01f};
+  constexpr float kCoefficients[] = {2.590473450e-04f, -6.699030055e-04f, 6.054984406e-04f, -1.000344055e-03f,
+                                     2.963596722e-03f, -5.492474418e-03f, 8.376075886e-03f, -1.275184005e-02f,
+                                     1.855097897e-02f, -2.504791506e-02f, 3.202975541e-02f, -3.976276889e-02f,
+                                     4.964586720e-02f, -6.712683290e-02f, 1.346593499e-01f};
   return times_step(x, 5.25f, kCoefficients);
 }
 
 // x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
 EFFATTN_INLINE Vec gelu_tanh(Vec x) {
-  constexpr float kCoefficients[] = {-5.189661752e-04f, 6.661035586e-04f,  1.457572565e-03f,  -2.207075479e-03f,
-                                     -7.195257349e-04f, 8.218166186e-04f,  2.946685301e-03f,  -4.892583936e-03f,
-                                     6.001018453e-03f,  -9.832654148e-03f, 1.589481533e-02f,  -2.312791720e-02f,
-                                     3.137564659e-02f,  -4.053283483e-02f, 5.165538192e-02f,  -7.036602497e-02f,
-                                     1.413785368e-01f};
+  constexpr float kCoefficients[] = {
+      -5.189661752e-04f, 6.661035586e-04f,  1.457572565e-03f,  -2.207075479e-03f, -7.195257349e-04f,
+      8.218166186e-04f,  2.946685301e-03f,  -4.892583936e-03f, 6.001018453e-03f,  -9.832654148e-03f,
+      1.589481533e-02f,  -2.312791720e-02f, 3.137564659e-02f,  -4.053283483e-02f, 5.165538192e-02f,
+      -7.036602497e-02f, 1.413785368e-01f};
   return times_step(x, 5.0f, kCoefficients);
 }
 

@@ -1,4 +1,7 @@
-#include "linear_attention.h"
+#include "../relu_linear_attention/plan.h"
+
+#include "../relu_linear_attention/ukernels.h"
+#include "linear_heads.h"
 
 namespace effattn::cpu {
 namespace {
@@ -7,7 +10,8 @@ Operand operand(const Rows<float>& rows) { return {rows.data, nullptr, rows.stri
 
 }  // namespace
 
-LinearAttention::LinearAttention(const BlockPlan& plan, int step) {
+LinearAttention::LinearAttention(const BlockPlan& plan, int step)
+    : table_(linear_attention_table()), ukernels_(table_.of(DType::kFloat32)) {
   const BlockStep& s = plan.steps[step];
   const ValuePlan& in = plan.values[s.inputs[0]];
   width_ = in.size.width;

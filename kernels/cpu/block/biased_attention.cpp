@@ -66,8 +66,15 @@ struct Attention {
 
   void attend(int64_t image, const Part& part) const {
     const std::vector<const float*> weights = call.weights_of(step);
-    SoftmaxHeads heads{part.heads,        part.queries, step.keys, step.head_dim, step.value_stride(),
-                       step.scale,        weights[0],   step.queries * step.keys, {}};
+    SoftmaxHeads heads{part.heads,
+                       part.queries,
+                       step.keys,
+                       step.head_dim,
+                       step.value_stride(),
+                       step.scale,
+                       weights[0],
+                       step.queries * step.keys,
+                       {}};
     heads.bias += part.head * heads.bias_stride + part.query * step.keys;
     if (step.talking_heads) heads.mix = {weights[1], weights[2], weights[3], weights[4]};
     const auto memory = in_thread_arena<AttentionMemory>(heads, softmax.scratch_floats(heads));

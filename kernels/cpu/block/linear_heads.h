@@ -2,11 +2,16 @@
 #pragma once
 
 #include "../core/schedule.h"
-#include "../relu_linear_attention/plan.h"
-#include "../relu_linear_attention/ukernels.h"
 #include "heads.h"
 
-namespace effattn::cpu {
+namespace effattn {
+
+struct LinearAttentionParams;
+
+namespace cpu {
+
+struct LinearAttentionTable;
+struct LinearAttentionUkernels;
 
 class LinearAttention {
  public:
@@ -41,8 +46,9 @@ class LinearAttention {
 
   int64_t width_, tokens_, dim_, head_blocks_, heads_, tile_;
   float eps_;
-  const LinearAttentionTable& table_ = linear_attention_table();
-  const LinearAttentionUkernels& ukernels_ = table_.of(DType::kFloat32);
+  const LinearAttentionTable& table_;
+  const LinearAttentionUkernels& ukernels_;
 };
 
-}  // namespace effattn::cpu
+}  // namespace cpu
+}  // namespace effattn
