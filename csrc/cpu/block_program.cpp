@@ -67,7 +67,8 @@ class Line {
       ++end;
     }
     if (end == at_) wrong("expected a name at column ", at_ + 1);
-    return text_.substr(std::exchange(at_, end), end - at_);
+    const size_t begin = std::exchange(at_, end);
+    return text_.substr(begin, end - begin);
   }
   template <class Number>
   Number number() {

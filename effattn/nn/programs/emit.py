@@ -242,8 +242,10 @@ def only_parts(module: nn.Module, *names: str, tensors: tuple[str, ...] = ()) ->
 
 def why_not_convolution(conv: Any) -> str | None:
     """Why a program has no such convolution; None if it has."""
-    if not is_plain(conv, nn.Conv2d):
-        return f"{type(conv).__name__} is no plain Conv2d"
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is no Conv2d"
+    if is_overridden(conv):
+        return "it has hooks, or a forward of its own"
     side = conv.kernel_size[0]
     depthwise = conv.groups == conv.in_channels == conv.out_channels
     by_group = conv.in_channels == conv.out_channels and conv.in_channels // conv.groups % 16 == 0
