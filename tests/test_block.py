@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from random_programs import random_program
 
 from effattn.nn.programs.builder import Builder
 from effattn.ops import block as block_op
@@ -415,3 +416,28 @@ def test_text_and_back():
     for name in PROGRAMS:
         program = make(name).program
         assert "\n".join(step.text(i) for i, step in enumerate(parse(program))) == program
+
+
+@pytest.mark.schedule
+def test_any_program(isa, request):
+    """With any number of threads the same bits, and those of the plain formulation up to rounding."""
+    of_tier = 1000 if request.config.getoption("--full") else 40
+    computed, before = 0, torch.get_num_threads()
+    for seed in range(of_tier):
+        of, x = random_program(seed)
+        results = []
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                results.append(block_op.block(x, of))
+        except RuntimeError as error:  # nothing is left of the image, or a residual has another size
+            assert "expected" in str(error) and not takes(of.program, *x.shape[1:])
+            continue
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(other, results[0]) for other in results), of.program
+        truth = block_op.plain(x.double(), [of.weights.double()], of.program)
+        apart, unavoidable = ((out - truth).norm() for out in (results[0], block_op.plain(x, [of.weights], of.program)))
+        assert apart <= 2e-6 * truth.norm() + 5 * unavoidable, (of.program, x.shape)
+        computed += 1
+    assert computed > of_tier // 2

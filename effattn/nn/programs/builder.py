@@ -88,7 +88,7 @@ class Builder:
         """The program whose result is the last value."""
         lines = (step.text(number) for number, step in enumerate(self._steps))
         weights = [t for step, of in zip(self._steps, self._weights, strict=True) if of for t in pack(step, of)]
-        return Block(torch.cat(weights), "\n".join(lines))
+        return Block(torch.cat(weights) if weights else torch.zeros(0), "\n".join(lines))
 
     def _last(self, value: int) -> Step | None:
         return self._steps[value] if value == len(self._steps) - 1 else None

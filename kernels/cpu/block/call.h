@@ -20,6 +20,18 @@ struct View {
   float* own_row(int64_t block, int64_t y) const {
     return data + (block - first_block) * block_stride + (y % rows) * row_stride - cols.begin * kBlock;
   }
+  // Zeros beside what was made of an image of a width, where that reaches its sides.
+  void clear_border(const Span& blocks, const Span& of_rows, const Span& made, int64_t width) const {
+    const int64_t left = made.begin == 0 ? max(0, -cols.begin) : 0;
+    const int64_t right = made.end == width ? max(0, cols.end - width) : 0;
+    if (left + right == 0) return;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for (int64_t y = of_rows.begin; y < of_rows.end; ++y) {
+        clear(own_row(block, y) - left * kBlock, left * kBlock);
+        clear(own_row(block, y) + width * kBlock, right * kBlock);
+      }
+    }
+  }
 };
 
 struct CallMemory {
@@ -59,7 +71,7 @@ struct Call {
   }
 };
 
-// Steps whose results are made of whole images.
+// Steps whose results are made of whole images; what lies beside the results is not theirs.
 void run_mean(const Call& call, int step, const Parallel& parallel);
 void run_upsample(const Call& call, int step, const Parallel& parallel);
 void run_linear_attention(const Call& call, int step, const Parallel& parallel);

@@ -19,19 +19,6 @@ constexpr double kCostOfAFloat = 8;
 // A tile is at least so wide: beside it, columns of the border are made twice.
 constexpr int64_t kMinTileCols = 28;
 
-// Whether a part of the result is made of a part of the input.
-bool is_local(const BlockStep& step) {
-  switch (step.kind) {
-    case Kind::kMean:
-    case Kind::kUpsample:
-    case Kind::kLinearAttention:
-    case Kind::kAttention:
-    case Kind::kCascade:
-      return false;
-    default:
-      return true;
-  }
-}
 // Whether a block of the result is made of the same block of the input, or of the same group of blocks.
 bool is_by_channel(const BlockStep& step) {
   switch (step.kind) {
@@ -48,6 +35,19 @@ bool is_by_channel(const BlockStep& step) {
 }
 
 }  // namespace
+
+bool is_of_whole_images(const BlockStep& step) {
+  switch (step.kind) {
+    case Kind::kMean:
+    case Kind::kUpsample:
+    case Kind::kLinearAttention:
+    case Kind::kAttention:
+    case Kind::kCascade:
+      return true;
+    default:
+      return false;
+  }
+}
 
 std::vector<int64_t> weight_sizes(const BlockStep& step, int64_t inputs) {
   const int64_t taps = step.kernel * step.kernel, channels = round_up(step.channels, kBlock);
@@ -129,7 +129,7 @@ int BlockPlan::last_of_tiles(int first) const {
   int last = first;
   while (last + 1 < count) {
     const BlockStep& next = steps[last + 1];
-    if (!is_local(next) || next.inputs[0] != last) break;
+    if (is_of_whole_images(next) || next.inputs[0] != last) break;
     if (narrows(last) && next.kind != Kind::kStore) break;
     ++last;
   }
@@ -159,7 +159,7 @@ int BlockPlan::last_of_slices(int first) const {
 }
 
 void BlockPlan::add_pass(int first, int64_t batch, int threads) {
-  if (!is_local(steps[first])) {
+  if (is_of_whole_images(steps[first])) {
     passes.push_back({.first = first, .last = first, .parts = Parts::kWhole});
     return;
   }

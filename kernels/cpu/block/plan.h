@@ -54,6 +54,9 @@ struct PassPlan {
   int64_t local_floats = 0;
 };
 
+// Whether a step's result is made of whole images, not of parts.
+bool is_of_whole_images(const BlockStep& step);
+
 class EFFATTN_EXPORT BlockPlan {
  public:
   BlockPlan(const BlockProgram& program, const BlockSize& size, int64_t batch, int threads);

@@ -89,22 +89,7 @@ class PassContext {
       default:
         load(blocks_of(index), rows, cols, out);
     }
-    clear_border(index, blocks_of(index), rows, cols, out);
-  }
-
-  void clear_border(int index, const Span& blocks, const Span& rows, const Span& cols,
-                    const View& out) const {
-    const int64_t width = plan_.values[index].size.width;
-    const int64_t left = cols.begin == 0 ? max(0, -out.cols.begin) : 0;
-    const int64_t right = cols.end == width ? max(0, out.cols.end - width) : 0;
-    if (left + right == 0) return;
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      for (int64_t y = rows.begin; y < rows.end; ++y) {
-        float* const row = out.own_row(block, y);
-        clear(row - left * kBlock, left * kBlock);
-        clear(row + width * kBlock, right * kBlock);
-      }
-    }
+    out.clear_border(blocks_of(index), rows, cols, plan_.values[index].size.width);
   }
 
   Image pixels_of(const Image& image, int64_t block, int64_t y, int64_t x, int64_t width) const {
@@ -316,6 +301,14 @@ void run_tiles(const Call& call, const PassPlan& pass, const Parallel& parallel)
   });
 }
 
+void clear_border(const Call& call, int step) {
+  const ValuePlan& value = call.plan.values[step];
+  for (int64_t image = 0; image < call.params.batch; ++image) {
+    call.whole(step, image)
+        .clear_border({0, value.blocks}, {0, value.size.height}, {0, value.size.width}, value.size.width);
+  }
+}
+
 void run_whole(const Call& call, int step, const Parallel& parallel) {
   switch (call.plan.steps[step].kind) {
     case Kind::kMean:
@@ -338,6 +331,7 @@ void run_block(const BlockPlan& plan, const BlockParams& params, const Parallel&
   clear(memory->zeros, plan.zero_floats);
   const Call call{plan, params, *memory};
   for (const PassPlan& pass : plan.passes) {
+    if (is_of_whole_images(plan.steps[pass.last])) clear_border(call, pass.last);
     switch (pass.parts) {
       case Parts::kSlices:
         run_slices(call, pass, parallel);

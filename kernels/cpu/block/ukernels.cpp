@@ -319,13 +319,17 @@ void normalize(const NormRow& row) {
       f(c, load(row.in[c / kBlock] + pixel * kBlock + c % kBlock));
     }
   };
+  // What lies behind the last channel may be an activation's value at zero.
+  const auto of_channels = [&](int64_t c, Vec x) {
+    return lanes < static_cast<float>(row.channels - c) ? x : Vec{};
+  };
   const float count = static_cast<float>(row.channels);
   for (int64_t pixel = row.begin; pixel < row.end; ++pixel) {
     Vec sum{}, squares{};
-    in_vectors(pixel, [&](int64_t, Vec x) { sum += x; });  // zeros behind the last channel
+    in_vectors(pixel, [&](int64_t c, Vec x) { sum += of_channels(c, x); });
     const Vec mean = broadcast(sum_of_lanes(sum) / count);
     in_vectors(pixel, [&](int64_t c, Vec x) {
-      const Vec distance = lanes < static_cast<float>(row.channels - c) ? x - mean : Vec{};
+      const Vec distance = of_channels(c, x - mean);
       squares += distance * distance;
     });
     const Vec scale = broadcast(1.0f / __builtin_sqrtf(sum_of_lanes(squares) / count + row.eps));
