@@ -90,7 +90,7 @@ BlockPlan::BlockPlan(const BlockProgram& program, const BlockSize& size, int64_t
   for (const BlockStep& step : steps) {
     const BlockSize of = step.inputs.empty() ? size : result_size(step, values[step.inputs[0]].size);
     values.push_back({.size = of, .blocks = ceil_div(step.channels, kBlock)});
-    if (!step.inputs.empty()) {
+    if (step.kind == Kind::kConvolution || step.kind == Kind::kDepthwise) {
       ValuePlan& in = values[step.inputs[0]];
       in.border = max(in.border, step.padding);
     }
