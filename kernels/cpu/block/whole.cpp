@@ -50,8 +50,8 @@ void run_upsample(const Call& call, int step, const Parallel& parallel) {
       const Rows<const float> from = dense.of(call.whole(s.inputs[0], image), block, in.size);
       for (int64_t y = 0; y < out.size.height; ++y) {
         float* const row = to.own_row(block, y);
-        ukernels.upsample(kBlock, from, in.size.height, in.size.width, y,
-                          out.size.height, out.size.width, {row, kBlock});
+        ukernels.upsample(kBlock, from, in.size.height, in.size.width, y, out.size.height, out.size.width,
+                          {row, kBlock});
         call.ukernels.activate(s.activation, out.size.width, row, row);
       }
     }
