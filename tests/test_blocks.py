@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import effattn
+import effattn.export
 from effattn.nn.block import Block
 from effattn.nn.programs import EMITTERS, Unknown, make_program
 from effattn.ops._program import parse
@@ -370,3 +371,55 @@ def test_programs_are_readable():
     program = pair()[1].program
     assert all(line.startswith(f"%{i} = ") for i, line in enumerate(program.splitlines()))
     assert [step.text(i) for i, step in enumerate(parse(program))] == program.splitlines()
+
+
+# --- frozen ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["efficientvit_b0", "efficientformer_l1"])
+def test_frozen_models_are_exported_with_operators(name):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name))
+    x = make_image(2, 3, 224, 224)
+    with torch.no_grad():
+        frozen = effattn.export.freeze(model)
+        assert_same(frozen(x), model(x))
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(frozen, (x,), dynamic_shapes=({0: batch},))
+        assert sum(node.target is OPERATOR for node in program.graph.nodes) >= 2
+        assert_same(program.module()(x[:1]), model(x[:1]))
+        assert not any(isinstance(part, Block) for part in model.modules())  # the model stays as it is
+        next(model.parameters()).mul_(2)
+        assert_same(program.module()(x), frozen(x))
+
+
+def test_a_frozen_block_is_compiled_ahead_of_time(tmp_path):
+    stock = stage()
+    with torch.no_grad():
+        program = torch.export.export(effattn.export.freeze(stock), (X,))
+        with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False}):
+            package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        assert_same(torch._inductor.aoti_load_package(package)(X), stock(X))
+
+
+@pytest.mark.parametrize("kind", ["accelerated", "inside of another", "with an unknown part"])
+def test_what_is_frozen(kind):
+    stock = stage()
+    if kind == "accelerated":
+        effattn.accelerate(stock)
+    if kind == "inside of another":
+        stock = nn.Sequential(nn.Conv2d(24, 24, 1), stock)
+    if kind == "with an unknown part":
+        stock[1].main.inverted_conv.act = nn.Tanh()
+    frozen = effattn.export.freeze(stock)
+    count = sum(isinstance(part, effattn.export.FrozenBlock) for part in frozen.modules())
+    assert count == (4 if kind == "with an unknown part" else 1)
+    with torch.no_grad():
+        assert_same(frozen(X), stock(X))
+
+
+def test_nothing_to_freeze():
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+        effattn.export.freeze(3)
+    with pytest.raises(RuntimeError, match="expected a model with blocks that effattn knows"):
+        effattn.export.freeze(nn.Linear(3, 3))

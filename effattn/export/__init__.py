@@ -25,7 +25,8 @@ import effattn
 from effattn import _library
 from effattn import nn as ours
 from effattn._tracing import keeping_nodes
-from effattn.export._frozen import freeze
+from effattn.export._blocks import FrozenBlock, freeze
+from effattn.export._frozen import freeze_cascades
 from effattn.integrations import accelerate_attention
 from effattn.ops._nodes import DOMAIN
 
@@ -242,7 +243,7 @@ def _prepared(model: nn.Module, kept: frozenset[str]) -> nn.Module:
             if isinstance(module, _SOFTMAX):
                 effattn.restore(module)
     if kept:
-        freeze(prepared)
+        freeze_cascades(prepared)
     return prepared
 
 
@@ -291,3 +292,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+__all__ = ["Exported", "FrozenBlock", "freeze", "to_onnx"]

@@ -27,7 +27,7 @@ class _Frozen(CascadedGroupAttention):
 
 
 @torch.no_grad()
-def freeze(model: nn.Module) -> None:
+def freeze_cascades(model: nn.Module) -> None:
     """Exchanges the classes of a model's cascades, in place, where their weights can be folded."""
     for module in model.modules():
         if type(module) is not CascadedGroupAttention or any(t.dtype != torch.float32 for t in module.parameters()):

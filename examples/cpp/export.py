@@ -17,7 +17,7 @@ try:
     import torch
     from torch import nn
 
-    import effattn
+    import effattn.export
     from effattn.testing import import_timm, randomise_batch_norm
 
     timm = import_timm()
@@ -63,8 +63,8 @@ def main() -> None:
         images = torch.randn(IMAGES, 3, arguments.size, arguments.size)
         torch.save(images, output / "input.pt")
         torch.save(model(images), output / "expected.pt")
-        print(effattn.accelerate(model))
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        frozen = effattn.export.freeze(model)  # accelerated, with weights packed once for all calls
+        program = torch.export.export(frozen, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         calls = Counter(str(node.target) for node in program.graph.nodes if "effattn." in str(node.target))
         if not calls:
             sys.exit("The graph calls no operator of effattn: `python -m effattn info` says what is missing")
