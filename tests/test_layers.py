@@ -94,6 +94,7 @@ OWN = {
     "cascaded_group_attention": ("cascade_params", "cascade_training", "cascade_projected", "cascade"),
     "cascaded_group_attention_batch_norm": ("cascade_training",),
     "cascaded_group_attention_projected": ("cascade_projected",),
+    "block": ("blocks", "_blocks"),
 }
 #: Prose, which names operators where it speaks of them.
 PROSE = ("docs/", "mkdocs.yml", "benchmarks/results/", "benchmarks/NOTES.md")
