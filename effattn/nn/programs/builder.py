@@ -84,9 +84,11 @@ class Builder:
             return False
         return self._change(value, residual=residual)
 
-    def finish(self) -> Block:
-        """The program whose result is the last value."""
+    def finish(self, *, with_weights: bool = True) -> Block:
+        """The program whose result is the last value; without weights where only its text is asked for."""
         lines = (step.text(number) for number, step in enumerate(self._steps))
+        if not with_weights:
+            return Block(torch.zeros(0), "\n".join(lines))
         weights = [t for step, of in zip(self._steps, self._weights, strict=True) if of for t in pack(step, of)]
         return Block(torch.cat(weights) if weights else torch.zeros(0), "\n".join(lines))
 

@@ -49,8 +49,8 @@ class Emitter:
     Args:
         channels: of the image.
         emitters: by the name of the class of a module.
-        shapes_only: whether it is asked what there is, whatever mode, dtype and device it is in; the weights are then
-            on the meta device.
+        shapes_only: whether it is asked what there is, whatever mode, dtype and device it is in; weights are then on
+            the meta device, and not packed.
     """
 
     def __init__(
@@ -300,4 +300,4 @@ def make_program(
     emitter = Emitter(channels, emitters, shapes_only=shapes_only)
     if emitter.emit_itself(module, 0) == 0:
         raise Unknown("it does nothing")
-    return emitter.builder.finish(), emitter.are_tokens
+    return emitter.builder.finish(with_weights=not shapes_only), emitter.are_tokens
