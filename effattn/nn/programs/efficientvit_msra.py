@@ -62,20 +62,17 @@ def _cascade(emitter: Emitter, module: Any, value: int) -> int:
     return emitter.emit(last, out)
 
 
-EMITTERS: dict[str, Emit] = {
-    "CascadedGroupAttention": _cascade,
-    "LocalWindowAttention": parts_in_order("attn"),
-    "ResidualDrop": residual("m"),
-    "Residual": residual("m"),
-    "ConvMlp": parts_in_order("pw1", "act", "pw2"),
-    "FFN": parts_in_order("pw1", "act", "pw2"),
-}
-# The activation of PatchMerging stands behind two of its parts.
-
-
 def _patch_merging(emitter: Emitter, module: Any, value: int) -> int:
     only_parts(module, "conv1", "act", "conv2", "se", "conv3")
     return emitter.parts(module, value, "conv1", "act", "conv2", "act", "se", "conv3")
 
 
-EMITTERS["PatchMerging"] = _patch_merging
+EMITTERS: dict[str, Emit] = {
+    "CascadedGroupAttention": _cascade,
+    "LocalWindowAttention": parts_in_order("attn"),
+    "ResidualDrop": residual("m"),
+    "Residual": residual("m"),
+    "PatchMerging": _patch_merging,
+    "ConvMlp": parts_in_order("pw1", "act", "pw2"),
+    "FFN": parts_in_order("pw1", "act", "pw2"),
+}
