@@ -116,9 +116,7 @@ class Block(FoldCache):
         found: tuple[_block.Block, bool] | None = cached(folds, "block", self._make)
         if found is None:
             return None
-        program, channels, size = found[0].program, x.shape[1], x.shape[2:]
-        takes = cached(folds, ("takes", channels, *size), lambda: _program.takes(program, channels, *size))
-        return found if takes else None
+        return found if _program.takes(found[0].program, *x.shape[1:]) else None
 
     def _make(self) -> tuple[_block.Block, bool] | None:
         try:

@@ -20,6 +20,9 @@ _ATTRIBUTES = (
     *("training", "eps", "p", "inplace", "approximate"),
     *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
     *("scale_factor", "mode", "align_corners"),
+    # Of blocks (effattn.nn.programs), which fold what attention modules look up at every call.
+    *("dim", "num_heads", "key_dim", "scale", "drop", "drop_prob", "add_maxpool"),
+    *("count_include_pad", "ceil_mode", "divisor_override", "size"),
 )
 #: Elements of tensors that a fingerprint compares at most: more than a module of any model of the papers has rows and
 #: columns. Of the commonest 2,000 take 1 us, of the widest 19,000 take 7, with memory in cache.

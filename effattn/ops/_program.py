@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+#: That are remembered; as many as csrc keeps.
+MAX_PROGRAMS = 256
 #: What a line without an option means; those that are None must be given where they are read.
 DEFAULTS: dict[str, Any] = {
     "channels": None,
@@ -99,12 +101,15 @@ def _value(name: str, text: str) -> Any:
     return float(text) if name in _REALS else int(text.removeprefix("%"))
 
 
-@cache
+@lru_cache(MAX_PROGRAMS)
 def parse(program: str) -> tuple[Step, ...]:
     """The lines of a program's text, which csrc checks."""
     steps = []
     for line in program.splitlines():
-        operation, arguments = re.fullmatch(r"%\d+ = (\w+)\((.*)\)", line).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"%\d+ = (\w+)\((.*)\)", line)
+        if found is None:
+            raise ValueError(f"program: expected %number = operation(...), got {line!r}")
+        operation, arguments = found.groups()
         parts = arguments.split(", ")
         inputs = tuple(int(part[1:]) for part in parts if part.startswith("%"))
         options = dict(part.split("=") for part in parts if "=" in part)
@@ -128,6 +133,7 @@ def sizes(steps: Sequence[Step], height: int, width: int) -> list[tuple[int, int
     return found
 
 
+@lru_cache(4 * MAX_PROGRAMS)
 def takes(program: str, channels: int, height: int, width: int) -> bool:
     """Whether a program takes an image of a size: an attention's bias is for one number of tokens."""
     steps = parse(program)

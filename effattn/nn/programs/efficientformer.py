@@ -12,7 +12,7 @@ from effattn.nn.programs.convolutions import Emit, parts_in_order
 from effattn.nn.programs.efficientvit_msra import bias_of
 from effattn.nn.programs.emit import Emitter, Unknown, only_parts
 from effattn.nn.projection import is_depthwise, is_overridden, is_plain, is_pointwise
-from effattn.ops._packed import of_whole_heads
+from effattn.ops._packed import of_whole_heads, rounded
 
 _TABLES = ("attention_biases", "attention_bias_idxs")
 
@@ -36,12 +36,11 @@ class _Heads:
         module, builder = self.module, self.emitter.builder
         bias = bias_of(self.emitter, module, queries, keys)
         mix = options.pop("mix", ())
-        whole = -(-value_dim // 16) * 16
         return builder.step(
             "attention",
             inputs,
             (bias, *mix),
-            channels=self.heads * whole,
+            channels=self.heads * rounded(value_dim),
             heads=self.heads,
             head_dim=int(module.key_dim),
             value_dim=value_dim,

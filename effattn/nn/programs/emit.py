@@ -16,6 +16,7 @@ from torch import nn
 from effattn.nn.origin import is_genuine, original_class, tried
 from effattn.nn.programs.builder import Builder
 from effattn.nn.projection import fold_batch_norm, is_affine, is_batch_norm, is_dense, is_overridden, is_plain
+from effattn.ops._packed import CHANNELS
 from effattn.ops.block import Block
 
 #: Whose classes are what their names say.
@@ -26,6 +27,9 @@ MODULES = (
     "timm.models.efficientformer_v2",
     "timm.layers",
 )
+
+#: kMaxKernel of csrc/cpu/block_program.cpp.
+_MAX_KERNEL = 31
 
 _ACTIVATIONS = {
     nn.Identity: "none",
@@ -248,10 +252,10 @@ def why_not_convolution(conv: Any) -> str | None:
         return "it has hooks, or a forward of its own"
     side = conv.kernel_size[0]
     depthwise = conv.groups == conv.in_channels == conv.out_channels
-    by_group = conv.in_channels == conv.out_channels and conv.in_channels // conv.groups % 16 == 0
+    by_group = conv.in_channels == conv.out_channels and conv.in_channels // conv.groups % CHANNELS == 0
     for fits, text in (
         (is_dense(conv.weight), f"a weight of {type(conv.weight).__name__}"),
-        (conv.kernel_size == (side, side) and side <= 31, f"kernel_size {conv.kernel_size}"),
+        (conv.kernel_size == (side, side) and side <= _MAX_KERNEL, f"kernel_size {conv.kernel_size}"),
         (conv.stride in ((1, 1), (2, 2)), f"stride {conv.stride}"),
         (conv.dilation == (1, 1), f"dilation {conv.dilation}"),
         (conv.padding_mode == "zeros", f"padding_mode {conv.padding_mode!r}"),
